@@ -1,0 +1,355 @@
+"""What the scripts share around their own work: CONFIG and the command line, one-line errors,
+base-model folders, and output folders that are replaced whole or not at all."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image, ImageOps
+
+# The scripts show bars of their own work; the libraries' bars for reading a file only blink.
+transformers.utils.logging.disable_progress_bar()
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = "torch diffusers transformers peft accelerate bitsandbytes lpips pillow".split()
+
+
+class UserError(ValueError):
+    """Something that the user can mend; its text is one line that names what and how."""
+
+
+def run_script(main):
+    """Call `main()`; a UserError becomes one line on stderr and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        # Under `accelerate launch` every process meets the same error; one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (python {self.prog} --help lists every option)")
+
+
+def parse_config(config, description, demo=None, argv=None):
+    """CONFIG with the command line's overrides.
+
+    Every key `some_key` is an option `--some-key VALUE`; booleans are `--some-key` and
+    `--no-some-key`; tuples are comma-separated. With `demo` (a dict of a few of the same keys)
+    there is also `--demo`, which puts those values under the ones typed on the command line.
+    Raises UserError for an unknown option or a value of the wrong type.
+    """
+    parser = _Parser(
+        prog=Path(sys.argv[0]).name,
+        description=description,
+        usage="python %(prog)s [--option VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    if demo is not None:
+        listed = ", ".join(f"{key}={value!r}" for key, value in demo.items())
+        parser.add_argument(
+            "--demo",
+            action="store_true",
+            help=f"use the embedded model: {listed}".replace("%", "%%"),
+        )
+    for key, value in config.items():
+        option = "--" + key.replace("_", "-")
+        shown = f"default: {value!r}".replace("%", "%%")
+        if isinstance(value, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=shown)
+        elif isinstance(value, (tuple, list)):
+            parser.add_argument(option, type=_tuple_of(type(value[0])), help=shown, metavar="A,B,…")
+        else:
+            kind = str if value is None else type(value)
+            parser.add_argument(option, type=kind, help=shown, metavar=kind.__name__.upper())
+    typed = vars(parser.parse_args(argv))
+    swapped = demo if typed.pop("demo", False) else {}
+    return config | swapped | typed
+
+
+def _tuple_of(kind):
+    def convert(text):
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+
+    convert.__name__ = f"comma-separated {kind.__name__}"
+    return convert
+
+
+def check_range(config, key, low, high=float("inf")):
+    """Raise UserError unless low <= config[key] <= high (NaN is never in range)."""
+    if not low <= config[key] <= high:
+        bound = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+        raise UserError(f"{key} is {config[key]}, but must be {bound}")
+
+
+# ---- models -------------------------------------------------------------------------------
+
+
+def fetch_base_model(name, revision=None, half=False):
+    """The local folder of a Stable Diffusion pipeline, `name` being a folder or a hub id.
+
+    From the hub only what is used is fetched: UNet, VAE, text encoder, tokenizer and scheduler,
+    as safetensors, in half precision where `half` is set and the repository has such a variant.
+    Raises UserError, naming the model and what to do, when it is not there or not whole.
+    """
+    parts = {
+        "unet": "diffusion_pytorch_model",
+        "vae": "diffusion_pytorch_model",
+        "text_encoder": "model",
+    }
+    folder = fetch_model(name, revision, [f"{p}/{stem}" for p, stem in parts.items()], half,
+                         ["model_index.json", "*/*.json", "tokenizer/merges.txt"])  # fmt: skip
+    needed = ["model_index.json", "scheduler/scheduler_config.json"]
+    needed += [f"{part}/config.json" for part in parts]
+    missing = [path for path in needed if not (folder / path).is_file()]
+    missing += [
+        f"{part}/{stem}.safetensors"
+        for part, stem in parts.items()
+        if not weight_files(folder / part, stem)
+    ]
+    missing += [] if (folder / "tokenizer").is_dir() else ["tokenizer/"]
+    if missing:
+        raise UserError(
+            f"base model {name}: {', '.join(missing)} missing; it must be a folder in diffusers' "
+            "layout with safetensors weights, such as pipeline.save_pretrained() writes"
+        )
+    return folder
+
+
+def fetch_model(name, revision, stems, half, others):
+    """The local folder of `name`: itself if it is a folder, else a hub snapshot of the weights
+    `stems` (paths without .safetensors) and of files that match the patterns `others`."""
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
+        raise UserError(f"model {name}: no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        files = {entry.rfilename for entry in HfApi().model_info(name, revision=revision).siblings}
+        wanted = list(others)
+        for stem in stems:
+            wanted += [f"{stem}{variant_suffix(files, stem, half)}"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as problem:  # offline, no such repository, a gated one: try the cache first
+        try:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except Exception:
+            reason = str(problem).strip().splitlines()[0] if str(problem).strip() else "no answer"
+            raise UserError(
+                f"model {name} cannot be had: it is not in the cache and the hub says "
+                f"«{type(problem).__name__}: {reason[:160]}»; connect to the network, or pass a "
+                "local folder in its place"
+            ) from None
+
+
+def variant_suffix(files, stem, half):
+    """The ending of the weights file to take: the fp16 variant where wanted and there."""
+    if half and f"{stem}.fp16.safetensors" in files:
+        return ".fp16.safetensors"
+    return ".safetensors"
+
+
+def weight_files(folder, stem="*"):
+    """The safetensors files of one model folder, whole or in shards."""
+    return sorted(folder.glob(f"{stem}*.safetensors"))
+
+
+def load_part(cls, folder, part, dtype, **options):
+    """`cls.from_pretrained` of one part of a base-model folder, refusing half-filled weights."""
+    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    plain = (folder / part / f"{stem}.safetensors").is_file() or list(
+        (folder / part).glob(f"{stem}-*.safetensors")
+    )
+    try:
+        model, report = cls.from_pretrained(
+            folder / part,
+            torch_dtype=dtype,
+            variant=None if plain else "fp16",
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as problem:
+        line = " ".join(str(problem).split())[:200]
+        raise UserError(
+            f"{folder / part} cannot be loaded: {type(problem).__name__}: {line}"
+        ) from None
+    missing = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
+    if missing or report.get("mismatched_keys"):
+        wrong = missing or [str(key) for key in report["mismatched_keys"]]
+        raise UserError(
+            f"{folder / part}: {len(wrong)} weights are missing or of another shape, such as "
+            f"{wrong[0]}; the folder is damaged or not a Stable Diffusion v1 model"
+        )
+    return model
+
+
+# ---- the training set -------------------------------------------------------------------
+
+
+def read_dataset(data_dir, resolution):
+    """The rows of `data_dir`/captions.jsonl and their pictures.
+
+    Returns [(file name, caption, pixels)], pixels uint8 [3, resolution, resolution]. File names are
+    relative to `data_dir` or, as in the published study's data, to its images/ folder. Raises
+    UserError naming the line or the picture that is wrong.
+    """
+    data_dir = Path(data_dir)
+    listing = data_dir / "captions.jsonl"
+    if not listing.is_file():
+        raise UserError(f"{listing}: no such file; run python preprocess.py first")
+    try:
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"{listing} cannot be read as UTF-8 text: {problem}") from None
+    rows, seen = [], {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{listing}, line {number}"
+        try:
+            row = json.loads(line)
+            name, caption = row["file_name"], row["text"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{where}: not of the form {{"file_name": …, "text": …}}') from None
+        if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
+            raise UserError(f"{where}: file_name and text must be strings, and text not empty")
+        path = next((p for p in (data_dir / name, data_dir / "images" / name) if p.is_file()), None)
+        if path is None:
+            raise UserError(f"{where}: there is no {name} in {data_dir} or {data_dir / 'images'}")
+        if data_dir.resolve() not in path.resolve().parents:
+            raise UserError(f"{where}: {name} lies outside {data_dir}")
+        if path in seen:
+            raise UserError(f"{where}: {name} was already named in line {seen[path]}")
+        seen[path] = number
+        rows.append((name, caption, read_pixels(path, resolution)))
+    if not rows:
+        raise UserError(f"{listing} names no pictures; run python preprocess.py first")
+    return rows
+
+
+def read_pixels(path, resolution):
+    """A picture as uint8 [3, resolution, resolution], resized and centre-cropped if need be."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF")) as image:
+            image = image.convert("RGB")
+    # A decoder may raise almost anything on a damaged file.
+    except Exception as problem:
+        reason = " ".join(str(problem).split())[:100]
+        raise UserError(
+            f"{path} cannot be read as a picture: {reason}; run preprocess.py"
+        ) from None
+    if image.size != (resolution, resolution):
+        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def data_hash(rows):
+    """SHA-256 over captions and pixels, in the order of the rows."""
+    digest = hashlib.sha256()
+    for _, caption, pixels in rows:
+        digest.update(caption.encode() + b"\0" + pixels.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- files --------------------------------------------------------------------------------
+
+
+def check_output_folder(folder, marker):
+    """Raise UserError unless `folder` can be written and may be replaced.
+
+    A folder that exists and holds files must hold `marker` too, the file by which an earlier
+    output of the same script is known; anything else is a person's own and stays.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder for the output")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise UserError(
+            f"{folder} holds files that this script did not write (it has no {marker}); "
+            "name another output folder, or move them away"
+        )
+    parent = folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        probe = parent / f".{folder.name}.probe{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as problem:
+        raise UserError(f"{parent} cannot be written: {problem.strerror}") from None
+
+
+def replace_folder(new, final):
+    """Put the finished folder `new` in the place of `final`, which is removed only then."""
+    new, final = Path(new), Path(final)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fresh_folder(final):
+    """An empty folder beside `final`, to be filled and then given to replace_folder."""
+    new = Path(final).with_name(f".{Path(final).name}.unfinished")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    return new
+
+
+def write_json(path, value):
+    """Write `value` as readable JSON, beside `path` first and then renamed."""
+    beside = Path(path).with_name(f".{Path(path).name}.new")
+    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def sha256_file(path):
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- provenance ---------------------------------------------------------------------------
+
+
+def provenance(device):
+    """Package versions, git commit and device, for the files that a run leaves behind."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions["python"] = sys.version.split()[0]
+    git = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "versions": versions,
+        "commit": git.stdout.strip() or None,
+        "device": device_name(device),
+    }
+
+
+def device_name(device):
+    """What a person calls the device: the GPU's name, or the CPU and its threads."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,203 @@
+"""What the tests share: a tiny pipeline of SD1.5's classes, a tiny CLIP, pictures, and a runner."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import unittest.mock
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Models this small lose more by sharing a step among threads than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+from common import run_script
+
+BOS, EOS = 510, 511
+
+
+def byte_tokenizer(folder):
+    """A CLIP tokenizer over single bytes, written to `folder`; ids 510 and 511 begin and end."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in visible] + [chr(256 + i) for i in range(256 - len(visible))]
+    words = letters + [letter + "</w>" for letter in letters]
+    vocab = {word: index for index, word in enumerate(words[:BOS])}
+    vocab |= {"<|startoftext|>": BOS, "<|endoftext|>": EOS}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        model_max_length=77,
+        pad_token="<|endoftext|>",
+    )
+
+
+TEXT = dict(
+    vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=2, max_position_embeddings=77, bos_token_id=BOS, eos_token_id=EOS,
+    pad_token_id=EOS,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A Stable Diffusion folder with random weights whose pictures are a few pixels wide."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
+        attention_head_dim=4, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        sample_size=64, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        skip_prk_steps=True, set_alpha_to_one=False,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)), unet=unet,
+        tokenizer=byte_tokenizer(folder / "tokenizer"), scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A CLIP folder with random weights."""
+    folder = tmp_path_factory.mktemp("tiny") / "clip"
+    torch.manual_seed(1)
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    config = CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, byte_tokenizer(folder)).save_pretrained(folder)
+    return folder
+
+
+def picture(seed, size=(64, 64), mode="RGB"):
+    """A smooth random picture, different for each seed."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.fixture(scope="session")
+def processed_data(tmp_path_factory):
+    """Eight small pictures as preprocess.py writes them."""
+    folder = tmp_path_factory.mktemp("processed")
+    return make_processed(folder, 8)
+
+
+def make_processed(folder, count, caption="a holographic raincoat"):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(1, count + 1):
+        name = f"images/image_{number:02}.png"
+        picture(number).save(folder / name)
+        rows.append(json.dumps(dict(file_name=name, text=caption)))
+    (folder / "captions.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def run(script, *options, env=None, launcher=(sys.executable,), check=True):
+    """Run a script at the root as a user would; returns the finished process (text output)."""
+    done = subprocess.run(
+        [*map(str, launcher), str(ROOT / script), *map(str, options)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | (env or {}),
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def call(script, *options):
+    """Like `run`, but in this process, which saves the seconds that the imports take: for runs
+    that end in an error before anything large happens."""
+    main = importlib.import_module(script.removesuffix(".py")).main
+    module = sys.modules[script.removesuffix(".py")]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    arguments = () if main.__code__.co_argcount == 0 else (module.CONFIG, module.__doc__)
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        unittest.mock.patch.object(sys, "argv", [script, *map(str, options)]),
+    ):
+        try:
+            run_script(lambda: main(*arguments))
+        except SystemExit as stop:
+            code = stop.code or 0
+    return subprocess.CompletedProcess([script], code, out.getvalue(), err.getvalue())
+
+
+def assert_one_line(done, *words):
+    """A user's mistake: exit status not 0, one line on stderr that holds `words`, no traceback."""
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+TINY_RUN = dict(
+    resolution=64, rank=4, alpha=4, max_steps=6, warmup_steps=1, log_every=2, validate_every=3,
+    validation_count=2, unet_learning_rate=1e-3, text_encoder_learning_rate=1e-3,
+)  # fmt: skip
+
+
+def options(**config):
+    """Command-line options for config keys."""
+    flat = []
+    for key, value in config.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            flat.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flat += [f"--{name}", str(value)]
+    return flat
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_model, processed_data, tmp_path_factory):
+    """A folder of three tiny runs by train.py and the two experiments."""
+    folder = tmp_path_factory.mktemp("weights")
+    common = options(base_model=tiny_model, data_dir=processed_data, output_dir=folder, **TINY_RUN)
+    run("train.py", *common)
+    run("train_experiment_rank8.py", *common, "--rank", 2, "--alpha", 2)
+    run("train_experiment_unet_only.py", *common)
+    return folder

@@ -1,0 +1,218 @@
+"""Adapters: into a model and out, both file layouts, and every way in which a file can be wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import adapters
+from common import UserError
+from inference import load_pipeline, probe
+
+
+@pytest.fixture
+def pipeline(tiny_model):
+    return load_pipeline(tiny_model, torch.float32, "cpu")
+
+
+def models_of(pipeline):
+    return {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+
+
+def rewrite(folder, target, change):
+    """A copy of an adapter folder whose tensors went through `change` (a dict to a dict)."""
+    shutil.copytree(folder, target)
+    path = target / adapters.WEIGHTS
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    save_file(change(load_file(path)), path, metadata=header)
+    return target
+
+
+def test_parameter_counts_of_the_full_size_model():
+    def count(model, rank, targets):
+        adapters.add_lora(model, rank, rank, targets)
+        return sum(a.numel() + b.numel() for a, b in adapters.factors(model).values())
+
+    with torch.device("meta"):
+        for rank, expected in ((32, 6_377_472), (8, 1_594_368)):
+            unet = UNet2DConditionModel(
+                sample_size=64, cross_attention_dim=768, attention_head_dim=8
+            )
+            assert count(unet, rank, ("to_k", "to_q", "to_v", "to_out.0")) == expected
+        text_encoder = CLIPTextModel(CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        ))  # fmt: skip
+        assert count(text_encoder, 32, ("q_proj", "v_proj")) == 1_179_648
+
+
+def test_round_trip_and_equal_output_in_diffusers(trained, tiny_model, pipeline):
+    folder = trained / "lora_weights_rank_32"
+    base = probe(pipeline)
+    adapter = adapters.read_adapter(folder)
+    adapters.apply_adapter(adapter, models_of(pipeline))
+    ours = probe(pipeline)
+    assert not torch.equal(ours["unet"], base["unet"])
+    assert not torch.equal(ours["text_encoder"], base["text_encoder"])
+
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    theirs.load_lora_weights(folder)
+    for name, output in probe(theirs).items():
+        torch.testing.assert_close(output, ours[name], rtol=1e-5, atol=1e-6)
+
+    adapters.remove_adapter(models_of(pipeline))
+    for name, output in probe(pipeline).items():
+        assert torch.equal(output, base[name])
+
+
+def test_alpha_other_than_rank_survives_the_file(tmp_path, tiny_model, pipeline):
+    models = models_of(pipeline)
+    for component, targets in (("unet", ["to_q"]), ("text_encoder", ["q_proj"])):
+        adapters.add_lora(models[component], 4, 2.0, targets)
+        for _, b in adapters.factors(models[component]).values():
+            torch.nn.init.normal_(b.data)
+    expected = probe(pipeline)
+    targets = {"unet": ["to_q"], "text_encoder": ["q_proj"]}
+    adapters.save_adapter(tmp_path, models, 4, 2.0, targets, {"caption": "x"})
+    assert adapters.read_adapter(tmp_path).alpha == {"unet": 2.0, "text_encoder": 2.0}
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    theirs.load_lora_weights(tmp_path)
+    for name, output in probe(theirs).items():
+        torch.testing.assert_close(output, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+@pytest.mark.parametrize("at_root", [True, False])
+def test_published_peft_layout(tmp_path, trained, pipeline, prefix, at_root):
+    """PEFT folders, with and without the `text_model.` level, give the same as our own file."""
+    tensors = load_file(trained / "lora_weights_rank_32" / adapters.WEIGHTS)
+    for component in ["text_encoder"] if at_root else ["unet", "text_encoder"]:
+        place = tmp_path if at_root else tmp_path / component
+        place.mkdir(exist_ok=True)
+        own = {
+            k.removeprefix(f"{component}."): v
+            for k, v in tensors.items()
+            if k.startswith(component)
+        }
+        own = {k.replace("text_model.", prefix): v for k, v in own.items()}
+        save_file(
+            {f"base_model.model.{k}": v for k, v in own.items()},
+            place / "adapter_model.safetensors",
+        )
+        names = (
+            ["q_proj", "v_proj"]
+            if component == "text_encoder"
+            else ["to_k", "to_q", "to_v", "to_out.0"]
+        )
+        config = dict(peft_type="LORA", r=4, lora_alpha=4, target_modules=names)
+        (place / "adapter_config.json").write_text(json.dumps(config))
+    published = adapters.read_adapter(tmp_path)
+    ours = adapters.read_adapter(trained / "lora_weights_rank_32")
+    if not at_root:
+        assert adapters.fingerprint(published) == adapters.fingerprint(ours)
+    adapters.apply_adapter(ours, models_of(pipeline))
+    expected = probe(pipeline)["text_encoder"]
+    adapters.remove_adapter(models_of(pipeline))
+    adapters.apply_adapter(published, models_of(pipeline))
+    assert torch.equal(probe(pipeline)["text_encoder"], expected)
+
+
+def first(tensors, part="unet", factor="lora_B"):
+    return next(key for key in sorted(tensors) if key.startswith(part) and factor in key)
+
+
+def dropped_layer(tensors):
+    layer = first(tensors).split(".lora_")[0]
+    return {k: v for k, v in tensors.items() if not k.startswith(layer + ".")}
+
+
+def renamed_layer(tensors):
+    layer = first(tensors).split(".lora_")[0]
+    return {
+        k.replace(layer, layer.replace("down_blocks.0", "down_blocks.7")): v
+        for k, v in tensors.items()
+    }
+
+
+def dropped_factor(tensors):
+    return {k: v for k, v in tensors.items() if k != first(tensors)}
+
+
+def zeroed(tensors):
+    return {k: v * 0 if "lora_B" in k and k.startswith("unet") else v for k, v in tensors.items()}
+
+
+def not_finite(tensors):
+    return tensors | {first(tensors): torch.full_like(tensors[first(tensors)], float("nan"))}
+
+
+def other_shape(tensors):
+    key = first(tensors)
+    return tensors | {key: torch.ones(tensors[key].shape[0] + 8, tensors[key].shape[1])}
+
+
+def unknown_key(tensors):
+    return tensors | {"unet.conv_in.weight": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dropped_layer, "1 layers of the model get nothing"),
+        (renamed_layer, "1 of 32 layers in the file are not in the model"),
+        (dropped_factor, "one factor only"),
+        (zeroed, "does nothing"),
+        (not_finite, "NaN"),
+        (other_shape, "another shape"),
+        (unknown_key, "no key of a LoRA adapter"),
+    ],
+)
+def test_a_wrong_file_is_refused_and_named(tmp_path, trained, pipeline, change, words):
+    wrong = rewrite(trained / "lora_weights_rank_32", tmp_path / "wrong", change)
+    with pytest.raises(UserError, match=words) as error:
+        adapters.apply_adapter(adapters.read_adapter(wrong), models_of(pipeline))
+    assert str(wrong) in str(error.value)
+
+
+def test_damaged_files(tmp_path, trained):
+    source = trained / "lora_weights_rank_32" / adapters.WEIGHTS
+    for name, content in (
+        ("cut", source.read_bytes()[:500]),
+        ("zero", b"\0" * 900),
+        ("text", b"hello"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / adapters.WEIGHTS).write_bytes(content)
+        with pytest.raises(UserError, match="safetensors"):
+            adapters.read_adapter(tmp_path / name)
+
+
+def test_find_adapters(trained, tmp_path):
+    found = [name for name, _ in adapters.find_adapters(trained)]
+    assert found == ["lora_weights_rank8", "lora_weights_rank_32", "lora_weights_unet_only"]
+    one = adapters.find_adapters(trained / "lora_weights_rank8")
+    assert [name for name, _ in one] == ["lora_weights_rank8"]
+    with pytest.raises(UserError, match="no adapter in it"):
+        adapters.find_adapters(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        adapters.find_adapters(tmp_path / "none")
+
+
+def test_fingerprint_tells_adapters_apart_and_copies_not(tmp_path, trained):
+    prints = {
+        adapters.fingerprint(adapters.read_adapter(path))
+        for _, path in adapters.find_adapters(trained)
+    }
+    assert len(prints) == 3
+    copy = rewrite(trained / "lora_weights_rank8", tmp_path / "copy", lambda tensors: tensors)
+    assert adapters.fingerprint(adapters.read_adapter(copy)) in prints
+
+
+def test_a_target_that_matches_nothing(pipeline):
+    with pytest.raises(UserError, match="to_z"):
+        adapters.add_lora(pipeline.unet, 4, 4, ["to_q", "to_z"])

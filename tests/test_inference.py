@@ -1,0 +1,187 @@
+"""inference.py, run as a user runs it."""
+
+import csv
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line, call, options, picture, run
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import inference
+import metrics
+from adapters import WEIGHTS
+
+
+def tiny(model, clip, data):
+    return dict(base_model=model, clip_model=clip, data_dir=data, resolution=64, steps=2, seeds=2)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_model, tiny_clip, processed_data, trained, tmp_path_factory):
+    """All three tiny runs, evaluated in one go."""
+    folder = tmp_path_factory.mktemp("results")
+    config = tiny(tiny_model, tiny_clip, processed_data) | dict(lora_dir=trained, output_dir=folder)
+    return folder, run("inference.py", *options(**config))
+
+
+def test_what_an_evaluation_leaves(evaluated):
+    folder, done = evaluated
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["lora_weights_rank8", "lora_weights_rank_32", "lora_weights_unet_only"]
+    one = folder / "lora_weights_rank8"
+    assert sorted(p.name for p in one.iterdir()) == [
+        "comparison_all.png", "failure_cases.png", "images", "metrics.csv", "metrics.json",
+        "success_cases.png", "summary.md",
+    ]  # fmt: skip
+    pictures = sorted(p.name for p in (one / "images" / "a-red-leather-jacket").iterdir())
+    assert pictures == ["base_42.png", "base_43.png", "lora_42.png", "lora_43.png"]
+    rows = list(csv.DictReader((one / "metrics.csv").open()))
+    assert len(rows) == 5 * 2 * 2
+    summary = json.loads((one / "metrics.json").read_text())
+    assert summary["config"]["steps"] == 2
+    assert summary["adapter"]["rank"] == {"text_encoder": 2, "unet": 2}
+    assert "a cat sitting on a couch" in (one / "summary.md").read_text()
+    assert "on the CPU, in fp32" in done.stdout
+
+
+def test_base_pictures_are_shared_and_lora_pictures_differ(evaluated):
+    folder, _ = evaluated
+
+    def pixels(run_name, kind):
+        path = folder / run_name / "images" / "a-holographic-raincoat" / f"{kind}_42.png"
+        return np.asarray(Image.open(path), np.int16)
+
+    runs = [p.name for p in folder.iterdir()]
+    for name in runs[1:]:
+        np.testing.assert_array_equal(pixels(name, "base"), pixels(runs[0], "base"))
+    assert not np.array_equal(pixels(runs[0], "lora"), pixels(runs[0], "base"))
+
+
+def test_figures_are_those_of_the_saved_pictures(evaluated, tiny_clip):
+    folder = evaluated[0] / "lora_weights_rank_32"
+    row = next(r for r in json.loads((folder / "metrics.json").read_text())["pictures"]
+               if r["model"] == "lora" and r["prompt"] == "a red leather jacket")  # fmt: skip
+    place = folder / "images" / "a-red-leather-jacket"
+    lora, base = (Image.open(place / f"{kind}_{row['seed']}.png") for kind in ("lora", "base"))
+    clip = metrics.load_clip(tiny_clip)
+    assert metrics.lpips_distances([base], [lora])[0] == pytest.approx(row["lpips"], abs=1e-6)
+    score = metrics.clip_scores([lora], [row["prompt"]], clip)[0]
+    assert score == pytest.approx(row["clip"], abs=1e-6)
+
+
+def test_a_picture_does_not_depend_on_its_batch(tiny_model):
+    pipeline = inference.load_pipeline(tiny_model, torch.float32, "cpu")
+    jobs = [(prompt, seed) for prompt in ("a raincoat", "a cat") for seed in (1, 2, 3)]
+    how = dict(steps=2, guidance_scale=6.0, resolution=64, title="")
+    together = inference.draw(pipeline, jobs, batch_size=6, **how)
+    alone = inference.draw(pipeline, jobs, batch_size=1, **how)
+    for a, b in zip(together, alone, strict=True):
+        assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
+    assert not np.array_equal(np.asarray(together[0]), np.asarray(together[1]))
+
+
+def test_prompts_file(tmp_path, tiny_model, tiny_clip, processed_data, trained):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# mine\n../../a <b>raincoat</b>\n\nfailure: a cat\nsuccess: A cat!\n")
+    config = tiny(tiny_model, tiny_clip, processed_data) | dict(
+        lora_dir=trained / "lora_weights_rank8",
+        output_dir=tmp_path / "out",
+        prompts=prompts,
+        seeds=1,
+    )
+    run("inference.py", *options(**config))
+    places = sorted(p.name for p in (tmp_path / "out" / "images").iterdir())
+    assert places == ["a-b-raincoat-b", "a-cat", "a-cat-3"]
+
+
+def test_an_adapter_that_does_nothing_is_refused(
+    tmp_path, tiny_model, tiny_clip, processed_data, trained
+):
+    folder = tmp_path / "zero"
+    shutil.copytree(trained / "lora_weights_rank8", folder)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        header = file.metadata()
+    # Not zero, but so small that adding it changes no float: only the forward pass can tell.
+    tensors = {k: v * 1e-30 if "lora_B" in k else v for k, v in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, metadata=header)
+    config = tiny(tiny_model, tiny_clip, processed_data) | dict(
+        lora_dir=folder, output_dir=tmp_path / "o"
+    )
+    assert_one_line(call("inference.py", *options(**config)), folder, "does nothing")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(lora_dir="nowhere"), "no such folder"),
+        (dict(base_model="owner/none"), "owner/none cannot be had"),
+        (dict(clip_model="owner/no-clip"), "owner/no-clip cannot be had"),
+        (dict(steps=0), "steps is 0"),
+        (dict(resolution=20), "multiple of 8"),
+        (dict(prompts="no-such-file.txt"), "no-such-file.txt"),
+        (dict(seeds="x"), "--seeds"),
+    ],
+)
+def test_mistakes_get_one_line(
+    tmp_path, tiny_model, tiny_clip, processed_data, trained, change, words
+):
+    config = tiny(tiny_model, tiny_clip, processed_data) | dict(
+        lora_dir=trained / "lora_weights_rank8", output_dir=tmp_path / "out"
+    )
+    assert_one_line(call("inference.py", *options(**config | change)), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_long_prompt_is_refused(tmp_path, tiny_model, tiny_clip, processed_data, trained):
+    (tmp_path / "prompts.txt").write_text("word " * 60)
+    config = tiny(tiny_model, tiny_clip, processed_data) | dict(
+        lora_dir=trained / "lora_weights_rank8", output_dir=tmp_path / "out", prompts=tmp_path / "prompts.txt"
+    )  # fmt: skip
+    assert_one_line(call("inference.py", *options(**config)), "tokens")
+
+
+def test_missing_training_pictures_are_said(tmp_path, tiny_model, tiny_clip, trained):
+    config = tiny(tiny_model, tiny_clip, tmp_path / "none") | dict(
+        lora_dir=trained / "lora_weights_rank8", output_dir=tmp_path / "out", seeds=1
+    )
+    done = run("inference.py", *options(**config))
+    assert "concept similarity is not computed" in done.stdout
+    row = json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"][0]
+    assert "concept_similarity" not in row
+
+
+def test_help_lists_every_key():
+    for script in ("preprocess.py", "train.py", "inference.py", "train_experiment_rank8.py"):
+        module = __import__(script[:-3])
+        done = call(script, "--help")
+        for key in module.CONFIG:
+            assert f"--{key.replace('_', '-')}" in done.stdout, (script, key)
+
+
+PUBLISHED = os.environ.get("PUBLISHED_STUDY", "")
+
+
+@pytest.mark.skipif(
+    not PUBLISHED, reason="set PUBLISHED_STUDY to the folder of the study's pictures"
+)
+def test_published_lpips():
+    folder = ROOT / PUBLISHED
+    stored = json.loads((folder / "lpips.json").read_text())["lpips_alex"]
+    base = [Image.open(folder / "base" / f"base_{n}.png") for n in range(1, 6)]
+    for experiment, expected in stored.items():
+        lora = [Image.open(folder / experiment / f"lora_{n}.png") for n in range(1, 6)]
+        np.testing.assert_allclose(metrics.lpips_distances(base, lora), expected, atol=1e-3)
+
+
+def test_black_pictures_do_not_stop_the_scores(tiny_clip):
+    clip = metrics.load_clip(tiny_clip)
+    black = Image.new("RGB", (64, 64))
+    assert np.isfinite(metrics.clip_scores([black], ["x"], clip)).all()
+    assert np.isfinite(metrics.lpips_distances([black], [picture(1)])).all()

@@ -1,0 +1,282 @@
+"""train.py and the two experiments, run as a user runs them, and the parts of their loop."""
+
+import ast
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, assert_one_line, call, make_processed, options, picture, run
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train
+import train_experiment_rank8
+import train_experiment_unet_only
+from adapters import WEIGHTS
+
+
+def train_tiny(model, data, folder, *extra, script="train.py", check=True, **changes):
+    config = TINY_RUN | dict(base_model=model, data_dir=data, output_dir=folder) | changes
+    if not check:  # an error is expected
+        return call(script, *options(**config), *extra)
+    return run(script, *options(**config), *extra)
+
+
+def weights(folder, name="lora_weights_rank_32"):
+    return load_file(folder / name / WEIGHTS)
+
+
+def test_experiments_differ_in_the_declared_keys_only():
+    declared = {
+        train_experiment_rank8: dict(run_name="lora_weights_rank8", rank=8, alpha=8.0),
+        train_experiment_unet_only: dict(
+            run_name="lora_weights_unet_only", train_text_encoder=False
+        ),
+    }
+    for script, expected in declared.items():
+        assert list(script.CONFIG) == list(train.CONFIG)
+        differing = {k: v for k, v in script.CONFIG.items() if v != train.CONFIG[k]}
+        assert differing == expected
+        # The lines that differ are the marked ones.
+        source = (ROOT / f"{script.__name__}.py").read_text()
+        marked = {line.split("=")[0].strip() for line in source.splitlines() if "<- changed" in line and "=" in line}  # fmt: skip
+        assert marked - {'# The complete configuration; a line that differs from train.py\'s ends in "<- changed".'} == set(expected)  # fmt: skip
+
+
+def test_the_recipe():
+    """The published recipe, key by key."""
+    expected = dict(
+        base_model="stable-diffusion-v1-5/stable-diffusion-v1-5", rank=32, alpha=32,
+        unet_targets=("to_k", "to_q", "to_v", "to_out.0"),
+        text_encoder_targets=("q_proj", "v_proj"), unet_learning_rate=1e-4,
+        text_encoder_learning_rate=1e-5, max_steps=4000, batch_size=1, mixed_precision="fp16",
+        adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2, warmup_steps=50,
+        gradient_checkpointing=True, seed=42, resolution=512,
+        wandb_project="lora-holographic-raincoat",
+    )  # fmt: skip
+    assert expected == {key: train.CONFIG[key] for key in expected}
+
+
+def test_train_takes_every_key_and_has_no_defaults():
+    tree = ast.parse((ROOT / "train.py").read_text())
+    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train")
+    assert [argument.arg for argument in function.args.kwonlyargs] == list(train.CONFIG)
+    assert function.args.kw_defaults == [None] * len(train.CONFIG)
+
+
+def test_what_a_run_leaves(trained):
+    folder = trained / "lora_weights_rank_32"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+        WEIGHTS,
+    ]
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "loss" in r] == [2, 4, 6]
+    assert [r["step"] for r in rows if "validation_loss" in r] == [0, 3, 6]
+    summary = json.loads((folder / "config.json").read_text())
+    assert summary["config"]["rank"] == 4
+    assert summary["parameters"] == {"unet": 9984, "text_encoder": 1024}
+    assert len(summary["data"]["held_out"]) == 2
+    assert not set(summary["data"]["held_out"]) & set(summary["data"]["trained_on"])
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        header = file.metadata()
+    assert header["rank"] == "4"
+    assert header["caption"] == "a holographic raincoat"
+    assert header["data_sha256"] == summary["data"]["sha256"]
+    assert not list(trained.glob(".*"))  # nothing half-done is left beside
+
+
+def test_unet_only_has_no_text_encoder_weights(trained):
+    keys = weights(trained, "lora_weights_unet_only")
+    assert all(key.startswith("unet.") for key in keys)
+    assert any(key.startswith("text_encoder.") for key in weights(trained))
+
+
+def test_same_seed_same_weights_other_seed_other_weights(
+    tiny_model, processed_data, tmp_path, trained
+):
+    train_tiny(tiny_model, processed_data, tmp_path / "again")
+    train_tiny(tiny_model, processed_data, tmp_path / "other", seed=7)
+    first, again, other = (weights(f) for f in (trained, tmp_path / "again", tmp_path / "other"))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def relative_difference(a, b):
+    """Norm of the difference of two adapters' B factors, which start at zero, over their norm.
+
+    Sums are rounded in another order here and there, and the optimizer's 8-bit state turns some of
+    that into a step of its own, so single elements may differ by more than the whole does.
+    """
+    keys = [key for key in a if "lora_B" in key]
+    flat_a, flat_b = (torch.cat([w[key].flatten() for key in keys]) for w in (a, b))
+    return ((flat_a - flat_b).norm() / flat_a.norm()).item()
+
+
+def test_two_processes_agree_with_one_of_twice_the_batch(tiny_model, processed_data, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+                "--main_process_port", str(29500 + os.getpid() % 1000)]  # fmt: skip
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data)
+    done = run("train.py", *options(**config, output_dir=tmp_path / "two"), launcher=launcher)
+    assert done.stdout.count("2 held out") == 1  # one process speaks and writes
+    train_tiny(tiny_model, processed_data, tmp_path / "one", batch_size=2)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    summary = json.loads((tmp_path / "two" / "lora_weights_rank_32" / "config.json").read_text())
+    assert summary["processes"] == 2
+    assert relative_difference(one, two) < 0.01
+
+
+def test_accumulation_agrees_with_a_larger_batch(tiny_model, processed_data, tmp_path):
+    train_tiny(tiny_model, processed_data, tmp_path / "a", gradient_accumulation_steps=3)
+    train_tiny(tiny_model, processed_data, tmp_path / "b", batch_size=3)
+    assert relative_difference(weights(tmp_path / "a"), weights(tmp_path / "b")) < 0.01
+
+
+def test_learning_rate_zero_is_caught_not_saved(tiny_model, processed_data, tmp_path):
+    for rates in (
+        dict(unet_learning_rate=0, text_encoder_learning_rate=0),
+        dict(text_encoder_learning_rate=0),
+    ):
+        done = train_tiny(tiny_model, processed_data, tmp_path, check=False, **rates)
+        assert_one_line(done, "did not train", "lora_B")
+    assert not (tmp_path / "lora_weights_rank_32").exists()
+
+
+def test_a_failed_run_leaves_the_old_one(tiny_model, processed_data, tmp_path):
+    train_tiny(tiny_model, processed_data, tmp_path)
+    before = (tmp_path / "lora_weights_rank_32" / WEIGHTS).read_bytes()
+    train_tiny(tiny_model, processed_data, tmp_path, check=False, unet_learning_rate=0)
+    assert (tmp_path / "lora_weights_rank_32" / WEIGHTS).read_bytes() == before
+
+
+def test_published_layout_without_images_prefix(tiny_model, tmp_path):
+    """The published study's listing names the pictures without their images/ folder."""
+    data = make_processed(tmp_path / "data", 4)
+    listing = data / "captions.jsonl"
+    listing.write_text(listing.read_text().replace("images/", ""))
+    train_tiny(tiny_model, data, tmp_path / "weights", max_steps=2)
+
+
+def test_wandb_runs_offline_without_a_key(tiny_model, processed_data, tmp_path, monkeypatch):
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data, output_dir=tmp_path)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    home = dict(HOME=str(tmp_path), NETRC=str(tmp_path / "none"), WANDB_DIR=str(tmp_path))
+    run("train.py", *options(**config), env=home)
+    stored = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(stored) == 1
+    content = stored[0].read_bytes()
+    assert b"train/loss" in content
+    assert b"train/learning_rate" in content
+    assert b"a holographic raincoat" not in content  # captions stay here
+
+
+def test_learning_rate_schedule_is_diffusers_own():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=400)
+    for step in range(400):
+        ours = train.learning_rate_factor(step, 400, 50)
+        assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_flat_parameters_are_views():
+    layers = [torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)]
+    model = torch.nn.Sequential(*layers)
+    before = [p.detach().clone() for p in model.parameters()]
+    flat = train.flatten_parameters(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    model(torch.ones(1, 3)).sum().backward()
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.equal(flat.grad, grads)
+    assert grads.abs().sum() > 0
+    with torch.no_grad():
+        flat.add_(1.0)
+    assert torch.equal(layers[0].weight, before[0] + 1)
+
+
+def test_data_order_visits_every_picture_once_an_epoch():
+    for epoch in range(3):
+        assert sorted(train.epoch_order(1, epoch, 28)) == list(range(28))
+    assert list(train.epoch_order(1, 0, 28)) != list(train.epoch_order(1, 1, 28))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(data_dir="/nowhere/at/all"), "preprocess.py"),
+        (dict(warmup_steps=6), "warmup_steps"),
+        (dict(rank=0), "rank is 0"),
+        (dict(validation_count=8), "validation_count"),
+        (dict(mixed_precision="fp8"), "mixed_precision"),
+        (dict(resolution=60), "multiple of 8"),
+        (dict(run_name="../elsewhere"), "run_name"),
+        (dict(base_model="./no/such/folder"), "no such folder"),
+        (dict(base_model="some-owner/no-such-model"), "some-owner/no-such-model cannot be had"),
+        (dict(unet_learning_rate="fast"), "--unet-learning-rate"),
+        (dict(unet_targets="to_z"), "to_z"),
+        (dict(alpha="nan"), "alpha"),
+    ],
+)
+def test_mistakes_get_one_line(tiny_model, processed_data, tmp_path, change, words):
+    done = train_tiny(tiny_model, processed_data, tmp_path, check=False, **change)
+    assert_one_line(done, words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("no json", "line 9"),
+        ('{"file_name": "images/image_01.png"}', "line 9"),
+        ('{"file_name": "images/image_01.png", "text": "again"}', "already named in line 1"),
+        ('{"file_name": "images/none.png", "text": "x"}', "no images/none.png"),
+        ('{"file_name": "../outside.png", "text": "x"}', "outside"),
+        ('{"file_name": "images/words.png", "text": "x"}', "cannot be read as a picture"),
+        ('{"file_name": "images/long.png", "text": "' + "word " * 60 + '"}', "77"),
+    ],
+)
+def test_bad_data_is_named(tiny_model, tmp_path, line, words):
+    data = make_processed(tmp_path / "data", 8)
+    picture(1).save(tmp_path / "outside.png")
+    picture(99).save(data / "images" / "long.png")
+    (data / "images" / "words.png").write_text("words")
+    with (data / "captions.jsonl").open("a") as file:
+        file.write(line + "\n")
+    done = train_tiny(tiny_model, data, tmp_path / "weights", check=False)
+    assert_one_line(done, words)
+
+
+def test_a_damaged_base_model_is_named(tiny_model, processed_data, tmp_path):
+    import shutil
+
+    for missing in ("unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer"):
+        broken = tmp_path / missing.replace("/", "_")
+        shutil.copytree(tiny_model, broken)
+        target = broken / missing
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+        done = train_tiny(broken, processed_data, tmp_path / "weights", check=False)
+        assert_one_line(done, broken, missing)
+
+
+def test_noise_depends_on_seed_and_sample_alone():
+    def draw(seed, sample):
+        return train.draw_noise(
+            np.random.default_rng([seed, train.SAMPLE, sample]), (4, 8, 8), 1000
+        )
+
+    for a, b in zip(draw(1, 5), draw(1, 5), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(draw(1, 5)[1], draw(1, 6)[1])
+    assert not np.array_equal(draw(1, 5)[1], draw(2, 5)[1])
+    many = np.concatenate([draw(1, sample)[1].ravel() for sample in range(200)])
+    assert abs(many.mean()) < 0.02
+    assert abs(many.std() - 1) < 0.02

@@ -1,0 +1,496 @@
+#!/usr/bin/env python3
+"""Teach Stable Diffusion v1.5 one concept with LoRA: processed_data/ -> lora_weights/.
+
+    python train.py                                    # the recipe below, on a CUDA GPU
+    python train.py --demo                             # the embedded miniature, on any CPU
+    python train.py --max-steps 100 --warmup-steps 10  # any key of CONFIG can be overridden
+    accelerate launch --num_processes 2 train.py       # several GPUs
+
+Out comes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format),
+config.json (configuration, versions, commit, device), log.jsonl and loss.png. An earlier run of
+that name is replaced only once the new one is complete.
+
+Latents are computed once, noise and timesteps derive from (seed, sample number), and the LoRA
+parameters of a group are views of one flat vector: one optimizer kernel, one check for overflow and,
+on several GPUs, one all-reduce of one tensor.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import netrc
+import os
+import time
+from pathlib import Path
+
+# Its only remark at import is about a 4-bit kernel that nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+import bitsandbytes
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import adapters
+import wandb
+from common import (
+    UserError,
+    check_output_folder,
+    check_range,
+    data_hash,
+    fetch_base_model,
+    fresh_folder,
+    load_part,
+    parse_config,
+    provenance,
+    read_dataset,
+    replace_folder,
+    run_script,
+    write_json,
+)
+from report import loss_figure
+
+CONFIG = dict(
+    # model
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    revision=None,  # a commit of the hub repository; None: its newest
+    # data
+    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
+    resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
+    validation_count=4,  # pictures held out of training, to see their loss at fixed noise
+    # output
+    output_dir="lora_weights",
+    run_name="lora_weights_rank_32",
+    # LoRA: the weights become W + alpha / rank * B A
+    rank=32,
+    alpha=32.0,  # equal to the rank: a scale of 1
+    unet_targets=("to_k", "to_q", "to_v", "to_out.0"),  # all attention projections
+    text_encoder_targets=("q_proj", "v_proj"),
+    train_text_encoder=True,
+    # optimisation
+    unet_learning_rate=1e-4,
+    text_encoder_learning_rate=1e-5,  # a tenth: language forgets faster than pictures
+    adam_beta1=0.9,
+    adam_beta2=0.999,
+    adam_weight_decay=1e-2,
+    max_steps=4000,  # optimizer steps: 125 times 32 pictures
+    warmup_steps=50,  # linear from 0, then a cosine to 0
+    batch_size=1,  # pictures a process and micro-step
+    gradient_accumulation_steps=1,  # micro-steps an optimizer step
+    # memory and precision
+    gradient_checkpointing=True,  # UNet activations are computed twice instead of kept
+    mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
+    # the rest
+    seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
+    log_every=10,  # steps
+    validate_every=250,  # steps
+    wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
+)
+
+# What --demo puts in their place: the embedded miniature is 128 pixels wide and learns faster.
+DEMO = dict(
+    base_model="demo/model",
+    resolution=128,
+    unet_learning_rate=1e-3,
+    text_encoder_learning_rate=1e-4,
+    max_steps=400,
+    gradient_checkpointing=False,
+    validate_every=50,
+)
+
+MAX_TOKENS = 77  # CLIP's text length, begin and end token included
+# Separate streams of random numbers, so that none shifts another.
+ORDER, SAMPLE, HELD_OUT = 1, 2, 3
+
+
+# ---- data ----------------------------------------------------------------------------------
+
+
+def tokenize(tokenizer, rows):
+    """Token ids of the captions, int64 [n, 77]; UserError naming a caption that does not fit."""
+    for name, caption, _ in rows:
+        length = len(tokenizer(caption).input_ids)
+        if length > MAX_TOKENS:
+            raise UserError(
+                f"the caption of {name} has {length} tokens, {MAX_TOKENS} is the most "
+                f"(begin and end included); shorten «{caption[:60]}…»"
+            )
+    return tokenizer(
+        [caption for _, caption, _ in rows],
+        padding="max_length",
+        max_length=MAX_TOKENS,
+        return_tensors="pt",
+    ).input_ids
+
+
+@torch.no_grad()
+def encode_latents(vae, rows, device):
+    """Mean and standard deviation of each picture's latent distribution, float32 [n, 4, h, w] each,
+    scaled as the UNet expects them. The VAE runs once a picture; training samples from these."""
+    means, deviations = [], []
+    for name, _, pixels in tqdm(rows, desc="latents", unit="picture", leave=False):
+        batch = pixels[None].to(device, vae.dtype) / 127.5 - 1.0  # [-1, 1]
+        latent = vae.encode(batch).latent_dist
+        if not latent.mean.isfinite().all():
+            raise UserError(f"the VAE gives NaN for {name}; try --mixed-precision no")
+        means.append(latent.mean.float() * vae.config.scaling_factor)
+        deviations.append(latent.std.float() * vae.config.scaling_factor)
+    return torch.cat(means), torch.cat(deviations)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, count):
+    """The order in which an epoch goes through its `count` pictures."""
+    return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
+
+
+def draw_noise(rng, shape, timesteps_count):
+    """(latent noise, added noise, timestep) of one sample; the first two float32 of `shape`."""
+    latent_noise, noise = rng.standard_normal((2, *shape), dtype=np.float32)
+    return latent_noise, noise, rng.integers(timesteps_count)
+
+
+# ---- the optimisation's parts --------------------------------------------------------------
+
+
+def flatten_parameters(parameters):
+    """One flat float32 parameter that holds `parameters`, which become views of it, gradients too.
+
+    An optimizer, a loss scaler and an all-reduce then see one tensor. The gradients are views as
+    well, so they must be zeroed in place, never set to None.
+    """
+    flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    start = 0
+    for parameter in parameters:
+        end = start + parameter.numel()
+        parameter.data = flat.data[start:end].view_as(parameter)
+        parameter.grad = flat.grad[start:end].view_as(parameter)
+        start = end
+    return flat
+
+
+def learning_rate_factor(step, max_steps, warmup_steps):
+    """Linear from 0 over the warm-up, then a half cosine to 0; `step` counts from 0.
+
+    The same numbers as diffusers' `get_cosine_schedule_with_warmup`.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def diffusion_loss(unet, scheduler, latents, noise, timesteps, encoder_hidden_states):
+    """Mean squared error of the predicted noise, one value a picture: float32 [n].
+
+    Ho et al. 2020, equation 14; for a base model that predicts velocity, Salimans & Ho 2022.
+    """
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    noise_pred = unet(noisy_latents.to(unet.dtype), timesteps, encoder_hidden_states).sample
+    target = noise
+    if scheduler.config.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(latents, noise, timesteps)
+    return F.mse_loss(noise_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
+
+
+def check_trained(models):
+    """UserError unless every lora_B is finite and has moved away from its start at zero."""
+    for component, model in models.items():
+        rows = adapters.factors(model)
+        dead = [name for name, (_, b) in rows.items() if not (b.any() and b.isfinite().all())]
+        if dead:
+            raise UserError(
+                f"the adapter did not train: {len(dead)} of {len(rows)} lora_B of the {component} are "
+                f"zero or not finite ({adapters.some(dead)}); nothing was saved. Is the learning rate "
+                "0 or far too high?"
+            )
+
+
+def check_config(config):
+    """Refuse values that make no sense, before anything is loaded."""
+    for key in "rank resolution max_steps batch_size gradient_accumulation_steps log_every validate_every".split():  # fmt: skip
+        check_range(config, key, 1)
+    for key in "validation_count warmup_steps seed adam_weight_decay unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
+        check_range(config, key, 0)
+    check_range(config, "alpha", 1e-6)
+    for key in ("adam_beta1", "adam_beta2"):
+        check_range(config, key, 0, 1 - 1e-9)
+    if config["resolution"] % 8:
+        raise UserError(f"resolution is {config['resolution']}, but must be a multiple of 8")
+    if config["warmup_steps"] >= config["max_steps"]:
+        raise UserError(
+            f"warmup_steps is {config['warmup_steps']}, but must be below max_steps "
+            f"({config['max_steps']}); for a short run add --warmup-steps 0"
+        )
+    if config["mixed_precision"] not in ("fp16", "bf16", "no"):
+        raise UserError(
+            f"mixed_precision is {config['mixed_precision']}, but must be fp16, bf16 or no"
+        )
+    if Path(config["run_name"]).name != config["run_name"] or config["run_name"].startswith("."):
+        raise UserError(f"run_name {config['run_name']!r} must be a plain folder name")
+    check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
+
+
+def start_wandb(project, name, config):
+    """A W&B run: online with an API key, else offline, never asking; WANDB_MODE decides if set.
+
+    It gets the configuration and the figures, no pictures and no captions.
+    """
+    key = os.environ.get("WANDB_API_KEY")
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        key = key or netrc.netrc().authenticators("api.wandb.ai")
+    mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+    start = functools.partial(wandb.init, project=project, name=name, config=config,
+                              settings=wandb.Settings(console="off", silent=True))  # fmt: skip
+    try:
+        return start(mode=mode)
+    except (wandb.Error, ValueError) as problem:
+        # No network, a wrong key, an unknown mode: not worth a training run.
+        print(f"W&B cannot start ({' '.join(str(problem).split())[:120]}): logging offline")
+        os.environ["WANDB_MODE"] = "offline"
+        return start(mode="offline")
+
+
+# ---- the run -------------------------------------------------------------------------------
+
+
+def train(*, base_model, revision, data_dir, resolution, validation_count, output_dir, run_name,
+          rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
+          unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
+          adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps,
+          gradient_checkpointing, mixed_precision, seed, log_every, validate_every,
+          wandb_project):  # fmt: skip
+    """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
+    config = dict(locals())
+    started = time.monotonic()
+
+    # Everything that can be wrong is looked at before a model is loaded.
+    check_config(config)
+    rows = read_dataset(data_dir, resolution)
+    if validation_count >= len(rows):
+        raise UserError(
+            f"validation_count is {validation_count}, but {data_dir} has {len(rows)} pictures; "
+            "leave some to train on (--validation-count 0 holds out none)"
+        )
+    on_cuda = torch.cuda.is_available()
+    base_folder = fetch_base_model(base_model, revision, half=on_cuda and mixed_precision == "fp16")
+    tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
+    input_ids = tokenize(tokenizer, rows)
+
+    accelerator = Accelerator(mixed_precision=mixed_precision if on_cuda else "no", cpu=not on_cuda)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    say = accelerator.print
+    if not on_cuda:
+        say("no CUDA GPU found: training on the CPU, in fp32")
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[
+        accelerator.mixed_precision
+    ]
+
+    held_out = np.random.default_rng([seed, HELD_OUT]).permutation(len(rows))[:validation_count]
+    train_indices = np.setdiff1d(np.arange(len(rows)), held_out)
+    say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
+
+    # The VAE is needed once: its latents stay, it goes.
+    scheduler = DDPMScheduler.from_pretrained(base_folder / "scheduler")
+    vae = load_part(AutoencoderKL, base_folder, "vae", weight_dtype).to(device)
+    latent_means, latent_deviations = encode_latents(vae, rows, device)
+    del vae
+
+    unet = load_part(UNet2DConditionModel, base_folder, "unet", weight_dtype)
+    text_encoder = load_part(CLIPTextModel, base_folder, "text_encoder", weight_dtype)
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    torch.manual_seed(seed)  # LoRA's A starts as noise, on the CPU, the same on every machine
+    models = {"unet": unet}
+    targets = {"unet": unet_targets}
+    learning_rates = {"unet": unet_learning_rate}
+    if train_text_encoder:
+        models["text_encoder"] = text_encoder
+        targets["text_encoder"] = text_encoder_targets
+        learning_rates["text_encoder"] = text_encoder_learning_rate
+    text_encoder.requires_grad_(False)
+    groups = []
+    for component, model in models.items():
+        model.requires_grad_(False)
+        adapters.add_lora(model, rank, alpha, targets[component])
+        model.to(device).train()
+        parameters = [weight for pair in adapters.factors(model).values() for weight in pair]
+        flat = flatten_parameters(parameters)
+        groups.append(dict(params=[flat], lr=learning_rates[component], name=component))
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if trainable != flat.numel():
+            raise RuntimeError(
+                f"{component}: {trainable} trainable parameters, {flat.numel()} in its group"
+            )
+        frozen = sum(p.numel() for p in model.parameters()) - trainable
+        say(f"{component}: {trainable:,} trainable LoRA parameters, {frozen:,} frozen, "
+            f"learning rate {learning_rates[component]:g}")  # fmt: skip
+    if not train_text_encoder:
+        text_encoder.to(device)
+        with torch.no_grad():
+            cached_states = text_encoder(input_ids.to(device))[0]
+        say("text_encoder: frozen; its output is kept and the model dropped")
+        del text_encoder
+
+    peak_rates = [group["lr"] for group in groups]
+    optimizer = accelerator.prepare(
+        bitsandbytes.optim.AdamW8bit(
+            groups, betas=(adam_beta1, adam_beta2), weight_decay=adam_weight_decay
+        )
+    )
+    flats = [group["params"][0] for group in groups]
+    input_ids = input_ids.to(device)
+    timesteps_count = scheduler.config.num_train_timesteps
+    latent_shape = latent_means.shape[1:]
+
+    def losses(pictures, draws):
+        """Loss of each picture (dataset indices) under its draw of noise and timestep."""
+        latent_noise, noise, timesteps = (torch.from_numpy(np.stack(part)).to(device, non_blocking=True)
+                                          for part in zip(*draws, strict=True))  # fmt: skip
+        pictures = torch.as_tensor(pictures, device=device)
+        latents = latent_means[pictures] + latent_deviations[pictures] * latent_noise
+        with accelerator.autocast():
+            states = (
+                text_encoder(input_ids[pictures])[0]
+                if train_text_encoder
+                else cached_states[pictures]
+            )
+            return diffusion_loss(unet, scheduler, latents, noise, timesteps, states)
+
+    # Sample number s is picture s mod n of epoch s div n. Processes and micro-steps take
+    # consecutive samples, so two processes see what one with twice the batch sees.
+    samples_a_step = batch_size * accelerator.num_processes * gradient_accumulation_steps
+
+    def micro_batch(step, micro):
+        first = step * samples_a_step + micro * batch_size * accelerator.num_processes
+        first += accelerator.process_index * batch_size
+        pictures, draws = [], []
+        for sample in range(first, first + batch_size):
+            epoch, place = divmod(sample, len(train_indices))
+            pictures.append(train_indices[epoch_order(seed, epoch, len(train_indices))[place]])
+            rng = np.random.default_rng([seed, SAMPLE, sample])
+            draws.append(draw_noise(rng, latent_shape, timesteps_count))
+        return pictures, draws
+
+    # The held-out loss: four timesteps spread over the schedule, the same noise every time.
+    probes = [(timesteps_count * (2 * k + 1)) // 8 for k in range(4)]
+
+    @torch.no_grad()
+    def validation_loss():
+        total = 0.0
+        for picture in held_out:
+            rng = np.random.default_rng([seed, HELD_OUT, picture])
+            draws = [(*draw_noise(rng, latent_shape, timesteps_count)[:2], t) for t in probes]
+            total += losses([picture] * len(draws), draws).mean().item()
+        return total / len(held_out)
+
+    target_folder = Path(output_dir) / run_name
+    if is_main:
+        new_folder = fresh_folder(target_folder)
+        log_file = (new_folder / "log.jsonl").open("w", encoding="utf-8")
+        tracker = start_wandb(wandb_project, run_name, config)
+    log = []
+
+    def record(**row):
+        if is_main:
+            log.append(row)
+            log_file.write(json.dumps(row) + "\n")
+            log_file.flush()
+            tracker.log({f"train/{key}": value for key, value in row.items()})
+
+    if len(held_out) and is_main:
+        record(step=0, validation_loss=validation_loss())
+    set_up_seconds = time.monotonic() - started
+    loss_sum, loss_count, skipped = torch.zeros((), device=device), 0, 0
+    bar = tqdm(total=max_steps, desc=run_name, unit="step", disable=not is_main)
+    loop_started = time.monotonic()
+
+    for step in range(max_steps):
+        factor = learning_rate_factor(step, max_steps, warmup_steps)
+        for group, peak_rate in zip(optimizer.param_groups, peak_rates, strict=True):
+            group["lr"] = peak_rate * factor
+
+        for micro in range(gradient_accumulation_steps):
+            loss = losses(*micro_batch(step, micro)).mean()
+            accelerator.backward(loss / gradient_accumulation_steps)
+            loss_sum += loss.detach()
+            loss_count += 1
+        if accelerator.num_processes > 1:
+            for flat in flats:
+                flat.grad.copy_(accelerator.reduce(flat.grad, "mean"))
+        optimizer.step()
+        skipped += int(optimizer.step_was_skipped)  # the loss scaler met an overflow in fp16
+        for flat in flats:
+            flat.grad.zero_()
+
+        done = step + 1
+        bar.update()
+        if done % log_every == 0 or done == max_steps:
+            mean_loss = accelerator.reduce(loss_sum, "mean").item() / loss_count
+            if not math.isfinite(mean_loss):
+                raise UserError(
+                    f"the loss is {mean_loss} near step {done}; lower the learning rates"
+                )
+            loss_sum.zero_()
+            loss_count = 0
+            record(step=done, loss=mean_loss, learning_rate=peak_rates[0] * factor)
+            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{peak_rates[0] * factor:.1e}")
+        if len(held_out) and is_main and (done % validate_every == 0 or done == max_steps):
+            record(step=done, validation_loss=validation_loss())
+    bar.close()
+    seconds = time.monotonic() - loop_started
+
+    accelerator.wait_for_everyone()
+    check_trained(models)
+    if is_main:
+        log_file.close()
+        tracker.finish()
+        captions = sorted({caption for _, caption, _ in rows})
+        summary = dict(
+            config=config,
+            **provenance(device),
+            processes=accelerator.num_processes,
+            mixed_precision=accelerator.mixed_precision,
+            data=dict(
+                sha256=data_hash(rows),
+                captions=captions,
+                trained_on=[rows[i][0] for i in train_indices],
+                held_out=[rows[i][0] for i in sorted(held_out)],
+            ),
+            parameters={g["name"]: flat.numel() for g, flat in zip(groups, flats, strict=True)},
+            skipped_steps=skipped,
+            set_up_seconds=round(set_up_seconds, 2),
+            steps_a_second=round(max_steps / seconds, 3),
+        )
+        if on_cuda:
+            summary["peak_gib_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
+        write_json(new_folder / "config.json", summary)
+        loss_figure(log, run_name).savefig(new_folder / "loss.png")
+        adapters.save_adapter(new_folder, models, rank, alpha, targets, dict(
+            base_model=str(base_model), caption=captions[0] if len(captions) == 1 else f"{len(captions)} captions",
+            data_sha256=summary["data"]["sha256"], steps=str(max_steps), seed=str(seed),
+        ))  # fmt: skip
+        replace_folder(new_folder, target_folder)
+        notes = f", {skipped} skipped for fp16 overflow" if skipped else ""
+        memory = f", {summary['peak_gib_reserved']} GiB reserved at most" if on_cuda else ""
+        print(f"{target_folder}: {max_steps} steps{notes}, {max_steps / seconds:.2f} steps/s after "
+              f"{set_up_seconds:.1f} s of set-up{memory}")  # fmt: skip
+        print(f"  python inference.py --lora-dir {target_folder}")
+    accelerator.end_training()
+    return target_folder
+
+
+def main(config, description):
+    """Run `train` with a script's CONFIG and the command line's overrides."""
+    train(**parse_config(config, description, demo=DEMO))
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(CONFIG, __doc__))

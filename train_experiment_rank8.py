@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""Experiment: rank 8 in place of 32, for the UNet and the text encoder.
+
+    python train_experiment_rank8.py
+
+Hypothesis: a quarter of the parameters is enough for one concept.
+Finding: see "What the miniature shows" in README.md.
+"""
+
+from common import run_script
+from train import main
+
+# The complete configuration; a line that differs from train.py's ends in "<- changed".
+CONFIG = dict(
+    # model
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    revision=None,  # a commit of the hub repository; None: its newest
+    # data
+    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
+    resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
+    validation_count=4,  # pictures held out of training, to see their loss at fixed noise
+    # output
+    output_dir="lora_weights",
+    run_name="lora_weights_rank8",  # <- changed
+    # LoRA: the weights become W + alpha / rank * B A
+    rank=8,  # <- changed
+    alpha=8.0,  # equal to the rank: a scale of 1 <- changed
+    unet_targets=("to_k", "to_q", "to_v", "to_out.0"),  # all attention projections
+    text_encoder_targets=("q_proj", "v_proj"),
+    train_text_encoder=True,
+    # optimisation
+    unet_learning_rate=1e-4,
+    text_encoder_learning_rate=1e-5,  # a tenth: language forgets faster than pictures
+    adam_beta1=0.9,
+    adam_beta2=0.999,
+    adam_weight_decay=1e-2,
+    max_steps=4000,  # optimizer steps: 125 times 32 pictures
+    warmup_steps=50,  # linear from 0, then a cosine to 0
+    batch_size=1,  # pictures a process and micro-step
+    gradient_accumulation_steps=1,  # micro-steps an optimizer step
+    # memory and precision
+    gradient_checkpointing=True,  # UNet activations are computed twice instead of kept
+    mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
+    # the rest
+    seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
+    log_every=10,  # steps
+    validate_every=250,  # steps
+    wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
+)
+
+if __name__ == "__main__":
+    run_script(lambda: main(CONFIG, __doc__))
