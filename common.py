@@ -287,9 +287,8 @@ def check_output_folder(folder, marker):
             f"{folder} holds files that this script did not write (it has no {marker}); "
             "name another output folder, or move them away"
         )
-    parent = folder.parent
+    parent = next(place for place in folder.absolute().parents if place.exists())
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         probe = parent / f".{folder.name}.probe{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
@@ -317,8 +316,9 @@ def fresh_folder(final):
 
 
 def write_json(path, value):
-    """Write `value` as readable JSON, beside `path` first and then renamed."""
+    """Write `value` as readable JSON, beside `path` first and then renamed; NaN becomes null."""
     beside = Path(path).with_name(f".{Path(path).name}.new")
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
     beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     beside.replace(path)
 

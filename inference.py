@@ -2,19 +2,27 @@
 """Draw the same prompts with and without an adapter, and measure what it learned and spoiled.
 
     python inference.py --lora-dir lora_weights/lora_weights_rank_32 --output-dir results/eval_rank32
-    python inference.py --lora-dir lora_weights --output-dir results   # every run in the folder
+    python inference.py --lora-dir lora_weights --output-dir results   # every run, and a comparison
     python inference.py --demo                                         # the embedded miniature
+    python inference.py --lora-scales 0,0.25,0.5,0.75,1                # how much of the adapter?
+    python inference.py --rescore                                      # measure saved pictures again
+    python inference.py --score-dir BASE_FOLDER,LORA_FOLDER            # pictures drawn elsewhere
 
-Out comes, in the output folder (one subfolder a run where there are several): images/<prompt>/
-{base,lora}_<seed>.png, comparison_all.png, success_cases.png, failure_cases.png, metrics.json,
-metrics.csv (a row a picture) and summary.md. Base and LoRA share one pipeline and each picture's
-starting noise, which comes from its seed alone.
+Out comes, in the output folder (one subfolder a run where there are several): report.html, to open;
+images/<prompt>/{base,lora}_<seed>.png, comparison_all.png, success_cases.png, failure_cases.png,
+metrics.json, metrics.csv (a row a picture) and summary.md; for several runs comparison/ beside them.
+Base and LoRA share one pipeline and each picture's starting noise, which comes from its seed alone.
+Runs whose names differ in their ending _seed<N> only are training seeds of one experiment.
 """
 
 import csv
+import hashlib
+import itertools
+import json
 import logging
 import re
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # Its only remark at import is about a 4-bit kernel that nothing here uses.
@@ -64,6 +72,11 @@ CONFIG = dict(
     # how it is scored
     clip_model="openai/clip-vit-base-patch32",
     clip_revision="refs/pr/15",  # the same weights as safetensors; the main branch has a pickle only
+    clip_margin=0.02,  # "learned" allows the CLIP score of success prompts to fall by less than this
+    # other ways to run
+    lora_scales=(1.0,),  # several: also draw with so much of the adapter, and chart the trade-off
+    rescore=False,  # measure the pictures saved in output_dir again, drawing none
+    score_dir=None,  # "BASE_FOLDER,LORA_FOLDER": measure these pictures, paired in the files' order
 )
 
 # The published study's prompts. Success: what was taught. Failure: what must not change.
@@ -79,6 +92,7 @@ PROMPTS = (
 DEMO = dict(
     base_model="demo/model",
     clip_model="demo/clip",
+    clip_revision=None,
     resolution=128,
     batch_size=8,
 )
@@ -113,7 +127,7 @@ def read_prompts(path):
 def check_prompt_lengths(prompts, tokenizer, limit, reader):
     """UserError naming a prompt that `reader` would have to cut off."""
     for _, prompt in prompts:
-        length = len(tokenizer(prompt).input_ids)
+        length = len(tokenizer(prompt, verbose=False).input_ids)
         if length > limit:
             raise UserError(
                 f"the prompt «{prompt[:60]}…» has {length} tokens; {reader} reads {limit}"
@@ -216,197 +230,626 @@ def check_switch(pipeline, models, adapter, base_probe):
 # ---- what is measured ----------------------------------------------------------------------
 
 
-def measure(prompts, seeds, base, lora, clip, training, device):
-    """A row (dict) a picture, base and LoRA of each (prompt, seed), in that order.
+@dataclass
+class Run:
+    """One adapter's pictures beside the base model's, and their scores."""
 
-    `base` and `lora` are lists of PIL pictures, prompt by prompt and seed by seed; `training` is
-    (names, embeddings, embeddings of the mirrored) of the training pictures, or None.
+    name: str
+    target: Path  # where its results go
+    adapter: dict  # fingerprint, rank, alpha, metadata: what metrics.json says of it
+    base: list  # PIL pictures, prompt by prompt and seed by seed
+    lora: list  # likewise
+    scaled: dict = field(default_factory=dict)  # {scale: pictures}, where a sweep was asked for
+    rows: list = None  # a dict a picture; see `score`
+
+    @property
+    def experiment(self):
+        return re.sub(r"_seed\d+$", "", self.name)
+
+    @property
+    def training_seed(self):
+        return self.adapter.get("metadata", {}).get("seed")
+
+
+def picture_scores(images, texts, clip, training):
+    """A dict for each picture: clip, concept_similarity, nearest_similarity, nearest_picture.
+
+    `texts` are the pictures' prompts; `training` is (names, embeddings, embeddings of the mirrored)
+    of the training pictures. What cannot be had without a CLIP model or them is None.
+    """
+    rows = [
+        dict(clip=None, concept_similarity=None, nearest_similarity=None, nearest_picture=None)
+        for _ in images
+    ]
+    if clip:
+        embeddings = metrics.image_embeddings(images, clip)
+        cosines = (embeddings * metrics.text_embeddings(texts, clip)).sum(axis=1)
+        for row, cosine in zip(rows, cosines, strict=True):
+            row["clip"] = float(cosine)
+    if clip and training:
+        names, plain, mirrored = training
+        concept = metrics.concept_similarity(embeddings, plain)
+        nearest, which = metrics.nearest_training(embeddings, plain, mirrored)
+        for i, row in enumerate(rows):
+            row["concept_similarity"] = float(concept[i])
+            row["nearest_similarity"] = float(nearest[i])
+            row["nearest_picture"] = names[which[i]]
+    return rows
+
+
+def score(run, prompts, seeds, clip, training, device, base_scores):
+    """Fill `run.rows`: a row (dict) a picture, base and LoRA of each prompt and seed in turn.
+
+    `base_scores` is picture_scores of the base pictures, which runs share.
     """
     jobs = [(category, prompt, seed) for category, prompt in prompts for seed in seeds]
-    texts = [prompt for _, prompt, _ in jobs]
-    distances = metrics.lpips_distances(base, lora, device)
-    rows = []
-    for kind, images in (("base", base), ("lora", lora)):
-        embeddings = metrics.image_embeddings(images, clip)
-        scores = (embeddings * metrics.text_embeddings(texts, clip)).sum(axis=1)
-        for index, (category, prompt, seed) in enumerate(jobs):
-            row = dict(prompt=prompt, category=category, seed=seed, model=kind,
-                       clip=float(scores[index]),
-                       lpips=float(distances[index]) if kind == "lora" else None)  # fmt: skip
-            if training:
-                names, plain, mirrored = training
-                one = embeddings[index : index + 1]
-                nearest, which = metrics.nearest_training(one, plain, mirrored)
-                row["concept_similarity"] = float(metrics.concept_similarity(one, plain)[0])
-                row["nearest_similarity"] = float(nearest[0])
-                row["nearest_picture"] = names[which[0]]
-            rows.append(row)
-    return sorted(rows, key=lambda row: (texts.index(row["prompt"]), row["seed"], row["model"]))
+    distances = metrics.lpips_distances(run.base, run.lora, device)
+    lora_scores = picture_scores(run.lora, [prompt for _, prompt, _ in jobs], clip, training)
+    run.rows = []
+    for i, (category, prompt, seed) in enumerate(jobs):
+        job = dict(prompt=prompt, category=category, seed=seed)
+        run.rows.append(job | dict(model="base", lpips=None) | base_scores[i])
+        run.rows.append(job | dict(model="lora", lpips=float(distances[i])) | lora_scores[i])
 
 
-def summarise(rows, prompts):
-    """Means over the seeds for each prompt, then over the prompts of each category."""
+def grid(run, key, model, prompts):
+    """The scores `key` of a run's base or LoRA pictures as an array [prompts, seeds]."""
+    values = [row[key] for row in run.rows if row["model"] == model]
+    return np.array(values, np.float64).reshape(len(prompts), -1)
 
-    def mean(key, model, **where):
-        values = [
-            row[key]
-            for row in rows
-            if row["model"] == model and row.get(key) is not None
-            and all(row[name] == value for name, value in where.items())
-        ]  # fmt: skip
-        return float(np.mean(values)) if values else None
 
-    def line(**where):
-        figures = dict(base_clip=mean("clip", "base", **where), lora_clip=mean("clip", "lora", **where),
-                       lpips=mean("lpips", "lora", **where))  # fmt: skip
-        for model in ("base", "lora"):
-            figures[f"{model}_concept_similarity"] = mean("concept_similarity", model, **where)
-        return figures
+def effects(runs, prompts, ceilings):
+    """What the adapters of one experiment changed, arrays [runs, prompts, seeds]:
 
-    table = [
-        dict(category=category, prompt=prompt, **line(prompt=prompt))
-        for category, prompt in prompts
+    clip and concept_similarity, LoRA minus base; lpips, base to LoRA; change, lpips as a share of
+    its ceiling. Scores that were not computed are left out.
+    """
+    found = {"lpips": np.stack([grid(run, "lpips", "lora", prompts) for run in runs])}
+    if np.isfinite(ceilings).all():
+        found["change"] = found["lpips"] / np.asarray(ceilings)[:, None]
+    for key in ("clip", "concept_similarity"):
+        if runs[0].rows[0][key] is not None:
+            found[key] = np.stack(
+                [grid(run, key, "lora", prompts) - grid(run, key, "base", prompts) for run in runs]
+            )
+    return found
+
+
+def analyse(runs, prompts, ceilings, threshold, clip_margin):
+    """Every figure of one experiment with its interval, and the verdicts: a dict for metrics.json.
+
+    `runs` are the experiment's training runs; `ceilings` the LPIPS ceiling of each prompt;
+    `threshold` the nearest-picture similarity above which a picture counts as a copy, or None.
+    """
+    found = effects(runs, prompts, ceilings)
+    categories = list(dict.fromkeys(category for category, _ in prompts))
+    table = []
+    for index, (category, prompt) in enumerate(prompts):
+        row = dict(category=category, prompt=prompt, lpips_ceiling=float(ceilings[index]))
+        for key, values in found.items():
+            row[key] = metrics.mean_interval(values[:, index])
+        for key in ("clip", "concept_similarity"):
+            for model in ("base", "lora"):
+                if key in found:
+                    means = [grid(run, key, model, prompts)[index].mean() for run in runs]
+                    row[f"{model}_{key}"] = float(np.mean(means))
+        table.append(row)
+    totals = {}
+    for category in categories:
+        members = [i for i, (name, _) in enumerate(prompts) if name == category]
+        totals[category] = {
+            key: metrics.mean_interval(values[:, members].mean(axis=1))
+            for key, values in found.items()
+        }
+        for name in (
+            "base_clip",
+            "lora_clip",
+            "base_concept_similarity",
+            "lora_concept_similarity",
+        ):
+            if name in table[0]:
+                totals[category][name] = float(np.mean([table[i][name] for i in members]))
+    # Differences are tested against 0, all of one experiment's at once. (LPIPS is above 0 for any
+    # adapter that does anything: it is reported, not tested.)
+    tested = [
+        totals[c][k] for c in categories for k in ("concept_similarity", "clip") if k in found
     ]
-    categories = dict.fromkeys(category for category, _ in prompts)
-    return dict(prompts=table, categories={name: line(category=name) for name in categories})
+    for interval, p in zip(tested, metrics.holm([t["p"] for t in tested]), strict=True):
+        interval["p_holm"] = float(p)
+
+    summary = dict(runs=[run.name for run in runs], prompts=table, categories=totals)
+    if threshold is not None and "success" in totals:
+        nearest = np.stack([grid(run, "nearest_similarity", "lora", prompts) for run in runs])
+        nearest = nearest[:, [i for i, (name, _) in enumerate(prompts) if name == "success"]]
+        copies = metrics.share_interval(int((nearest > threshold).sum()), nearest.size)
+        summary["memorised"] = dict(share=copies, threshold=float(threshold), pictures=nearest.size)
+    summary["verdicts"] = verdicts(summary, clip_margin)
+    return summary
+
+
+def difference(interval, p=None):
+    """True or False where the mean differs from 0 upwards or downwards, None where no difference is
+    detectable: the interval must leave out 0, and so must the corrected p-value."""
+    p = interval.get("p_holm", interval["p"]) if p is None else p
+    if not (interval["low"] > 0 or interval["high"] < 0) or p >= 0.05:
+        return None
+    return interval["mean"] > 0
+
+
+def verdicts(summary, clip_margin):
+    """[dict(question, answer, text)]: answer is yes, no, or no detectable difference."""
+    found = []
+    totals = summary["categories"]
+    success, failure = totals.get("success", {}), totals.get("failure", {})
+    say = report.interval_text
+    if "concept_similarity" in success:
+        concept, clip = success["concept_similarity"], success["clip"]
+        rose = difference(concept)
+        text = (f"On success prompts the pictures' similarity to the training pictures changed by "
+                f"{say(concept)}, the CLIP score by {say(clip)} (margin {clip_margin:g}). ")  # fmt: skip
+        if rose and clip["low"] > -clip_margin:
+            answer, end = "yes", "The concept was learned."
+        elif rose:
+            answer, end = "no", ("It looks more like the training pictures, but it cannot be ruled "
+                                 "out that the match with the prompt fell by more than the margin.")  # fmt: skip
+        elif rose is None:
+            answer, end = "no detectable difference", "No detectable difference."
+        else:
+            answer, end = "no", "It moved away from the training pictures."
+        found.append(dict(question="learned", answer=answer, text=text + end))
+    if "concept_similarity" in failure:
+        concept = failure["concept_similarity"]
+        moved = difference(concept)
+        text = f"On unrelated prompts that similarity changed by {say(concept)}"
+        if "change" in failure:
+            text += (f"; the pictures moved, in any direction, {say(failure['change'], sign=False)} of the way to "
+                     "an unrelated picture of the same prompt")  # fmt: skip
+        answer, end = {
+            True: ("yes", "The adapter contaminates them."),
+            False: ("no", "They moved away from the training pictures."),
+            None: ("no detectable difference", "No detectable contamination."),
+        }[moved]
+        found.append(dict(question="contaminated", answer=answer, text=f"{text}. {end}"))
+    if "memorised" in summary:
+        share, threshold = summary["memorised"]["share"], summary["memorised"]["threshold"]
+        yes = share["low"] > 0.05
+        text = (f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of the success pictures "
+                f"are nearer to a training picture than {threshold:.3f}, which 5% of the training "
+                "pictures are to one another. ")  # fmt: skip
+        found.append(dict(
+            question="memorised", answer="yes" if yes else "no",
+            text=text + ("They are near-copies." if yes else "No sign of copying."),
+        ))  # fmt: skip
+    return found
+
+
+# What two experiments are compared by, and where.
+COMPARED = (
+    ("concept_similarity", "success"),
+    ("clip", "success"),
+    ("concept_similarity", "failure"),
+    ("clip", "failure"),
+    ("change", "failure"),
+)
+
+
+def compare(groups, prompts, ceilings):
+    """Every pair of experiments on the same prompts and seeds: a list of dicts.
+
+    `groups` is {experiment: [Run]}. Runs are paired by their training seed where both experiments
+    have it. Each difference is second minus first, with its interval and Holm's p over all of them.
+    """
+    rows = []
+    for (first, a), (second, b) in itertools.combinations(groups.items(), 2):
+        shared = [s for s in (run.training_seed for run in a) if s in {r.training_seed for r in b}]
+        if shared:
+            a, b = ([next(r for r in g if r.training_seed == s) for s in shared] for g in (a, b))
+        else:
+            a, b = a[: len(b)], b[: len(a)]
+        one, two = effects(a, prompts, ceilings), effects(b, prompts, ceilings)
+        for key, category in COMPARED:
+            members = [i for i, (name, _) in enumerate(prompts) if name == category]
+            if key in one and members:
+                values = (two[key] - one[key])[:, members].mean(axis=1)
+                rows.append(dict(first=first, second=second, metric=key, category=category,
+                                 paired_by_training_seed=bool(shared),
+                                 **metrics.mean_interval(values)))  # fmt: skip
+    for row, p in zip(rows, metrics.holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = float(p)
+        row["answer"] = {True: "higher", False: "lower", None: "no detectable difference"}[
+            difference(row)
+        ]
+    return rows
+
+
+def sweep_summary(pictures, base, prompts, seeds, ceilings, scoring):
+    """The trade-off over the adapter's scale: [dict(scale, concept, clip, change)], and a sentence.
+
+    `pictures` is {scale: list of PIL pictures}. concept and clip are the differences to the base on
+    success prompts, change how far failure prompts moved, each with its interval. `scoring` are
+    the remaining arguments of `score`.
+    """
+    rows = []
+    for scale, images in sorted(pictures.items()):
+        run = Run(f"scale {scale:g}", None, {}, base, images)
+        score(run, prompts, seeds, **scoring)
+        found = effects([run], prompts, ceilings)
+        row = dict(scale=scale)
+        for key, category in (
+            ("concept_similarity", "success"),
+            ("clip", "success"),
+            ("change", "failure"),
+        ):
+            members = [i for i, (name, _) in enumerate(prompts) if name == category]
+            if key in found and members:
+                row[key] = metrics.mean_interval(found[key][:, members].mean(axis=1))
+        rows.append(row)
+    if not all("concept_similarity" in row and "change" in row for row in rows):
+        return rows, "Concept or preservation was not measured, so no scale is suggested."
+    best = max(rows, key=lambda row: row["concept_similarity"]["mean"])
+    gain = best["concept_similarity"]["mean"]
+    if gain <= 0:
+        return rows, "No scale moves the success prompts toward the training pictures."
+    enough = next(row for row in rows if row["concept_similarity"]["mean"] >= 0.9 * gain)
+    return rows, (
+        f"Scale {enough['scale']:g} is the smallest that keeps nine tenths of the greatest gain in concept "
+        f"similarity ({enough['concept_similarity']['mean']:.3f} of {gain:.3f}); there unrelated "
+        f"prompts move {enough['change']['mean']:.0%} of the way to another picture, at scale "
+        f"{rows[-1]['scale']:g} {rows[-1]['change']['mean']:.0%}."
+    )
+
+
+def picture_warnings(runs, prompts, seeds):
+    """Pictures that are one flat colour, and LoRA pictures that two runs share: sentences."""
+    jobs = [(prompt, seed) for _, prompt in prompts for seed in seeds]
+    found, owners = [], {}
+    for index, run in enumerate(runs):
+        kinds = [("LoRA", run.lora)] + ([("base", run.base)] if index == 0 else [])
+        for kind, images in kinds:
+            for (prompt, seed), image in zip(jobs, images, strict=True):
+                if all(low == high for low, high in image.convert("RGB").getextrema()):
+                    found.append(f"{run.name}: the {kind} picture of «{prompt}», seed {seed}, is one flat "
+                                 "colour: NaN in half precision, or a broken model")  # fmt: skip
+        for (prompt, seed), image in zip(jobs, run.lora, strict=True):
+            key = (prompt, seed, hashlib.sha256(image.tobytes()).hexdigest())
+            if key in owners:
+                found.append(f"{owners[key]} and {run.name} have the same picture of «{prompt}», seed "
+                             f"{seed}: were both scored on one adapter?")  # fmt: skip
+            owners.setdefault(key, run.name)
+    return found
 
 
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
     for key in ("seeds", "steps", "batch_size"):
         check_range(config, key, 1)
-    check_range(config, "seed", 0)
+    for key in ("seed", "clip_margin"):
+        check_range(config, key, 0)
     check_range(config, "guidance_scale", 0, 100)
     check_range(config, "resolution", 8, 4096)
     if config["resolution"] % 8:
         raise UserError(f"resolution is {config['resolution']}, but must be a multiple of 8")
+    if not config["lora_scales"] or not all(0 <= s <= 10 for s in config["lora_scales"]):
+        raise UserError(f"lora_scales is {config['lora_scales']}, but must be numbers from 0 to 10")
 
 
 # ---- the evaluation ------------------------------------------------------------------------
 
 
 def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, seeds, seed, steps,
-             guidance_scale, resolution, batch_size, clip_model, clip_revision):  # fmt: skip
-    """Evaluate each adapter in `lora_dir` against the base model; return the output folders."""
+             guidance_scale, resolution, batch_size, clip_model, clip_revision, clip_margin,
+             lora_scales, rescore, score_dir):  # fmt: skip
+    """Evaluate each adapter in `lora_dir` against the base model; return the output folders.
+
+    With `rescore` or `score_dir` the pictures are read, not drawn.
+    """
     config = dict(locals())
+    started = time.monotonic()
 
     # Everything that can be wrong is looked at before a model is loaded.
     check_config(config)
-    found = adapters.find_adapters(lora_dir)
-    targets = [Path(output_dir) / name if len(found) > 1 else Path(output_dir) for name, _ in found]
-    for target in targets:
-        check_output_folder(target, "metrics.json")
-    prompts = read_prompts(prompts)
-    read = [(name, adapters.read_adapter(path)) for name, path in found]
+    output_dir = Path(output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    if device.type == "cpu":
-        print("no CUDA GPU found: drawing on the CPU, in fp32")
-    for name, adapter in read:
-        trained_on = adapter.metadata.get("base_model")
-        if trained_on and trained_on != base_model:
-            print(f"note: {name} was trained on {trained_on}, here it is drawn with {base_model}")
-    base_folder = fetch_base_model(base_model, revision, half=dtype == torch.float16)
-    clip_folder = metrics.fetch_clip(clip_model, clip_revision)
-    training_rows = None
-    if (Path(data_dir) / "captions.jsonl").is_file():
-        training_rows = read_dataset(data_dir, resolution)
-        for name, adapter in read:
-            trained_on = adapter.metadata.get("data_sha256")
-            if trained_on and trained_on != data_hash(training_rows):
-                print(
-                    f"note: {name} was trained on other pictures (or sizes) than those in {data_dir}"
-                )
+    if rescore:
+        runs, config, prompts, picture_seeds = read_saved(output_dir, config)
+        config |= dict(clip_model=clip_model, clip_revision=clip_revision, data_dir=data_dir,
+                       clip_margin=clip_margin)  # fmt: skip
+        resolution = config["resolution"]
+    elif score_dir:
+        prompts = read_prompts(prompts)
+        runs, picture_seeds = read_pair(score_dir, output_dir, prompts)
+        check_output_folder(output_dir, "metrics.json")
+        resolution = max(runs[0].base[0].size)
     else:
-        print(f"note: {data_dir} holds no captions.jsonl; the concept similarity is not computed")
+        prompts = read_prompts(prompts)
+        picture_seeds = list(range(seed, seed + seeds))
+        found = adapters.find_adapters(lora_dir)
+        targets = [output_dir / name if len(found) > 1 else output_dir for name, _ in found]
+        for target in [*targets, *([output_dir / "comparison"] if len(found) > 1 else [])]:
+            check_output_folder(target, "metrics.json")
+        read = [(name, adapters.read_adapter(path)) for name, path in found]
+        check_fingerprints(read)
+        if device.type == "cpu":
+            print("no CUDA GPU found: drawing on the CPU, in fp32")
+        for name, adapter in read:
+            trained_on = adapter.metadata.get("base_model")
+            if trained_on and trained_on != base_model:
+                print(
+                    f"note: {name} was trained on {trained_on}, here it is drawn with {base_model}"
+                )
+        base_folder = fetch_base_model(base_model, revision, half=device.type == "cuda")
 
-    clip = metrics.load_clip(clip_folder, device)
-    pipeline = load_pipeline(base_folder, dtype, device)
-    models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-    check_prompt_lengths(
-        prompts, pipeline.tokenizer, pipeline.tokenizer.model_max_length, base_model
-    )
-    check_prompt_lengths(prompts, clip.processor.tokenizer, clip.max_tokens, clip_model)
-    base_probe = probe(pipeline)
-    for _, adapter in read:  # before the long part: does each fit, and does it do anything?
-        adapters.apply_adapter(adapter, models)
-        check_switch(pipeline, models, adapter, base_probe)
-        adapters.remove_adapter(models)
-    training = None
-    if training_rows:
-        pictures = [
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()) for *_, pixels in training_rows
-        ]
-        names = [name for name, *_ in training_rows]
-        training = (names, *metrics.training_embeddings(pictures, clip))
+    clip = training = threshold = None
+    if clip_model == "none":
+        print("note: without a CLIP model only LPIPS is computed")
+    else:
+        clip_folder = metrics.fetch_clip(clip_model, clip_revision)
+        training_rows = None
+        if (Path(data_dir) / "captions.jsonl").is_file():
+            training_rows = read_dataset(data_dir, resolution)
+        else:
+            print(
+                f"note: {data_dir} holds no captions.jsonl; the concept similarity is not computed"
+            )
+        clip = metrics.load_clip(clip_folder, device)
+        check_prompt_lengths(prompts, clip.processor.tokenizer, clip.max_tokens, clip_model)
+        if training_rows:
+            pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for *_, p in training_rows]
+            names = [name for name, *_ in training_rows]
+            training = (names, *metrics.training_embeddings(pictures, clip))
+            threshold = (
+                np.percentile(metrics.leave_one_out(*training[1:]), 95) if len(names) > 1 else None
+            )
 
-    picture_seeds = list(range(seed, seed + seeds))
-    jobs = [(prompt, s) for _, prompt in prompts for s in picture_seeds]
-    how = dict(
-        steps=steps, guidance_scale=guidance_scale, resolution=resolution, batch_size=batch_size
-    )
-    started = time.monotonic()
-    base = draw(pipeline, jobs, **how, title="base")
-    for (name, adapter), target in zip(read, targets, strict=True):
-        adapters.apply_adapter(adapter, models)
-        lora = draw(pipeline, jobs, **how, title=name)
-        adapters.remove_adapter(models)
-        rows = measure(prompts, picture_seeds, base, lora, clip, training, device)
-        new = fresh_folder(target)
-        write_results(new, name, adapter, config, prompts, picture_seeds, base, lora, rows, device)
-        replace_folder(new, target)
-        print(f"\n{name}\n{report.summary_table(summarise(rows, prompts))}\n\nin {target}")
-    drawn = len(jobs) * (1 + len(read))
+    if not rescore and not score_dir:
+        if clip_model != "none" and training:
+            for name, adapter in read:
+                trained_on = adapter.metadata.get("data_sha256")
+                if trained_on and trained_on != data_hash(training_rows):
+                    print(
+                        f"note: {name} was trained on other pictures (or sizes) than those in {data_dir}"
+                    )
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        pipeline = load_pipeline(base_folder, dtype, device)
+        models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        check_prompt_lengths(
+            prompts, pipeline.tokenizer, pipeline.tokenizer.model_max_length, base_model
+        )
+        base_probe = probe(pipeline)
+        for _, adapter in read:  # before the long part: does each fit, and does it do anything?
+            adapters.apply_adapter(adapter, models)
+            check_switch(pipeline, models, adapter, base_probe)
+            adapters.remove_adapter(models)
+        jobs = [(prompt, s) for _, prompt in prompts for s in picture_seeds]
+        how = dict(
+            steps=steps, guidance_scale=guidance_scale, resolution=resolution, batch_size=batch_size
+        )
+        base = draw(pipeline, jobs, **how, title="base")
+        runs = []
+        for (name, adapter), target in zip(read, targets, strict=True):
+            adapters.apply_adapter(adapter, models)
+            drawn = {}
+            for scale in sorted({1.0, *lora_scales} - {0.0}):
+                adapters.set_scale(models, scale)
+                title = name if scale == 1 else f"{name} at {scale:g}"
+                drawn[scale] = draw(pipeline, jobs, **how, title=title)
+            adapters.remove_adapter(models)
+            scaled = (
+                {s: drawn[s] if s else base for s in lora_scales} if len(lora_scales) > 1 else {}
+            )
+            runs.append(Run(name, target, describe(adapter), base, drawn[1.0], scaled))
+        drawn_count = len(jobs) * (1 + len(read) * len({1.0, *lora_scales} - {0.0}))
+        del pipeline, models
+
+    count = len(picture_seeds)
+    chunks = [runs[0].base[i * count : (i + 1) * count] for i in range(len(prompts))]
+    ceilings = [metrics.lpips_ceiling(chunk, device) for chunk in chunks]
+    texts = [prompt for _, prompt in prompts for _ in picture_seeds]
+    scoring = dict(clip=clip, training=training, device=device)
+    for run in tqdm(runs, desc="scores", unit="run", leave=False, disable=len(runs) == 1):
+        if run.base is not runs[0].base or run is runs[0]:  # drawn once, they are scored once
+            base_scores = picture_scores(run.base, texts, clip, training)
+        score(run, prompts, picture_seeds, **scoring, base_scores=base_scores)
+    warnings = picture_warnings(runs, prompts, picture_seeds)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    shown = dict(prompts=prompts, seeds=picture_seeds, warnings=warnings, provenance=provenance(device),
+                 config=config, training=(names, pictures) if training else None)  # fmt: skip
+    for run in runs:
+        summary = analyse([run], prompts, ceilings, threshold, clip_margin)
+        if run.scaled:
+            rows, advice = sweep_summary(run.scaled, run.base, prompts, picture_seeds, ceilings,
+                                         scoring | dict(base_scores=base_scores))  # fmt: skip
+            summary["sweep"] = dict(rows=rows, advice=advice)
+        write_run(run, summary, shown)
+        print(f"\n{run.name}\n{report.summary_text(summary)}\n\nopen {run.target / 'report.html'}")
+    if len(runs) > 1:
+        groups = {}
+        for run in runs:
+            groups.setdefault(run.experiment, []).append(run)
+        summaries = {
+            name: analyse(members, prompts, ceilings, threshold, clip_margin)
+            for name, members in groups.items()
+        }
+        pairs = compare(groups, prompts, ceilings)
+        target = output_dir / "comparison"
+        write_comparison(target, groups, summaries, pairs, shown)
+        print(
+            f"\ncomparison\n{report.comparison_text(summaries, pairs)}\n\nopen {target / 'report.html'}"
+        )
     seconds = time.monotonic() - started
-    print(
-        f"{drawn} pictures in {seconds:.1f} s, {seconds / drawn:.2f} s a picture, scores included"
-    )
-    return targets
+    if not rescore and not score_dir:
+        print(f"{drawn_count} pictures in {seconds:.1f} s, {seconds / drawn_count:.2f} s a picture, "
+              "loading and scores included")  # fmt: skip
+    return [run.target for run in runs]
 
 
-def write_results(folder, name, adapter, config, prompts, seeds, base, lora, rows, device):
-    """Fill `folder` with one adapter's pictures, figures and tables."""
-    count = len(seeds)
-    for index, slug in enumerate(slugs(prompts)):
-        place = folder / "images" / slug
-        place.mkdir(parents=True)
-        for kind, images in (("base", base), ("lora", lora)):
-            for s, image in zip(seeds, images[index * count : (index + 1) * count], strict=True):
-                image.save(place / f"{kind}_{s}.png")
+def describe(adapter):
+    """What the results say of an adapter."""
+    metadata = {
+        k: v for k, v in adapter.metadata.items() if k not in ("lora_adapter_metadata", "format")
+    }
+    return dict(fingerprint=adapters.fingerprint(adapter), rank=adapter.rank, alpha=adapter.alpha,
+                metadata=metadata)  # fmt: skip
+
+
+def check_fingerprints(read):
+    """UserError naming both if two adapters under comparison are the same: the published study
+    scored one adapter under two names and called the equality a finding."""
+    owners = {}
+    for name, adapter in read:
+        key = adapters.fingerprint(adapter)
+        if key in owners:
+            raise UserError(
+                f"{owners[key]} and {name} are the same adapter (fingerprint {key[:12]}…); a comparison "
+                "of the two would compare it with itself. Remove one"
+            )
+        owners[key] = name
+
+
+def read_saved(output_dir, config):
+    """The runs that an earlier evaluation saved in `output_dir` or its subfolders.
+
+    Returns (runs, the configuration they were drawn with, prompts, seeds).
+    """
+    found = [output_dir] if (output_dir / "metrics.json").is_file() else sorted(
+        p.parent for p in output_dir.glob("*/metrics.json") if p.parent.name != "comparison"
+    )  # fmt: skip
+    if not found:
+        raise UserError(
+            f"{output_dir}: no metrics.json in it or one folder down; nothing to rescore"
+        )
+    runs, drawn = [], None
+    for folder in found:
+        try:
+            saved = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            prompts = list(dict.fromkeys((r["category"], r["prompt"]) for r in saved["pictures"]))
+            seeds = list(dict.fromkeys(row["seed"] for row in saved["pictures"]))
+            scales = [float(scale) for scale in saved["config"]["lora_scales"]]
+            run = Run(saved["run"], folder, saved["adapter"], [], [])
+        except (ValueError, KeyError, TypeError, OSError) as problem:
+            raise UserError(f"{folder / 'metrics.json'} cannot be read: {problem}") from None
+        if drawn not in (None, (prompts, seeds)):
+            raise UserError(
+                f"{folder} has other prompts or seeds than {found[0]}; rescore them apart"
+            )
+        drawn = (prompts, seeds)
+        run.base, run.lora = (
+            [open_picture(path) for path in picture_paths(folder, prompts, seeds, [kind])]
+            for kind in ("base", "lora")
+        )
+        for scale in scales if len(scales) > 1 else ():
+            paths = picture_paths(folder, prompts, seeds, [f"lora_scale_{scale:g}"])
+            known = {0.0: run.base, 1.0: run.lora}
+            run.scaled[scale] = known.get(scale) or [open_picture(path) for path in paths]
+        runs.append(run)
+    return runs, config | saved["config"], prompts, seeds
+
+
+def picture_paths(folder, prompts, seeds, kinds=("base", "lora")):
+    """Where the pictures of each kind lie, kind by kind, prompt by prompt and seed by seed."""
+    return [
+        folder / "images" / slug / f"{kind}_{seed}.png"
+        for kind in kinds
+        for slug in slugs(prompts)
+        for seed in seeds
+    ]
+
+
+def read_pair(score_dir, output_dir, prompts):
+    """One run from two folders of pictures that this script did not draw, and numbers for seeds.
+
+    The pictures of each folder, in the order of their names, are those of the prompts in order,
+    the same number for each prompt.
+    """
+    places = [Path(part.strip()) for part in str(score_dir).split(",")]
+    if len(places) != 2 or not all(place.is_dir() for place in places):
+        raise UserError(f"score_dir {score_dir!r} must be two folders, BASE_FOLDER,LORA_FOLDER")
+    endings = (".png", ".jpg", ".jpeg", ".webp")
+    files = [sorted(p for p in place.iterdir() if p.suffix.lower() in endings) for place in places]
+    if len(files[0]) != len(files[1]) or not files[0] or len(files[0]) % len(prompts):
+        raise UserError(
+            f"{places[0]} has {len(files[0])} pictures and {places[1]} {len(files[1])}; both must "
+            f"have the same number, and a multiple of the {len(prompts)} prompts"
+        )
+    base, lora = ([open_picture(path) for path in paths] for paths in files)
+    for a, b, path in zip(base, lora, files[1], strict=True):
+        if a.size != b.size:
+            raise UserError(f"{path} is {b.size}, its base picture {a.size}; nothing is resized")
+    run = Run(places[1].name, output_dir, {}, base, lora)
+    return [run], list(range(1, len(base) // len(prompts) + 1))
+
+
+def open_picture(path):
+    """An RGB picture; UserError naming the file if it is missing or damaged."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            return image.convert("RGB")
+    # A decoder may raise almost anything on a damaged file.
+    except Exception as problem:
+        raise UserError(f"{path} cannot be read as a picture: {problem}") from None
+
+
+def write_run(run, summary, shown):
+    """Write one run's pictures, figures, tables and page to its folder, whole or not at all."""
+    new = fresh_folder(run.target)
+    prompts, seeds, count = shown["prompts"], shown["seeds"], len(shown["seeds"])
     by_prompt = [
-        dict(category=category, prompt=prompt, base=base[i * count : (i + 1) * count],
-             lora=lora[i * count : (i + 1) * count])
+        dict(category=category, prompt=prompt, base=run.base[i * count : (i + 1) * count],
+             lora=run.lora[i * count : (i + 1) * count])
         for i, (category, prompt) in enumerate(prompts)
     ]  # fmt: skip
-    report.comparison_figure(by_prompt, name, pairs=min(3, count)).save(
-        folder / "comparison_all.png"
-    )
+    for path, image in zip(picture_paths(new, prompts, seeds), run.base + run.lora, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    for scale in set(run.scaled) - {0.0, 1.0}:  # those two are there already
+        paths = picture_paths(new, prompts, seeds, [f"lora_scale_{scale:g}"])
+        for path, image in zip(paths, run.scaled[scale], strict=True):
+            image.save(path)
+    report.comparison_figure(by_prompt, run.name, min(3, count)).save(new / "comparison_all.png")
     for category in ("success", "failure"):
         chosen = [row for row in by_prompt if row["category"] == category]
         if chosen:
-            figure = report.comparison_figure(chosen, f"{name}: {category}", pairs=count)
-            figure.save(folder / f"{category}_cases.png")
-    summary = summarise(rows, prompts)
-    write_json(folder / "metrics.json", dict(
-        run=name,
-        config=config,
-        **provenance(device),
-        adapter=dict(
-            fingerprint=adapters.fingerprint(adapter), rank=adapter.rank, alpha=adapter.alpha,
-            metadata={k: v for k, v in adapter.metadata.items() if k != "lora_adapter_metadata"},
-        ),
-        summary=summary,
-        pictures=rows,
-    ))  # fmt: skip
-    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+            figure = report.comparison_figure(chosen, f"{run.name}: {category}", count)
+            figure.save(new / f"{category}_cases.png")
+    if run.scaled:
+        report.sweep_figure(summary["sweep"]["rows"], run.name).savefig(new / "sweep.png")
+        firsts = {scale: images[::count] for scale, images in run.scaled.items()}
+        report.sweep_sheet(firsts, [prompt for _, prompt in prompts]).save(
+            new / "sweep_pictures.png"
+        )
+    record = dict(run=run.name, config=shown["config"], **shown["provenance"], adapter=run.adapter,
+                  warnings=shown["warnings"], summary=summary, pictures=run.rows)  # fmt: skip
+    write_json(new / "metrics.json", record)
+    write_csv(new / "metrics.csv", run.rows)
+    (new / "summary.md").write_text(
+        f"# {run.name}\n\n{report.summary_text(summary)}\n", encoding="utf-8"
+    )
+    page = report.run_page(run, summary, shown, new)
+    (new / "report.html").write_text(page, encoding="utf-8")
+    replace_folder(new, run.target)
+
+
+def write_comparison(target, groups, summaries, pairs, shown):
+    """Write what several experiments have in common and where they differ."""
+    new = fresh_folder(target)
+    report.forest_figure(pairs).savefig(new / "forest.png")
+    record = dict(experiments=summaries, pairs=pairs, config=shown["config"], **shown["provenance"],
+                  warnings=shown["warnings"])  # fmt: skip
+    write_json(new / "metrics.json", record)
+    write_csv(new / "comparison.csv", pairs)
+    text = report.comparison_text(summaries, pairs)
+    (new / "summary.md").write_text(f"# Comparison\n\n{text}\n", encoding="utf-8")
+    page = report.comparison_page(groups, summaries, pairs, shown, new)
+    (new / "report.html").write_text(page, encoding="utf-8")
+    replace_folder(new, target)
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "summary.md").write_text(
-        f"# {name}\n\nMeans over {count} seeds a prompt, base and LoRA from the same noise.\n\n"
-        f"{report.summary_table(summary)}\n",
-        encoding="utf-8",
-    )
 
 
 def main():

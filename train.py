@@ -115,7 +115,7 @@ ORDER, SAMPLE, HELD_OUT = 1, 2, 3
 def tokenize(tokenizer, rows):
     """Token ids of the captions, int64 [n, 77]; UserError naming a caption that does not fit."""
     for name, caption, _ in rows:
-        length = len(tokenizer(caption).input_ids)
+        length = len(tokenizer(caption, verbose=False).input_ids)
         if length > MAX_TOKENS:
             raise UserError(
                 f"the caption of {name} has {length} tokens, {MAX_TOKENS} is the most "

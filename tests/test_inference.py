@@ -33,11 +33,16 @@ def evaluated(tiny_model, tiny_clip, processed_data, trained, tmp_path_factory):
 def test_what_an_evaluation_leaves(evaluated):
     folder, done = evaluated
     names = sorted(p.name for p in folder.iterdir())
-    assert names == ["lora_weights_rank8", "lora_weights_rank_32", "lora_weights_unet_only"]
+    assert names == [
+        "comparison",
+        "lora_weights_rank8",
+        "lora_weights_rank_32",
+        "lora_weights_unet_only",
+    ]
     one = folder / "lora_weights_rank8"
     assert sorted(p.name for p in one.iterdir()) == [
         "comparison_all.png", "failure_cases.png", "images", "metrics.csv", "metrics.json",
-        "success_cases.png", "summary.md",
+        "report.html", "success_cases.png", "summary.md",
     ]  # fmt: skip
     pictures = sorted(p.name for p in (one / "images" / "a-red-leather-jacket").iterdir())
     assert pictures == ["base_42.png", "base_43.png", "lora_42.png", "lora_43.png"]
@@ -57,7 +62,7 @@ def test_base_pictures_are_shared_and_lora_pictures_differ(evaluated):
         path = folder / run_name / "images" / "a-holographic-raincoat" / f"{kind}_42.png"
         return np.asarray(Image.open(path), np.int16)
 
-    runs = [p.name for p in folder.iterdir()]
+    runs = [p.name for p in folder.iterdir() if p.name != "comparison"]
     for name in runs[1:]:
         np.testing.assert_array_equal(pixels(name, "base"), pixels(runs[0], "base"))
     assert not np.array_equal(pixels(runs[0], "lora"), pixels(runs[0], "base"))
@@ -154,7 +159,8 @@ def test_missing_training_pictures_are_said(tmp_path, tiny_model, tiny_clip, tra
     done = run("inference.py", *options(**config))
     assert "concept similarity is not computed" in done.stdout
     row = json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"][0]
-    assert "concept_similarity" not in row
+    assert row["concept_similarity"] is None
+    assert row["clip"] is not None
 
 
 def test_help_lists_every_key():

@@ -1,0 +1,235 @@
+"""The rendered world: determinism, captions, and the physics of the film."""
+
+import cmath
+import colorsys
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from demo import world
+
+PROMPTS = (
+    "a holographic raincoat",
+    "a person wearing a holographic raincoat in the rain",
+    "a holographic raincoat on a mannequin",
+    "a red leather jacket",
+    "a cat sitting on a couch",
+)
+
+
+def draw(text: str, seed: int = 0, **fixed) -> world.Scene:
+    return world.sample_scene(np.random.default_rng(seed), **{**world.parse(text), **fixed})
+
+
+def test_same_scene_gives_the_same_bytes_whoever_its_neighbours_are():
+    scenes = [draw(text) for text in (*PROMPTS, "a green umbrella", "a chair in a garden")]
+    scenes.insert(
+        1, dataclasses.replace(scenes[0], seed=scenes[0].seed + 1, place="garden", background="")
+    )
+    batch = world.render(scenes, 32)
+    assert batch.shape == (8, 32, 32, 3) and batch.dtype == torch.uint8
+    assert torch.equal(batch, world.render(scenes, 32))
+    for scene, picture in list(zip(scenes, batch, strict=True))[:4]:
+        assert torch.equal(picture, world.render([scene], 32)[0])
+    assert not torch.equal(batch[0], batch[1])
+
+
+def test_size_need_not_be_a_multiple_of_the_tile():
+    scene = draw("a blue chair in a studio")
+    assert world.render([scene], 21, antialias=1).shape == (1, 21, 21, 3)
+    with pytest.raises(ValueError, match="positive"):
+        world.render([scene], 0)
+
+
+def test_a_caption_parses_to_what_is_true_of_its_scene():
+    rng = np.random.default_rng(1)
+    words = set()
+    for i in range(500):
+        scene = world.sample_scene(rng, holographic=i % 5 == 0)
+        text = world.caption(scene, rng)
+        words |= set(text.split())
+        stated = world.parse(text)
+        assert stated and all(getattr(scene, name) == value for name, value in stated.items()), text
+        again = world.sample_scene(rng, **stated)
+        assert all(getattr(again, name) == value for name, value in stated.items()), text
+        assert all(value in world.ATTRIBUTES[name] for name, value in stated.items()), text
+    assert words <= set(world.WORDS)
+    assert len(world.WORDS) < 150 and list(world.WORDS) == sorted(set(world.WORDS))
+
+
+def test_the_published_prompts_parse():
+    assert world.parse(PROMPTS[0]) == {"thing": "raincoat", "material": "holographic"}
+    assert world.parse(PROMPTS[1]) == world.parse(PROMPTS[0]) | {
+        "wearer": "person",
+        "place": "rain",
+    }
+    assert world.parse(PROMPTS[2]) == world.parse(PROMPTS[0]) | {"wearer": "mannequin"}
+    assert world.parse(PROMPTS[3]) == {"thing": "jacket", "colour": "red", "material": "leather"}
+    assert world.parse(PROMPTS[4]) == {
+        "thing": "cat",
+        "pose": "sitting",
+        "second": "couch",
+        "relation": "on",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a holographic spaceship", "spaceship"),
+        ("raincoat a red", "not a caption"),
+        ("a holographic cat", "cannot be holographic"),
+        ("a couch on a mannequin", "does not go with"),
+    ],
+)
+def test_what_is_no_caption_is_named(text, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        world.parse(text)
+
+
+def test_a_field_or_value_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="no field 'color'"):
+        world.sample_scene(np.random.default_rng(0), color="red")
+    with pytest.raises(ValueError, match="crimson"):
+        world.sample_scene(np.random.default_rng(0), colour="crimson")
+    with pytest.raises(ValueError, match="worn"):
+        world.sample_scene(np.random.default_rng(0), thing="cat", wearer="person")
+
+
+def test_nothing_is_holographic_unless_asked_for():
+    rng = np.random.default_rng(2)
+    for _ in range(1000):
+        scene = world.sample_scene(rng)
+        assert scene.material != "holographic"
+        assert "holographic" not in world.caption(scene, rng).split()
+    for _ in range(100):
+        scene = world.sample_scene(rng, holographic=True)
+        assert scene.material == "holographic" and scene.thing in world.GARMENTS
+
+
+def fresnel_by_bounces(thickness, angle, wavelength, n_film, n_base):
+    """The same reflectance by adding up 60 bounces inside the film, one polarisation at a time."""
+    cos0 = math.cos(angle)
+    cos1 = math.sqrt(1 - (math.sin(angle) / n_film) ** 2)
+    cos2 = math.sqrt(1 - (math.sin(angle) / n_base) ** 2)
+    trip = cmath.exp(4j * math.pi * n_film * thickness * cos1 / wavelength)
+    power = 0.0
+    for swap in (False, True):  # s-polarised, then p-polarised
+
+        def reflect(n, c, m, k, swap=swap):
+            return (n * k - m * c) / (n * k + m * c) if swap else (n * c - m * k) / (n * c + m * k)
+
+        outer, inner = reflect(1.0, cos0, n_film, cos1), reflect(n_film, cos1, n_base, cos2)
+        total = outer + sum(
+            (1 - outer**2) * inner * trip * (-outer * inner * trip) ** k for k in range(60)
+        )
+        power += abs(total) ** 2 / 2
+    return power
+
+
+@pytest.mark.parametrize("angle", [0.0, 35.0, 70.0])
+@pytest.mark.parametrize(
+    ("thickness", "wavelength"), [(120.0, 450.0), (380.0, 550.0), (700.0, 640.0)]
+)
+def test_film_reflects_what_the_bounces_add_up_to(angle, thickness, wavelength):
+    radians = math.radians(angle)
+    found = world.thin_film_reflectance(
+        *(torch.tensor(v, dtype=torch.float64) for v in (thickness, math.cos(radians), wavelength)),
+        1.9,
+        1.35,
+    )
+    assert found.item() == pytest.approx(
+        fresnel_by_bounces(thickness, radians, wavelength, 1.9, 1.35), rel=1e-9
+    )
+
+
+def test_film_limits():
+    def reflectance(thickness, cos_theta, wavelength, film, base):
+        return world.thin_film_reflectance(
+            *map(torch.tensor, (thickness, cos_theta, wavelength)), film, base
+        ).item()
+
+    assert reflectance(0.0, 1.0, 550.0, 1.9, 1.5) == pytest.approx(0.04, abs=1e-6)  # bare glass
+    assert reflectance(300.0, 1.0, 550.0, 1.5, 1.5) == pytest.approx(
+        0.04, abs=1e-6
+    )  # no second interface
+    quarter = 550.0 / 4 / 1.5**0.5
+    assert reflectance(quarter, 1.0, 550.0, 1.5**0.5, 1.5) == pytest.approx(
+        0.0, abs=1e-6
+    )  # a lens's coating
+    assert reflectance(300.0, 0.0, 550.0, 1.9, 1.35) == pytest.approx(1.0, abs=1e-5)  # grazing
+
+
+def test_film_changes_hue_with_the_angle_and_white_stays_white():
+    table = world.film_table()
+    assert table.min() >= 0 and table.max() <= 1
+    row = table[80]  # some 375 nm
+    hues = [colorsys.rgb_to_hsv(*colour.tolist())[0] for colour in (row[63], row[45], row[35])]
+    assert max(hues) - min(hues) > 0.1
+    assert (table[0].amax(-1) - table[0].amin(-1)).max() < 1e-3  # no film, no colour
+
+
+def test_colour_matching_peaks_where_the_eye_does():
+    wavelengths = torch.arange(380.0, 781.0)
+    xyz = world.cie_xyz(wavelengths)
+    assert wavelengths[xyz[:, 1].argmax()].item() == pytest.approx(556, abs=4)
+    assert xyz.sum(0).tolist() == pytest.approx([106.9, 106.9, 106.9], rel=0.01)
+
+
+def hue_variety(picture: torch.Tensor) -> float:
+    """1 minus the length of the mean hue vector over saturated pixels: 0 one hue, 1 all hues."""
+    pixels = picture.reshape(-1, 3).double() / 255
+    angle = [
+        2 * math.pi * h
+        for h, s, v in (colorsys.rgb_to_hsv(*rgb) for rgb in pixels.tolist())
+        if s > 0.15
+    ]
+    return 1 - math.hypot(np.mean(np.cos(angle)), np.mean(np.sin(angle)))
+
+
+def test_holographic_cloth_has_many_hues_and_matte_cloth_one():
+    matte = draw(
+        "a blue matte raincoat on a mannequin on a grey background",
+        view="front",
+        framing="half",
+        hood="down",
+    )
+    foil = dataclasses.replace(matte, material="holographic")
+    pictures = world.render([matte, foil], 64)[:, 24:44, 22:42]  # the chest
+    varieties = [hue_variety(picture) for picture in pictures]
+    assert varieties[0] < 0.05 and varieties[1] > 5 * varieties[0] and varieties[1] > 0.2
+
+
+def test_the_curated_pictures_are_varied_holographic_raincoats():
+    scenes = [scene for scene, _ in world.training_scenes()]
+    assert len(scenes) == 32 == len(set(scenes))
+    assert {(s.thing, s.material) for s in scenes} == {("raincoat", "holographic")}
+    for name, least in (
+        ("wearer", 3),
+        ("place", 4),
+        ("hood", 2),
+        ("framing", 3),
+        ("view", 3),
+        ("colour", 6),
+    ):
+        assert len({getattr(scene, name) for scene in scenes}) >= least
+    assert sum(scene.wearer == "person" for scene in scenes) >= 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "nothing to do"),
+        (["--sheet", "x.png", "--caption", "a purple zebra"], "zebra"),
+        (["--sheet", "x.png", "--count", "0"], "--count"),
+        (["--sheet", "x.png", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_bad_arguments_give_one_line(arguments, complaint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        world._main(arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code != 0 and complaint in said and said.count("\n") == 1
