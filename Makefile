@@ -19,6 +19,14 @@ help:
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+demo: .venv/installed
+	$(BIN)/python preprocess.py
+	$(BIN)/python train.py --demo
+	$(BIN)/python inference.py --demo
+	@echo
+	@echo "Open this page to see what the adapter learned and what it spoiled:"
+	@echo "  $(CURDIR)/results/eval_rank32/report.html"
+
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
 

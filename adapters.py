@@ -15,13 +15,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from common import UserError
+from common import UserError, write_bytes
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name, inside an adapter folder
 COMPONENTS = ("unet", "text_encoder")
@@ -201,9 +201,7 @@ def save_adapter(folder, models, rank, alpha, targets, metadata):
                 peft[f"{component}.{key}"] = sorted(value) if isinstance(value, set) else value
     header = {"format": "pt", "rank": str(rank), "alpha": str(alpha)} | metadata
     header["lora_adapter_metadata"] = json.dumps(peft, sort_keys=True)
-    beside = Path(folder) / f".{WEIGHTS}.new"
-    save_file(tensors, beside, metadata=header)
-    beside.replace(Path(folder) / WEIGHTS)
+    write_bytes(Path(folder) / WEIGHTS, safetensors.torch.save(tensors, metadata=header))
 
 
 def find_adapters(folder):

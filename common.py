@@ -2,11 +2,16 @@
 base-model folders, and output folders that are replaced whole or not at all."""
 
 import argparse
+import contextlib
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,17 +33,35 @@ class UserError(ValueError):
 
 
 def run_script(main):
-    """Call `main()`; a UserError becomes one line on stderr and exit status 1."""
+    """Call `main()`; a UserError becomes one line on stderr and exit status 1.
+
+    SIGINT ends with 130 and SIGTERM with 143, as shells count; a full disk is the user's to mend.
+    """
     try:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         main()
     except UserError as error:
         # Under `accelerate launch` every process meets the same error; one of them says it.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def memory_for(doing, advice):
+    """Turn running out of GPU memory inside into two lines: what was being done, what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"the GPU's memory ran out while {doing}\n  {advice}") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -296,31 +319,110 @@ def check_output_folder(folder, marker):
         raise UserError(f"{parent} cannot be written: {problem.strerror}") from None
 
 
-def replace_folder(new, final):
-    """Put the finished folder `new` in the place of `final`, which is removed only then."""
-    new, final = Path(new), Path(final)
+def unfinished(final):
+    """Where the output that will be the folder `final` is written: beside it, hidden."""
+    return Path(final).with_name(f".{Path(final).name}.unfinished")
+
+
+def replace_folder(final):
+    """Put the finished folder `unfinished(final)` in the place of `final`, which goes only then."""
+    final = Path(final)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
-    new.rename(final)
+    unfinished(final).rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(final, marker):
+    """Mend what a replace_folder that was killed between its two renames left: `final` is missing.
+
+    `marker` is the file that is written last: with it the new folder is whole and takes its place,
+    without it the old one comes back.
+    """
+    final = Path(final)
+    old = final.with_name(f".{final.name}.old")
+    if old.is_dir() and not final.exists():
+        if (unfinished(final) / marker).is_file():
+            unfinished(final).rename(final)
+        else:
+            old.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def fresh_folder(final):
-    """An empty folder beside `final`, to be filled and then given to replace_folder."""
-    new = Path(final).with_name(f".{Path(final).name}.unfinished")
+    """An empty folder `unfinished(final)`, to be filled and then given to replace_folder."""
+    new = unfinished(final)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     return new
 
 
+@contextlib.contextmanager
+def locked(final):
+    """Hold the output folder `final` against a second run; UserError naming the run that has it.
+
+    The lock is the operating system's, on a file beside the folder: it goes with its process,
+    however that ends.
+    """
+    final = Path(final)
+    path = final.with_name(f".{final.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{final} is being written by {owner}; wait for it or stop it"
+            ) from None
+        # The one before may have removed the file between our opening and locking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
+        file.close()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name})")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def write_bytes(path, data):
+    """Write a file so that it is there whole or, as before, not at all: beside it, flushed to the
+    disk, then renamed. UserError with the path and the bytes needed if the disk is full."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as problem:
+        beside.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(
+            f"{path} cannot be written: {problem.strerror}; {len(data):,} bytes needed, {free:,} free"
+        ) from None
+
+
 def write_json(path, value):
-    """Write `value` as readable JSON, beside `path` first and then renamed; NaN becomes null."""
-    beside = Path(path).with_name(f".{Path(path).name}.new")
+    """Write `value` as readable JSON, whole or not at all; NaN becomes null."""
     value = json.loads(json.dumps(value), parse_constant=lambda name: None)
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def sha256_file(path):

@@ -20,11 +20,15 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# Before torch is imported: its CPU threads then sleep while they wait for one another. Spinning, as
+# they do by default, takes a hundred times as long as soon as another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Its only remark at import is about a 4-bit kernel that nothing here uses.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -827,7 +831,7 @@ def write_run(run, summary, shown):
     )
     page = report.run_page(run, summary, shown, new)
     (new / "report.html").write_text(page, encoding="utf-8")
-    replace_folder(new, run.target)
+    replace_folder(run.target)
 
 
 def write_comparison(target, groups, summaries, pairs, shown):
@@ -842,7 +846,7 @@ def write_comparison(target, groups, summaries, pairs, shown):
     (new / "summary.md").write_text(f"# Comparison\n\n{text}\n", encoding="utf-8")
     page = report.comparison_page(groups, summaries, pairs, shown, new)
     (new / "report.html").write_text(page, encoding="utf-8")
-    replace_folder(new, target)
+    replace_folder(target)
 
 
 def write_csv(path, rows):

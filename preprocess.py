@@ -27,7 +27,9 @@ from common import (
     check_output_folder,
     check_range,
     fresh_folder,
+    locked,
     parse_config,
+    recover_folder,
     replace_folder,
     run_script,
     sha256_file,
@@ -313,7 +315,7 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
         duplicates=duplicates,
     )  # fmt: skip
     write_json(new / "manifest.json", manifest)
-    replace_folder(new, output_dir)
+    replace_folder(output_dir)
     own = sum(record["caption_from"] != "CONFIG" for record in records)
     print(
         f"{output_dir}: {len(kept)} pictures of {resolution}x{resolution}; {len(kept) - own} with the "
@@ -349,7 +351,9 @@ def report_counts(read, kept, skipped, duplicates, data_dir, resolution):
 def main():
     config = parse_config(CONFIG, __doc__)
     check_config(config)
-    preprocess(**config)
+    with locked(config["output_dir"]):
+        recover_folder(config["output_dir"], "manifest.json")
+        preprocess(**config)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 
 Out comes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format),
 config.json (configuration, versions, commit, device), log.jsonl and loss.png. An earlier run of
-that name is replaced only once the new one is complete.
+that name is replaced only once the new one is complete. A run that was interrupted, by Ctrl-C, a
+signal, a crash or a power cut, goes on from its last checkpoint when the same command is run again.
 
 Latents are computed once, noise and timesteps derive from (seed, sample number), and the LoRA
 parameters of a group are views of one flat vector: one optimizer kernel, one check for overflow and,
@@ -22,9 +23,15 @@ import logging
 import math
 import netrc
 import os
+import signal
+import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
+# Before torch is imported: its CPU threads then sleep while they wait for one another. Spinning, as
+# they do by default, takes a hundred times as long as soon as another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Its only remark at import is about a 4-bit kernel that nothing here uses.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -38,6 +45,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import adapters
+import checkpoints
 import wandb
 from common import (
     UserError,
@@ -47,11 +55,15 @@ from common import (
     fetch_base_model,
     fresh_folder,
     load_part,
+    locked,
+    memory_for,
     parse_config,
     provenance,
     read_dataset,
+    recover_folder,
     replace_folder,
     run_script,
+    unfinished,
     write_json,
 )
 from report import loss_figure
@@ -86,6 +98,11 @@ CONFIG = dict(
     # memory and precision
     gradient_checkpointing=True,  # UNet activations are computed twice instead of kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
+    # safety
+    checkpoint_every=500,  # steps; what a crash can cost at most
+    keep_checkpoints=2,  # the newest, and one before it in case that one is damaged
+    resume=True,  # go on from the last checkpoint of an interrupted run of this name
+    max_overflows=20,  # fp16 steps skipped in a row before the run is given up
     # the rest
     seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
     log_every=10,  # steps
@@ -97,12 +114,19 @@ CONFIG = dict(
 DEMO = dict(
     base_model="demo/model",
     resolution=128,
-    unet_learning_rate=1e-3,
-    text_encoder_learning_rate=1e-4,
-    max_steps=400,
+    unet_learning_rate=5e-4,
+    text_encoder_learning_rate=5e-5,
+    max_steps=800,
     gradient_checkpointing=False,
-    validate_every=50,
+    validate_every=100,
+    checkpoint_every=200,
 )
+
+# Keys that may differ between an interrupted run and the one that continues it.
+FREE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "resume",
+        "max_overflows", "wandb_project", "output_dir", "run_name")  # fmt: skip
+# Packages whose version may change the numbers.
+NUMERIC = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 
 MAX_TOKENS = 77  # CLIP's text length, begin and end token included
 # Separate streams of random numbers, so that none shifts another.
@@ -215,7 +239,7 @@ def check_trained(models):
 
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
-    for key in "rank resolution max_steps batch_size gradient_accumulation_steps log_every validate_every".split():  # fmt: skip
+    for key in "rank resolution max_steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
         check_range(config, key, 1)
     for key in "validation_count warmup_steps seed adam_weight_decay unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
         check_range(config, key, 0)
@@ -238,16 +262,18 @@ def check_config(config):
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 
 
-def start_wandb(project, name, config):
+def start_wandb(project, name, config, run_id=None):
     """A W&B run: online with an API key, else offline, never asking; WANDB_MODE decides if set.
 
-    It gets the configuration and the figures, no pictures and no captions.
+    It gets the configuration and the figures, no pictures and no captions. With `run_id` a run that
+    was interrupted goes on.
     """
     key = os.environ.get("WANDB_API_KEY")
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         key = key or netrc.netrc().authenticators("api.wandb.ai")
     mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-    start = functools.partial(wandb.init, project=project, name=name, config=config,
+    start = functools.partial(wandb.init, project=project, name=name, config=config, id=run_id,
+                              resume="allow" if run_id else None,
                               settings=wandb.Settings(console="off", silent=True))  # fmt: skip
     try:
         return start(mode=mode)
@@ -258,6 +284,65 @@ def start_wandb(project, name, config):
         return start(mode="offline")
 
 
+# ---- going on after an interruption ---------------------------------------------------------
+
+
+def identity(config, rows, accelerator):
+    """What must be equal for a checkpoint to be continued bit for bit: a dict of JSON values."""
+    found = {key: value for key, value in config.items() if key not in FREE}
+    found["pictures and captions"] = data_hash(rows)
+    found |= {package: version(package) for package in NUMERIC}
+    found["processes"] = accelerator.num_processes
+    found["device"] = accelerator.device.type
+    return json.loads(json.dumps(found))
+
+
+def check_same_run(saved, now, folder):
+    """UserError listing the differences if the interrupted run in `folder` was another one."""
+    differing = [
+        key
+        if key == "pictures and captions"
+        else f"{key}: {saved.get(key)} then, {now.get(key)} now"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} holds an interrupted run that differs from this one in {'; '.join(differing)}. "
+            "Change that back to continue it, or add --no-resume to drop it and start anew"
+        )
+
+
+def optimizer_state(optimizer, flats, names):
+    """(tensors, numbers) of the optimizer's state, keyed «group.name»."""
+    tensors, numbers = {}, {}
+    for name, flat in zip(names, flats, strict=True):
+        for key, value in optimizer.state[flat].items():
+            (tensors if torch.is_tensor(value) else numbers)[f"{name}.{key}"] = value
+    return tensors, numbers
+
+
+class StopSignals:
+    """SIGINT and SIGTERM while a step is under way: remembered in `received` until it is done.
+
+    A second one ends the process at once.
+    """
+
+    def __enter__(self):
+        self.received = 0
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 # ---- the run -------------------------------------------------------------------------------
 
 
@@ -265,14 +350,13 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
           rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
           unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
           adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps,
-          gradient_checkpointing, mixed_precision, seed, log_every, validate_every,
-          wandb_project):  # fmt: skip
+          gradient_checkpointing, mixed_precision, checkpoint_every, keep_checkpoints, resume,
+          max_overflows, seed, log_every, validate_every, wandb_project):  # fmt: skip
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
     started = time.monotonic()
 
     # Everything that can be wrong is looked at before a model is loaded.
-    check_config(config)
     rows = read_dataset(data_dir, resolution)
     if validation_count >= len(rows):
         raise UserError(
@@ -293,6 +377,14 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         accelerator.mixed_precision
     ]
 
+    target_folder = Path(output_dir) / run_name
+    work_folder = unfinished(target_folder)
+    this_run = identity(config, rows, accelerator)
+    saved = checkpoints.latest(work_folder, say) if resume else None
+    if saved:
+        check_same_run(saved[1]["identity"], this_run, work_folder)
+    accelerator.wait_for_everyone()  # all have read before one writes
+
     held_out = np.random.default_rng([seed, HELD_OUT]).permutation(len(rows))[:validation_count]
     train_indices = np.setdiff1d(np.arange(len(rows)), held_out)
     say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
@@ -300,7 +392,8 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     # The VAE is needed once: its latents stay, it goes.
     scheduler = DDPMScheduler.from_pretrained(base_folder / "scheduler")
     vae = load_part(AutoencoderKL, base_folder, "vae", weight_dtype).to(device)
-    latent_means, latent_deviations = encode_latents(vae, rows, device)
+    with memory_for("encoding the pictures", f"--resolution {resolution // 2} needs a quarter"):
+        latent_means, latent_deviations = encode_latents(vae, rows, device)
     del vae
 
     unet = load_part(UNet2DConditionModel, base_folder, "unet", weight_dtype)
@@ -391,12 +484,33 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             total += losses([picture] * len(draws), draws).mean().item()
         return total / len(held_out)
 
-    target_folder = Path(output_dir) / run_name
+    # Where the run stands: at the start, or where the last checkpoint left it.
+    first_step, log, skipped, run_id = 0, [], 0, None
+    loss_sum, loss_count = torch.zeros((), device=device), 0
+    if saved:
+        tensors, state = saved
+        first_step, skipped, run_id = state["step"], state["skipped"], state["run_id"]
+        loss_count = state["loss_count"]
+        loss_sum.copy_(tensors["loss_sum"])
+        for name, flat in zip(models, flats, strict=True):
+            flat.data.copy_(tensors[f"{name}.parameters"])
+            mine = f"{name}.optimizer."
+            kept = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
+            kept = {key: value.to(device) for key, value in kept.items()}
+            kept |= {
+                k.removeprefix(mine): v for k, v in state["optimizer"].items() if k.startswith(mine)
+            }
+            optimizer.state[flat].update(kept)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        log = state["log"]
+        say(f"continuing {run_name} after step {first_step}")
     if is_main:
-        new_folder = fresh_folder(target_folder)
-        log_file = (new_folder / "log.jsonl").open("w", encoding="utf-8")
-        tracker = start_wandb(wandb_project, run_name, config)
-    log = []
+        if not saved:
+            fresh_folder(target_folder)
+        tracker = start_wandb(wandb_project, run_name, config, run_id)
+        log_file = (work_folder / "log.jsonl").open("w", encoding="utf-8")
+        log_file.writelines(json.dumps(row) + "\n" for row in log)
 
     def record(**row):
         if is_main:
@@ -405,47 +519,102 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             log_file.flush()
             tracker.log({f"train/{key}": value for key, value in row.items()})
 
-    if len(held_out) and is_main:
-        record(step=0, validation_loss=validation_loss())
+    def save_checkpoint(done):
+        names = [f"{name}.optimizer" for name in models]
+        tensors, numbers = optimizer_state(optimizer, flats, names)
+        tensors |= {f"{name}.parameters": f.data for name, f in zip(models, flats, strict=True)}
+        scaler = accelerator.scaler
+        state = dict(
+            identity=this_run, optimizer=numbers, log=log, loss_count=loss_count, skipped=skipped,
+            scaler=scaler.state_dict() if scaler else None, run_id=tracker.id,
+        )  # fmt: skip
+        tensors["loss_sum"] = loss_sum
+        checkpoints.save(work_folder, done, tensors, state, keep_checkpoints)
+
+    def give_up(step, pictures, what):
+        """Stop before the update of a step whose numbers are not finite, its predecessor kept."""
+        if is_main:
+            save_checkpoint(step)
+        raise UserError(
+            f"{what} at step {step + 1} ({', '.join(sorted({rows[i][0] for i in pictures}))}); the state "
+            f"after step {step} is kept in {work_folder}. Are the learning rates too high?"
+        )
+
+    memory_advice = f"--batch-size {max(1, batch_size // 2)} or --gradient-checkpointing needs less"
+    if len(held_out) and is_main and not saved:
+        with memory_for("measuring the held-out pictures", memory_advice):
+            record(step=0, validation_loss=validation_loss())
     set_up_seconds = time.monotonic() - started
-    loss_sum, loss_count, skipped = torch.zeros((), device=device), 0, 0
-    bar = tqdm(total=max_steps, desc=run_name, unit="step", disable=not is_main)
+    overflows = 0  # fp16 steps skipped in a row
+    bar = tqdm(total=max_steps, initial=first_step, desc=run_name, unit="step", disable=not is_main)
     loop_started = time.monotonic()
 
-    for step in range(max_steps):
-        factor = learning_rate_factor(step, max_steps, warmup_steps)
-        for group, peak_rate in zip(optimizer.param_groups, peak_rates, strict=True):
-            group["lr"] = peak_rate * factor
+    with StopSignals() as stop, memory_for(f"training with batch_size {batch_size}", memory_advice):
+        for step in range(first_step, max_steps):
+            factor = learning_rate_factor(step, max_steps, warmup_steps)
+            for group, peak_rate in zip(optimizer.param_groups, peak_rates, strict=True):
+                group["lr"] = peak_rate * factor
 
-        for micro in range(gradient_accumulation_steps):
-            loss = losses(*micro_batch(step, micro)).mean()
-            accelerator.backward(loss / gradient_accumulation_steps)
-            loss_sum += loss.detach()
-            loss_count += 1
-        if accelerator.num_processes > 1:
+            step_loss, step_pictures = torch.zeros((), device=device), []
+            for micro in range(gradient_accumulation_steps):
+                pictures, draws = micro_batch(step, micro)
+                loss = losses(pictures, draws).mean() / gradient_accumulation_steps
+                accelerator.backward(loss)
+                step_loss += loss.detach()
+                step_pictures += pictures
+            if accelerator.num_processes > 1:
+                for flat in flats:
+                    flat.grad.copy_(accelerator.reduce(flat.grad, "mean"))
+
+            # The fp16 loss scaler skips an update whose gradient overflowed, which is ordinary and
+            # counted; without it nothing may be wrong. A loss that is not finite is never ordinary.
+            if accelerator.scaler is None and not (
+                step_loss.isfinite() and all(flat.grad.isfinite().all() for flat in flats)
+            ):
+                give_up(step, step_pictures, "the loss or its gradient is NaN or infinite")
+            optimizer.step()
+            overflows = overflows + 1 if optimizer.step_was_skipped else 0
+            if overflows:
+                skipped += 1
+                if not step_loss.isfinite():
+                    give_up(step, step_pictures, "the loss is NaN or infinite")
+                if overflows > max_overflows:
+                    give_up(step, step_pictures, f"fp16 overflowed {overflows} times in a row")
             for flat in flats:
-                flat.grad.copy_(accelerator.reduce(flat.grad, "mean"))
-        optimizer.step()
-        skipped += int(optimizer.step_was_skipped)  # the loss scaler met an overflow in fp16
-        for flat in flats:
-            flat.grad.zero_()
+                flat.grad.zero_()
 
-        done = step + 1
-        bar.update()
-        if done % log_every == 0 or done == max_steps:
-            mean_loss = accelerator.reduce(loss_sum, "mean").item() / loss_count
-            if not math.isfinite(mean_loss):
-                raise UserError(
-                    f"the loss is {mean_loss} near step {done}; lower the learning rates"
-                )
-            loss_sum.zero_()
-            loss_count = 0
-            record(step=done, loss=mean_loss, learning_rate=peak_rates[0] * factor)
-            bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{peak_rates[0] * factor:.1e}")
-        if len(held_out) and is_main and (done % validate_every == 0 or done == max_steps):
-            record(step=done, validation_loss=validation_loss())
+            done = step + 1
+            loss_sum += step_loss
+            loss_count += 1
+            bar.update()
+            if done % log_every == 0 or done == max_steps:
+                mean_loss = accelerator.reduce(loss_sum, "mean").item() / loss_count
+                loss_sum.zero_()
+                loss_count = 0
+                record(step=done, loss=mean_loss, learning_rate=peak_rates[0] * factor)
+                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{peak_rates[0] * factor:.1e}")
+            if len(held_out) and is_main and (done % validate_every == 0 or done == max_steps):
+                record(step=done, validation_loss=validation_loss())
+
+            stopping = stop.received
+            if accelerator.num_processes > 1 and done % log_every == 0:
+                # A signal may reach the processes in different steps: they agree now and then.
+                agreed = torch.tensor(stopping, device=device)
+                stopping = int(accelerator.gather(agreed.reshape(1)).max())
+            elif accelerator.num_processes > 1:
+                stopping = 0
+            if stopping or (done % checkpoint_every == 0 and done < max_steps):
+                loss_sum.copy_(accelerator.reduce(loss_sum, "mean"))
+                if is_main:
+                    save_checkpoint(done)
+            if stopping:
+                say(f"\nstopped after step {done}, which is saved; the same command continues")
+                if is_main:
+                    tracker.finish(exit_code=128 + stopping)
+                sys.exit(128 + stopping)
     bar.close()
     seconds = time.monotonic() - loop_started
+    steps_a_second = (max_steps - first_step) / seconds
 
     accelerator.wait_for_everyone()
     check_trained(models)
@@ -467,20 +636,22 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             parameters={g["name"]: flat.numel() for g, flat in zip(groups, flats, strict=True)},
             skipped_steps=skipped,
             set_up_seconds=round(set_up_seconds, 2),
-            steps_a_second=round(max_steps / seconds, 3),
+            steps_a_second=round(steps_a_second, 3),
         )
         if on_cuda:
             summary["peak_gib_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
-        write_json(new_folder / "config.json", summary)
-        loss_figure(log, run_name).savefig(new_folder / "loss.png")
-        adapters.save_adapter(new_folder, models, rank, alpha, targets, dict(
+        loss_figure(log, run_name).savefig(work_folder / "loss.png")
+        adapters.save_adapter(work_folder, models, rank, alpha, targets, dict(
             base_model=str(base_model), caption=captions[0] if len(captions) == 1 else f"{len(captions)} captions",
             data_sha256=summary["data"]["sha256"], steps=str(max_steps), seed=str(seed),
         ))  # fmt: skip
-        replace_folder(new_folder, target_folder)
+        write_json(work_folder / "config.json", summary)  # last: with it the folder is whole
+        for path in checkpoints.listed(work_folder):
+            path.unlink()
+        replace_folder(target_folder)
         notes = f", {skipped} skipped for fp16 overflow" if skipped else ""
         memory = f", {summary['peak_gib_reserved']} GiB reserved at most" if on_cuda else ""
-        print(f"{target_folder}: {max_steps} steps{notes}, {max_steps / seconds:.2f} steps/s after "
+        print(f"{target_folder}: {max_steps} steps{notes}, {steps_a_second:.2f} steps/s after "
               f"{set_up_seconds:.1f} s of set-up{memory}")  # fmt: skip
         print(f"  python inference.py --lora-dir {target_folder}")
     accelerator.end_training()
@@ -489,7 +660,13 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
 def main(config, description):
     """Run `train` with a script's CONFIG and the command line's overrides."""
-    train(**parse_config(config, description, demo=DEMO))
+    config = parse_config(config, description, demo=DEMO)
+    check_config(config)
+    target = Path(config["output_dir"]) / config["run_name"]
+    # Of several processes the first one writes, and holds the folder.
+    with locked(target) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        recover_folder(target, "config.json")
+        train(**config)
 
 
 if __name__ == "__main__":

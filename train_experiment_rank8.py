@@ -41,6 +41,11 @@ CONFIG = dict(
     # memory and precision
     gradient_checkpointing=True,  # UNet activations are computed twice instead of kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
+    # safety
+    checkpoint_every=500,  # steps; what a crash can cost at most
+    keep_checkpoints=2,  # the newest, and one before it in case that one is damaged
+    resume=True,  # go on from the last checkpoint of an interrupted run of this name
+    max_overflows=20,  # fp16 steps skipped in a row before the run is given up
     # the rest
     seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
     log_every=10,  # steps

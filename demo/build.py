@@ -83,7 +83,7 @@ CONFIG = dict(
     unet_channels=(96, 128, 160),  # 16x16 and 8x8 with cross-attention, 4x4 with it in the middle
     unet_layers=1,
     unet_heads=4,
-    unet_minutes=8.0,
+    unet_minutes=4.5,  # longer fits the trained combinations and loses colours on the others
     unet_batch=512,
     unet_learning_rate=8e-4,
     unet_empty_share=0.1,  # empty prompts, for classifier-free guidance
@@ -324,7 +324,8 @@ def render(config, parts=PARTS):
         for count in counts:
             done += count
             print(f"rendered {done}/{total}, {time.time() - started:.0f} s", flush=True)
-    record_run("render", config, started)
+    if parts == PARTS:
+        record_run("render", config, started)
 
 
 def render_kind(job):
@@ -519,13 +520,15 @@ def save_half(model, folder):
 
 
 def record_run(stage, config, started, steps=None):
-    """Note how a stage ran, for metrics.json: minutes, steps, device and versions."""
+    """Note how a stage ran, for metrics.json: minutes, steps, its settings, device, versions."""
     on_gpu = config["device"] == "cuda"
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    device = f"one {torch.cuda.get_device_name()}" if on_gpu else f"CPU, {threads} threads"
     packages = "torch diffusers transformers lpips".split()
     run = dict(
         minutes=round((time.time() - started) / 60, 2),
         steps=steps,
+        settings={key: value for key, value in config.items() if key.startswith(f"{stage}_")},
         device=device,
         versions=dict(python=sys.version.split()[0]) | {name: version(name) for name in packages},
     )
@@ -982,7 +985,11 @@ def measure(config):
     )
     record_run("measure", config, started)
     figures["training"] = write_log(config)
-    figures["config"] = {key: value for key, value in config.items() if not key.endswith("_dir")}
+    figures["config"] = {  # without folders, and without what each stage's own run tells
+        key: value
+        for key, value in config.items()
+        if not key.startswith(("vae_", "clip_", "unet_", "model_")) and not key.endswith("_dir")
+    }
     write_json(report / "metrics.json", figures)
     (report / "README.md").write_text(readme(figures), encoding="utf-8")
 
@@ -1177,8 +1184,8 @@ Rows: the five prompts; columns: {config[seeds]} seeds, the same in each row; PN
 {runs}
 
 Trained on {config[train_pictures]:,} rendered pictures of {config[resolution]} pixels, the scorer on
-{config[holographic_pictures]:,} holographic ones besides. Sizes: {parameters}; {sizes[mebibytes]} MiB
-together on disk.
+{config[holographic_pictures]:,} holographic ones besides. Parameters: {parameters}.
+{sizes[mebibytes]} MiB together on disk.
 
 ![training curves](curves.png)
 
@@ -1210,6 +1217,8 @@ ones that the base model draws from the same captions:
 {unknown}
 
 ![held-out scenes](heldout.webp)
+
+The first eight held-out scenes; their captions are in metrics.json.
 """
 
 
