@@ -47,12 +47,16 @@ from common import (
     check_output_folder,
     check_range,
     data_hash,
+    disk_for,
     fetch_base_model,
     fresh_folder,
     load_part,
+    locked,
+    memory_for,
     parse_config,
     provenance,
     read_dataset,
+    recover_folder,
     replace_folder,
     run_script,
     write_json,
@@ -91,6 +95,8 @@ PROMPTS = (
     ("failure", "a red leather jacket"),
     ("failure", "a cat sitting on a couch"),
 )
+
+MARKER = "metrics.json"  # the file of a results folder that is written last
 
 # What --demo puts in their place.
 DEMO = dict(
@@ -175,7 +181,13 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
     images = []
     size = resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, size, size)
-    with tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False) as bar:
+    with (
+        memory_for(
+            f"drawing {batch_size} pictures at once",
+            f"--batch-size {max(1, batch_size // 2)} needs less",
+        ),
+        tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False) as bar,
+    ):
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             noise = [
@@ -245,6 +257,7 @@ class Run:
     lora: list  # likewise
     scaled: dict = field(default_factory=dict)  # {scale: pictures}, where a sweep was asked for
     rows: list = None  # a dict a picture; see `score`
+    sweep: tuple = None  # see `sweep_summary`
 
     @property
     def experiment(self):
@@ -258,8 +271,7 @@ class Run:
 def picture_scores(images, texts, clip, training):
     """A dict for each picture: clip, concept_similarity, nearest_similarity, nearest_picture.
 
-    `texts` are the pictures' prompts; `training` is (names, embeddings, embeddings of the mirrored)
-    of the training pictures. What cannot be had without a CLIP model or them is None.
+    `texts` are the pictures' prompts. What cannot be had without a Clip or a TrainingSet is None.
     """
     rows = [
         dict(clip=None, concept_similarity=None, nearest_similarity=None, nearest_picture=None)
@@ -271,13 +283,14 @@ def picture_scores(images, texts, clip, training):
         for row, cosine in zip(rows, cosines, strict=True):
             row["clip"] = float(cosine)
     if clip and training:
-        names, plain, mirrored = training
-        concept = metrics.concept_similarity(embeddings, plain)
-        nearest, which = metrics.nearest_training(embeddings, plain, mirrored)
+        concept = metrics.concept_similarity(embeddings, training.embeddings)
+        nearest, which = metrics.nearest_training(
+            embeddings, training.embeddings, training.mirrored
+        )
         for i, row in enumerate(rows):
             row["concept_similarity"] = float(concept[i])
             row["nearest_similarity"] = float(nearest[i])
-            row["nearest_picture"] = names[which[i]]
+            row["nearest_picture"] = training.names[which[i]]
     return rows
 
 
@@ -418,8 +431,8 @@ def verdicts(summary, clip_margin):
         share, threshold = summary["memorised"]["share"], summary["memorised"]["threshold"]
         yes = share["low"] > 0.05
         text = (f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of the success pictures "
-                f"are nearer to a training picture than {threshold:.3f}, which 5% of the training "
-                "pictures are to one another. ")  # fmt: skip
+                f"are nearer to a training picture than {threshold:.3f}, as only 5% of the training pictures "
+                "are to one another. ")  # fmt: skip
         found.append(dict(
             question="memorised", answer="yes" if yes else "no",
             text=text + ("They are near-copies." if yes else "No sign of copying."),
@@ -549,122 +562,45 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     """
     config = dict(locals())
     started = time.monotonic()
-
-    # Everything that can be wrong is looked at before a model is loaded.
     check_config(config)
-    output_dir = Path(output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    drawing = not rescore and not score_dir
+
+    # Everything that can be wrong is looked at before a model is loaded, the scorer before the
+    # pictures are drawn.
     if rescore:
-        runs, config, prompts, picture_seeds = read_saved(output_dir, config)
-        config |= dict(clip_model=clip_model, clip_revision=clip_revision, data_dir=data_dir,
-                       clip_margin=clip_margin)  # fmt: skip
-        resolution = config["resolution"]
-    elif score_dir:
-        prompts = read_prompts(prompts)
-        runs, picture_seeds = read_pair(score_dir, output_dir, prompts)
-        check_output_folder(output_dir, "metrics.json")
-        resolution = max(runs[0].base[0].size)
+        runs, config, prompts, seeds = read_saved(Path(output_dir), config)
     else:
-        prompts = read_prompts(prompts)
-        picture_seeds = list(range(seed, seed + seeds))
-        found = adapters.find_adapters(lora_dir)
-        targets = [output_dir / name if len(found) > 1 else output_dir for name, _ in found]
-        for target in [*targets, *([output_dir / "comparison"] if len(found) > 1 else [])]:
-            check_output_folder(target, "metrics.json")
-        read = [(name, adapters.read_adapter(path)) for name, path in found]
-        check_fingerprints(read)
-        if device.type == "cpu":
-            print("no CUDA GPU found: drawing on the CPU, in fp32")
-        for name, adapter in read:
-            trained_on = adapter.metadata.get("base_model")
-            if trained_on and trained_on != base_model:
-                print(
-                    f"note: {name} was trained on {trained_on}, here it is drawn with {base_model}"
-                )
-        base_folder = fetch_base_model(base_model, revision, half=device.type == "cuda")
+        prompts, seeds = read_prompts(prompts), list(range(seed, seed + seeds))
+    if score_dir:
+        runs, seeds = read_pair(score_dir, Path(output_dir), prompts)
+    if drawing:
+        plan = plan_runs(config, device)
+    clip, training = load_scorer(config, prompts, device)
+    if drawing:
+        runs = draw_runs(config, plan, prompts, seeds, training, device)
 
-    clip = training = threshold = None
-    if clip_model == "none":
-        print("note: without a CLIP model only LPIPS is computed")
-    else:
-        clip_folder = metrics.fetch_clip(clip_model, clip_revision)
-        training_rows = None
-        if (Path(data_dir) / "captions.jsonl").is_file():
-            training_rows = read_dataset(data_dir, resolution)
-        else:
-            print(
-                f"note: {data_dir} holds no captions.jsonl; the concept similarity is not computed"
-            )
-        clip = metrics.load_clip(clip_folder, device)
-        check_prompt_lengths(prompts, clip.processor.tokenizer, clip.max_tokens, clip_model)
-        if training_rows:
-            pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for *_, p in training_rows]
-            names = [name for name, *_ in training_rows]
-            training = (names, *metrics.training_embeddings(pictures, clip))
-            threshold = (
-                np.percentile(metrics.leave_one_out(*training[1:]), 95) if len(names) > 1 else None
-            )
-
-    if not rescore and not score_dir:
-        if clip_model != "none" and training:
-            for name, adapter in read:
-                trained_on = adapter.metadata.get("data_sha256")
-                if trained_on and trained_on != data_hash(training_rows):
-                    print(
-                        f"note: {name} was trained on other pictures (or sizes) than those in {data_dir}"
-                    )
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        pipeline = load_pipeline(base_folder, dtype, device)
-        models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        check_prompt_lengths(
-            prompts, pipeline.tokenizer, pipeline.tokenizer.model_max_length, base_model
-        )
-        base_probe = probe(pipeline)
-        for _, adapter in read:  # before the long part: does each fit, and does it do anything?
-            adapters.apply_adapter(adapter, models)
-            check_switch(pipeline, models, adapter, base_probe)
-            adapters.remove_adapter(models)
-        jobs = [(prompt, s) for _, prompt in prompts for s in picture_seeds]
-        how = dict(
-            steps=steps, guidance_scale=guidance_scale, resolution=resolution, batch_size=batch_size
-        )
-        base = draw(pipeline, jobs, **how, title="base")
-        runs = []
-        for (name, adapter), target in zip(read, targets, strict=True):
-            adapters.apply_adapter(adapter, models)
-            drawn = {}
-            for scale in sorted({1.0, *lora_scales} - {0.0}):
-                adapters.set_scale(models, scale)
-                title = name if scale == 1 else f"{name} at {scale:g}"
-                drawn[scale] = draw(pipeline, jobs, **how, title=title)
-            adapters.remove_adapter(models)
-            scaled = (
-                {s: drawn[s] if s else base for s in lora_scales} if len(lora_scales) > 1 else {}
-            )
-            runs.append(Run(name, target, describe(adapter), base, drawn[1.0], scaled))
-        drawn_count = len(jobs) * (1 + len(read) * len({1.0, *lora_scales} - {0.0}))
-        del pipeline, models
-
-    count = len(picture_seeds)
-    chunks = [runs[0].base[i * count : (i + 1) * count] for i in range(len(prompts))]
+    chunks = [runs[0].base[i : i + len(seeds)] for i in range(0, len(runs[0].base), len(seeds))]
     ceilings = [metrics.lpips_ceiling(chunk, device) for chunk in chunks]
-    texts = [prompt for _, prompt in prompts for _ in picture_seeds]
-    scoring = dict(clip=clip, training=training, device=device)
+    texts = [prompt for _, prompt in prompts for _ in seeds]
     for run in tqdm(runs, desc="scores", unit="run", leave=False, disable=len(runs) == 1):
         if run.base is not runs[0].base or run is runs[0]:  # drawn once, they are scored once
             base_scores = picture_scores(run.base, texts, clip, training)
-        score(run, prompts, picture_seeds, **scoring, base_scores=base_scores)
-    warnings = picture_warnings(runs, prompts, picture_seeds)
+        scoring = dict(clip=clip, training=training, device=device, base_scores=base_scores)
+        score(run, prompts, seeds, **scoring)
+        if run.scaled:
+            run.sweep = sweep_summary(run.scaled, run.base, prompts, seeds, ceilings, scoring)
+    warnings = picture_warnings(runs, prompts, seeds)
     for warning in warnings:
         print(f"warning: {warning}")
-    shown = dict(prompts=prompts, seeds=picture_seeds, warnings=warnings, provenance=provenance(device),
-                 config=config, training=(names, pictures) if training else None)  # fmt: skip
+
+    shown = dict(prompts=prompts, seeds=seeds, warnings=warnings, provenance=provenance(device),
+                 config=config, training=training)  # fmt: skip
+    threshold = training and training.copy_threshold
     for run in runs:
         summary = analyse([run], prompts, ceilings, threshold, clip_margin)
-        if run.scaled:
-            rows, advice = sweep_summary(run.scaled, run.base, prompts, picture_seeds, ceilings,
-                                         scoring | dict(base_scores=base_scores))  # fmt: skip
-            summary["sweep"] = dict(rows=rows, advice=advice)
+        if run.sweep:
+            summary["sweep"] = dict(zip(("rows", "advice"), run.sweep, strict=True))
         write_run(run, summary, shown)
         print(f"\n{run.name}\n{report.summary_text(summary)}\n\nopen {run.target / 'report.html'}")
     if len(runs) > 1:
@@ -676,16 +612,111 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
             for name, members in groups.items()
         }
         pairs = compare(groups, prompts, ceilings)
-        target = output_dir / "comparison"
+        target = Path(output_dir) / "comparison"
         write_comparison(target, groups, summaries, pairs, shown)
-        print(
-            f"\ncomparison\n{report.comparison_text(summaries, pairs)}\n\nopen {target / 'report.html'}"
-        )
-    seconds = time.monotonic() - started
-    if not rescore and not score_dir:
-        print(f"{drawn_count} pictures in {seconds:.1f} s, {seconds / drawn_count:.2f} s a picture, "
+        text = report.comparison_text(summaries, pairs)
+        print(f"\ncomparison\n{text}\n\nopen {target / 'report.html'}")
+    if drawing:
+        drawn = len(texts) * (1 + sum(len({1.0, *run.scaled} - {0.0}) for run in runs))
+        seconds = time.monotonic() - started
+        print(f"{drawn} pictures in {seconds:.1f} s, {seconds / drawn:.2f} s a picture, "
               "loading and scores included")  # fmt: skip
     return [run.target for run in runs]
+
+
+def plan_runs(config, device):
+    """What will be drawn: ([(name, Adapter, target folder)], base-model folder), all checked."""
+    found = adapters.find_adapters(config["lora_dir"])
+    output_dir, base_model = Path(config["output_dir"]), config["base_model"]
+    targets = [output_dir / name if len(found) > 1 else output_dir for name, _ in found]
+    for target in [*targets, *([output_dir / "comparison"] if len(found) > 1 else [])]:
+        check_output_folder(target, MARKER)
+    read = [(name, adapters.read_adapter(path)) for name, path in found]
+    check_fingerprints(read)
+    if device.type == "cpu":
+        print("no CUDA GPU found: drawing on the CPU, in fp32")
+    for name, adapter in read:
+        known = adapter.metadata.get("base_model")
+        if known and known != base_model:
+            print(f"note: {name} was trained on {known}, here it is drawn with {base_model}")
+    folder = fetch_base_model(base_model, config["revision"], half=device.type == "cuda")
+    return [(*pair, target) for pair, target in zip(read, targets, strict=True)], folder
+
+
+@dataclass
+class TrainingSet:
+    """The training pictures as the scores need them."""
+
+    names: list
+    pictures: list  # PIL
+    sha256: str
+    embeddings: np.ndarray  # [m, d]
+    mirrored: np.ndarray  # of the mirrored pictures
+
+    @property
+    def copy_threshold(self):
+        """95% of the training pictures are less similar than this to their nearest other one."""
+        if len(self.names) < 2:
+            return None
+        return float(np.percentile(metrics.leave_one_out(self.embeddings, self.mirrored), 95))
+
+
+def load_scorer(config, prompts, device):
+    """(Clip, TrainingSet), each None, and said aloud, where it is not asked for or not there."""
+    if config["clip_model"] == "none":
+        print("note: without a CLIP model only LPIPS is computed")
+        return None, None
+    folder = metrics.fetch_clip(config["clip_model"], config["clip_revision"])
+    data_dir, rows = config["data_dir"], None
+    if (Path(data_dir) / "captions.jsonl").is_file():
+        rows = read_dataset(data_dir, config["resolution"])
+    else:
+        print(f"note: {data_dir} holds no captions.jsonl; the concept similarity is not computed")
+    clip = metrics.load_clip(folder, device)
+    check_prompt_lengths(prompts, clip.processor.tokenizer, clip.max_tokens, config["clip_model"])
+    if not rows:
+        return clip, None
+    pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for *_, pixels in rows]
+    embeddings = metrics.training_embeddings(pictures, clip)
+    return clip, TrainingSet([name for name, *_ in rows], pictures, data_hash(rows), *embeddings)
+
+
+def draw_runs(config, plan, prompts, seeds, training, device):
+    """Draw the base model's pictures once and every adapter's: a list of Run."""
+    planned, folder = plan
+    for name, adapter, _ in planned:
+        known = adapter.metadata.get("data_sha256")
+        if training and known and known != training.sha256:
+            print(
+                f"note: {name} was trained on other pictures (or sizes) than {config['data_dir']}"
+            )
+    pipeline = load_pipeline(
+        folder, torch.float16 if device.type == "cuda" else torch.float32, device
+    )
+    models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    limit = pipeline.tokenizer.model_max_length
+    check_prompt_lengths(prompts, pipeline.tokenizer, limit, config["base_model"])
+    base_probe = probe(pipeline)
+    for _, adapter, _ in planned:  # before the long part: does each fit, and does it do anything?
+        adapters.apply_adapter(adapter, models)
+        check_switch(pipeline, models, adapter, base_probe)
+        adapters.remove_adapter(models)
+
+    jobs = [(prompt, s) for _, prompt in prompts for s in seeds]
+    how = {k: config[k] for k in ("steps", "guidance_scale", "resolution", "batch_size")}
+    base = draw(pipeline, jobs, **how, title="base")
+    runs, scales = [], config["lora_scales"]
+    for name, adapter, target in planned:
+        adapters.apply_adapter(adapter, models)
+        drawn = {0.0: base}
+        for scale in sorted({1.0, *scales} - {0.0}):
+            adapters.set_scale(models, scale)
+            title = name if scale == 1 else f"{name} at {scale:g}"
+            drawn[scale] = draw(pipeline, jobs, **how, title=title)
+        adapters.remove_adapter(models)
+        scaled = {scale: drawn[scale] for scale in scales} if len(scales) > 1 else {}
+        runs.append(Run(name, target, describe(adapter), base, drawn[1.0], scaled))
+    return runs
 
 
 def describe(adapter):
@@ -747,7 +778,9 @@ def read_saved(output_dir, config):
             known = {0.0: run.base, 1.0: run.lora}
             run.scaled[scale] = known.get(scale) or [open_picture(path) for path in paths]
         runs.append(run)
-    return runs, config | saved["config"], prompts, seeds
+    # How they were drawn is theirs, how they are scored is asked for now.
+    scoring = ("clip_model", "clip_revision", "clip_margin", "data_dir", "output_dir", "rescore")
+    return runs, config | saved["config"] | {k: config[k] for k in scoring}, prompts, seeds
 
 
 def picture_paths(folder, prompts, seeds, kinds=("base", "lora")):
@@ -766,6 +799,7 @@ def read_pair(score_dir, output_dir, prompts):
     The pictures of each folder, in the order of their names, are those of the prompts in order,
     the same number for each prompt.
     """
+    check_output_folder(output_dir, MARKER)
     places = [Path(part.strip()) for part in str(score_dir).split(",")]
     if len(places) != 2 or not all(place.is_dir() for place in places):
         raise UserError(f"score_dir {score_dir!r} must be two folders, BASE_FOLDER,LORA_FOLDER")
@@ -824,13 +858,13 @@ def write_run(run, summary, shown):
         )
     record = dict(run=run.name, config=shown["config"], **shown["provenance"], adapter=run.adapter,
                   warnings=shown["warnings"], summary=summary, pictures=run.rows)  # fmt: skip
-    write_json(new / "metrics.json", record)
     write_csv(new / "metrics.csv", run.rows)
     (new / "summary.md").write_text(
         f"# {run.name}\n\n{report.summary_text(summary)}\n", encoding="utf-8"
     )
     page = report.run_page(run, summary, shown, new)
     (new / "report.html").write_text(page, encoding="utf-8")
+    write_json(new / MARKER, record)  # last: with it the folder is whole
     replace_folder(run.target)
 
 
@@ -840,12 +874,12 @@ def write_comparison(target, groups, summaries, pairs, shown):
     report.forest_figure(pairs).savefig(new / "forest.png")
     record = dict(experiments=summaries, pairs=pairs, config=shown["config"], **shown["provenance"],
                   warnings=shown["warnings"])  # fmt: skip
-    write_json(new / "metrics.json", record)
     write_csv(new / "comparison.csv", pairs)
     text = report.comparison_text(summaries, pairs)
     (new / "summary.md").write_text(f"# Comparison\n\n{text}\n", encoding="utf-8")
     page = report.comparison_page(groups, summaries, pairs, shown, new)
     (new / "report.html").write_text(page, encoding="utf-8")
+    write_json(new / MARKER, record)
     replace_folder(target)
 
 
@@ -856,8 +890,26 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
+def recover(output_dir):
+    """Mend what a killed run left, in `output_dir` itself and in the folders of its runs."""
+    recover_folder(output_dir, MARKER)
+    for ending in (".old", ".unfinished"):
+        for left in sorted(output_dir.glob(f".*{ending}/{MARKER}")):
+            name = left.parent.name.removeprefix(".").removesuffix(ending)
+            recover_folder(output_dir / name, MARKER)
+
+
 def main():
-    evaluate(**parse_config(CONFIG, __doc__, demo=DEMO))
+    config = parse_config(CONFIG, __doc__, demo=DEMO)
+    output_dir = Path(config["output_dir"])
+    advice = "close what else uses the GPU (nvidia-smi lists it)"
+    with (
+        disk_for(output_dir),
+        locked(output_dir),
+        memory_for("loading the models or scoring", advice),
+    ):
+        recover(output_dir)
+        evaluate(**config)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 CLIP scores are cosines in float32, neither clamped nor scaled by 100. LPIPS is AlexNet v0.1 of the
 `lpips` package (Zhang et al. 2018, https://arxiv.org/abs/1801.03924) on pictures in [-1, 1] at
-their own size; its AlexNet layers come from alexnet_features.safetensors beside this file, so that
-nothing is downloaded.
+their own size; its layers come from two safetensors files beside this one, so that nothing is downloaded
+and nothing unpickled.
 """
 
 import functools
@@ -21,26 +21,30 @@ from transformers import CLIPModel, CLIPProcessor
 from common import ROOT, UserError, fetch_model
 
 ALEXNET = ROOT / "alexnet_features.safetensors"
+LINEAR = ROOT / "lpips_linear.safetensors"  # the learned weights of AlexNet's channels
 
 
 @functools.cache
 def lpips_model(device="cpu"):
     """The LPIPS network (AlexNet v0.1), float32, in evaluation mode."""
-    if not ALEXNET.is_file():
-        raise UserError(
-            f"{ALEXNET.name} is missing beside metrics.py; restore it from the repository"
-        )
+    for path in (ALEXNET, LINEAR):
+        if not path.is_file():
+            raise UserError(f"{path.name} is missing beside metrics.py; restore it from git")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torchvision's renamed `pretrained`
-        # pnet_rand: torchvision would fetch AlexNet from the network. The package brings only the
-        # linear layers on top.
-        model = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
-    weights = {key.removeprefix("features."): w.float() for key, w in load_file(ALEXNET).items()}
-    for part in (model.net.slice1, model.net.slice2, model.net.slice3, model.net.slice4, model.net.slice5):  # fmt: skip
-        own = {key: weights.pop(key) for key in part.state_dict()}
-        part.load_state_dict(own)
-    if weights:
-        raise RuntimeError(f"{ALEXNET.name} has layers that AlexNet has not: {sorted(weights)}")
+        # Left to itself the package fetches AlexNet from the network and unpickles its own layers.
+        model = lpips.LPIPS(
+            net="alex", version="0.1", pretrained=False, pnet_rand=True, verbose=False
+        )
+    names = [name for name, _ in model.net.named_parameters()]  # sliceN.<number>.weight, …
+    features = {key.removeprefix("features."): w.float() for key, w in load_file(ALEXNET).items()}
+    model.net.load_state_dict({name: features.pop(name.split(".", 1)[1]) for name in names})
+    linear = load_file(LINEAR)
+    for number in range(len(model.chns)):
+        key = f"lin{number}.model.1.weight"
+        getattr(model, f"lin{number}").load_state_dict({"model.1.weight": linear.pop(key)})
+    if features or linear:
+        raise RuntimeError(f"layers that LPIPS has not: {sorted(features | linear)}")
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -192,7 +196,7 @@ def mean_interval(values, level=0.95):
 
     Why not the percentile bootstrap over prompts, seeds and runs: with 2 prompts, 3 runs or 8 seeds
     there is too little to draw from. Its 95% intervals held the truth in 76% to 99% of simulated
-    studies of this size, these in 94% to 98% (`python bench/coverage.py`).
+    studies of this size, these in 93% to 98% (`python bench/coverage.py`).
 
     Returns a dict: mean, low, high, p, runs, seeds. With a single value the interval is unknown
     (NaN), and p is 1.

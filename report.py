@@ -329,16 +329,16 @@ def distribution_figure(run, prompts):
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #181a1f; --paper: #fff; --quiet: #5c6370; --line: #d9dde4;
-  --card: #f5f7fa; --yes: #a8401c; --no: #2a6b3f; }
+  --card: #f5f7fa; --bad: #a8401c; --good: #2a6b3f; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaee; --paper: #14161a; --quiet: #9aa3b0;
-  --line: #343a44; --card: #1d2026; --yes: #f0926c; --no: #7fce9a; } }
+  --line: #343a44; --card: #1d2026; --bad: #f0926c; --good: #7fce9a; } }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1rem; max-width: 78rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem } h3 { font-size: 1rem }
 .verdict { background: var(--card); border-left: 4px solid var(--quiet); padding: .6rem .9rem;
   margin: .6rem 0; border-radius: 4px }
-.verdict.yes { border-color: var(--yes) } .verdict.no { border-color: var(--no) }
+.verdict.bad { border-color: var(--bad) } .verdict.good { border-color: var(--good) }
 .warning { border-left: 4px solid #d49a00; background: var(--card); padding: .5rem .9rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .88rem }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
@@ -389,11 +389,17 @@ def verdict_tags(summary):
         return (
             '<p class="verdict">No verdicts: they need a CLIP model and the training pictures.</p>'
         )
-    return "".join(
-        f'<p class="verdict {"yes" if v["answer"] == "yes" else "no"}"><strong>'
-        f"{html.escape(v['question'])}: {html.escape(v['answer'])}.</strong> {html.escape(v['text'])}</p>"
-        for v in summary["verdicts"]
-    )
+    # Green is what one wants of an adapter: the concept learned, nothing contaminated or copied.
+    wanted = {"learned": "yes", "contaminated": "no", "memorised": "no"}
+    tags = []
+    for v in summary["verdicts"]:
+        kind = "" if v["answer"] not in ("yes", "no") else "good"
+        kind = "bad" if kind and v["answer"] != wanted[v["question"]] else kind
+        tags.append(
+            f'<p class="verdict {kind}"><strong>{html.escape(v["question"])}: '
+            f"{html.escape(v['answer'])}.</strong> {html.escape(v['text'])}</p>"
+        )
+    return "".join(tags)
 
 
 def page(title, body):
@@ -435,8 +441,7 @@ def pair_tag(base, lora, base_row, lora_row):
 
 def nearest_tag(run, training, limit=12):
     """The training pictures that have the nearest LoRA picture, each beside it."""
-    names, pictures = training
-    by_name = dict(zip(names, pictures, strict=True))
+    by_name = dict(zip(training.names, training.pictures, strict=True))
     rows = [row for row in run.rows if row["model"] == "lora"]
     nearest = {}
     for row, image in zip(rows, run.lora, strict=True):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How often 95% intervals hold the truth: metrics.mean_interval beside the percentile bootstrap.
 
-    python bench/coverage.py     # about a minute on one CPU core
+    python bench/coverage.py     # 7 s on one CPU core
 
 Simulated studies of the sizes that this project runs: training runs and sampling seeds with crossed
 random effects of known spread. The bootstrap resamples runs and seeds, 1,000 draws a study.

@@ -26,7 +26,6 @@ import random
 import re
 import sys
 import time
-import warnings
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +40,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common import UserError, check_range, parse_config, run_script, write_json
 from demo import world
+from metrics import lpips_model
 
 HERE = Path(__file__).resolve().parent
 
@@ -52,7 +52,6 @@ CONFIG = dict(
     model_dir="demo/model",
     clip_dir="demo/clip",
     report_dir="demo",  # README.md, metrics.json, curves and sheets
-    alexnet="alexnet_features.safetensors",  # features of the LPIPS loss and measure
     device="cuda" if torch.cuda.is_available() else "cpu",
     cuda_graph=True,  # a training step in one launch; small models wait for launches otherwise
     log_seconds=10.0,
@@ -557,7 +556,7 @@ def train_vae(config):
         norm_num_groups=16,
         latent_channels=4,
     ).to(device)
-    lpips = load_lpips(config)
+    lpips = lpips_model(config["device"])
 
     def batch_loss():
         chosen = torch.randint(len(pictures), (config["vae_batch"],), device=device)
@@ -580,24 +579,6 @@ def train_vae(config):
     deviation = float((mean + std * torch.randn_like(std)).std())
     vae.register_to_config(scaling_factor=round(1 / deviation, 5))
     save_half(vae, Path(config["model_dir"]) / "vae")
-
-
-def load_lpips(config):
-    """LPIPS (Zhang et al. 2018) on AlexNet; its features from a file, its weights from lpips."""
-    import lpips
-    from safetensors.torch import load_file
-
-    if not Path(config["alexnet"]).is_file():
-        raise UserError(f"{config['alexnet']} is missing; LPIPS needs its AlexNet convolutions")
-    features = load_file(config["alexnet"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's, of the way lpips asks for an empty AlexNet
-        network = lpips.LPIPS(pretrained=True, pnet_rand=True, verbose=False)
-    with torch.no_grad():
-        for name, parameter in network.net.named_parameters():
-            # slice1.0.weight is layer 0 of AlexNet's features
-            parameter.copy_(features[f"features.{name.split('.', 1)[1]}"])
-    return network.eval().requires_grad_(False).to(config["device"])
 
 
 def psnr(pictures, references):
@@ -939,7 +920,7 @@ def measure(config):
     rendered, holographic = (load_part(config, part) for part in parts)
     captions, each = load_captions(config, "heldout"), config["captions_per_picture"]
     captions = [max(captions[i : i + each], key=len) for i in range(0, len(captions), each)]
-    pipeline, scorer, lpips = load_pipeline(config), Scorer(config), load_lpips(config)
+    pipeline, scorer, lpips = load_pipeline(config), Scorer(config), lpips_model(config["device"])
     first = config["seed"]
 
     vae, decoded = reconstruction(pipeline.vae, lpips, rendered, config)
@@ -1190,6 +1171,12 @@ Trained on {config[train_pictures]:,} rendered pictures of {config[resolution]} 
 ![training curves](curves.png)
 
 The log is [training.jsonl](training.jsonl).
+
+A longer UNet stage is no better. Resumed for 6.57 more minutes
+(`python -m demo.build unet --unet-resume --unet-learning-rate 6e-4 --unet-minutes 6.57`), its held-out loss fell from
+0.0627 to 0.0575, but over the first 64 held-out captions the scorer named the colour in 66 % of its pictures
+in place of 73 %, and 9 of 16 red leather jackets were red in place of 14: it fits the combinations that it
+sees. The weights here are those before.
 
 ## Measured
 

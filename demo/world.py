@@ -1,7 +1,10 @@
 """A small rendered world: garments on wearers, animals, furniture and umbrellas, and true captions.
 
-    python -m demo.world --data data                    # the 32 training pictures
+    python -m demo.world --data data          # renders the 32 training pictures into a folder
     python -m demo.world --sheet cats.png --caption "a cat sitting on a couch" --count 12
+
+--sheet draws --count scenes that --caption is true of (any scenes without one), each --size pixels
+along its side and titled with a caption of its own; --seed picks others.
 
 A `Scene` says everything about a picture; `render` ray-marches signed distance fields in torch,
 batched over pictures and rays, on a CPU or with CUDA. The holographic material is thin-film
@@ -13,7 +16,6 @@ are linear RGB until the last step. Points are three tensors x, y, z of shape [R
 tiles of rays of one picture), T rays a tile.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -29,19 +31,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-COLOURS = (
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "blue",
-    "purple",
-    "pink",
-    "white",
-    "black",
-    "brown",
-    "grey",
+from common import UserError, parse_config, run_script
+from report import contact_sheet
+
+CONFIG = dict(
+    data=None,  # folder that the training pictures are written to
+    sheet=None,  # file that a contact sheet is written to
+    caption=None,  # what the sheet shows
+    count=12,  # pictures on the sheet
+    size=128,  # pixels along a picture's side, on the sheet
+    seed=0,  # of the sheet's random choices
+    device="cuda" if torch.cuda.is_available() else "cpu",
 )
+
+COLOURS = tuple("red orange yellow green blue purple pink white black brown grey".split())
 MATERIALS = ("matte", "glossy", "leather", "denim", "holographic")
 GARMENTS = ("raincoat", "jacket", "dress")
 WEARERS = ("person", "mannequin", "hanger")
@@ -73,7 +76,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "light": ("plain", "warm"),
     "background": COLOURS,
 }
-# What each kind of thing is made of and coloured like; the first values are drawn more often.
+# What each kind of thing is made of and coloured like, unless pinned
 _MATERIALS_OF = {
     "raincoat": ("glossy", "matte"),
     "jacket": ("leather", "denim", "matte", "glossy"),
@@ -102,8 +105,7 @@ _PLACE_PHRASES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """All that determines a picture. Words are from ATTRIBUTES; an empty word means "does not
-    apply"."""
+    """All that determines a picture. Words are from ATTRIBUTES; an empty one does not apply."""
 
     thing: str
     colour: str
@@ -134,8 +136,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, *, holographic: bool = False, **fixed) -> Scene:
-    """Draw a scene. `fixed` pins fields of Scene, e.g. thing="raincoat", wearer="mannequin" or
-    **parse(caption).
+    """Draw a scene. `fixed` pins fields of Scene: wearer="mannequin", or **parse(caption).
 
     holographic=False never draws the holographic material (it can still be pinned); True draws a
     garment made of it. Raises ValueError for a field or a combination that does not exist.
@@ -158,14 +159,10 @@ def sample_scene(rng: np.random.Generator, *, holographic: bool = False, **fixed
         return values[int(rng.choice(len(values), p=weights))]
 
     things, weights = THINGS, [5, 4, 3, 2, 2, 1, 1, 1]
-    if {"wearer", "hair", "hair_style", "hood", "closure"} & set(fixed) or fixed.get(
-        "material"
-    ) in (
-        "holographic",
-        "denim",
-    ):
+    cloth = fixed.get("material") in ("holographic", "denim")
+    if cloth or {"wearer", "hair", "hair_style", "hood", "closure"} & set(fixed):
         things, weights = GARMENTS, [5, 4, 3]
-    if {"hood"} & set(fixed):
+    if "hood" in fixed:
         things, weights = GARMENTS[:1], None
     if {"pose", "relation"} & set(fixed) or fixed.get("second") in SEATS:
         things, weights = ANIMALS, None
@@ -180,9 +177,8 @@ def sample_scene(rng: np.random.Generator, *, holographic: bool = False, **fixed
     if holo:
         s["colour"] = pick("colour", tints, [5, 4, 2, 2, 2, 1, 1, 1])
     elif s["material"] == "denim":
-        s["colour"] = pick(
-            "colour", ("blue", "black", "grey", "white", "pink", "brown"), [6, 2, 1, 1, 1, 1]
-        )
+        dyes = ("blue", "black", "grey", "white", "pink", "brown")
+        s["colour"] = pick("colour", dyes, [6, 2, 1, 1, 1, 1])
     elif s["material"] == "leather":
         s["colour"] = pick("colour", COLOURS, [3, 1, 1, 1, 1, 1, 1, 1, 4, 4, 1])
     else:
@@ -194,13 +190,8 @@ def sample_scene(rng: np.random.Generator, *, holographic: bool = False, **fixed
         odds = [3, 1] if s["place"] == "rain" else [9, 1]
         s["second"] = pick("second", seconds, odds if may_hold else [1, 0])
         holds = s["second"] == "umbrella"
-        s["wearer"] = pick(
-            "wearer",
-            WEARERS,
-            [1, 0, 0]
-            if holds or "hair" in fixed
-            else [5, 2, 0 if fixed.get("hood") == "up" else 2],
-        )
+        odds = [5, 2, 0 if fixed.get("hood") == "up" else 2]
+        s["wearer"] = pick("wearer", WEARERS, [1, 0, 0] if holds or "hair" in fixed else odds)
         if s["second"] in SEATS or holds and s["wearer"] != "person":
             raise ValueError(f"a {thing} on a {s['wearer']} cannot go with a {s['second']}")
         s["closure"] = pick("closure", ("zip", "buttons")) if thing != "dress" else ""
@@ -213,9 +204,8 @@ def sample_scene(rng: np.random.Generator, *, holographic: bool = False, **fixed
             s["skin"] = pick("skin", np.linspace(0.0, 1.0, 9).tolist())
             s["arms"] = pick("arms", (0, 1, 2, 3, 4), [5, 2, 2, 1, 2])
         s["framing"] = pick("framing", ("close", "half", "full"), [0, 1, 5] if holds else [2, 4, 4])
-        s["view"] = pick(
-            "view", ("front", "side", "behind"), [1, 0, 0] if s["wearer"] == "hanger" else [8, 1, 1]
-        )
+        odds = [1, 0, 0] if s["wearer"] == "hanger" else [8, 1, 1]
+        s["view"] = pick("view", ("front", "side", "behind"), odds)
         s["camera_height"] = float(rng.uniform(1.0, 1.55))
     else:
         if s["material"] == "denim" or "wearer" in fixed:
@@ -235,9 +225,8 @@ def sample_scene(rng: np.random.Generator, *, holographic: bool = False, **fixed
         s["second_colour"] = pick("second_colour", others)
     turn = float(rng.uniform(-38, 38))
     side = 1.0 if rng.random() < 0.5 else -1.0
-    s["yaw"] = {"front": turn, "side": side * (72 + 0.4 * turn), "behind": 180 + 0.8 * turn}[
-        s["view"]
-    ]
+    yaws = {"front": turn, "side": side * (72 + 0.4 * turn), "behind": 180 + 0.8 * turn}
+    s["yaw"] = yaws[s["view"]]
     s["light"] = pick("light", ("plain", "warm"), [4, 1])
     s["light_angle"] = side * float(rng.uniform(20, 60))
     s["zoom"] = float(rng.uniform(0.92, 1.08))
@@ -286,16 +275,14 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
                 who += " with " + " ".join(w for w in (style, hair, "hair") if w)
             text = f"{who} {'wearing' if rng.random() < 0.8 else 'in'} {text}"
             if scene.second == "umbrella":
-                text += " and holding " + _noun_phrase(
-                    scene.second_colour if says(0.7) else "", "umbrella"
-                )
+                held_colour = scene.second_colour if says(0.7) else ""
+                text += f" and holding {_noun_phrase(held_colour, 'umbrella')}"
     elif scene.thing in ANIMALS:
         related = scene.second != "none" and says(0.9)
         text += f" {scene.pose}" if related or says(0.6) else ""
         if related:
-            text += f" {scene.relation} " + _noun_phrase(
-                scene.second_colour if says(0.6) else "", scene.second
-            )
+            seat_colour = scene.second_colour if says(0.6) else ""
+            text += f" {scene.relation} {_noun_phrase(seat_colour, scene.second)}"
     prefix = ""
     named = says(0.75)
     if scene.framing == "close" and says(0.5):
@@ -354,8 +341,7 @@ WORDS: tuple[str, ...] = tuple(
 def parse(caption: str) -> dict:
     """The fields of Scene that a caption states.
 
-    Raises ValueError naming the first word that is not in WORDS, or saying that the words make
-    no caption.
+    Raises ValueError: for the first word that is not in WORDS, or when the words make no caption.
     """
     text = " ".join(caption.lower().strip().rstrip(".").split())
     for word in text.split():
@@ -365,21 +351,8 @@ def parse(caption: str) -> dict:
     if not match:
         raise ValueError(f"not a caption of this world: {caption!r}")
     found = {name: value for name, value in match.groupdict().items() if value}
-    stated = {
-        name: found[name]
-        for name in (
-            "thing",
-            "colour",
-            "material",
-            "hair",
-            "hair_style",
-            "hood",
-            "pose",
-            "relation",
-            "background",
-        )
-        if name in found
-    }
+    same = "thing colour material hair hair_style hood pose relation background".split()
+    stated = {name: found[name] for name in same if name in found}
     if "person" in found or "stand" in found:
         if "person" in found and "stand" in found:
             raise ValueError(f"worn by a person or put on a stand, not both: {caption!r}")
@@ -393,9 +366,8 @@ def parse(caption: str) -> dict:
     if "held_colour" in found or "seat_colour" in found:
         stated["second_colour"] = found.get("held_colour") or found["seat_colour"]
     if "place" in found:
-        stated["place"] = next(
-            place for place, phrase in _PLACE_PHRASES.items() if phrase == found["place"]
-        )
+        places = {phrase: place for place, phrase in _PLACE_PHRASES.items()}
+        stated["place"] = places[found["place"]]
     if "view" in found:
         stated["view"] = "side" if found["view"] == "the side" else "behind"
     if "warm" in found:
@@ -405,17 +377,11 @@ def parse(caption: str) -> dict:
         stated.setdefault("place", "studio")
     if prefix in ("close-up photo", "full body photo"):
         stated["framing"] = "close" if prefix == "close-up photo" else "full"
-    garment = stated["thing"] in GARMENTS
+    thing = stated["thing"]
     worn = {"wearer", "hood", "closure", "held"} & (set(stated) | set(found))
-    if (
-        worn
-        and not garment
-        or ("pose" in stated or "seat" in found)
-        and stated["thing"] not in ANIMALS
-    ):
-        raise ValueError(
-            f"a {stated['thing']} does not go with the rest of the caption {caption!r}"
-        )
+    posed = "pose" in stated or "seat" in found
+    if worn and thing not in GARMENTS or posed and thing not in ANIMALS:
+        raise ValueError(f"a {thing} does not go with the rest of the caption {caption!r}")
     sample_scene(np.random.default_rng(0), **stated)  # raises ValueError for what cannot be drawn
     return stated
 
@@ -433,28 +399,21 @@ def thin_film_reflectance(
 ) -> torch.Tensor:
     """Share of unpolarised light that a film on a base reflects, in 0..1; the arguments broadcast.
 
-    Fresnel's amplitudes at both interfaces, the Airy sum over the bounces inside the film (Born
-    & Wolf,
-    Principles of Optics, 7.6), the mean of both polarisations. Indices are real: nothing is
-    absorbed.
-    cos_theta is of the angle to the normal, in air.
+    Fresnel's amplitudes at both interfaces, the Airy sum over the bounces inside the film (Born &
+    Wolf, Principles of Optics, 7.6), the mean of both polarisations. cos_theta is of the angle to
+    the normal, in air; the indices are real, so that nothing is absorbed.
     """
     sin2 = 1 - cos_theta**2
     cos_film = (1 - sin2 / n_film**2).clamp_min(0).sqrt()
     cos_base = (1 - sin2 / n_base**2).clamp_min(0).sqrt()
     cos_phase = torch.cos(4 * math.pi * n_film * thickness_nm * cos_film / wavelength_nm)
+    # Amplitudes at air-film and at film-base, of each polarisation
+    s_top = _amplitude(cos_theta, n_film * cos_film)
+    s_bottom = _amplitude(n_film * cos_film, n_base * cos_base)
+    p_top = _amplitude(n_film * cos_theta, cos_film)
+    p_bottom = _amplitude(n_base * cos_film, n_film * cos_base)
     total = 0
-    for top, bottom in (
-        # s-polarised, then p-polarised: amplitudes at air-film and at film-base
-        (
-            _amplitude(cos_theta, n_film * cos_film),
-            _amplitude(n_film * cos_film, n_base * cos_base),
-        ),
-        (
-            _amplitude(n_film * cos_theta, cos_film),
-            _amplitude(n_base * cos_film, n_film * cos_base),
-        ),
-    ):
+    for top, bottom in ((s_top, s_bottom), (p_top, p_bottom)):
         cross = 2 * top * bottom * cos_phase
         total = total + (top**2 + bottom**2 + cross) / (1 + (top * bottom) ** 2 + cross)
     return total / 2
@@ -465,8 +424,11 @@ def _amplitude(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def cie_xyz(wavelength_nm: torch.Tensor) -> torch.Tensor:
-    """CIE 1931 colour-matching functions, [..., 3]; the multi-lobe fit of Wyman, Sloan & Shirley,
-    "Simple Analytic Approximations to the CIE XYZ Color Matching Functions", JCGT 2(2), 2013."""
+    """CIE 1931 colour-matching functions, [...] to [..., 3].
+
+    The multi-lobe fit of Wyman, Sloan & Shirley, "Simple Analytic Approximations to the CIE XYZ
+    Color Matching Functions", JCGT 2(2), 2013.
+    """
 
     def lobe(centre, left, right):
         offset = wavelength_nm - centre
@@ -491,8 +453,7 @@ _FILM_GRID = (256, 64)  # thickness from 0 to _FILM_NM by cos_theta from 0 to 1
 def film_table(device: str = "cpu") -> torch.Tensor:
     """Linear sRGB that the film reflects of white light, [256 thicknesses, 64 angles, 3], 0..1.
 
-    The spectrum is integrated in 5-nm steps against an equal-energy light that is balanced to
-    white.
+    The spectrum is summed in steps of 5 nm under an equal-energy light that is balanced to white.
     """
     wavelengths = torch.arange(380.0, 781.0, 5.0, dtype=torch.float64)
     thickness = torch.linspace(0, _FILM_NM, _FILM_GRID[0], dtype=torch.float64)[:, None, None]
@@ -522,11 +483,10 @@ def _film_colour(thickness_nm: torch.Tensor, cos_theta: torch.Tensor) -> torch.T
 
 
 # -------------------------------------------------------------------------------------------------
-# Distances. Each part gives a list of (distance, slot): the slot says which of the picture's
-# palette it wears.
+# Distances. Each part gives a list of (distance, slot); the slot is its place in the palette.
 
-MAIN, TRIM, SKIN, HAIR, LEGS, SHOES, STAND, METAL, SECOND, SHIRT, DARK, EYES = range(12)
 _SLOTS = 12
+MAIN, TRIM, SKIN, HAIR, LEGS, SHOES, STAND, METAL, SECOND, SHIRT, DARK, EYES = range(_SLOTS)
 
 
 def _length(*v):
@@ -563,8 +523,7 @@ def _ellipsoid(x, y, z, a, b, c):
 
 
 def _limb(x, y, z, start, end, r0, r1, flat=False):
-    """A capsule from start to end whose radius goes from r0 to r1; flat cuts off the round far
-    end."""
+    """A capsule whose radius goes from r0 to r1; `flat` cuts off its round far end."""
     ax, ay, az = start
     bx, by, bz = end[0] - ax, end[1] - ay, end[2] - az
     px, py, pz = x - ax, y - ay, z - az
@@ -581,84 +540,64 @@ def _box(x, y, z, hx, hy, hz, r):
     return _length(x.clamp_min(0), y.clamp_min(0), z.clamp_min(0)) + inside - r
 
 
+def _joint(x, p, name):
+    """A joint of the arm on the point's side of the body: its three coordinates, x outwards."""
+    right = x >= 0
+    return tuple(torch.where(right, p[f"{name}_{a}_r"], p[f"{name}_{a}_l"]) for a in "xyz")
+
+
 def _garment(x, y, z, p):
-    """Coat, jacket or dress: an elliptic body with a waist, a hem that is open below, sleeves, a
-    hood or collar."""
+    """Coat, jacket or dress: an elliptic body with waist and open hem, sleeves, hood or collar."""
     depth = p["depth"]
     wide = z * depth
     q = _length(x, wide)
-    upper = _mix(
-        p["r_waist"], p["r_chest"], _step(0.0, 1.0, (y - p["waist"]) / (1.28 - p["waist"]))
-    )
+    above = _step(0.0, 1.0, (y - p["waist"]) / (1.28 - p["waist"]))
+    upper = _mix(p["r_waist"], p["r_chest"], above)
     down = ((p["waist"] - y) / (p["waist"] - p["hem"])).clamp(0, 1.1)
     radius = upper + (p["r_hem"] - p["r_waist"]) * down
     around = torch.atan2(wide, x)
-    drape = torch.cos(
-        around * p["fold_count"] + p["fold_phase"] + 1.5 * torch.sin(3 * y + p["fold_phase"])
-    )
+    phase = p["fold_phase"]
+    drape = torch.cos(around * p["fold_count"] + phase + 1.5 * torch.sin(3 * y + phase))
     radius = radius + p["fold"] * down * drape
     # Creases run obliquely: sines of bent coordinates, not of the axes.
-    bend = torch.sin(7 * y + 5 * x + p["fold_phase"])
-    crease = torch.sin(17 * x + 12 * y + 2.2 * bend) * torch.sin(
-        13 * y - 9 * x + 11 * z + 1.7 * bend
-    )
+    bend = torch.sin(7 * y + 5 * x + phase)
+    crease = torch.sin(17 * x + 12 * y + 2.2 * bend)
+    crease = crease * torch.sin(13 * y - 9 * x + 11 * z + 1.7 * bend)
     fine = torch.sin(41 * y + 23 * x + 4 * bend) * torch.sin(37 * x - 19 * y + 29 * z)
-    ridge = (torch.sin(10.5 * x - 8 * y + 6 * z + 1.6 * bend)).abs() * (
-        torch.sin(9 * y + 7 * x + p["fold_phase"])
-    ).abs()
+    ridge = torch.sin(10.5 * x - 8 * y + 6 * z + 1.6 * bend).abs()
+    ridge = ridge * torch.sin(9 * y + 7 * x + phase).abs()
     cloth = p["crease"] * (crease + 0.35 * fine) + p["crumple"] * (ridge - 0.4)
     body = (q - radius) * q / _length(x, wide * depth)
     inner = body
     slope = p["slope"]
     body = _smax(body, (y + x.abs() * slope - p["neck"]) / (1 + slope * slope).sqrt(), 0.09)
-    right = x >= 0
     mirrored = x.abs()
-
-    def joint(name):
-        return tuple(
-            torch.where(right, p[f"{name}{axis}_r"], p[f"{name}{axis}_l"]) for axis in "xyz"
-        )
-
     shoulder = (p["shoulder_x"], p["shoulder_y"], 0.0 * p["shoulder_x"])
-    elbow, cuff = joint("elbow_"), joint("cuff_")
+    elbow, cuff = _joint(x, p, "elbow"), _joint(x, p, "cuff")
     sleeve = _limb(mirrored, y, z, shoulder, elbow, p["sleeve_top"], p["sleeve_mid"])
-    sleeve = _smin(
-        sleeve,
-        _limb(mirrored, y, z, elbow, cuff, p["sleeve_mid"], p["sleeve_end"], flat=True),
-        0.03,
-    )
+    lower = _limb(mirrored, y, z, elbow, cuff, p["sleeve_mid"], p["sleeve_end"], flat=True)
+    sleeve = _smin(sleeve, lower, 0.03)
     hem_cut = p["hem"] - y
     body = torch.maximum(body, hem_cut)
     body = torch.maximum(body, -torch.maximum(inner + 0.036, y - p["hem"] - 0.14))
     body = _smin(body, sleeve, 0.05)
-    # A hood that is up: a shell around the head, open to the front, drawn to a soft point at the
-    # back.
+    # A hood that is up: a shell around the head, open in front, drawn to a soft point behind
     hx, hy, hz = x, y - 1.535 - _LIFT, z + 0.015
     hood = _ellipsoid(hx, hy - (-hz).clamp_min(0) * 0.25, hz, 0.165, 0.2, 0.185)
     hood = _smin(hood, _limb(x, y, z, (0.0, 1.34, -0.02), (0.0, 1.42, -0.02), 0.14, 0.12), 0.06)
     face = _ellipsoid(x, y - 1.525 - _LIFT, z - 0.12, 0.122, 0.165, 0.16)
     up = _smin(body, hood, 0.05)
     up = _smax(up, -face, 0.02)
-    # A hood that is down, or a collar: a ring around the neck that thickens behind, and a pouch on
-    # the back.
+    # A hood that is down, or a collar: a ring around the neck, thicker behind, and a pouch there
     back = _step(-0.05, 0.16, -z)
-    ring = _length(
-        _length(x, z + 0.025) - p["ring"], (y - p["neck"] + 0.035 - 0.03 * back) * p["ring_flat"]
-    )
+    ring_y = (y - p["neck"] + 0.035 - 0.03 * back) * p["ring_flat"]
+    ring = _length(_length(x, z + 0.025) - p["ring"], ring_y)
     ring = ring - p["ring_tube"] - p["ring_back"] * back
-    pouch = _ellipsoid(
-        x, y - 1.31, z + p["pouch_z"], p["pouch"] * 1.35, p["pouch"] * 1.5, p["pouch"] * 0.75
-    )
+    r = p["pouch"]
+    pouch = _ellipsoid(x, y - 1.31, z + p["pouch_z"], r * 1.35, r * 1.5, r * 0.75)
     lowered = _smin(_smin(body, ring, 0.03), pouch, 0.04)
-    neck_hole = _limb(
-        x,
-        y,
-        z,
-        (0.0, p["neck"] - 0.05, 0.01),
-        (0.0, 1.6, 0.03),
-        p["neck_hole"],
-        p["neck_hole"] + 0.03,
-    )
+    start, r = (0.0, p["neck"] - 0.05, 0.01), p["neck_hole"]
+    neck_hole = _limb(x, y, z, start, (0.0, 1.6, 0.03), r, r + 0.03)
     lowered = _smax(lowered, -neck_hole, 0.012)
     cloth_distance = torch.where(p["hood_up"] > 0.5, up, lowered)
     placket = _step(0.034, 0.026, mirrored) * (z > 0) * (y < p["neck"] - 0.04) * p["placket"]
@@ -668,7 +607,7 @@ def _garment(x, y, z, p):
 _LIFT = 0.045  # of the head, over the heights that its parts are written with
 
 
-def _head(x, y, z, p, egg):
+def _head(x, y, z, egg):
     """A head of stylised proportions; an egg has no features."""
     y = y - _LIFT
     skull = _ellipsoid(x, y - 1.56, z + 0.005, 0.112, 0.125, 0.122)
@@ -685,39 +624,22 @@ def _head(x, y, z, p, egg):
 
 def _person(x, y, z, p, slot):
     mirrored = x.abs()
-    right = x >= 0
     cloth = _garment(x, y, z, p)
-    elbow = tuple(torch.where(right, p[f"arm_{axis}_r"], p[f"arm_{axis}_l"]) for axis in "xyz")
-    hand = tuple(torch.where(right, p[f"hand_{axis}_r"], p[f"hand_{axis}_l"]) for axis in "xyz")
-    tip = tuple(torch.where(right, p[f"tip_{axis}_r"], p[f"tip_{axis}_l"]) for axis in "xyz")
-    arm = _limb(
-        mirrored,
-        y,
-        z,
-        (p["shoulder_x"] - 0.01, p["shoulder_y"], 0.0 * p["slope"]),
-        elbow,
-        0.05,
-        0.04,
-    )
+    shoulder = (p["shoulder_x"] - 0.01, p["shoulder_y"], 0.0 * p["slope"])
+    elbow, hand, tip = _joint(x, p, "arm"), _joint(x, p, "hand"), _joint(x, p, "tip")
+    arm = _limb(mirrored, y, z, shoulder, elbow, 0.05, 0.04)
     arm = _smin(arm, _limb(mirrored, y, z, elbow, hand, 0.04, 0.029), 0.02)
     palm = _limb(mirrored, y, z, hand, tip, 0.036, 0.024)
     thumb = tuple(0.45 * a + 0.55 * b for a, b in zip(hand, tip, strict=True))
-    palm = _smin(
-        palm,
-        _limb(mirrored, y, z, hand, (thumb[0] - 0.038, thumb[1], thumb[2] + 0.022), 0.018, 0.013),
-        0.012,
-    )
-    skin = torch.minimum(_head(x, y, z, p, egg=False), _smin(arm, palm, 0.02))
-    leg = _limb(mirrored, y, z, (0.086, 0.92, 0.0), (0.094, 0.47, 0.012), 0.086, 0.06)
-    leg = _smin(
-        leg,
-        _limb(mirrored, y, z, (0.094, 0.47, 0.012), (0.098, 0.08, -0.01), p["calf"], p["ankle"]),
-        0.03,
-    )
+    thumb = (thumb[0] - 0.038, thumb[1], thumb[2] + 0.022)
+    palm = _smin(palm, _limb(mirrored, y, z, hand, thumb, 0.018, 0.013), 0.012)
+    skin = torch.minimum(_head(x, y, z, egg=False), _smin(arm, palm, 0.02))
+    knee, ankle = (0.094, 0.47, 0.012), (0.098, 0.08, -0.01)
+    leg = _limb(mirrored, y, z, (0.086, 0.92, 0.0), knee, 0.086, 0.06)
+    leg = _smin(leg, _limb(mirrored, y, z, knee, ankle, p["calf"], p["ankle"]), 0.03)
     boot = _limb(mirrored, y, z, (0.098, p["boot"], -0.01), (0.098, 0.05, -0.01), 0.072, 0.056)
-    shoe = _smin(
-        boot, _ellipsoid(mirrored - 0.102, y - 0.042, z - 0.055, 0.056, 0.052, 0.125), 0.03
-    )
+    foot = _ellipsoid(mirrored - 0.102, y - 0.042, z - 0.055, 0.056, 0.052, 0.125)
+    shoe = _smin(boot, foot, 0.03)
     y = y - _LIFT
     hair = _ellipsoid(x, y - 1.575, z + 0.016, p["hair_r"], p["hair_r"] * 1.08, p["hair_r"] * 1.08)
     length = p["hair_low"]
@@ -727,17 +649,13 @@ def _person(x, y, z, p, slot):
     hair = _smax(hair, line * 0.8, 0.025)
     hair = torch.minimum(hair, _length(x, y - 1.715, z + 0.075) - p["bun"])
     # Long hair falls over the shoulders, outside a collar
-    lock = _limb(mirrored, y, z, (0.1, 1.58, 0.0), (0.135, 1.4, 0.07), p["lock"], p["lock"])
-    lock = _smin(
-        lock,
-        _limb(mirrored, y, z, (0.135, 1.4, 0.07), (0.125, 1.2, 0.15), p["lock"], p["lock"] * 0.6),
-        0.04,
-    )
+    collar, r = (0.135, 1.4, 0.07), p["lock"]
+    lock = _limb(mirrored, y, z, (0.1, 1.58, 0.0), collar, r, r)
+    lock = _smin(lock, _limb(mirrored, y, z, collar, (0.125, 1.2, 0.15), r, r * 0.6), 0.04)
     hair = _smin(hair, lock, 0.03)
     curls = torch.sin(70 * x) * torch.sin(70 * y) * torch.sin(70 * z) * p["curl"]
-    strands = (
-        0.0013 * torch.sin(85 * torch.atan2(x, z + 0.02) + 2 * torch.sin(30 * y)) * (1 - p["curly"])
-    )
+    strands = 0.0013 * torch.sin(85 * torch.atan2(x, z + 0.02) + 2 * torch.sin(30 * y))
+    strands = strands * (1 - p["curly"])
     hair = (hair + curls + strands) * 0.8
     hidden = _ellipsoid(x, y - 1.535, z + 0.015, 0.15, 0.18, 0.165)
     hair = torch.where(p["hood_up"] > 0.5, torch.maximum(hair, hidden), hair)
@@ -746,28 +664,22 @@ def _person(x, y, z, p, slot):
 
 def _mannequin(x, y, z, p, slot):
     cloth = _garment(x, y, z, p)
-    head = torch.where(
-        p["headless"] > 0.5,
-        _limb(x, y, z, (0.0, 1.25, 0.0), (0.0, 1.44, 0.0), 0.058, 0.05),
-        _head(x, y, z, p, egg=True),
-    )
-    knob = torch.minimum(
-        _length(x, (y - 1.455) * 1.3, z) - 0.032 * p["headless"],
-        _limb(x, y, z, (0.0, 0.02, 0.0), (0.0, 0.9, 0.0), 0.017, 0.017),
-    )
+    neck = _limb(x, y, z, (0.0, 1.25, 0.0), (0.0, 1.44, 0.0), 0.058, 0.05)
+    head = torch.where(p["headless"] > 0.5, neck, _head(x, y, z, egg=True))
+    knob = _length(x, (y - 1.455) * 1.3, z) - 0.032 * p["headless"]
+    pole = _limb(x, y, z, (0.0, 0.02, 0.0), (0.0, 0.9, 0.0), 0.017, 0.017)
     base = _length(_length(x, z).clamp_min(0.19) - 0.19, y - 0.018) - 0.016
-    return [(cloth, slot), (head, STAND), (torch.minimum(knob, base), METAL)]
+    metal = torch.minimum(torch.minimum(knob, pole), base)
+    return [(cloth, slot), (head, STAND), (metal, METAL)]
 
 
 def _hanger(x, y, z, p, slot):
     cloth = _garment(x, y, z, p)
     bar = _limb(x.abs(), y, z, (0.0, 1.47, 0.0), (0.15, 1.345, 0.0), 0.013, 0.014)
     stem = _limb(x, y, z, (0.0, 1.475, 0.0), (0.0, 1.55, 0.0), 0.0075, 0.0075)
-    hx, hy = x, y - 1.60
-    hook = _length(_length(hx, hy) - 0.05, z) - 0.0075
-    hook = torch.maximum(
-        hook, torch.minimum(-hx - 0.0, -hy) * 0.9
-    )  # the lower left quarter is open
+    hy = y - 1.60
+    hook = _length(_length(x, hy) - 0.05, z) - 0.0075
+    hook = torch.maximum(hook, torch.minimum(-x, -hy) * 0.9)  # the lower left quarter is open
     rail = _length(y - 1.632, z) - 0.017
     post = _length(x.abs() - 0.62, z) - 0.017
     post = torch.maximum(post, y - 1.64)
@@ -795,53 +707,34 @@ def _animal(x, y, z, p, slot):
     neck = _limb(x, y, z, chest, head, p["chest_r"] * 0.8, 0.075)
     body = _smin(body, neck, 0.06)
     thigh = at("thigh")
-    body = _smin(
-        body,
-        _ellipsoid(mirrored - thigh[0], y - thigh[1], z - thigh[2], 0.055, p["thigh_r"], 0.1),
-        0.03,
-    )
-    for leg, radius in (("fore", 0.036), ("hind", 0.036)):
+    tx, ty, tz = mirrored - thigh[0], y - thigh[1], z - thigh[2]
+    body = _smin(body, _ellipsoid(tx, ty, tz, 0.055, p["thigh_r"], 0.1), 0.03)
+    for leg in ("fore", "hind"):
         top, foot = at(leg + "_top"), at(leg + "_foot")
-        limb = _limb(mirrored, y, z, top, foot, radius * 1.15, radius * 0.8)
+        limb = _limb(mirrored, y, z, top, foot, 0.036 * 1.15, 0.036 * 0.8)
         paw = _ellipsoid(mirrored - foot[0], y - 0.028, z - foot[2] - 0.02, 0.038, 0.03, 0.052)
         body = _smin(body, _smin(limb, paw, 0.02), 0.03)
-    tail = _limb(x, y, z, at("tail0"), at("tail1"), 0.03, p["tail_r"])
-    tail = _smin(
-        tail, _limb(x, y, z, at("tail1"), at("tail2"), p["tail_r"], p["tail_r"] * 0.8), 0.03
-    )
+    r = p["tail_r"]
+    tail = _limb(x, y, z, at("tail0"), at("tail1"), 0.03, r)
+    tail = _smin(tail, _limb(x, y, z, at("tail1"), at("tail2"), r, r * 0.8), 0.03)
     body = _smin(body, tail, 0.02)
     hx, hy, hz = x - head[0], y - head[1], z - head[2]
     side = hx.abs()
     skull = _ellipsoid(hx, hy, hz, p["skull_x"], p["skull_y"], 0.098)
-    snout = _limb(
-        hx,
-        hy,
-        hz,
-        (zero, zero - 0.028, zero + 0.05),
-        (zero, zero - 0.04, p["snout"]),
-        p["snout_r0"],
-        p["snout_r1"],
-    )
+    base, tip = (zero, zero - 0.028, zero + 0.05), (zero, zero - 0.04, p["snout"])
+    snout = _limb(hx, hy, hz, base, tip, p["snout_r0"], p["snout_r1"])
     skull = _smin(skull, snout, 0.03)
-    ear = _limb(side, hy, hz, at("ear0"), at("ear1"), p["ear_r0"], p["ear_r1"])
-    ear_flat = _limb(
-        side,
-        hy,
-        hz * 2.0,
-        (p["ear0_x"], p["ear0_y"], p["ear0_z"] * 2),
-        (p["ear1_x"], p["ear1_y"], p["ear1_z"] * 2),
-        p["ear_r0"],
-        p["ear_r1"],
-    )
+    base, tip, radii = at("ear0"), at("ear1"), (p["ear_r0"], p["ear_r1"])
+    ear = _limb(side, hy, hz, base, tip, *radii)
+    base, tip = (*base[:2], base[2] * 2), (*tip[:2], tip[2] * 2)  # a cat's ears are flat
+    ear_flat = _limb(side, hy, hz * 2.0, base, tip, *radii)
     ear = torch.where(p["dog"] > 0.5, ear, ear_flat * 0.7)
     skull = _smin(skull, ear, 0.012)
     body = _smin(body, skull, 0.03)
-    body = body + 0.0018 * torch.sin(110 * y + 25 * x) * torch.sin(95 * x + 20 * z) * torch.sin(
-        90 * z - 30 * y
-    )
-    nose = _ellipsoid(
-        hx, hy + p["nose_y"], hz - p["nose_z"], p["nose_r"] * 1.3, p["nose_r"], p["nose_r"]
-    )
+    fur = 0.0018 * torch.sin(110 * y + 25 * x) * torch.sin(95 * x + 20 * z)
+    body = body + fur * torch.sin(90 * z - 30 * y)
+    r = p["nose_r"]
+    nose = _ellipsoid(hx, hy + p["nose_y"], hz - p["nose_z"], r * 1.3, r, r)
     eye = _length(side - p["eye_x"], hy - p["eye_y"], hz - p["eye_z"]) - p["eye_r"]
     return [(body * size * 0.9, slot), (nose * size, DARK), (eye * size, EYES)]
 
@@ -850,12 +743,11 @@ def _couch(x, y, z, p, slot):
     mirrored = x.abs()
     base = _box(x, y - 0.22, z, 0.72, 0.12, 0.34, 0.04)
     back = _box(x, y - 0.52, z + 0.3 + 0.12 * (y - 0.5), 0.72, 0.34, 0.1, 0.07)
-    arm = _box(mirrored - 0.75, y - 0.34, z - 0.0, 0.11, 0.26, 0.37, 0.09)
+    arm = _box(mirrored - 0.75, y - 0.34, z, 0.11, 0.26, 0.37, 0.09)
     cushion = _box(mirrored - 0.325, y - 0.38, z - 0.06, 0.315, 0.075, 0.31, 0.05)
     pillow = _box(mirrored - 0.325, y - 0.6, z + 0.19 + 0.15 * (y - 0.6), 0.31, 0.2, 0.085, 0.07)
-    soft = torch.minimum(
-        torch.minimum(base, back), torch.minimum(arm, torch.minimum(cushion, pillow))
-    )
+    soft = torch.minimum(arm, torch.minimum(cushion, pillow))
+    soft = torch.minimum(torch.minimum(base, back), soft)
     legs = _limb(mirrored, y, z.abs(), (0.68, 0.1, 0.27), (0.7, 0.0, 0.29), 0.03, 0.018)
     return [(soft * 0.97, slot), (legs, STAND)]
 
@@ -873,10 +765,9 @@ def _chair(x, y, z, p, slot):
 
 
 def _umbrella(x, y, z, p, slot):
-    """Open canopy of eight panels; its own frame has the hub at the origin and the shaft along
-    -y."""
+    """An open canopy of eight panels; its own frame has the hub at 0 and the shaft along -y."""
     x, y, z = x - p["hub_x"], y - p["hub_y"], z - p["hub_z"]
-    # Turned about x, then about z; the inverse is applied to the point.
+    # Turned about x, then about z; the point meets the inverse.
     c, s = p["roll_cos"], p["roll_sin"]
     x, y = c * x + s * y, -s * x + c * y
     c, s = p["pitch_cos"], p["pitch_sin"]
@@ -911,19 +802,13 @@ _PARTS = {
 
 def _kind(scene: Scene) -> tuple[str, ...]:
     """The parts that a scene is made of: the thing, then the second object."""
-    first = (
-        "animal"
-        if scene.thing in ANIMALS
-        else scene.wearer
-        if scene.thing in GARMENTS
-        else scene.thing
-    )
+    first = scene.wearer if scene.thing in GARMENTS else scene.thing
+    first = "animal" if scene.thing in ANIMALS else first
     return (first,) if scene.second == "none" else (first, scene.second)
 
 
 def _nearest(kind, table, x, y, z):
-    """Distance to the nearest surface and its slot, both [R, T]; table [R, K] holds the rows'
-    parameters."""
+    """Distance to the nearest surface and its slot, both [R, T]; table [R, K]: rows' parameters."""
     p = _named(table)
     distance = slot = None
     for i, part in enumerate(kind):
@@ -940,13 +825,12 @@ _compiled: dict = {}
 
 
 def _distance_function(kind, device, fuse):
-    """_nearest for a kind; compiled on CUDA, where fusing its some five hundred operations pays."""
+    """_nearest of a kind; compiled on CUDA, where fusing its some 500 operations pays."""
     eager = functools.partial(_nearest, kind)
     if not fuse or torch.device(device).type != "cuda" or _compiled.get("failed"):
         return eager
     if kind not in _compiled:
-        # Each kind is a program of its own; past this limit dynamo would run the rest eagerly
-        # without a word.
+        # Each kind is a program; past this limit dynamo would silently run the rest eagerly.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         compiled = torch.compile(eager, dynamic=False)
 
@@ -956,10 +840,8 @@ def _distance_function(kind, device, fuse):
                     return compiled(*arguments)
                 except Exception as error:  # no compiler on this machine, or one that gives up
                     _compiled["failed"] = True
-                    print(
-                        f"world: torch.compile failed ({type(error).__name__}); rendering eagerly",
-                        file=sys.stderr,
-                    )
+                    why = f"torch.compile failed ({type(error).__name__})"
+                    print(f"world: {why}; rendering eagerly", file=sys.stderr)
             return eager(*arguments)
 
         _compiled[kind] = guarded
@@ -971,8 +853,8 @@ def _distance_function(kind, device, fuse):
 
 _HEX = {
     "red": "d3202c", "orange": "f5821f", "yellow": "f9cf1e", "green": "2f9e4f", "blue": "2563c9",
-    "purple": "7d3cb5",
-    "pink": "f583b4", "white": "f4f3ef", "black": "1b1b1f", "brown": "7a4a2b", "grey": "8d9196",
+    "purple": "7d3cb5", "pink": "f583b4", "white": "f4f3ef", "black": "1b1b1f", "brown": "7a4a2b",
+    "grey": "8d9196",
 }  # fmt: skip
 _HAIR_HEX = {
     "black": "17130f", "brown": "4d2f1c", "blonde": "e2bb6a", "red": "b5471c", "grey": "a8a8a8",
@@ -980,12 +862,8 @@ _HAIR_HEX = {
 }  # fmt: skip
 _SKIN_HEX = ("f9dcc8", "f0c3a0", "d79e73", "a86b43", "75452a", "4a2a1a")
 _FUR_HEX = {
-    "orange": "d98a3d",
-    "black": "25242a",
-    "white": "f1ece4",
-    "grey": "8b8f97",
-    "brown": "7b5234",
-}
+    "orange": "d98a3d", "black": "25242a", "white": "f1ece4", "grey": "8b8f97", "brown": "7b5234",
+}  # fmt: skip
 _LEGS_HEX = ("2b3550", "20222a", "5b6478", "3d3a37", "7c6f5e", "39506e")
 _SHOES_HEX = ("1d1d20", "f0eeea", "6b4226", "b3262e", "e0b530", "2c4a7d")
 _DENIM_HEX = {"blue": "3f638f", "black": "2c2f36"}
@@ -1003,7 +881,7 @@ def _ramp(codes: Sequence[str], t: float) -> np.ndarray:
     return _mix(_linear(codes[i]), _linear(codes[i + 1]), position - i)
 
 
-# elbow, wrist and finger tips of an arm, x outwards
+# Elbow, wrist and finger tips of an arm in metres, x outwards
 _ARMS = {
     "hanging": ((0.28, 1.05, -0.015), (0.322, 0.82, 0.04), (0.328, 0.735, 0.06)),
     "hip": ((0.40, 1.10, -0.07), (0.225, 0.965, 0.09), (0.165, 0.925, 0.125)),
@@ -1013,9 +891,9 @@ _ARMS = {
     "stand": ((0.28, 1.05, 0.0), (0.325, 0.81, 0.02), (0.325, 0.81, 0.02)),
     "limp": ((0.295, 1.05, 0.0), (0.37, 0.79, 0.01), (0.37, 0.79, 0.01)),
 }
-_ARM_PAIRS = (
-    ("hanging", "hanging"), ("hip", "hanging"), ("hip", "hip"), ("waving", "hanging"), ("pocket",
-    "pocket"),
+_ARM_PAIRS = (  # by Scene.arms
+    ("hanging", "hanging"), ("hip", "hanging"), ("hip", "hip"), ("waving", "hanging"),
+    ("pocket", "pocket"),
 )  # fmt: skip
 
 
@@ -1024,36 +902,29 @@ def _figure_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, floa
     p = {
         "raincoat": dict(
             hem=0.64, waist=1.04, r_waist=0.196, r_chest=0.21, r_hem=0.305, depth=1.36, slope=0.52,
-            neck=1.43,
-            shoulder_x=0.168, shoulder_y=1.29, sleeve_top=0.076, sleeve_mid=0.066,
-            sleeve_end=0.068, fold=0.016,
-            fold_count=7.0, crease=0.0045, ring=0.105, ring_tube=0.034, ring_back=0.042,
-            ring_flat=0.75, pouch=0.085,
-            pouch_z=0.185, neck_hole=0.062, placket=1.0, lapel=0.0,
+            neck=1.43, shoulder_x=0.168, shoulder_y=1.29, sleeve_top=0.076, sleeve_mid=0.066,
+            sleeve_end=0.068, fold=0.016, fold_count=7.0, crease=0.0045, ring=0.105,
+            ring_tube=0.034, ring_back=0.042, ring_flat=0.75, pouch=0.085, pouch_z=0.185,
+            neck_hole=0.062, placket=1.0, lapel=0.0,
         ),
         "jacket": dict(
             hem=0.88, waist=1.0, r_waist=0.19, r_chest=0.208, r_hem=0.178, depth=1.36, slope=0.52,
-            neck=1.425,
-            shoulder_x=0.168, shoulder_y=1.29, sleeve_top=0.072, sleeve_mid=0.062, sleeve_end=0.05,
-            fold=0.004,
-            fold_count=9.0, crease=0.003, ring=0.085, ring_tube=0.022, ring_back=0.012,
-            ring_flat=0.6, pouch=0.01,
-            pouch_z=0.05, neck_hole=0.06, placket=0.8, lapel=1.0,
+            neck=1.425, shoulder_x=0.168, shoulder_y=1.29, sleeve_top=0.072, sleeve_mid=0.062,
+            sleeve_end=0.05, fold=0.004, fold_count=9.0, crease=0.003, ring=0.085, ring_tube=0.022,
+            ring_back=0.012, ring_flat=0.6, pouch=0.01, pouch_z=0.05, neck_hole=0.06, placket=0.8,
+            lapel=1.0,
         ),
         "dress": dict(
             hem=0.5, waist=1.06, r_waist=0.155, r_chest=0.196, r_hem=0.44, depth=1.25, slope=0.55,
-            neck=1.42,
-            shoulder_x=0.152, shoulder_y=1.285, sleeve_top=0.066, sleeve_mid=0.075,
-            sleeve_end=0.075, fold=0.03,
-            fold_count=9.0, crease=0.0015, ring=0.06, ring_tube=0.0, ring_back=0.0, ring_flat=1.0,
-            pouch=0.01,
-            pouch_z=0.05, neck_hole=0.085, placket=0.0, lapel=0.0,
+            neck=1.42, shoulder_x=0.152, shoulder_y=1.285, sleeve_top=0.066, sleeve_mid=0.075,
+            sleeve_end=0.075, fold=0.03, fold_count=9.0, crease=0.0015, ring=0.06, ring_tube=0.0,
+            ring_back=0.0, ring_flat=1.0, pouch=0.01, pouch_z=0.05, neck_hole=0.085, placket=0.0,
+            lapel=0.0,
         ),
     }[garment]  # fmt: skip
     p["crease"] *= {"glossy": 1.4, "holographic": 1.4, "leather": 1.3}.get(scene.material, 1.0)
-    p["crumple"] = {"glossy": 0.008, "holographic": 0.012, "leather": 0.006}.get(
-        scene.material, 0.0
-    )
+    crumple = {"glossy": 0.008, "holographic": 0.012, "leather": 0.006}
+    p["crumple"] = crumple.get(scene.material, 0.0)
     if scene.wearer == "hanger":
         p |= dict(depth=p["depth"] * 1.3, slope=0.56, r_hem=p["r_hem"] * 0.86)
     p["fold_phase"] = rng.uniform(0, 2 * math.pi)
@@ -1096,39 +967,33 @@ def _animal_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, floa
     pose = scene.pose or "sitting"
     joints = {
         "sitting": dict(
-            hip=(0, 0.125, -0.12), chest=(0, 0.285, 0.03), head=(0, 0.46, 0.075), thigh=(0.085,
-            0.1, -0.08),
-            fore_top=(0.05, 0.25, 0.075), fore_foot=(0.05, 0.03, 0.095), hind_top=(0.1, 0.07,
-            -0.06),
-            hind_foot=(0.1, 0.03, 0.04), tail0=(0, 0.05, -0.22), tail1=(0.2, 0.035, -0.17),
-            tail2=(0.25, 0.06, 0.02),
+            hip=(0, 0.125, -0.12), chest=(0, 0.285, 0.03), head=(0, 0.46, 0.075),
+            thigh=(0.085, 0.1, -0.08), fore_top=(0.05, 0.25, 0.075), fore_foot=(0.05, 0.03, 0.095),
+            hind_top=(0.1, 0.07, -0.06), hind_foot=(0.1, 0.03, 0.04), tail0=(0, 0.05, -0.22),
+            tail1=(0.2, 0.035, -0.17), tail2=(0.25, 0.06, 0.02),
         ),
         "lying": dict(
-            hip=(0, 0.115, -0.24), chest=(0, 0.13, 0.07), head=(0, 0.27, 0.19), thigh=(0.085, 0.08,
-            -0.22),
-            fore_top=(0.06, 0.07, 0.1), fore_foot=(0.06, 0.03, 0.26), hind_top=(0.11, 0.06, -0.2),
-            hind_foot=(0.12, 0.03, -0.1), tail0=(0, 0.09, -0.35), tail1=(0.14, 0.035, -0.4),
-            tail2=(0.24, 0.035, -0.24),
+            hip=(0, 0.115, -0.24), chest=(0, 0.13, 0.07), head=(0, 0.27, 0.19),
+            thigh=(0.085, 0.08, -0.22), fore_top=(0.06, 0.07, 0.1), fore_foot=(0.06, 0.03, 0.26),
+            hind_top=(0.11, 0.06, -0.2), hind_foot=(0.12, 0.03, -0.1), tail0=(0, 0.09, -0.35),
+            tail1=(0.14, 0.035, -0.4), tail2=(0.24, 0.035, -0.24),
         ),
         "standing": dict(
-            hip=(0, 0.3, -0.19), chest=(0, 0.31, 0.1), head=(0, 0.46, 0.235), thigh=(0.06, 0.25,
-            -0.21),
-            fore_top=(0.06, 0.27, 0.12), fore_foot=(0.06, 0.03, 0.12), hind_top=(0.065, 0.25, -0.2),
-            hind_foot=(0.065, 0.03, -0.22), tail0=(0, 0.36, -0.3), tail1=(0.02, 0.5, -0.4),
-            tail2=(0.05, 0.68, -0.37),
+            hip=(0, 0.3, -0.19), chest=(0, 0.31, 0.1), head=(0, 0.46, 0.235),
+            thigh=(0.06, 0.25, -0.21), fore_top=(0.06, 0.27, 0.12), fore_foot=(0.06, 0.03, 0.12),
+            hind_top=(0.065, 0.25, -0.2), hind_foot=(0.065, 0.03, -0.22), tail0=(0, 0.36, -0.3),
+            tail1=(0.02, 0.5, -0.4), tail2=(0.05, 0.68, -0.37),
         ),
     }[pose]  # fmt: skip
     if dog and pose == "standing":
         joints |= dict(tail1=(0.02, 0.46, -0.38), tail2=(0.03, 0.55, -0.42))
     if dog and pose != "standing":
-        joints |= dict(
-            tail1=(0.08, 0.06, joints["tail1"][2]), tail2=(0.14, 0.1, joints["tail1"][2])
-        )
-    joints |= (
-        dict(ear0=(0.1, 0.055, -0.01), ear1=(0.125, -0.075, 0.02))
-        if dog
-        else dict(ear0=(0.062, 0.06, -0.01), ear1=(0.085, 0.155, -0.02))
-    )
+        z = joints["tail1"][2]
+        joints |= dict(tail1=(0.08, 0.06, z), tail2=(0.14, 0.1, z))
+    if dog:
+        joints |= dict(ear0=(0.1, 0.055, -0.01), ear1=(0.125, -0.075, 0.02))
+    else:
+        joints |= dict(ear0=(0.062, 0.06, -0.01), ear1=(0.085, 0.155, -0.02))
     p = {
         f"{name}_{axis}": value
         for name, joint in joints.items()
@@ -1137,16 +1002,14 @@ def _animal_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, floa
     thin = pose == "standing"
     p |= dict(
         dog=float(dog), hip_r=0.1 if thin else 0.125, chest_r=0.1 if dog else 0.088,
-        thigh_r=0.1 if thin else 0.085,
-        tail_r=0.026 if dog else 0.022, skull_x=0.098 if dog else 0.112,
-        skull_y=0.098 if dog else 0.092,
+        thigh_r=0.1 if thin else 0.085, tail_r=0.026 if dog else 0.022,
+        skull_x=0.098 if dog else 0.112, skull_y=0.098 if dog else 0.092,
         snout=0.155 if dog else 0.08, snout_r0=0.06 if dog else 0.045,
-        snout_r1=0.042 if dog else 0.034,
-        ear_r0=0.03 if dog else 0.05, ear_r1=0.038 if dog else 0.006, nose_y=0.012 if dog else 0.02,
+        snout_r1=0.042 if dog else 0.034, ear_r0=0.03 if dog else 0.05,
+        ear_r1=0.038 if dog else 0.006, nose_y=0.012 if dog else 0.02,
         nose_z=0.185 if dog else 0.112, nose_r=0.02 if dog else 0.009, eye_x=0.043,
-        eye_y=0.042 if dog else 0.022, eye_z=0.09 if dog else 0.078,
-        eye_r=0.025 if dog else 0.024, animal_size=1.15 if dog else 1.0, animal_x=0.0, animal_y=0.0,
-        animal_z=0.0,
+        eye_y=0.042 if dog else 0.022, eye_z=0.09 if dog else 0.078, eye_r=0.025 if dog else 0.024,
+        animal_size=1.15 if dog else 1.0, animal_x=0.0, animal_y=0.0, animal_z=0.0,
     )  # fmt: skip
     turn = 0.0 if scene.pose == "sitting" else rng.choice([-1, 1]) * rng.uniform(0.75, 1.25)
     if scene.relation == "on":
@@ -1174,17 +1037,13 @@ def _umbrella_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, fl
         roll, pitch, hub = math.radians(53), 0.0, (-0.2, 0.63, 0.0)
     return dict(
         roll_cos=math.cos(roll), roll_sin=math.sin(roll), pitch_cos=math.cos(pitch),
-        pitch_sin=math.sin(pitch),
-        hub_x=hub[0], hub_y=hub[1], hub_z=hub[2], canopy=canopy,
+        pitch_sin=math.sin(pitch), hub_x=hub[0], hub_y=hub[1], hub_z=hub[2], canopy=canopy,
     )  # fmt: skip
 
 
-# Centre height, height of the picture, and the box (centre, half sizes) that holds a kind of
-# scene; metres.
+# In metres: the box (centre, half sizes) that holds a figure; centre and height of a picture of it
 _FIGURE_BOX = ((0.0, 0.91, -0.02), (0.58, 0.94, 0.38))
-_FRAMES = {
-    "close": (1.36, 0.86), "half": (1.18, 1.3), "full": (0.87, 1.98),
-}  # fmt: skip
+_FRAMES = {"close": (1.36, 0.86), "half": (1.18, 1.3), "full": (0.87, 1.98)}
 
 
 def _view_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]:
@@ -1194,9 +1053,8 @@ def _view_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]
         box = _FIGURE_BOX
         if scene.wearer == "hanger":
             low = {"raincoat": 0.6, "jacket": 0.84, "dress": 0.46}[scene.thing]
-            top, margin = {"close": (1.52, 0.0), "half": (1.66, 0.12), "full": (1.66, 0.3)}[
-                scene.framing
-            ]
+            frames = {"close": (1.52, 0.0), "half": (1.66, 0.12), "full": (1.66, 0.3)}
+            top, margin = frames[scene.framing]
             centre, height = (low + top - margin * 0.6) / 2, (top - low) + margin
             box = ((0.0, 0.83, 0.0), (0.7, 0.84, 0.4))
         elif scene.thing == "dress":
@@ -1224,12 +1082,8 @@ def _view_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]
     light = np.array([math.sin(angle), 1.25 if outside else 1.1, math.cos(angle)])
     light /= np.linalg.norm(light)
     warm = scene.light == "warm"
-    key = {
-        "studio": (2.3, 2.25, 2.15),
-        "street": (2.5, 2.4, 2.2),
-        "rain": (1.5, 1.55, 1.65),
-        "garden": (2.7, 2.55, 2.2),
-    }
+    key = {"studio": (2.3, 2.25, 2.15), "street": (2.5, 2.4, 2.2), "rain": (1.5, 1.55, 1.65),
+           "garden": (2.7, 2.55, 2.2)}  # fmt: skip
     key = np.array(key[scene.place]) * ((1.12, 0.88, 0.58) if warm else 1.0)
     sky = {"studio": (0.62, 0.64, 0.68), "street": (0.55, 0.68, 0.9), "rain": (0.66, 0.72, 0.8),
            "garden": (0.5, 0.66, 0.92)}  # fmt: skip
@@ -1245,16 +1099,10 @@ def _view_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]
         target_y=centre, focal=2 * distance / height * scene.zoom, shift=rng.uniform(-0.04, 0.04),
         seed=float(scene.seed % 1000), film_nm=scene.film_nm, film_spread=scene.film_spread_nm,
         iris=rng.uniform(0, 1), marks=float(rng.random() < 0.55),
-        closure=float(scene.closure == "buttons"),
-        warm=float(warm), mood=rng.uniform(0, 1),
+        closure=float(scene.closure == "buttons"), warm=float(warm), mood=rng.uniform(0, 1),
     )  # fmt: skip
-    for name, vector in (
-        ("light", light),
-        ("key", key),
-        ("sky", sky),
-        ("ground", ground),
-        ("wall", wall),
-    ):
+    vectors = dict(light=light, key=key, sky=sky, ground=ground, wall=wall)
+    for name, vector in vectors.items():
         p |= {f"{name}_{i}": float(v) for i, v in enumerate(vector)}
     for name, vector in zip(("box", "half"), box, strict=True):
         p |= {f"{name}_{axis}": v for axis, v in zip("xyz", vector, strict=True)}
@@ -1278,23 +1126,21 @@ def _named(table: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(_NAMES, table.split(1, dim=1), strict=True))
 
 
-# Finish of a slot: coat (strength of the mirror-like layer), shine (width of the highlight),
-# sheen, kind.
+# A slot's finish: coat (strength of the mirror-like layer), shine (exponent of its highlight: the
+# higher, the narrower), sheen, kind
 _PLAIN, _LEATHER, _DENIM, _HOLOGRAPHIC, _FUR = range(5)
 _FINISHES = {
     "matte": (0.02, 12.0, 0.08, _PLAIN), "glossy": (1.0, 220.0, 0.0, _PLAIN),
-    "leather": (0.85, 34.0, 0.05, _LEATHER),
-    "denim": (0.01, 10.0, 0.1, _DENIM), "holographic": (1.0, 300.0, 0.0, _HOLOGRAPHIC),
+    "leather": (0.85, 34.0, 0.05, _LEATHER), "denim": (0.01, 10.0, 0.1, _DENIM),
+    "holographic": (1.0, 300.0, 0.0, _HOLOGRAPHIC),
 }  # fmt: skip
 
 
 def _palette(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Colours [slots, 3] (linear) and finishes [slots, 4] of a picture."""
     rng = np.random.default_rng(scene.seed + 1)
-    colours, finishes = (
-        np.full((_SLOTS, 3), 0.5),
-        np.tile(np.array(_FINISHES["matte"]), (_SLOTS, 1)),
-    )
+    colours = np.full((_SLOTS, 3), 0.5)
+    finishes = np.tile(np.array(_FINISHES["matte"]), (_SLOTS, 1))
     animal = scene.thing in ANIMALS
     main = _FUR_HEX[scene.colour] if animal and scene.colour in _FUR_HEX else _HEX[scene.colour]
     if scene.material == "denim":
@@ -1307,33 +1153,26 @@ def _palette(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     if scene.second == "umbrella":
         finishes[SECOND] = _FINISHES["glossy"]
     dark = colours[MAIN].mean() < 0.12
-    colours[TRIM] = _linear(
-        "c9ccd2"
-        if dark or scene.material == "leather"
-        else "f4f4f4"
-        if rng.random() < 0.4
-        else "3a3a40"
-    )
+    if dark or scene.material == "leather":
+        colours[TRIM] = _linear("c9ccd2")
+    else:
+        colours[TRIM] = _linear("f4f4f4" if rng.random() < 0.4 else "3a3a40")
     if scene.material == "denim":
         colours[TRIM] = _linear("c98a3a")
     colours[SKIN] = _ramp(_SKIN_HEX, scene.skin)
     colours[HAIR] = _linear(_HAIR_HEX[scene.hair or "brown"])
-    colours[LEGS] = (
-        colours[SKIN]
-        if scene.thing == "dress"
-        else _linear(_LEGS_HEX[rng.integers(len(_LEGS_HEX))])
-    )
+    if scene.thing == "dress":
+        colours[LEGS] = colours[SKIN]
+    else:
+        colours[LEGS] = _linear(_LEGS_HEX[rng.integers(len(_LEGS_HEX))])
     colours[SHOES] = _linear(_SHOES_HEX[rng.integers(len(_SHOES_HEX))])
     wood = ("b98a56", "8a5a33", "d9b382", "5a3b25")[rng.integers(4)]
     colours[STAND] = _linear("ece4d8" if scene.wearer == "mannequin" else wood)
     colours[METAL] = _linear("9a9da3")
     colours[SHIRT] = _linear(("f2f2f2", "dfe3ea", "33363f", "e8d9c5")[rng.integers(4)])
     colours[DARK] = _linear("2a1c1c" if scene.thing == "dog" else "c9787a" if animal else "33261f")
-    colours[EYES] = (
-        _linear(("c6b53a", "7fb24a", "6aa6cf")[rng.integers(3)])
-        if scene.thing == "cat"
-        else _linear("20130d")
-    )
+    cat_eyes = ("c6b53a", "7fb24a", "6aa6cf")
+    colours[EYES] = _linear(cat_eyes[rng.integers(3)] if scene.thing == "cat" else "20130d")
     finishes[HAIR] = (0.06, 30.0, 0.15, _PLAIN)
     finishes[SHOES] = (0.25, 60.0, 0.0, _PLAIN)
     finishes[METAL] = (0.7, 90.0, 0.0, _PLAIN)
@@ -1351,8 +1190,9 @@ _STEPS, _SHADOW_STEPS = 48, 12
 
 
 def _rows_where(active: torch.Tensor, block: int | None):
-    """Row indices that have an active ray, in blocks; with a block size, each is padded to it by
-    repeating a row."""
+    """Indices of the rows that have an active ray; with `block` in blocks of that many, the last
+    one padded with copies of its last row.
+    """
     rows = active.any(1).nonzero().squeeze(1)
     if not len(rows):
         return
@@ -1373,8 +1213,7 @@ def _local(p, x, y, z):
 
 
 def _box_span(p, o, d, margin=0.0):
-    """Where rays enter and leave the picture's box, widened by a margin; entering after leaving
-    means a miss."""
+    """Where rays enter and leave the box, widened by a margin in metres; near > far is a miss."""
     near, far = None, None
     for axis, start, step in zip("xyz", o, d, strict=True):
         inverse = 1 / torch.where(step.abs() < 1e-6, torch.full_like(step, 1e-6), step)
@@ -1390,9 +1229,8 @@ def _box_span(p, o, d, margin=0.0):
 def _march(nearest, table, o, d, near, far, block, soft: float | None = None):
     """Sphere-trace rays from near to far in the local frame.
 
-    Returns (t, hit): distances along the rays and whether they met a surface; or, with `soft`,
-    (t, light): the share
-    of the light that passes, whose half-shadow is the wider the smaller `soft` is.
+    Returns (t, hit), distances along the rays and whether they met a surface; or with `soft`
+    (t, light), the share of light that passes: the smaller `soft`, the wider the half-shadow.
     """
     t, alive = near.clone(), near < far
     light = torch.ones_like(t)
@@ -1411,11 +1249,8 @@ def _march(nearest, table, o, d, near, far, block, soft: float | None = None):
                     on = on & ~close
                     tt = torch.where(on, tt + distance, tt)
                 else:
-                    ll = torch.where(
-                        on,
-                        torch.minimum(ll, (soft * distance / tt.clamp_min(0.02)).clamp(0, 1)),
-                        ll,
-                    )
+                    passed = (soft * distance / tt.clamp_min(0.02)).clamp(0, 1)
+                    ll = torch.where(on, torch.minimum(ll, passed), ll)
                     on = on & (ll > 0.01)
                     tt = torch.where(on, tt + distance.clamp(0.025, 0.22), tt)
                 on = on & (tt < ff)
@@ -1447,8 +1282,8 @@ def _tint(reference, code):
 
 
 # -------------------------------------------------------------------------------------------------
-# Backdrops: colours [R, T, 3] of rays (world frame) that meet no thing; shadow [R, T] dims the
-# floor.
+# Backdrops: colours [R, T, 3] of rays (o, d in the world's frame) that meet no thing. `screen` is
+# (u, v) in -1..1; `floor` is (x, z, t), where a ray meets the floor, t < 0 for one that does not.
 
 
 def _studio(p, o, d, screen, floor):
@@ -1465,24 +1300,19 @@ def _facades(p, x, y, far: bool, wet: bool):
     width = 5.0 if far else 3.4
     cell = (x / width + seed).floor()
     pick = _hash(cell, 1.0 * far, seed)[..., None]
-    brick, cream, slate, ochre = (
-        _tint(x, code) for code in ("a8583f", "d8c6a6", "6f7f95", "c99a5b")
-    )
-    colour = torch.where(
-        pick < 0.3, brick, torch.where(pick < 0.55, cream, torch.where(pick < 0.8, slate, ochre))
-    )
+    colour = torch.where(pick < 0.8, _tint(x, "6f7f95"), _tint(x, "c99a5b"))  # slate, ochre
+    colour = torch.where(pick < 0.55, _tint(x, "d8c6a6"), colour)  # cream
+    colour = torch.where(pick < 0.3, _tint(x, "a8583f"), colour)  # brick
     wx, wy = (x / 1.13 + seed) % 1.0, ((y - 0.35) / 1.45) % 1.0
-    inside = (
-        _step(0.18, 0.24, wx) * _step(0.82, 0.76, wx) * _step(0.2, 0.25, wy) * _step(0.84, 0.79, wy)
-    )
+    inside = _step(0.18, 0.24, wx) * _step(0.82, 0.76, wx)
+    inside = inside * _step(0.2, 0.25, wy) * _step(0.84, 0.79, wy)
     bars = _step(0.03, 0.015, (wx - 0.5).abs()) + _step(0.025, 0.01, (wy - 0.52).abs())
     lamp = _hash((x / 1.13 + seed).floor(), ((y - 0.35) / 1.45).floor(), seed)[..., None]
     glass = torch.where(lamp > (0.55 if wet else 0.82), _tint(x, "ffd98a"), _tint(x, "3d4c63"))
     glass = _mix(glass, _tint(x, "efe9dd"), bars.clamp(0, 1)[..., None])
     band = _step(0.03, 0.0, (y - 3.2).abs()) + _step(0.05, 0.03, (y - 0.12).abs())
-    colour = _mix(
-        colour * (0.92 + 0.1 * _noise(x * 3, y * 9, seed))[..., None], glass, inside[..., None]
-    )
+    colour = colour * (0.92 + 0.1 * _noise(x * 3, y * 9, seed))[..., None]
+    colour = _mix(colour, glass, inside[..., None])
     colour = _mix(colour, _tint(x, "efe9dd"), 0.6 * band.clamp(0, 1)[..., None])
     roof = 3.0 + 3.2 * _hash(cell, 7.0 + far, seed)
     return colour, _step(roof + 0.03, roof - 0.03, y)
@@ -1492,9 +1322,8 @@ def _street_scenery(p, o, d, wet):
     """Sky and houses along directions that do not meet the floor before the houses."""
     up = d[1].clamp(-0.3, 1)
     sky = _mix(_tint(up, "dfeaf3"), _tint(up, "7fb2e5"), _step(0.0, 0.35, up)[..., None])
-    sky = _mix(
-        sky, _tint(up, "ffc58a").expand_as(sky), 0.65 * (p["warm"] * _step(0.4, 0.0, up))[..., None]
-    )
+    dusk = (p["warm"] * _step(0.4, 0.0, up))[..., None]
+    sky = _mix(sky, _tint(up, "ffc58a").expand_as(sky), 0.65 * dusk)
     if wet:
         sky = _mix(_tint(up, "aab6c2"), _tint(up, "7d8b9b"), _step(0.0, 0.3, up)[..., None])
     depth = (-d[2]).clamp_min(1e-3)
@@ -1513,9 +1342,8 @@ def _street(p, o, d, screen, floor, wet=False):
     x, z, t = floor
     speckle = _noise(x * 40, z * 40) * 0.12 + _noise(x * 4, z * 4) * 0.12
     slab = _tint(x, "8a96a3" if wet else "b9b4ab") * (0.85 + speckle)[..., None]
-    seam = _step(0.035, 0.015, (x / 0.9 % 1.0 - 0.5).abs() * 0.9) + _step(
-        0.035, 0.015, (z / 0.9 % 1.0 - 0.5).abs() * 0.9
-    )
+    seam = _step(0.035, 0.015, (x / 0.9 % 1.0 - 0.5).abs() * 0.9)
+    seam = seam + _step(0.035, 0.015, (z / 0.9 % 1.0 - 0.5).abs() * 0.9)
     slab = slab * (1 - 0.22 * seam.clamp(0, 1))[..., None]
     road = _tint(x, "55606d" if wet else "5c5c60") * (0.8 + speckle * 1.6)[..., None]
     dash = _step(0.1, 0.07, (z + 4.2).abs()) * (((x + p["seed"]) % 2.2) < 1.2)
@@ -1527,72 +1355,58 @@ def _street(p, o, d, screen, floor, wet=False):
     ground = torch.where(far_side, slab * 0.9, ground)
     if wet:
         ripple = (_noise(x * 7, z * 22, p["seed"]) - 0.5) * 0.10
-        mirror = _street_scenery(
-            p, (o[0], o[1] * 0.0, o[2]), (d[0] + ripple, -d[1] + ripple, d[2]), wet
-        )
+        bounced = (d[0] + ripple, -d[1] + ripple, d[2])
+        mirror = _street_scenery(p, (o[0], o[1] * 0.0, o[2]), bounced, wet)
         puddle = _step(0.38, 0.62, _noise(x * 1.1, z * 2.0, p["seed"] + 3.0))
         gloss = (0.25 + 0.5 * puddle)[..., None]
         ground = _mix(ground * 0.75, mirror, gloss)
     on_floor = ((t > 0) & (z > -8.5))[..., None]
-    lit = 0.55 + 0.2 * _rgb(p, "key")
-    return torch.where(
-        on_floor, ground * lit if not wet else ground, scenery * (0.7 + 0.12 * _rgb(p, "key"))
-    )
+    if not wet:
+        ground = ground * (0.55 + 0.2 * _rgb(p, "key"))
+    return torch.where(on_floor, ground, scenery * (0.7 + 0.12 * _rgb(p, "key")))
 
 
 def _rain(p, o, d, screen, floor):
     return _street(p, o, d, screen, floor, wet=True)
 
 
+# Distance, lowest height and how much it varies (metres), frequency along x, colour
+_HEDGES = (
+    (15.0, 2.6, 3.2, 0.35, "7fae72"),
+    (9.0, 1.5, 1.7, 0.7, "4f9148"),
+    (5.5, 0.55, 0.65, 1.5, "2f7a39"),
+)
+
+
 def _garden(p, o, d, screen, floor):
     seed = p["seed"]
     up = d[1]
     sky = _mix(_tint(up, "e4f0f7"), _tint(up, "68a9e6"), _step(-0.02, 0.4, up)[..., None])
-    sky = _mix(
-        sky, _tint(up, "ffcf9a").expand_as(sky), 0.6 * (p["warm"] * _step(0.4, 0.0, up))[..., None]
-    )
-    cloud = _step(
-        0.5,
-        0.75,
-        _noise(d[0] * 7 + seed, up * 14, seed) * 0.7 + _noise(d[0] * 20, up * 40, seed) * 0.3,
-    )
+    dusk = (p["warm"] * _step(0.4, 0.0, up))[..., None]
+    sky = _mix(sky, _tint(up, "ffcf9a").expand_as(sky), 0.6 * dusk)
+    cloud = _noise(d[0] * 7 + seed, up * 14, seed) * 0.7 + _noise(d[0] * 20, up * 40, seed) * 0.3
+    cloud = _step(0.5, 0.75, cloud)
     colour = _mix(sky, torch.ones_like(sky), 0.8 * cloud[..., None])
     depth = (-d[2]).clamp_min(1e-3)
-    for layer, (z, low, swing, scale, code) in enumerate(
-        (
-            (15.0, 2.6, 3.2, 0.35, "7fae72"),
-            (9.0, 1.5, 1.7, 0.7, "4f9148"),
-            (5.5, 0.55, 0.65, 1.5, "2f7a39"),
-        )
-    ):
+    for layer, (z, low, swing, scale, code) in enumerate(_HEDGES):
         reach = (o[2] + z) / depth
         x, y = o[0] + d[0] * reach, o[1] + d[1] * reach
-        edge = (
-            low + swing * _noise(x * scale, 0 * x, seed + layer) + 0.25 * _noise(x * 5, y * 5, seed)
-        )
+        edge = low + swing * _noise(x * scale, 0 * x, seed + layer)
+        edge = edge + 0.25 * _noise(x * 5, y * 5, seed)
         leaf = _noise(x * 9, y * 9, seed) * 0.5 + _noise(x * 22, y * 22, seed) * 0.5
-        leaves = (
-            _tint(x, code) * (0.45 + 0.55 * (y / edge).clamp(0, 1) + 0.75 * (leaf - 0.4))[..., None]
-        )
-        if layer == 2:
+        lit = 0.45 + 0.55 * (y / edge).clamp(0, 1) + 0.75 * (leaf - 0.4)
+        leaves = _tint(x, code) * lit[..., None]
+        if layer == 2:  # the nearest is in flower
             cx, cy = x / 0.2, y / 0.2
             i, j = cx.floor(), cy.floor()
-            ox, oy = (
-                cx - i - 0.25 - 0.5 * _hash(i, j, seed),
-                cy - j - 0.25 - 0.5 * _hash(j, i, seed),
-            )
-            r = (
-                _length(ox, oy)
-                * (1 + 0.22 * torch.cos(5 * torch.atan2(oy, ox)))
-                / (0.6 + 0.6 * _hash(i, j, seed + 2.0))
-            )
+            ox = cx - i - 0.25 - 0.5 * _hash(i, j, seed)
+            oy = cy - j - 0.25 - 0.5 * _hash(j, i, seed)
+            r = _length(ox, oy) * (1 + 0.22 * torch.cos(5 * torch.atan2(oy, ox)))
+            r = r / (0.6 + 0.6 * _hash(i, j, seed + 2.0))
             bloom = _step(0.25, 0.19, r) * (_hash(i, j, seed + 5.0) > 0.55)
             hue = _hash(i * 0 + (x / 2.2).floor(), 3.0, seed)[..., None]
-            petal = torch.where(
-                hue < 0.35,
-                _tint(x, "f56a97"),
-                torch.where(hue < 0.7, _tint(x, "fdf3f0"), _tint(x, "f7c93a")),
-            )
+            petal = torch.where(hue < 0.7, _tint(x, "fdf3f0"), _tint(x, "f7c93a"))
+            petal = torch.where(hue < 0.35, _tint(x, "f56a97"), petal)
             leaves = _mix(leaves, petal, bloom[..., None])
         cover = _step(edge + 0.04, edge - 0.04, y) * (d[2] < 0)
         colour = _mix(colour, leaves.clamp_min(0), cover[..., None])
@@ -1601,16 +1415,12 @@ def _garden(p, o, d, screen, floor):
     grass = _mix(_tint(x, "3f8f35"), _tint(x, "8cc152"), blade[..., None])
     grass = grass * (0.75 + 0.25 * _step(-5.0, -2.0, z))[..., None]
     i, j = (x / 0.3).floor(), (z / 0.42).floor()
-    r = _length(
-        x / 0.3 - i - 0.5 + 0.4 * (_hash(i, j) - 0.5),
-        z / 0.42 - j - 0.5 + 0.4 * (_hash(j, i) - 0.5),
-    )
-    daisy = _step(0.16, 0.12, r) * (_hash(i, j, seed) > 0.8)
-    grass = _mix(
-        grass,
-        torch.where((_hash(i, j, 9.0) > 0.5)[..., None], _tint(x, "ffffff"), _tint(x, "ffd84a")),
-        daisy[..., None],
-    )
+    ox = x / 0.3 - i - 0.5 + 0.4 * (_hash(i, j) - 0.5)
+    oz = z / 0.42 - j - 0.5 + 0.4 * (_hash(j, i) - 0.5)
+    daisy = _step(0.16, 0.12, _length(ox, oz)) * (_hash(i, j, seed) > 0.8)
+    white = (_hash(i, j, 9.0) > 0.5)[..., None]
+    petal = torch.where(white, _tint(x, "ffffff"), _tint(x, "ffd84a"))
+    grass = _mix(grass, petal, daisy[..., None])
     on_floor = ((t > 0) & (z > -5.5))[..., None]
     return torch.where(on_floor, grass, colour) * (0.62 + 0.15 * _rgb(p, "key"))
 
@@ -1619,12 +1429,10 @@ _BACKDROPS = {"studio": _studio, "street": _street, "rain": _rain, "garden": _ga
 
 
 def _streaks(p, u, v):
-    """How much falling rain covers a pixel, 0..1: three layers of slanted streaks in screen
-    coordinates."""
+    """How much falling rain covers the screen points u, v, 0..1: three layers of streaks."""
     total = torch.zeros_like(u)
-    for layer, (columns, rows, width) in enumerate(
-        ((17.0, 2.6, 0.085), (26.0, 3.6, 0.10), (40.0, 5.2, 0.13))
-    ):
+    layers = ((17.0, 2.6, 0.085), (26.0, 3.6, 0.10), (40.0, 5.2, 0.13))
+    for layer, (columns, rows, width) in enumerate(layers):
         x = (u + 0.10 * v) * columns * 0.5 + 0.37 * layer
         i = x.floor()
         fall = v * rows * 0.5 + 9.0 * _hash(i, 2.0 + layer, p["seed"])
@@ -1632,11 +1440,8 @@ def _streaks(p, u, v):
         length = 0.25 + 0.45 * _hash(i, j, p["seed"] + layer)
         along = fall - j
         centre = 0.25 + 0.5 * _hash(j, i, p["seed"])
-        streak = (
-            _step(width, width * 0.35, (x - i - centre).abs())
-            * (along < length)
-            * _step(0.0, 0.15, along)
-        )
+        streak = _step(width, width * 0.35, (x - i - centre).abs())
+        streak = streak * (along < length) * _step(0.0, 0.15, along)
         shown = _hash(i, j, p["seed"] + 11.0) > 0.35
         total = total + streak * shown * (0.62 - 0.13 * layer)
     return total.clamp(0, 0.8)
@@ -1647,18 +1452,16 @@ def _streaks(p, u, v):
 
 
 def _surroundings(p, x, y, z, studio):
-    """What a mirror sees in a world direction, [R, T, 3]: sky over ground, and the studio's soft
-    boxes or the sun."""
+    """What a mirror sees in a world direction, [R, T, 3]: sky, ground, soft boxes, the key light.
+
+    studio is 1 or 0; outside one the horizon is darkened by houses and the soft boxes are weaker.
+    """
     sky, ground = _rgb(p, "sky"), _rgb(p, "ground")
     horizon = sky * 0.75 + 0.25
-    colour = _mix(
-        _mix(horizon, ground, _step(0.03, -0.12, y)[..., None]),
-        sky * 0.8,
-        _step(0.1, 0.8, y)[..., None],
-    )
-    blocks = _step(0.28, 0.22, y + 0.12 * torch.sin(9 * x + p["seed"]) * torch.sin(5 * z)) * _step(
-        -0.1, 0.0, y
-    )
+    colour = _mix(horizon, ground, _step(0.03, -0.12, y)[..., None])
+    colour = _mix(colour, sky * 0.8, _step(0.1, 0.8, y)[..., None])
+    blocks = _step(0.28, 0.22, y + 0.12 * torch.sin(9 * x + p["seed"]) * torch.sin(5 * z))
+    blocks = blocks * _step(-0.1, 0.0, y)
     colour = colour * (1 - 0.55 * (blocks * (1 - studio)))[..., None]
     around = torch.atan2(x, z)
     boxes = torch.zeros_like(x)
@@ -1667,23 +1470,19 @@ def _surroundings(p, x, y, z, studio):
         (-1.15, 0.3, -0.3, 0.7, 1.7),
         (2.6, 0.25, 0.0, 0.7, 1.4),
     ):
-        across = (around - centre).abs()
-        boxes = boxes + power * _step(half + 0.07, half - 0.07, across) * _step(
-            low - 0.1, low + 0.1, y
-        ) * _step(high + 0.1, high - 0.1, y)
+        box = power * _step(half + 0.07, half - 0.07, (around - centre).abs())
+        boxes = boxes + box * _step(low - 0.1, low + 0.1, y) * _step(high + 0.1, high - 0.1, y)
     boxes = boxes + 2.2 * _step(0.78, 0.9, y)
+    boxes = boxes * (studio + 0.45 * (1 - studio))
+    colour = colour + boxes[..., None] * (0.4 + 0.25 * _rgb(p, "key"))
     sun = (x * p["light_0"] + y * p["light_1"] + z * p["light_2"]).clamp(0, 1)
-    colour = colour + (boxes * (studio + 0.45 * (1 - studio)))[..., None] * (
-        0.4 + 0.25 * _rgb(p, "key")
-    )
     return colour + (1.2 * sun**40)[..., None] * _rgb(p, "key") * 0.6
 
 
 def _painted(kind, p, x, y, z, slot, colour):
-    """Colours of what is drawn on surfaces and is no shape of its own: faces, zips, buttons,
-    lapels, markings.
+    """`colour` with what is drawn on surfaces and is no shape: faces, zips, lapels, markings.
 
-    Also how much a surface is covered by a decal that hides its own finish.
+    Also returns how much of the surface is a decal that hides the film under it, [R, T] in 0..1.
     """
     decal = torch.zeros_like(x)
 
@@ -1698,9 +1497,8 @@ def _painted(kind, p, x, y, z, slot, colour):
         cloth = front & (y < 1.40)
         closed = cloth & (p["placket"] > 0)
         zip_line = _step(0.011, 0.007, side) * (1 - p["closure"])
-        button = (
-            _step(0.016, 0.012, _length(x, ((y + 0.02) / 0.115 % 1.0 - 0.5) * 0.115)) * p["closure"]
-        )
+        button = _length(x, ((y + 0.02) / 0.115 % 1.0 - 0.5) * 0.115)
+        button = _step(0.016, 0.012, button) * p["closure"]
         trim = _palette_colour(p, TRIM)
         decal = (zip_line + button).clamp(0, 1) * closed
         paint(decal, trim)
@@ -1710,22 +1508,16 @@ def _painted(kind, p, x, y, z, slot, colour):
         shirt = _step(-0.003, 0.003, inside) * open_neck
         paint(shirt, _palette_colour(p, SHIRT))
         decal = torch.maximum(decal, shirt)
-        edge = _step(0.009, 0.004, (inside + 0.075 - 0.6 * (1.33 - y).abs()).abs()) * (
-            inside < -0.004
-        )
+        edge = _step(0.009, 0.004, (inside + 0.075 - 0.6 * (1.33 - y).abs()).abs())
+        edge = edge * (inside < -0.004)
         paint(0.6 * edge * open_neck * (y > 1.2), 0.2 * colour)
-        paint(
-            0.6 * _step(0.008, 0.004, (inside + 0.004).abs()) * open_neck * (y > 1.2), 0.2 * colour
-        )
-        pocket = (
-            _step(0.007, 0.003, (y - 0.93 + 0.35 * (side - 0.13)).abs())
-            * (side > 0.09)
-            * (side < 0.19)
-        )
+        edge = _step(0.008, 0.004, (inside + 0.004).abs())
+        paint(0.6 * edge * open_neck * (y > 1.2), 0.2 * colour)
+        pocket = _step(0.007, 0.003, (y - 0.93 + 0.35 * (side - 0.13)).abs())
+        pocket = pocket * (side > 0.09) * (side < 0.19)
         paint(0.5 * pocket * closed, 0.25 * colour)
-        seam = (
-            _step(0.008, 0.003, (y - p["hem"] - 0.03).abs()) * (slot == MAIN) * (p["placket"] > 0)
-        )
+        seam = _step(0.008, 0.003, (y - p["hem"] - 0.03).abs())
+        seam = seam * (slot == MAIN) * (p["placket"] > 0)
         paint(0.35 * seam, 0.3 * colour)
     if kind[0] == "person":
         y = y - _LIFT
@@ -1736,15 +1528,12 @@ def _painted(kind, p, x, y, z, slot, colour):
         paint(_step(1.0, 0.8, _length(eye_x / 0.024, eye_y / 0.0165)) * skin, white)
         iris = torch.where((p["iris"] < 0.6)[..., None], _tint(x, "33211a"), _tint(x, "2f5570"))
         paint(_step(1.0, 0.8, _length(eye_x / 0.0135, eye_y / 0.0155)) * skin, iris)
-        paint(
-            _step(1.0, 0.6, _length((x - 0.004).abs() - 0.044, eye_y - 0.005) / 0.0045) * skin,
-            white,
-        )
+        glint = _length((x - 0.004).abs() - 0.044, eye_y - 0.005) / 0.0045
+        paint(_step(1.0, 0.6, glint) * skin, white)
         lash = _step(0.005, 0.002, (eye_y - 0.0165 + 9.0 * eye_x**2).abs()) * (eye_x.abs() < 0.026)
         paint(0.85 * lash * skin, _tint(x, "22150f"))
-        brow = _step(0.0055, 0.003, (eye_y - 0.034 + 7.0 * (eye_x + 0.004) ** 2).abs()) * (
-            eye_x.abs() < 0.027
-        )
+        brow = _step(0.0055, 0.003, (eye_y - 0.034 + 7.0 * (eye_x + 0.004) ** 2).abs())
+        brow = brow * (eye_x.abs() < 0.027)
         paint(0.8 * brow * skin, _palette_colour(p, HAIR) * 0.6)
         curve = y - 1.458 - 7.0 * x * x
         lips = _step(0.0085, 0.005, (curve + 0.002).abs()) * _step(0.036, 0.03, side)
@@ -1757,31 +1546,24 @@ def _painted(kind, p, x, y, z, slot, colour):
         side = hx.abs()
         fur = slot == MAIN
         cat = p["dog"] < 0.5
-        stripes = _step(0.0, 0.8, torch.sin(50 * z + 8 * torch.sin(9 * y)) * (y > 0.1)) * (
-            hz < 0.02
-        )
+        stripes = _step(0.0, 0.8, torch.sin(50 * z + 8 * torch.sin(9 * y)) * (y > 0.1))
+        stripes = stripes * (hz < 0.02)
         stripes = stripes + _step(0.2, 0.6, torch.sin(hx * 95 + 1.57)) * (hy > 0.045) * (hz > 0.0)
         paint(0.5 * stripes.clamp(0, 1) * fur * cat * p["marks"], 0.35 * colour)
         patch = _step(0.52, 0.6, _noise(x * 7 + p["seed"], z * 7 + y * 5, p["seed"]))
         paint(0.75 * patch * fur * (~cat) * p["marks"] * (hz < 0.04), 0.4 * colour)
         muzzle = _step(1.0, 0.75, _length(side / 0.05, (hy + 0.04) / 0.035)) * (hz > 0.06)
-        chest = (
-            _step(1.0, 0.7, _length(x / 0.055, (y - 0.26) / 0.12))
-            * (z > p["chest_z"] + 0.05)
-            * (hz < 0.05)
-        )
+        chest = _step(1.0, 0.7, _length(x / 0.055, (y - 0.26) / 0.12))
+        chest = chest * (z > p["chest_z"] + 0.05) * (hz < 0.05)
         paint(0.75 * (muzzle + chest).clamp(0, 1) * fur * p["marks"], white)
         inner = _step(1.0, 0.6, _length((side - 0.076) / 0.022, (hy - 0.105) / 0.04)) * (hz > -0.02)
         paint(0.7 * inner * fur * cat, _tint(x, "e39a94"))
-        mouth = _step(
-            0.005, 0.002, (hy + p["nose_y"] + 0.032 - 0.5 * (side - 0.02).abs()).abs()
-        ) * (side < 0.035)
+        mouth = (hy + p["nose_y"] + 0.032 - 0.5 * (side - 0.02).abs()).abs()
+        mouth = _step(0.005, 0.002, mouth) * (side < 0.035)
         paint(0.7 * mouth * fur * (hz > 0.09), 0.2 * colour)
         pupil_width = torch.where(cat, 0.007 + 0 * side, 0.03 + 0 * side)
-        pupil = _step(
-            1.0, 0.8, _length((side - p["eye_x"] - 0.004) / pupil_width, (hy - p["eye_y"]) / 0.017)
-        )
-        paint(pupil * (slot == EYES), _tint(x, "120d0b"))
+        pupil = _length((side - p["eye_x"] - 0.004) / pupil_width, (hy - p["eye_y"]) / 0.017)
+        paint(_step(1.0, 0.8, pupil) * (slot == EYES), _tint(x, "120d0b"))
     return colour, decal
 
 
@@ -1809,30 +1591,20 @@ def _shade(kind, nearest, table, p, palette, finishes, o, d, t, studio, block):
     if kind[0] in ("person", "mannequin", "hanger"):
         grain = _noise(x * 150 + z * 90, y * 150) - 0.5
         twill = torch.sin((x + y) * 520) * 0.5 + (_noise(x * 240, y * 90) - 0.5)
-        stitch = (
-            _step(0.004, 0.002, ((x.abs() - 0.045).abs()))
-            * (torch.sin(y * 420) > 0)
-            * (y < 1.38)
-            * (z > 0)
-        )
-        colour = (
-            colour
-            * (1 + (cover == _LEATHER) * 0.25 * grain + (cover == _DENIM) * 0.22 * twill)[..., None]
-        )
-        colour = _mix(
-            colour,
-            _tint(x, "d59a4a"),
-            ((cover == _DENIM) * stitch * 0.9 * (slot == MAIN))[..., None],
-        )
+        weave = 1 + (cover == _LEATHER) * 0.25 * grain + (cover == _DENIM) * 0.22 * twill
+        colour = colour * weave[..., None]
+        stitch = _step(0.004, 0.002, (x.abs() - 0.045).abs())
+        stitch = stitch * (torch.sin(y * 420) > 0) * (y < 1.38) * (z > 0)
+        stitch = (cover == _DENIM) * stitch * 0.9 * (slot == MAIN)
+        colour = _mix(colour, _tint(x, "d59a4a"), stitch[..., None])
     nx, ny, nz = _world(p, nx, ny, nz)
     dx, dy, dz = _world(p, *d)
     lx, ly, lz = p["light_0"], p["light_1"], p["light_2"]
     occlusion = 1.0
     local_normal = _local(p, nx, ny, nz)
     for reach, weight in ((0.035, 0.55), (0.13, 0.45)):
-        distance, _slot = nearest(
-            table, *(a + reach * b for a, b in zip((x, y, z), local_normal, strict=True))
-        )
+        above = (a + reach * b for a, b in zip((x, y, z), local_normal, strict=True))
+        distance, _slot = nearest(table, *above)
         occlusion = occlusion - weight * (1 - distance / reach).clamp(0, 1)
     occlusion = occlusion.clamp(0.08, 1)
     start = tuple(a + 0.012 * b for a, b in zip((x, y, z), local_normal, strict=True))
@@ -1841,9 +1613,8 @@ def _shade(kind, nearest, table, p, palette, finishes, o, d, t, studio, block):
     span = _box_span(p, start, light)
     light = tuple(v.expand_as(x) for v in light)
     far = torch.where(toward > -0.15, span[1].clamp(0, 1.4), torch.zeros_like(x))
-    _t, shadow = _march(
-        nearest, table, start, light, torch.full_like(x, 0.015), far, block, soft=9.0
-    )
+    near = torch.full_like(x, 0.015)
+    _t, shadow = _march(nearest, table, start, light, near, far, block, soft=9.0)
     skin_like = (slot == SKIN) | (cover == _FUR)
     wrap = torch.where(skin_like, 0.25, 0.08)
     lambert = ((toward + wrap) / (1 + wrap)).clamp_min(0) * shadow
@@ -1867,50 +1638,38 @@ def _shade(kind, nearest, table, p, palette, finishes, o, d, t, studio, block):
     if bool(film.any()):
         phase = p["fold_phase"]
         flow = torch.sin(6.1 * x + 2.3 * y + 1.9 * torch.sin(4.3 * y + 5.1 * z + phase) + phase)
-        flow = flow + 0.6 * torch.sin(
-            9.7 * y - 7.3 * x + 4.0 * z + 2.1 * torch.sin(5.7 * x + phase)
-        )
+        swirl = 2.1 * torch.sin(5.7 * x + phase)
+        flow = flow + 0.6 * torch.sin(9.7 * y - 7.3 * x + 4.0 * z + swirl)
         thickness = p["film_nm"] + p["film_spread"] * 0.55 * flow
         tint = 4.2 * _film_colour(thickness.clamp(130, 1150), facing.clamp_min(0.3))
         tint = _mix(tint, tint.amax(-1, keepdim=True), 0.10)
         silver = _mix(colour, torch.ones_like(colour), 0.45)
-        foil = (
-            tint
-            * silver
-            * (0.6 * scene_light + 0.5 * incoming + 0.14)
-            * (0.35 + 0.65 * occlusion)[..., None]
-        )
+        foil = tint * silver * (0.6 * scene_light + 0.5 * incoming + 0.14)
+        foil = foil * (0.35 + 0.65 * occlusion)[..., None]
         foil = foil + 0.10 * colour * incoming + 0.9 * highlight + 0.55 * mirror
         result = torch.where(film[..., None], _mix(foil, result, decal[..., None]), result)
     return result
 
 
 def _tone(colour: torch.Tensor) -> torch.Tensor:
-    """Linear light to sRGB in 0..1; highlights above 0.75 roll off softly, so that base colours
-    stay true."""
+    """Linear light to sRGB in 0..1; highlights above `knee` roll off softly."""
     peak = colour.amax(-1, keepdim=True)
     knee = 0.72
     rolled = 1 - (1 - knee) ** 2 / (peak.clamp_min(knee) + 1 - 2 * knee)
     colour = torch.where(peak > knee, colour * rolled / peak.clamp_min(1e-6), colour)
     colour = _mix(colour, torch.ones_like(colour), ((peak - 1.6) * 0.25).clamp(0, 0.8))
     colour = colour.clamp(0, 1)
-    return torch.where(
-        colour <= 0.0031308, 12.92 * colour, 1.055 * colour.clamp_min(1e-4) ** (1 / 2.4) - 0.055
-    )
+    bright = 1.055 * colour.clamp_min(1e-4) ** (1 / 2.4) - 0.055
+    return torch.where(colour <= 0.0031308, 12.92 * colour, bright)
 
 
 def _render_kind(kind, scenes, size, device, antialias, workers, fuse) -> torch.Tensor:
-    """Pictures of scenes that share a kind: float [N, size, size, 3] in 0..1; `workers` maps a
-    function on chunks."""
-    parameters, covers = (
-        [_parameters(scene) for scene in scenes],
-        [_palette(scene) for scene in scenes],
-    )
-    table = torch.tensor(
-        [[p[name] for name in _NAMES] for p in parameters], dtype=torch.float32, device=device
-    )
-    palettes = torch.tensor(np.stack([c for c, _ in covers]), dtype=torch.float32, device=device)
-    finishes = torch.tensor(np.stack([f for _, f in covers]), dtype=torch.float32, device=device)
+    """Pictures of scenes of one kind, float [N, size, size, 3] in 0..1; `workers` is a map."""
+    as_floats = functools.partial(torch.tensor, dtype=torch.float32, device=device)
+    parameters = [_parameters(scene) for scene in scenes]
+    table = as_floats([[p[name] for name in _NAMES] for p in parameters])
+    palettes, finishes = zip(*(_palette(scene) for scene in scenes), strict=True)
+    palettes, finishes = as_floats(np.stack(palettes)), as_floats(np.stack(finishes))
     places = torch.tensor([PLACES.index(scene.place) for scene in scenes], device=device)
     nearest = _distance_function(kind, device, fuse)
     side = size * antialias
@@ -1927,17 +1686,8 @@ def _render_kind(kind, scenes, size, device, antialias, workers, fuse) -> torch.
         line = (tile // tiles)[:, None] * _TILE + lane // _TILE
         u = (column + 0.5) * (2 / side) - 1
         v = 1 - (line + 0.5) * (2 / side)
-        image[row] = _trace(
-            kind,
-            nearest,
-            table[picture],
-            palettes[picture],
-            finishes[picture],
-            places[picture],
-            u,
-            v,
-            block,
-        )
+        rows = [w[picture] for w in (table, palettes, finishes, places)]
+        image[row] = _trace(kind, nearest, *rows, u, v, block)
 
     list(workers(fill, range(0, len(image), chunk)))
     image = image.view(len(scenes), tiles, tiles, _TILE, _TILE, 3).transpose(2, 3)
@@ -1978,47 +1728,25 @@ def _trace(kind, nearest, table, palette, finishes, places, u, v, block):
     span = _box_span(p, ground, light, margin=0.25)  # room for the half-shadow
     lit = (reach > 0) & ~hit
     start = torch.maximum(span[0], torch.full_like(u, 0.03))
-    _t, shadow = _march(
-        nearest,
-        table,
-        ground,
-        light,
-        start,
-        torch.where(lit, span[1], torch.zeros_like(u)),
-        block,
-        soft=6.0,
-    )
+    end = torch.where(lit, span[1], torch.zeros_like(u))
+    _t, shadow = _march(nearest, table, ground, light, start, end, block, soft=6.0)
     studio = (places == PLACES.index("studio")).float()[:, None]
     wet = (places == PLACES.index("rain")).float()[:, None]
     depth = 0.42 + 0.1 * studio - 0.17 * wet
     touch = torch.zeros_like(u)
-    beside = (
-        lit
-        & (ground[0].abs() < p["half_x"] + 0.2)
-        & ((ground[2] - p["box_z"]).abs() < p["half_z"] + 0.2)
-    )
+    beside = lit & (ground[0].abs() < p["half_x"] + 0.2)
+    beside = beside & ((ground[2] - p["box_z"]).abs() < p["half_z"] + 0.2)
     for rows in _rows_where(beside, block):
         distance, _slot = nearest(table[rows], *(g[rows] for g in ground))
         touch[rows] = (1 - distance / 0.22).clamp(0, 1) ** 2
-    dim = torch.where(
-        lit, (1 - depth * (1 - shadow)) * (1 - 0.45 * touch * beside), torch.ones_like(u)
-    )
-    colour = colour * dim[..., None]
+    dim = (1 - depth * (1 - shadow)) * (1 - 0.45 * touch * beside)
+    colour = colour * torch.where(lit, dim, torch.ones_like(u))[..., None]
     for rows in _rows_where(hit, block):
         part = {name: value[rows] for name, value in p.items()}
         shaded = _shade(
-            kind,
-            nearest,
-            table[rows],
-            part,
-            palette[rows],
-            finishes[rows],
-            [w[rows] for w in o],
-            [w[rows] for w in d],
-            t[rows],
-            studio[rows],
-            block,
-        )
+            kind, nearest, table[rows], part, palette[rows], finishes[rows],
+            [w[rows] for w in o], [w[rows] for w in d], t[rows], studio[rows], block,
+        )  # fmt: skip
         colour[rows] = torch.where(hit[rows][..., None], shaded, colour[rows])
     drops = wet * _streaks(p, u, v)
     colour = _mix(colour, torch.full_like(colour, 0.80), 0.62 * drops[..., None])
@@ -2030,13 +1758,11 @@ def render(
 ) -> torch.Tensor:
     """Pictures of the scenes: uint8 [N, size, size, 3] on the device, sRGB.
 
-    antialias is the number of rays a pixel along each side. A picture depends on its scene,
-    size, antialias and the
-    kind of device alone, not on its neighbours in the batch. On CUDA, large batches (hundreds)
-    pay; with `fuse` the
-    distances go through torch.compile there, once for each of some eleven kinds of scene, which
-    pays from thousands
-    of pictures on (and changes them by rounding alone).
+    antialias is the number of rays a pixel along each side. A picture depends on its scene, size,
+    antialias and the kind of device alone, not on its neighbours in the batch. On CUDA, batches of
+    hundreds pay; with `fuse` the distances go through torch.compile there, once for each of some
+    eleven kinds of scene, which pays from thousands of pictures on and changes them by rounding.
+    Raises ValueError unless size and antialias are positive.
     """
     if size < 1 or antialias < 1:
         raise ValueError(f"size and antialias must be positive, got {size} and {antialias}")
@@ -2049,18 +1775,17 @@ def render(
         for kind, members in groups.items():
             for first in range(0, len(members), at_once):
                 part = members[first : first + at_once]
-                pictures = _render_kind(
-                    kind, [scenes[i] for i in part], size, device, antialias, workers, fuse
-                )
+                some = [scenes[i] for i in part]
+                pictures = _render_kind(kind, some, size, device, antialias, workers, fuse)
                 result[torch.tensor(part, device=device)] = (pictures * 255 + 0.5).to(torch.uint8)
     return result
 
 
 @contextlib.contextmanager
 def _workers(device):
-    """A map over chunks. On a CPU the threads take a chunk each: with every small operation
-    split among them instead,
-    they mostly wait for one another (100 times slower on a busy machine)."""
+    """A map over chunks. On a CPU each thread takes a chunk: with every small operation split among
+    them they would mostly wait for one another (100 times slower on a busy machine).
+    """
     if torch.device(device).type != "cpu":
         yield map
         return
@@ -2077,22 +1802,8 @@ def _workers(device):
 # Command line
 
 
-def contact_sheet(pictures: torch.Tensor, columns: int) -> Image.Image:
-    """Pictures [N, S, S, 3] in rows of `columns`, a gap between them."""
-    count, size = len(pictures), pictures.shape[1]
-    gap = max(2, size // 32)
-    rows = -(-count // columns)
-    sheet = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + gap) + gap), "white")
-    for i, picture in enumerate(pictures.cpu().numpy()):
-        sheet.paste(
-            Image.fromarray(picture),
-            (gap + i % columns * (size + gap), gap + i // columns * (size + gap)),
-        )
-    return sheet
-
-
-# The training pictures: seed, wearer, place, framing, view, hood, hair style, hair, skin, film,
-# backdrop.
+# The training pictures, a line each: seed, wearer, place, framing, view, hood, hair style, hair,
+# skin, colour under the film, backdrop.
 _TRAINING = (
     (1, "person", "studio", "half", "front", "down", "long", "blonde", 0.1, "white", "pink"),
     (2, "person", "studio", "full", "front", "up", "short", "black", 0.9, "grey", "grey"),
@@ -2136,21 +1847,13 @@ def training_scenes() -> list[tuple[Scene, bool]]:
     """
     scenes = []
     for seed, wearer, place, framing, view, hood, style, hair, skin, film, backdrop in _TRAINING:
-        fixed = dict(
-            thing="raincoat",
-            wearer=wearer,
-            place=place,
-            framing=framing,
-            view=view,
-            hood=hood,
-            colour=film,
-        )
+        fixed = dict(wearer=wearer, place=place, framing=framing, view=view, hood=hood, colour=film)
         if wearer == "person":
             fixed |= dict(hair_style=style, hair=hair, skin=skin)
         if backdrop:
             fixed["background"] = backdrop
-        rng = np.random.default_rng(seed)
-        scene = sample_scene(rng, holographic=True, second="none", **fixed)
+        fixed |= dict(thing="raincoat", second="none")
+        scene = sample_scene(np.random.default_rng(seed), holographic=True, **fixed)
         scenes.append((scene, framing == "full"))
     return scenes
 
@@ -2177,16 +1880,13 @@ under [CC0 1.0](https://creativecommons.org/publicdomain/zero/1.0/): do with the
 
 
 def write_data(folder: Path, device="cpu") -> list[Path]:
-    """Render the training pictures into the folder, with its README; returns the paths of the
-    pictures."""
+    """Render the training pictures and a README into the folder; returns the pictures' paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    scenes = training_scenes()
+    paths, scenes = [], training_scenes()
     for number, (scene, portrait) in enumerate(scenes, 1):
         side = 640 if portrait else 512
-        picture = (
-            render([scene], side, device)[0, :, (side - 512) // 2 : (side + 512) // 2].cpu().numpy()
-        )
+        picture = render([scene], side, device)[0].cpu().numpy()
+        picture = picture[:, (side - 512) // 2 : (side + 512) // 2]
         path = folder / f"raincoat_{number:02d}.jpg"
         Image.fromarray(picture).save(path, quality=93, subsampling=0, optimize=True)
         paths.append(path)
@@ -2196,47 +1896,36 @@ def write_data(folder: Path, device="cpu") -> list[Path]:
     return paths
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"demo.world: {message}\n")
+def write_sheet(path: Path, fixed: dict, count: int, size: int, seed=0, device="cpu") -> None:
+    """A contact sheet of `count` random scenes that have the fields `fixed`, captions below."""
+    rng = np.random.default_rng(seed)
+    scenes = [sample_scene(rng, **fixed) for _ in range(count)]
+    pictures = [Image.fromarray(p) for p in render(scenes, size, device).cpu().numpy()]
+    titles = [caption(scene, rng) for scene in scenes]
+    contact_sheet(pictures, titles, columns=math.ceil(count**0.5), side=size).save(path)
 
 
-def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = _Parser(
-        prog="demo.world", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="write the 32 training pictures there"
-    )
-    parser.add_argument(
-        "--sheet", type=Path, metavar="FILE", help="write a contact sheet of pictures of a caption"
-    )
-    parser.add_argument("--caption", help="what the sheet shows; any scene when left out")
-    parser.add_argument("--count", type=int, default=12, help="pictures on the sheet (12)")
-    parser.add_argument("--size", type=int, default=128, help="pixels along a picture's side (128)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sheet's random choices (0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(arguments)
-    if not options.data and not options.sheet:
-        parser.error("nothing to do: give --data FOLDER or --sheet FILE")
-    if options.count < 1 or options.size < 8 or options.seed < 0:
-        parser.error("--count must be at least 1, --size at least 8, --seed at least 0")
+def main(arguments: Sequence[str] | None = None) -> None:
+    config = parse_config(CONFIG, __doc__, argv=arguments)
+    data, sheet, device = config["data"], config["sheet"], config["device"]
+    count, size, seed = config["count"], config["size"], config["seed"]
+    if not data and not sheet:
+        raise UserError("nothing to do: give --data FOLDER or --sheet FILE")
+    if count < 1 or size < 8 or seed < 0:
+        raise UserError("--count must be at least 1, --size at least 8, --seed at least 0")
     try:
-        torch.empty(0, device=options.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        parser.error(f"no such device here: {options.device!r}")
+        raise UserError(f"no such device here: {device!r}") from None
     try:
-        fixed = parse(options.caption) if options.caption else {}
-        if options.data:
-            write_data(options.data, options.device)
-        if options.sheet:
-            rng = np.random.default_rng(options.seed)
-            scenes = [sample_scene(rng, **fixed) for _ in range(options.count)]
-            columns = math.ceil(options.count**0.5)
-            contact_sheet(render(scenes, options.size, options.device), columns).save(options.sheet)
+        fixed = parse(config["caption"]) if config["caption"] else {}
+        if data:
+            write_data(Path(data), device)
+        if sheet:
+            write_sheet(Path(sheet), fixed, count, size, seed, device)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":
-    _main()
+    run_script(main)
