@@ -29,13 +29,22 @@ PACKAGES = "torch diffusers transformers peft accelerate bitsandbytes lpips pill
 
 
 class UserError(ValueError):
-    """Something that the user can mend; its text is one line that names what and how."""
+    """Something that the user can mend: a line that names what and how, and perhaps one of advice.
+
+    What it quotes from a file may hold anything; control characters appear as Python spells them.
+    """
+
+    def __str__(self):
+        lines = (
+            "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in self.args
+        )
+        return "\n  ".join(lines)
 
 
 def run_script(main):
     """Call `main()`; a UserError becomes one line on stderr and exit status 1.
 
-    SIGINT ends with 130 and SIGTERM with 143, as shells count; a full disk is the user's to mend.
+    SIGINT ends with 130 and SIGTERM with 143, as shells count.
     """
     try:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -44,11 +53,6 @@ def run_script(main):
         # Under `accelerate launch` every process meets the same error; one of them says it.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -61,7 +65,22 @@ def memory_for(doing, advice):
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(f"the GPU's memory ran out while {doing}\n  {advice}") from None
+        raise UserError(f"the GPU's memory ran out while {doing}", advice) from None
+
+
+@contextlib.contextmanager
+def disk_for(folder):
+    """Turn a disk that fills up while `folder` is being made into one line that names it."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        place = next(place for place in Path(folder).absolute().parents if place.exists())
+        raise UserError(
+            f"{problem.filename or folder} cannot be written: {problem.strerror}; "
+            f"{shutil.disk_usage(place).free:,} bytes free"
+        ) from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,8 +96,9 @@ def parse_config(config, description, demo=None, argv=None):
     there is also `--demo`, which puts those values under the ones typed on the command line.
     Raises UserError for an unknown option or a value of the wrong type.
     """
+    spec = sys.modules["__main__"].__spec__  # of a module that was started with -m
     parser = _Parser(
-        prog=Path(sys.argv[0]).name,
+        prog=f"-m {spec.name}" if spec else Path(sys.argv[0]).name,
         description=description,
         usage="python %(prog)s [--option VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -195,13 +215,23 @@ def weight_files(folder, stem="*"):
     return sorted(folder.glob(f"{stem}*.safetensors"))
 
 
+@contextlib.contextmanager
+def loading(path):
+    """Turn whatever a library raises on a damaged file into one line that names `path`."""
+    try:
+        yield
+    except Exception as problem:
+        line = " ".join(str(problem).split())[:200]
+        raise UserError(f"{path} cannot be loaded: {type(problem).__name__}: {line}") from None
+
+
 def load_part(cls, folder, part, dtype, **options):
     """`cls.from_pretrained` of one part of a base-model folder, refusing half-filled weights."""
     stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
     plain = (folder / part / f"{stem}.safetensors").is_file() or list(
         (folder / part).glob(f"{stem}-*.safetensors")
     )
-    try:
+    with loading(folder / part):
         model, report = cls.from_pretrained(
             folder / part,
             torch_dtype=dtype,
@@ -210,11 +240,6 @@ def load_part(cls, folder, part, dtype, **options):
             output_loading_info=True,
             **options,
         )
-    except Exception as problem:
-        line = " ".join(str(problem).split())[:200]
-        raise UserError(
-            f"{folder / part} cannot be loaded: {type(problem).__name__}: {line}"
-        ) from None
     missing = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
     if missing or report.get("mismatched_keys"):
         wrong = missing or [str(key) for key in report["mismatched_keys"]]
@@ -251,18 +276,23 @@ def read_dataset(data_dir, resolution):
         try:
             row = json.loads(line)
             name, caption = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{where}: not of the form {{"file_name": …, "text": …}}') from None
         if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
             raise UserError(f"{where}: file_name and text must be strings, and text not empty")
-        path = next((p for p in (data_dir / name, data_dir / "images" / name) if p.is_file()), None)
+        try:
+            caption.encode()  # JSON can spell half of a surrogate pair, which is no text
+            places = (data_dir / name, data_dir / "images" / name)
+            path = next((place for place in places if place.is_file()), None)
+        except (OSError, ValueError):  # too long, a zero byte, half of a surrogate pair
+            raise UserError(f"{where}: file_name cannot be a file's, or text is no text") from None
         if path is None:
             raise UserError(f"{where}: there is no {name} in {data_dir} or {data_dir / 'images'}")
         if data_dir.resolve() not in path.resolve().parents:
             raise UserError(f"{where}: {name} lies outside {data_dir}")
-        if path in seen:
-            raise UserError(f"{where}: {name} was already named in line {seen[path]}")
-        seen[path] = number
+        if path.resolve() in seen:
+            raise UserError(f"{where}: {name} was already named in line {seen[path.resolve()]}")
+        seen[path.resolve()] = number
         rows.append((name, caption, read_pixels(path, resolution)))
     if not rows:
         raise UserError(f"{listing} names no pictures; run python preprocess.py first")
@@ -327,6 +357,8 @@ def unfinished(final):
 def replace_folder(final):
     """Put the finished folder `unfinished(final)` in the place of `final`, which goes only then."""
     final = Path(final)
+    for path in (*unfinished(final).rglob("*"), unfinished(final)):
+        flush(path)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -336,18 +368,17 @@ def replace_folder(final):
 
 
 def recover_folder(final, marker):
-    """Mend what a replace_folder that was killed between its two renames left: `final` is missing.
+    """Mend what a run that was killed in replace_folder, or just before it, left.
 
-    `marker` is the file that is written last: with it the new folder is whole and takes its place,
-    without it the old one comes back.
+    `marker` is the file that is written last: with it the new folder is whole and takes its place;
+    without it, where `final` is missing, the old one comes back.
     """
     final = Path(final)
     old = final.with_name(f".{final.name}.old")
     if old.is_dir() and not final.exists():
-        if (unfinished(final) / marker).is_file():
-            unfinished(final).rename(final)
-        else:
-            old.rename(final)
+        old.rename(final)
+    if (unfinished(final) / marker).is_file():
+        replace_folder(final)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -395,22 +426,25 @@ def locked(final):
         file.close()
 
 
+def flush(path):
+    """Wait until a file or folder is on the disk itself, where a power cut leaves it."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def write_bytes(path, data):
     """Write a file so that it is there whole or, as before, not at all: beside it, flushed to the
     disk, then renamed. UserError with the path and the bytes needed if the disk is full."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.new")
     try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        beside.write_bytes(data)
+        flush(beside)
         beside.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush(path.parent)
     except OSError as problem:
         beside.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free

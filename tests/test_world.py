@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import run_script
 from demo import world
 
 PROMPTS = (
@@ -153,14 +154,11 @@ def test_film_limits():
         ).item()
 
     assert reflectance(0.0, 1.0, 550.0, 1.9, 1.5) == pytest.approx(0.04, abs=1e-6)  # bare glass
-    assert reflectance(300.0, 1.0, 550.0, 1.5, 1.5) == pytest.approx(
-        0.04, abs=1e-6
-    )  # no second interface
+    # No second interface, then a lens's coating, then grazing
+    assert reflectance(300.0, 1.0, 550.0, 1.5, 1.5) == pytest.approx(0.04, abs=1e-6)
     quarter = 550.0 / 4 / 1.5**0.5
-    assert reflectance(quarter, 1.0, 550.0, 1.5**0.5, 1.5) == pytest.approx(
-        0.0, abs=1e-6
-    )  # a lens's coating
-    assert reflectance(300.0, 0.0, 550.0, 1.9, 1.35) == pytest.approx(1.0, abs=1e-5)  # grazing
+    assert reflectance(quarter, 1.0, 550.0, 1.5**0.5, 1.5) == pytest.approx(0.0, abs=1e-6)
+    assert reflectance(300.0, 0.0, 550.0, 1.9, 1.35) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_film_changes_hue_with_the_angle_and_white_stays_white():
@@ -230,6 +228,6 @@ def test_the_curated_pictures_are_varied_holographic_raincoats():
 )
 def test_bad_arguments_give_one_line(arguments, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
-        world._main(arguments)
+        run_script(lambda: world.main(arguments))
     said = capsys.readouterr().err
     assert stop.value.code != 0 and complaint in said and said.count("\n") == 1
