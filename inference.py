@@ -51,6 +51,7 @@ from common import (
     fetch_base_model,
     fresh_folder,
     load_part,
+    loading,
     locked,
     memory_for,
     parse_config,
@@ -155,12 +156,16 @@ def slugs(prompts):
 
 def load_pipeline(folder, dtype, device):
     """The base model of a folder as one pipeline: no safety checker, safetensors only."""
+    with loading(folder / "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    with loading(folder / "scheduler"):
+        scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
     pipeline = StableDiffusionPipeline(
         vae=load_part(AutoencoderKL, folder, "vae", dtype),
         text_encoder=load_part(CLIPTextModel, folder, "text_encoder", dtype),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer=tokenizer,
         unet=load_part(UNet2DConditionModel, folder, "unet", dtype),
-        scheduler=PNDMScheduler.from_pretrained(folder / "scheduler"),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -378,7 +383,7 @@ def analyse(runs, prompts, ceilings, threshold, clip_margin):
     if threshold is not None and "success" in totals:
         nearest = np.stack([grid(run, "nearest_similarity", "lora", prompts) for run in runs])
         nearest = nearest[:, [i for i, (name, _) in enumerate(prompts) if name == "success"]]
-        copies = metrics.share_interval(int((nearest > threshold).sum()), nearest.size)
+        copies = metrics.share_interval(nearest > threshold)
         summary["memorised"] = dict(share=copies, threshold=float(threshold), pictures=nearest.size)
     summary["verdicts"] = verdicts(summary, clip_margin)
     return summary
@@ -435,7 +440,7 @@ def verdicts(summary, clip_margin):
                 "are to one another. ")  # fmt: skip
         found.append(dict(
             question="memorised", answer="yes" if yes else "no",
-            text=text + ("They are near-copies." if yes else "No sign of copying."),
+            text=text + ("More than 5%: some are near-copies." if yes else "No sign of copying."),
         ))  # fmt: skip
     return found
 
