@@ -5,7 +5,9 @@
 
 Hypothesis: the UNet alone can learn a texture, and adapting the text encoder limits how far
 unrelated prompts move.
-Finding: see "What the miniature shows" in README.md.
+Finding, on the embedded miniature, three training seeds each: no detectable difference. UNet-only
+minus rank 32, concept similarity on unrelated prompts: −0.002 [−0.007, +0.004]
+(README.md, "What the miniature shows"). On Stable Diffusion v1.5: not measured yet.
 """
 
 from common import run_script
