@@ -275,7 +275,7 @@ def read_adapter(folder):
             half[FACTORS[found["factor"]]] = tensor.float()
         for part in halves:
             if part not in alphas:
-                alphas[part], adapter.targets[part] = alpha_and_targets(config, header, part)
+                alphas[part], adapter.targets[part] = alpha_and_targets(config, header, part, path)
     for part, layers in halves.items():
         check_factors(layers, folder, part)
         adapter.factors[part] = {name: (half["A"], half["B"]) for name, half in layers.items()}
@@ -303,27 +303,37 @@ def read_peft_config(path):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(f"{path} is not a PEFT adapter configuration") from None
     extras = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
                               "modules_to_save") if config.get(key)]  # fmt: skip
     if kind != "LORA" or extras:
-        raise UserError(f"{path}: only plain LoRA is read, this is {' '.join([kind, *extras])}")
+        raise UserError(
+            f"{path}: only plain LoRA is read, this is {' '.join([str(kind)[:40], *extras])}"
+        )
     return config
 
 
-def alpha_and_targets(config, header, part):
-    """(alpha or None, target endings or None) as a PEFT config or a diffusers header states them."""
+def alpha_and_targets(config, header, part, path):
+    """(alpha or None, target endings or None) as a PEFT config or a diffusers header states them.
+
+    Raises UserError naming the file `path` if it states them in a form that means nothing.
+    """
     if not config:
         try:
             stated = json.loads(header.get("lora_adapter_metadata", "{}"))
             config = {
                 k.removeprefix(f"{part}."): v for k, v in stated.items() if k.startswith(part)
             }
-        except ValueError:
-            raise UserError("the adapter's lora_adapter_metadata is not JSON: damaged?") from None
-    targets = config.get("target_modules")
-    return config.get("lora_alpha"), targets if isinstance(targets, list) else None
+        except (ValueError, AttributeError, RecursionError):
+            raise UserError(f"{path}: lora_adapter_metadata is no JSON object: damaged?") from None
+    alpha, targets = config.get("lora_alpha"), config.get("target_modules")
+    if alpha is not None and not (isinstance(alpha, (int, float)) and 1e-6 <= alpha <= 1e6):
+        raise UserError(f"{path}: lora_alpha is {repr(alpha)[:40]}, but must be a positive number")
+    targets = targets if isinstance(targets, list) else None
+    if not all(isinstance(target, str) for target in targets or []):
+        raise UserError(f"{path}: target_modules is not a list of names")
+    return alpha, targets
 
 
 def guess_component(layer):

@@ -46,8 +46,13 @@ def save(folder, step, tensors, state, keep):
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     path = folder / f"checkpoint_{step:07}.safetensors"
     write_bytes(path, safetensors.torch.save(copies, metadata=header))
-    for old in listed(folder)[keep:]:
-        old.unlink()
+    remove(folder, keep)
+
+
+def remove(folder, keep=0):
+    """Remove all but the newest `keep` checkpoints, and what a save that was killed left half."""
+    for path in [*listed(folder)[keep:], *folder.glob(".checkpoint_*.new")]:
+        path.unlink()
 
 
 def read(path):

@@ -167,7 +167,10 @@ def fetch_base_model(name, revision=None, half=False):
         for part, stem in parts.items()
         if not weight_files(folder / part, stem)
     ]
-    missing += [] if (folder / "tokenizer").is_dir() else ["tokenizer/"]
+    # Without its vocabulary the tokenizer would load, and read every word as unknown.
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        words = ("tokenizer/vocab.json", "tokenizer/merges.txt")
+        missing += [path for path in words if not (folder / path).is_file()]
     if missing:
         raise UserError(
             f"base model {name}: {', '.join(missing)} missing; it must be a folder in diffusers' "

@@ -26,6 +26,7 @@ from common import (
     UserError,
     check_output_folder,
     check_range,
+    disk_for,
     fresh_folder,
     locked,
     parse_config,
@@ -177,13 +178,15 @@ def read_captions(folder, names):
             try:
                 row = json.loads(line)
                 name, text = row["file_name"], row["text"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f'{where}: not of the form {{"file_name": …, "text": …}}') from None
             if name not in names:
                 raise UserError(f"{where}: there is no {name} in {folder}")
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"{where}: the caption of {name} is empty")
             text = " ".join(text.split())
+            if not is_text(text):
+                raise UserError(f"{where}: the caption of {name} holds half of a character")
             if captions.get(name, (text,))[0] != text:
                 raise UserError(f"{where}: a second, different caption for {name}; keep one")
             captions[name] = (text, source)
@@ -195,6 +198,15 @@ def read_captions(folder, names):
                 raise UserError(f"{beside} is empty; write a caption into it or delete it")
             captions[name] = (text, beside.name)
     return captions
+
+
+def is_text(words):
+    """Whether a string can be written as UTF-8: JSON and file names can hold what cannot."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_text(path):
@@ -241,6 +253,9 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
     for name in tqdm(names, desc="reading", unit="picture", leave=False):
         path = data_dir / name
         try:
+            if not is_text(name):
+                name = name.encode("utf-8", "replace").decode()
+                raise Unusable("its name is not UTF-8; give it another")
             if not path.is_file():
                 raise Unusable("a folder or special file; only files directly in it are read")
             image, info, done = read_picture(path, max_megapixels)
@@ -351,7 +366,7 @@ def report_counts(read, kept, skipped, duplicates, data_dir, resolution):
 def main():
     config = parse_config(CONFIG, __doc__)
     check_config(config)
-    with locked(config["output_dir"]):
+    with disk_for(config["output_dir"]), locked(config["output_dir"]):
         recover_folder(config["output_dir"], "manifest.json")
         preprocess(**config)
 

@@ -52,9 +52,11 @@ from common import (
     check_output_folder,
     check_range,
     data_hash,
+    disk_for,
     fetch_base_model,
     fresh_folder,
     load_part,
+    loading,
     locked,
     memory_for,
     parse_config,
@@ -365,7 +367,8 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         )
     on_cuda = torch.cuda.is_available()
     base_folder = fetch_base_model(base_model, revision, half=on_cuda and mixed_precision == "fp16")
-    tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
+    with loading(base_folder / "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
     input_ids = tokenize(tokenizer, rows)
 
     accelerator = Accelerator(mixed_precision=mixed_precision if on_cuda else "no", cpu=not on_cuda)
@@ -390,7 +393,8 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
 
     # The VAE is needed once: its latents stay, it goes.
-    scheduler = DDPMScheduler.from_pretrained(base_folder / "scheduler")
+    with loading(base_folder / "scheduler"):
+        scheduler = DDPMScheduler.from_pretrained(base_folder / "scheduler")
     vae = load_part(AutoencoderKL, base_folder, "vae", weight_dtype).to(device)
     with memory_for("encoding the pictures", f"--resolution {resolution // 2} needs a quarter"):
         latent_means, latent_deviations = encode_latents(vae, rows, device)
@@ -546,10 +550,14 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             record(step=0, validation_loss=validation_loss())
     set_up_seconds = time.monotonic() - started
     overflows = 0  # fp16 steps skipped in a row
-    bar = tqdm(total=max_steps, initial=first_step, desc=run_name, unit="step", disable=not is_main)
     loop_started = time.monotonic()
 
-    with StopSignals() as stop, memory_for(f"training with batch_size {batch_size}", memory_advice):
+    with (
+        StopSignals() as stop,
+        memory_for(f"training with batch_size {batch_size}", memory_advice),
+        tqdm(total=max_steps, initial=first_step, desc=run_name, unit="step",
+             disable=not is_main) as bar,
+    ):  # fmt: skip
         for step in range(first_step, max_steps):
             factor = learning_rate_factor(step, max_steps, warmup_steps)
             for group, peak_rate in zip(optimizer.param_groups, peak_rates, strict=True):
@@ -612,7 +620,6 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
                 if is_main:
                     tracker.finish(exit_code=128 + stopping)
                 sys.exit(128 + stopping)
-    bar.close()
     seconds = time.monotonic() - loop_started
     steps_a_second = (max_steps - first_step) / seconds
 
@@ -646,9 +653,8 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             data_sha256=summary["data"]["sha256"], steps=str(max_steps), seed=str(seed),
         ))  # fmt: skip
         write_json(work_folder / "config.json", summary)  # last: with it the folder is whole
-        for path in checkpoints.listed(work_folder):
-            path.unlink()
         replace_folder(target_folder)
+        checkpoints.remove(target_folder)  # only now is the run safe without them
         notes = f", {skipped} skipped for fp16 overflow" if skipped else ""
         memory = f", {summary['peak_gib_reserved']} GiB reserved at most" if on_cuda else ""
         print(f"{target_folder}: {max_steps} steps{notes}, {steps_a_second:.2f} steps/s after "
@@ -664,8 +670,16 @@ def main(config, description):
     check_config(config)
     target = Path(config["output_dir"]) / config["run_name"]
     # Of several processes the first one writes, and holds the folder.
-    with locked(target) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
-        recover_folder(target, "config.json")
+    holder = os.environ.get("RANK", "0") == "0"
+    advice = "close what else uses the GPU (nvidia-smi lists it)"
+    with (
+        disk_for(target),
+        locked(target) if holder else contextlib.nullcontext(),
+        memory_for("loading the models", advice),
+    ):
+        if holder:
+            recover_folder(target, "config.json")
+            checkpoints.remove(target)  # those of a run that was killed when it was complete
         train(**config)
 
 

@@ -78,3 +78,13 @@ def test_concept_similarity_and_nearest():
     assert (similarity[0], index[0]) == (np.float32(0.8), 1)
     similarity, index = metrics.nearest_training(embeddings[1:], np.zeros((3, 3)), mirrored)
     assert (similarity[0], index[0]) == (np.float32(0.8), 2)
+
+
+def test_nothing_is_unpickled(monkeypatch, clip):
+    def refuse(*arguments, **options):
+        raise AssertionError("a pickle was read")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    metrics.lpips_model.cache_clear()
+    assert metrics.lpips_distances([picture(1)], [picture(2)]) > 0
+    metrics.clip_scores([picture(1)], ["a raincoat"], clip)

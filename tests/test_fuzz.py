@@ -1,0 +1,338 @@
+"""Whatever a file holds, its reader gives a valid value or the one error that names the file.
+
+FUZZ_EXAMPLES sets how many inputs each test tries.
+"""
+
+import io
+import json
+import os
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import picture
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import adapters
+import preprocess
+from common import UserError, read_dataset
+
+many = settings(
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 1000)),
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+# What JSON can hold, the values that our own keys take among them.
+NAMES = ["file_name", "text", "peft_type", "lora_alpha", "target_modules", "use_dora", "r"]
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["LORA", "images/a.png", "a.png", 1e400, 10**400, "\ud800", ["to_q"]]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@st.composite
+def mutated(draw, originals):
+    """One of `originals` (bytes) with a few bytes changed, cut out, put in or repeated."""
+    data = bytearray(draw(st.sampled_from(originals)))
+    for _ in range(draw(st.integers(1, 4))):
+        # The beginning of a file is its header, where a byte matters most.
+        place = draw(st.integers(0, min(100, len(data))) | st.integers(0, len(data)))
+        match draw(st.sampled_from(["flip", "cut", "insert", "truncate", "number"])):
+            case "flip" if place < len(data):
+                data[place] ^= draw(st.integers(1, 255))
+            case "cut":
+                del data[place : place + draw(st.integers(1, 20))]
+            case "insert":
+                data[place:place] = draw(st.binary(min_size=1, max_size=20))
+            case "truncate":
+                del data[place:]
+            case "number":
+                value = draw(st.sampled_from([0, 1, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000]))
+                data[place : place + 4] = struct.pack("<I", value)
+    return bytes(data)
+
+
+def check_line(error, *words):
+    """The error is of one line, not empty, and holds `words`."""
+    text = str(error)
+    assert text.strip()
+    assert "\n" not in text
+    for word in words:
+        assert str(word) in text
+
+
+# ---- captions.jsonl --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz") / "data"
+    (folder / "images").mkdir(parents=True)
+    for name in ("a.png", "images/a.png", "images/b.png", "../outside.png"):
+        picture(1, (8, 8)).save(folder / name)
+    (folder / "images" / "link.png").symlink_to("../../outside.png")
+    (folder / "images" / "loop.png").symlink_to("loop.png")
+    return folder
+
+
+file_names = (
+    st.sampled_from(
+        ["images/a.png", "a.png", "b.png", "", ".", "images", "../outside.png", "link.png",
+         "loop.png", "x" * 300, "/".join(["x"] * 3000), "\0", "\ud800", "/etc/passwd", "C:\\a.png"]
+    )
+    | st.text(max_size=20)
+    | json_values
+)  # fmt: skip
+rows = st.fixed_dictionaries({}, optional={"file_name": file_names, "text": json_values})
+jsonl_lines = (
+    st.builds(lambda row, ascii: json.dumps(row, ensure_ascii=ascii).encode("utf-8", "replace"),
+              rows | json_values, st.booleans())
+    | st.text(max_size=40).map(lambda text: text.encode("utf-8", "replace"))
+    | st.binary(max_size=40)
+    | mutated([b'{"file_name": "images/a.png", "text": "a coat"}'])
+    | st.sampled_from([b"[" * 100_000, b"9" * 10_000, b'{"file_name": "b.png", "text": "a coat"}'])
+)  # fmt: skip
+
+
+@many
+@given(st.lists(jsonl_lines, max_size=4).map(b"\n".join))
+def test_captions(data, content):
+    (data / "captions.jsonl").write_bytes(content)
+    try:
+        rows = read_dataset(data, 8)
+    except UserError as error:
+        check_line(error, data)
+        return
+    for name, caption, pixels in rows:
+        assert (data / name).exists() or (data / "images" / name).exists()
+        assert caption.strip()
+        assert pixels.shape == (3, 8, 8)
+
+
+@many
+@given(st.lists(jsonl_lines, max_size=4).map(b"\n".join))
+def test_captions_beside_the_pictures(data, content):
+    """The listing that preprocess.py reads."""
+    (data / "captions.jsonl").write_bytes(content)
+    try:
+        captions = preprocess.read_captions(data, ["a.png"])
+    except UserError as error:
+        check_line(error, data)
+        return
+    assert set(captions) <= {"a.png"}
+    for caption, source in captions.values():
+        assert caption.encode()
+        assert source == "captions.jsonl"
+
+
+# ---- adapters ----------------------------------------------------------------------------------
+
+STATED = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]}
+
+
+def adapter_bytes(tensors, header):
+    return safetensors.torch.save(tensors, metadata=header)
+
+
+VALID = adapter_bytes(
+    {"unet.mid.to_q.lora_A.weight": torch.ones(2, 3), "unet.mid.to_q.lora_B.weight": torch.ones(4, 2),
+     "text_encoder.text_model.q_proj.lora_A.weight": torch.ones(2, 3),
+     "text_encoder.text_model.q_proj.lora_B.weight": torch.ones(4, 2)},
+    {"format": "pt", "lora_adapter_metadata": json.dumps(STATED)},
+)  # fmt: skip
+
+
+def read(folder):
+    """The adapter in `folder`, checked to be a whole one, or None where it was refused."""
+    try:
+        adapter = adapters.read_adapter(folder)
+    except UserError as error:
+        check_line(error, folder)
+        return None
+    assert adapter.factors
+    for part, layers in adapter.factors.items():
+        assert part in adapters.COMPONENTS
+        assert 0 < float(adapter.alpha[part]) <= 1e6
+        for a, b in layers.values():
+            assert a.dtype == b.dtype == torch.float32
+            assert a.shape[0] == b.shape[1] == adapter.rank[part] > 0
+            assert a.isfinite().all()
+            assert b.isfinite().all()
+    assert len(adapters.fingerprint(adapter)) == 64
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz") / "adapter"
+    folder.mkdir()
+    (folder / adapters.WEIGHTS).write_bytes(VALID)
+    assert set(read(folder).factors) == {"unet", "text_encoder"}
+    return folder
+
+
+@many
+@given(mutated([VALID]) | st.binary(max_size=200))
+def test_adapter_bytes(folder, content):
+    (folder / adapters.WEIGHTS).write_bytes(content)
+    read(folder)
+
+
+@st.composite
+def edited_headers(draw):
+    """VALID with its JSON header changed where a reader relies on it."""
+    size = struct.unpack("<Q", VALID[:8])[0]
+    header = json.loads(VALID[8 : 8 + size])
+    key = draw(st.sampled_from(sorted(header)))
+    if key == "__metadata__" or draw(st.booleans()):
+        header[key] = draw(json_values)
+    else:
+        field = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+        dtypes = "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F4 F6_E2M3 I16 F16 BF16 I32 F32 C64 F64 I64 X"
+        header[key][field] = draw(
+            json_values
+            | st.sampled_from(dtypes.split())
+            | st.lists(st.integers(-1, 60), max_size=4)
+            | st.lists(st.sampled_from([0, 1, 2**32, 2**62, 2**64]), max_size=3)
+        )
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", draw(st.just(len(text)) | st.integers(0, 2**64 - 1))) + text + VALID[8 + size :]  # fmt: skip
+
+
+@many
+@given(edited_headers())
+def test_adapter_headers(folder, content):
+    (folder / adapters.WEIGHTS).write_bytes(content)
+    read(folder)
+
+
+keys = st.builds(
+    "{}{}{}{}".format,
+    st.sampled_from(["unet.", "text_encoder.", "text_encoder.text_model.", "", "vae."]),
+    st.sampled_from(["mid.to_q", "to_q", "h.0.self_attn.q_proj", "a"]) | st.text(max_size=6),
+    st.sampled_from([".lora_A", ".lora_B", ".lora.up", ".lora.down", ".lora_down", ".alpha"]),
+    st.sampled_from([".weight", ".default.weight", ".bias", ""]),
+)
+dtypes = st.sampled_from(
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool,
+     torch.float8_e4m3fn, torch.uint8]
+)  # fmt: skip
+tensors = st.builds(
+    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+    st.lists(st.sampled_from([0, 1, 2, 2, 2, 3]), max_size=3),
+    dtypes,
+    st.sampled_from([1.0, 1.0, 0.0, float("nan"), float("inf"), -3.0]),
+)
+pairs = st.builds(
+    lambda layer, rank, a, b: {
+        f"unet.{layer}.lora_A.weight": torch.full((rank, 3), a),
+        f"unet.{layer}.lora_B.weight": torch.full((4, rank), b),
+    },
+    st.sampled_from(["mid.to_q", "mid.to_k"]),
+    st.sampled_from([2, 2, 2, 1, 0]),
+    *[st.sampled_from([1.0, 1.0, 1.0, 0.0, float("nan"), -float("inf")])] * 2,
+)
+header_values = st.text(max_size=30) | (json_values | st.fixed_dictionaries(
+    {}, optional={f"unet.{key}": json_values for key in ("lora_alpha", "r", "target_modules")}
+)).map(json.dumps)  # fmt: skip
+
+
+@many
+@given(
+    st.dictionaries(keys, tensors, max_size=6)
+    | st.builds(lambda one, two: one | two, pairs, pairs | st.just({})),
+    st.dictionaries(st.sampled_from(["lora_adapter_metadata", "rank", "seed"]), header_values),
+)
+def test_adapter_contents(folder, content, header):
+    (folder / adapters.WEIGHTS).write_bytes(adapter_bytes(content, header))
+    read(folder)
+
+
+@many
+@given(
+    json_values.map(lambda value: json.dumps(value).encode())
+    | st.binary(max_size=60)
+    | st.just(b"[" * 100_000)
+    | mutated([b'{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["to_q"]}'])
+    | st.fixed_dictionaries(
+        {"peft_type": st.just("LORA") | json_values},
+        optional=dict.fromkeys(("lora_alpha", "target_modules", "use_rslora"), json_values),
+    ).map(lambda config: json.dumps(config).encode())
+)
+def test_adapter_config(tmp_path_factory, content):
+    """The adapter_config.json of PEFT's layout."""
+    folder = tmp_path_factory.getbasetemp() / "peft"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_bytes(content)
+    pair = {"to_q.lora_A.weight": torch.ones(2, 3), "to_q.lora_B.weight": torch.ones(4, 2)}
+    (folder / "adapter_model.safetensors").write_bytes(adapter_bytes(pair, None))
+    read(folder)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def encoded(mode, **options):
+    buffer = io.BytesIO()
+    picture(3, (24, 16), mode).save(buffer, **options)
+    return buffer.getvalue()
+
+
+def sixteen_bits():
+    buffer = io.BytesIO()
+    image = preprocess.Image.fromarray(np.arange(384, dtype=np.uint16).reshape(16, 24) * 99)
+    image.save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+PICTURES = {
+    "PNG": [encoded("RGB", format="PNG"), encoded("P", format="PNG"), encoded("RGBA", format="PNG")],
+    "JPEG": [encoded("RGB", format="JPEG"), encoded("CMYK", format="JPEG"),
+             encoded("RGB", format="JPEG", progressive=True)],
+    "WEBP": [encoded("RGB", format="WEBP"), encoded("RGBA", format="WEBP", lossless=True)],
+    "GIF": [encoded("P", format="GIF")],
+    "BMP": [encoded("RGB", format="BMP"), encoded("P", format="BMP")],
+    "TIFF": [encoded("RGB", format="TIFF"), encoded("RGB", format="TIFF", compression="tiff_lzw"),
+             sixteen_bits()],
+    "AVIF": [encoded("RGB", format="AVIF")],
+}  # fmt: skip
+
+
+@many
+@given(mutated(sum(PICTURES.values(), [])) | st.binary(max_size=60))
+def test_pictures(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "picture"
+    path.write_bytes(content)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on damaged metadata
+            image, info, done = preprocess.read_picture(path, max_megapixels=1)
+    except preprocess.Unusable as reason:
+        check_line(reason)
+        return
+    assert image.mode == "RGB"
+    assert 0 < image.width * image.height <= 1e6
+    assert info["format"]
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_the_pictures_that_are_mutated_are_whole(tmp_path, kind):
+    for content in PICTURES[kind]:
+        (tmp_path / "picture").write_bytes(content)
+        image, info, _ = preprocess.read_picture(tmp_path / "picture")
+        assert (image.size, image.mode, info["format"]) == ((24, 16), "RGB", kind)

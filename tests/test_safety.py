@@ -1,0 +1,1039 @@
+"""No run is lost and no fault is hidden: kills, signals, damaged files, full disks, bad numbers."""
+
+import contextlib
+import fcntl
+import importlib
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import traceback
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import (
+    ROOT,
+    TINY_RUN,
+    assert_one_line,
+    call,
+    make_processed,
+    options,
+    picture,
+    run,
+)
+from safetensors.torch import load_file
+
+import adapters
+import checkpoints
+import common
+import inference
+import train
+from common import UserError
+
+NAME = "lora_weights_rank_32"
+
+# Rank 16 gives both groups the 4,096 parameters from which on bitsandbytes keeps its state in 8 bits;
+# the 5 samples of a step do not divide the 7 of an epoch.
+EXACT = TINY_RUN | dict(
+    rank=16, alpha=16, max_steps=9, log_every=2, validate_every=4, checkpoint_every=3,
+    gradient_accumulation_steps=5, validation_count=1,
+)  # fmt: skip
+
+
+def forked(work, folder):
+    """Start `work` in a fork of this process, which has imported everything, and return its id.
+
+    Its output goes to `folder`/out and err.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 70  # what the child ends with if it ends in none of the ways below
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        work()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def finish(child, folder):
+    """Wait for a fork; its end in the form of subprocess, a signal's number negative."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return subprocess.CompletedProcess(
+        [], code, (folder / "out").read_text(), (folder / "err").read_text()
+    )
+
+
+def start_training(folder, config, at=None, prepare=lambda: None):
+    """train.py with `config` in a fork; `at` is {step: what to call when that step begins}."""
+
+    def work():
+        prepare()
+        factor = train.learning_rate_factor
+
+        def watched(step, *rest):
+            (at or {}).get(step, lambda: None)()
+            return factor(step, *rest)
+
+        train.learning_rate_factor = watched
+        sys.argv = ["train.py", *options(**config)]
+        common.run_script(lambda: train.main(train.CONFIG, train.__doc__))
+
+    return forked(work, folder)
+
+
+def training(folder, config, at=None):
+    return finish(start_training(folder, config, at), folder)
+
+
+def send(*numbers):
+    """Send these signals to the process itself, one after another."""
+
+    def act():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return act
+
+
+kill = send(signal.SIGKILL)
+
+
+def succeeded(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def assert_equal_runs(a, b):
+    """Two finished run folders hold the same weights, bit for bit, and the same log."""
+    ours, theirs = load_file(a / adapters.WEIGHTS), load_file(b / adapters.WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert torch.equal(tensor, theirs[key]), key
+    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
+    assert sorted(path.name for path in a.iterdir()) == sorted(path.name for path in b.iterdir())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_processed(tmp_path_factory.mktemp("safety"), 8)
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_model, data):
+    """The configuration of the runs that must agree bit for bit."""
+    return EXACT | dict(base_model=tiny_model, data_dir=data)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(exact, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    succeeded(training(folder, exact | dict(output_dir=folder)))
+    return folder / NAME
+
+
+@pytest.fixture
+def interrupted(exact, tmp_path):
+    """The configuration of a run that was killed in its fifth step, with a checkpoint of the third."""
+    config = exact | dict(output_dir=tmp_path)
+    assert training(tmp_path, config, {4: kill}).returncode == -signal.SIGKILL
+    return config
+
+
+# ---- exact resume ------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_bit_for_bit(exact, uninterrupted, tmp_path):
+    """Killed twice, each time in the middle of an epoch and of the steps between two log rows."""
+    config = exact | dict(output_dir=tmp_path)
+    for step in (4, 7):
+        done = training(tmp_path, config, {step: kill})
+        assert done.returncode == -signal.SIGKILL
+        assert not (tmp_path / NAME).exists()
+        state = checkpoints.latest(common.unfinished(tmp_path / NAME))[1]
+        assert state["step"] == step - 1
+        assert state["step"] * 5 % 7  # mid-epoch
+    done = succeeded(training(tmp_path, config))
+    assert f"continuing {NAME} after step 6" in done.stdout
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_both_groups_have_8_bit_state_in_these_runs(interrupted, tmp_path):
+    tensors, _ = checkpoints.latest(common.unfinished(tmp_path / NAME))
+    for group in ("unet", "text_encoder"):
+        for moment in ("state1", "state2"):
+            state = tensors[f"{group}.optimizer.{moment}"]
+            assert state.dtype == torch.uint8
+            assert state.unique().numel() > 2  # it was saved after it had been used
+
+
+def test_a_killed_command_goes_on_bit_for_bit(exact, uninterrupted, tmp_path):
+    """The same from the shell, each time in a process of its own."""
+    wrapper = tmp_path / "killed.py"
+    wrapper.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "factor = train.learning_rate_factor\n"
+        "def watched(step, *rest):\n"
+        "    return factor(step, *rest) if step < 5 else os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train.learning_rate_factor = watched\n"
+        "train.main(train.CONFIG, train.__doc__)\n"
+    )
+    config = options(**exact, output_dir=tmp_path)
+    assert run(wrapper, *config, check=False).returncode == -signal.SIGKILL
+    assert f"continuing {NAME} after step 3" in run("train.py", *config).stdout
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+def test_two_processes_go_on_bit_for_bit(exact, tmp_path):
+    """Both are killed, as a launcher does with the others when it has lost one."""
+
+    def train_in_two(folder, at=None):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        children = []
+        for rank in range(2):
+            places = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2,
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+            (folder / str(rank)).mkdir(parents=True, exist_ok=True)
+
+            def prepare(places=places):
+                AcceleratorState._reset_state(reset_partial_state=True)
+                os.environ.update({name: str(value) for name, value in places.items()})
+
+            config = exact | dict(output_dir=folder, gradient_accumulation_steps=1)
+            children.append(start_training(folder / str(rank), config, at, prepare))
+        return [finish(child, folder / str(rank)) for rank, child in enumerate(children)]
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert [done.returncode for done in train_in_two(killed, {5: kill})] == [-signal.SIGKILL] * 2
+    # A signal may reach them in different steps; they stop together where they next log a loss.
+    first, second = train_in_two(killed, {4: send(signal.SIGTERM)})
+    assert first.returncode == second.returncode == 143
+    assert "after step 3" in first.stdout
+    assert "stopped after step 6" in first.stdout
+    first, second = map(succeeded, train_in_two(killed))
+    assert "after step 6" in first.stdout
+    assert second.stdout == ""
+    for done in train_in_two(whole):
+        succeeded(done)
+    assert json.loads((whole / NAME / "config.json").read_text())["processes"] == 2
+    assert_equal_runs(killed / NAME, whole / NAME)
+
+
+def test_what_differs_is_listed_and_refused(interrupted, tmp_path, exact, data):
+    before = sorted(common.unfinished(tmp_path / NAME).iterdir())
+    changed = interrupted | dict(rank=8, unet_learning_rate=2e-3)
+    done = training(tmp_path, changed)
+    assert_one_line(done, "rank: 16 then, 8 now", "unet_learning_rate: 0.001 then, 0.002 now",
+                    "--no-resume")  # fmt: skip
+    assert "alpha" not in done.stderr
+
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    listing = other / "captions.jsonl"
+    listing.write_text(listing.read_text().replace("raincoat", "umbrella", 1))
+    done = training(tmp_path, interrupted | dict(data_dir=other))
+    assert_one_line(done, "pictures and captions", "data_dir")
+    assert sorted(common.unfinished(tmp_path / NAME).iterdir()) == before
+
+    # What does not change the numbers may differ.
+    done = training(tmp_path, interrupted | dict(log_every=1, keep_checkpoints=1), {7: kill})
+    assert "after step 3" in done.stdout
+    # --no-resume drops the old start, after which the new run has one of its own.
+    done = succeeded(training(tmp_path, changed | dict(resume=False)))
+    assert "continuing" not in done.stdout
+    assert json.loads((tmp_path / NAME / "config.json").read_text())["config"]["rank"] == 8
+
+
+def test_a_changed_package_is_refused(interrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "version", lambda package: "0.0.1")
+    assert_one_line(training(tmp_path, interrupted), "torch: ", "then, 0.0.1 now")
+
+
+def test_a_finished_run_trains_anew_and_stays_until_then(exact, tmp_path):
+    config = exact | dict(output_dir=tmp_path, max_steps=4, gradient_accumulation_steps=1)
+    succeeded(training(tmp_path, config))
+    first = load_file(tmp_path / NAME / adapters.WEIGHTS)
+    again = config | dict(seed=7)
+    assert training(tmp_path, again, {3: kill}).returncode == -signal.SIGKILL
+    kept = load_file(tmp_path / NAME / adapters.WEIGHTS)
+    assert all(torch.equal(first[key], kept[key]) for key in first)
+    assert "continuing" in succeeded(training(tmp_path, again)).stdout
+    new = load_file(tmp_path / NAME / adapters.WEIGHTS)
+    assert not all(torch.equal(first[key], new[key]) for key in first)
+    assert "continuing" not in succeeded(training(tmp_path, again)).stdout
+
+
+def test_killed_when_it_is_all_but_done(exact, uninterrupted, tmp_path):
+    """After the last step and before the folder is renamed nothing is lost either."""
+    config = exact | dict(output_dir=tmp_path)
+    moments = {
+        "loss_figure": lambda work: not (work / adapters.WEIGHTS).exists(),
+        "write_json": lambda work: (work / adapters.WEIGHTS).exists(),
+        "replace_folder": lambda work: (work / "config.json").exists(),
+    }
+    for name, reached in moments.items():
+
+        def work(name=name):
+            setattr(train, name, lambda *rest: kill())
+            sys.argv = ["train.py", *options(**config)]
+            common.run_script(lambda: train.main(train.CONFIG, train.__doc__))
+
+        assert finish(forked(work, tmp_path), tmp_path).returncode == -signal.SIGKILL
+        assert reached(common.unfinished(tmp_path / NAME))
+        assert checkpoints.listed(common.unfinished(tmp_path / NAME))
+    # The folder was complete: the next run puts it in its place before it starts on its own.
+    training(tmp_path, config, {0: kill})
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+TENSORS = {"a.parameters": torch.arange(500, dtype=torch.float32), "a.state": torch.ones(64, dtype=torch.uint8)}  # fmt: skip
+
+
+def saved_steps(folder, *steps, keep=2):
+    for step in steps:
+        tensors = TENSORS | {"a.parameters": TENSORS["a.parameters"] + step}
+        checkpoints.save(folder, step, tensors, {"identity": {"rank": 4}}, keep)
+
+
+def truncated(content):
+    return content[: len(content) // 2]
+
+
+def zero_filled(content):
+    return content[:300] + bytes(len(content) - 300)
+
+
+def empty(content):
+    return b""
+
+
+def flipped_bit(content):
+    """One bit of one tensor's value, which safetensors itself does not see."""
+    return content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+
+
+def edited_header(content):
+    return content.replace(b'\\"rank\\": 4', b'\\"rank\\": 8')
+
+
+def without_checksum(content):
+    return content.replace(b'"sha256"', b'"sha255"')
+
+
+def swapped_names(content):
+    return content.replace(b'"a.state"', b'"b.state"')
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncated, zero_filled, empty, flipped_bit, edited_header, without_checksum, swapped_names],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage):
+    saved_steps(tmp_path, 10, 20)
+    newest = tmp_path / "checkpoint_0000020.safetensors"
+    content = newest.read_bytes()
+    newest.write_bytes(damage(content))
+    assert newest.read_bytes() != content
+    said = []
+    tensors, state = checkpoints.latest(tmp_path, said.append)
+    assert state == {"identity": {"rank": 4}, "step": 10}
+    assert torch.equal(tensors["a.parameters"], TENSORS["a.parameters"] + 10)
+    assert len(said) == 1
+    assert str(newest) in said[0]
+    assert "passed over" in said[0]
+
+
+def test_nothing_is_said_of_whole_checkpoints_and_none_is_none(tmp_path):
+    assert checkpoints.latest(tmp_path) is None
+    saved_steps(tmp_path, 1)
+    said = []
+    tensors, _ = checkpoints.latest(tmp_path, said.append)
+    assert tensors.keys() == TENSORS.keys()
+    assert said == []
+    (tmp_path / "checkpoint_0000001.safetensors").write_bytes(b"")
+    assert checkpoints.latest(tmp_path, said.append) is None
+    assert len(said) == 1
+
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
+    exact, uninterrupted, tmp_path
+):
+    config = exact | dict(output_dir=tmp_path)
+    training(tmp_path, config, {7: kill})
+    newest, before = checkpoints.listed(common.unfinished(tmp_path / NAME))
+    newest.write_bytes(flipped_bit(newest.read_bytes()))
+    done = succeeded(training(tmp_path, config))
+    assert f"warning: {newest} is passed over" in done.stdout
+    assert "after step 3" in done.stdout
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+def test_the_newest_are_kept(tmp_path):
+    (tmp_path / "checkpoint_notes.safetensors").write_text("a person's own")
+    saved_steps(tmp_path, 5, 10, 99, 100, keep=3)
+    assert [path.name for path in checkpoints.listed(tmp_path)] == [
+        f"checkpoint_{step:07}.safetensors" for step in (100, 99, 10)
+    ]
+    saved_steps(tmp_path, 10_000_000, keep=1)  # by number, not by name
+    assert [path.name for path in checkpoints.listed(tmp_path)] == [
+        "checkpoint_10000000.safetensors"
+    ]
+    assert (tmp_path / "checkpoint_notes.safetensors").exists()
+
+
+def test_killed_at_any_moment_of_saving(tmp_path):
+    """60 kills: the newest state is whole each time, and none older than the last one reported."""
+    rng = random.Random(0)
+    (tmp_path / "state").mkdir()
+    saved_steps(tmp_path / "state", 0)
+    half_written = 0
+    for _ in range(60):
+        first = checkpoints.latest(tmp_path / "state")[1]["step"] + 1
+
+        def save(first=first):
+            for step in range(first, first + 10**6):
+                saved_steps(tmp_path / "state", step)
+                print(step)
+
+        child = forked(save, tmp_path)
+        while not (tmp_path / "out").exists() or not (tmp_path / "out").read_text():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        reported = int(finish(child, tmp_path).stdout.split("\n")[-2])
+        (tmp_path / "out").unlink()
+        half_written += bool(list((tmp_path / "state").glob(".*")))
+        said = []
+        tensors, state = checkpoints.latest(tmp_path / "state", said.append)
+        assert said == []
+        assert reported <= state["step"] <= reported + 1
+        assert torch.equal(tensors["a.parameters"], TENSORS["a.parameters"] + state["step"])
+    assert half_written  # some of them did hit a file while it was written
+    saved_steps(tmp_path / "state", 10**6)
+    assert len(list((tmp_path / "state").iterdir())) == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_costs_no_checkpoint(small_disk):
+    saved_steps(small_disk, 1)
+    large = {"a.parameters": torch.ones(500_000)}
+    with pytest.raises(UserError) as error:
+        checkpoints.save(small_disk, 2, large, {}, 2)
+    assert str(small_disk / "checkpoint_0000002.safetensors") in str(error.value)
+    needed = int(re.search(r"([\d,]+) bytes needed", str(error.value))[1].replace(",", ""))
+    assert 2_000_000 < needed < 2_001_000
+    assert [path.name for path in small_disk.iterdir()] == ["checkpoint_0000001.safetensors"]
+    assert checkpoints.latest(small_disk)[1]["step"] == 1
+
+
+def test_a_run_onto_a_disk_that_fills_up(exact, small_disk, uninterrupted, tmp_path):
+    config = exact | dict(output_dir=small_disk)
+    ballast = small_disk / "ballast"
+
+    def fill():
+        free = shutil.disk_usage(small_disk).free
+        ballast.write_bytes(bytes(free - 8192))
+
+    done = training(tmp_path, config, {4: fill})
+    assert_one_line(done, "checkpoint_0000006.safetensors", "bytes needed", "No space left")
+    assert checkpoints.latest(common.unfinished(small_disk / NAME))[1]["step"] == 3
+    ballast.unlink()
+    done = succeeded(training(tmp_path, config))
+    assert "after step 3" in done.stdout
+    assert_equal_runs(small_disk / NAME, uninterrupted)
+
+
+def test_a_run_onto_a_full_disk(exact, small_disk, tmp_path):
+    with contextlib.suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    done = training(tmp_path, exact | dict(output_dir=small_disk))
+    assert_one_line(done, small_disk, "No space left")
+    assert [path.name for path in small_disk.iterdir() if path.is_file()] == ["ballast"]
+
+
+# ---- folders that are replaced -----------------------------------------------------------------
+
+
+def folder_with(path, word, marker=True):
+    path.mkdir()
+    (path / "content").write_text(word)
+    if marker:
+        (path / "marker").write_text("whole")
+
+
+@pytest.mark.parametrize(
+    ("old", "final", "new", "expected"),
+    [
+        # killed while the new one was being filled
+        (None, "old", "half", "old"),
+        (None, None, "half", None),
+        # … when it was whole
+        (None, "old", "whole", "new"),
+        (None, None, "whole", "new"),
+        # … between the two renames
+        ("old", None, "whole", "new"),
+        # … before the old one was removed
+        ("old", "new", None, "new"),
+        # nothing happened, or nothing but a start
+        (None, "old", None, "old"),
+        (None, None, None, None),
+        # the new one was lost by hand, or is not whole: the old one comes back
+        ("old", None, None, "old"),
+        ("old", None, "half", "old"),
+    ],
+)
+def test_a_replacement_that_was_killed_is_mended(tmp_path, old, final, new, expected):
+    place = tmp_path / "out"
+    if old:
+        folder_with(tmp_path / ".out.old", old)
+    if final:
+        folder_with(place, final)
+    if new:
+        folder_with(common.unfinished(place), "new", marker=new == "whole")
+    common.recover_folder(place, "marker")
+    assert ((place / "content").read_text() if place.exists() else None) == expected
+    assert not (tmp_path / ".out.old").exists()
+    # A half-filled one stays: a training run goes on from the checkpoints in it.
+    assert common.unfinished(place).exists() == (new == "half")
+
+
+def test_killed_at_each_step_of_a_replacement(tmp_path):
+    """The real thing, killed at its first, second, … system call that changes the folders."""
+    for count in range(8):
+        place = tmp_path / str(count) / "out"
+        place.parent.mkdir()
+        folder_with(place, "old")
+        folder_with(common.unfinished(place), "new")
+
+        def work(count=count, place=place):
+            done = 0
+
+            def counted(event, arguments):
+                nonlocal done
+                if event in ("os.rename", "shutil.rmtree", "os.remove", "os.rmdir"):
+                    done += 1
+                    if done > count:
+                        kill()
+
+            sys.addaudithook(counted)
+            common.replace_folder(place)
+
+        code = finish(forked(work, tmp_path), tmp_path).returncode
+        # A reader who comes now finds one of the two whole, or none, but never a part.
+        assert not place.exists() or len(list(place.iterdir())) == 2
+        common.recover_folder(place, "marker")
+        assert (place / "content").read_text() == "new"
+        assert [path.name for path in place.parent.iterdir()] == ["out"]
+    assert code == 0  # the last round went through
+
+
+def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
+    order = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (order.append(os.readlink(f"/proc/self/fd/{f}")), fsync(f)))  # fmt: skip
+    monkeypatch.setattr(Path, "rename", lambda a, b: (order.append("rename"), rename(a, b)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    common.write_bytes(tmp_path / "file", b"content")
+    assert order == [str(tmp_path / ".file.new"), "rename", str(tmp_path)]
+    order.clear()
+    new = common.fresh_folder(tmp_path / "out")
+    (new / "images").mkdir()
+    (new / "images" / "one.png").write_text("picture")
+    common.replace_folder(tmp_path / "out")
+    assert set(order[: order.index("rename")]) == {
+        str(new), str(new / "images"), str(new / "images" / "one.png")
+    }  # fmt: skip
+
+
+# ---- signals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_saves(exact, uninterrupted, tmp_path, number, code):
+    config = exact | dict(output_dir=tmp_path)
+    done = training(tmp_path, config, {4: send(number)})
+    assert done.returncode == code
+    assert "stopped after step 5" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert checkpoints.latest(common.unfinished(tmp_path / NAME))[1]["step"] == 5
+    assert "after step 5" in succeeded(training(tmp_path, config)).stdout
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_at_once(exact, tmp_path, number, code):
+    config = exact | dict(output_dir=tmp_path)
+    done = training(tmp_path, config, {4: send(number, number)})
+    assert done.returncode == code
+    assert "stopped after" not in done.stdout
+    assert checkpoints.latest(common.unfinished(tmp_path / NAME))[1]["step"] == 3
+
+
+def test_a_signal_in_the_last_step(exact, uninterrupted, tmp_path):
+    config = exact | dict(output_dir=tmp_path)
+    assert training(tmp_path, config, {8: send(signal.SIGTERM)}).returncode == 143
+    assert "after step 9" in succeeded(training(tmp_path, config)).stdout
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_step(tmp_path, number, code):
+    done = finish(forked(lambda: common.run_script(send(number)), tmp_path), tmp_path)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def nan_at(step, monkeypatch, accumulation=1):
+    """Let the loss of one step be NaN."""
+    calls = 0
+    loss = train.diffusion_loss
+
+    def poisoned(*arguments):
+        nonlocal calls
+        if torch.is_grad_enabled():
+            calls += 1
+        found = loss(*arguments)
+        return found * float("nan") if calls == step * accumulation else found
+
+    monkeypatch.setattr(train, "diffusion_loss", poisoned)
+
+
+def test_nan_stops_before_the_update_and_names_step_and_picture(
+    exact, uninterrupted, tmp_path, monkeypatch
+):
+    config = exact | dict(output_dir=tmp_path)
+    with monkeypatch.context() as patched:
+        nan_at(5, patched, accumulation=5)
+        done = training(tmp_path, config)
+    assert_one_line(done, "NaN", "at step 5", "images/image_0", "after step 4 is kept")
+    named = set(re.findall(r"images/image_\d+\.png", done.stderr))
+    assert named <= {f"images/image_{number:02}.png" for number in range(1, 9)}
+    assert 1 <= len(named) <= 5
+    tensors, state = checkpoints.latest(common.unfinished(tmp_path / NAME))
+    assert state["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    # What is kept is the state before, to the bit.
+    succeeded(training(tmp_path, config))
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+def test_the_picture_that_is_named_is_the_one_of_that_step(exact, tmp_path, monkeypatch):
+    nan_at(3, monkeypatch)
+    done = training(tmp_path, exact | dict(output_dir=tmp_path, gradient_accumulation_steps=1))
+    held_out = np.random.default_rng([42, train.HELD_OUT]).permutation(8)[:1]
+    trained_on = np.setdiff1d(np.arange(8), held_out)
+    number = trained_on[train.epoch_order(42, 0, 7)[2]] + 1
+    assert_one_line(done, "at step 3 (images/image_")
+    assert re.findall(r"images/image_\d+", done.stderr) == [f"images/image_{number:02}"]
+
+
+def test_an_absurd_learning_rate_ends_in_one_line(exact, tmp_path):
+    done = training(tmp_path, exact | dict(output_dir=tmp_path, unet_learning_rate=1e30))
+    assert_one_line(done, "NaN or infinite at step", "learning rates")
+    assert not (tmp_path / NAME).exists()
+
+
+def test_overflows_are_skipped_counted_and_in_a_row_too_many(exact, tmp_path, monkeypatch):
+    """fp16's scaler needs a GPU; on the CPU a stand-in skips the updates of the steps it is told."""
+
+    def overflowing(steps):
+        def prepare(self, optimizer):
+            begun = 0
+            update = optimizer.step
+
+            def step():
+                nonlocal begun
+                begun += 1
+                optimizer.step_was_skipped = begun in steps
+                if begun not in steps:
+                    update()
+
+            optimizer.step = step
+            self.scaler = SimpleNamespace(
+                scale=lambda loss: loss, state_dict=lambda: {"scale": 2.0**begun},
+                load_state_dict=lambda state: None,
+            )  # fmt: skip
+            return optimizer
+
+        return prepare
+
+    config = exact | dict(output_dir=tmp_path, gradient_accumulation_steps=1, max_overflows=2)
+    monkeypatch.setattr(train.Accelerator, "prepare", overflowing({2, 3, 5, 6}))
+    done = succeeded(training(tmp_path, config))
+    assert "4 skipped for fp16 overflow" in done.stdout
+    assert json.loads((tmp_path / NAME / "config.json").read_text())["skipped_steps"] == 4
+    monkeypatch.setattr(train.Accelerator, "prepare", overflowing({2, 5, 6, 7}))
+    done = training(tmp_path, config | dict(seed=1))
+    assert_one_line(done, "overflowed 3 times in a row", "at step 7", "images/image_")
+
+
+@pytest.mark.parametrize(
+    ("place", "doing", "advice"),
+    [
+        ("encode_latents", "encoding the pictures", "--resolution 32"),
+        ("diffusion_loss", "measuring the held-out pictures", "--batch-size 2"),
+        ("draw_noise", "training with batch_size 4", "--gradient-checkpointing"),
+        ("load_part", "loading the models", "nvidia-smi"),
+    ],
+)
+def test_out_of_memory_says_what_was_done_and_what_to_change(
+    exact, tmp_path, monkeypatch, place, doing, advice
+):
+    def full(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(train, place, full)
+    validation_count = 0 if place == "draw_noise" else 2
+    config = exact | dict(output_dir=tmp_path, batch_size=4, validation_count=validation_count)
+    done = training(tmp_path, config)
+    assert_one_line(done, doing)
+    after = done.stderr[done.stderr.index("error: ") :].splitlines()
+    assert advice in after[1]
+
+
+# ---- two runs at once --------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_and_names_the_first(exact, tmp_path):
+    def pause():
+        (tmp_path / "started").touch()
+        time.sleep(60)
+
+    config = exact | dict(output_dir=tmp_path)
+    first = start_training(tmp_path, config, {4: pause})
+    try:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        (tmp_path / "second").mkdir()
+        done = training(tmp_path / "second", config)
+        assert_one_line(done, f"process {first} on", "train.py", tmp_path / NAME)
+    finally:
+        os.kill(first, signal.SIGKILL)
+        finish(first, tmp_path)
+    assert (tmp_path / f".{NAME}.lock").exists()  # the dead process left its file, but no lock
+    assert "after step 3" in succeeded(training(tmp_path / "second", config)).stdout
+    assert not (tmp_path / f".{NAME}.lock").exists()
+
+
+def test_a_lock_is_free_again_after_success_and_after_an_error(tmp_path):
+    with (
+        common.locked(tmp_path / "out"),
+        pytest.raises(UserError, match=f"process {os.getpid()}"),
+        common.locked(tmp_path / "out"),
+    ):
+        pass
+    with pytest.raises(RuntimeError), common.locked(tmp_path / "out"):
+        raise RuntimeError
+    with common.locked(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_was_removed_while_it_was_waited_for_is_no_lock(tmp_path, monkeypatch):
+    """The first run may remove its file between the second's opening and locking it."""
+    lock = fcntl.flock
+    path = tmp_path / ".out.lock"
+    tries = 0
+
+    def late(file, how):
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            path.unlink()
+            path.touch()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with common.locked(tmp_path / "out"):
+        assert tries == 2
+        with path.open() as file, pytest.raises(OSError, match="temporarily unavailable"):
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("script", ["preprocess.py", "inference.py"])
+def test_the_other_scripts_lock_their_output_too(tmp_path, script):
+    (tmp_path / "data").mkdir()
+    with common.locked(tmp_path / "out"):
+        done = call(script, *options(data_dir=tmp_path / "data", output_dir=tmp_path / "out"))
+    assert_one_line(done, f"process {os.getpid()}", tmp_path / "out")
+
+
+@pytest.mark.parametrize("script", ["preprocess", "inference"])
+def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(
+    tiny_model, uninterrupted, tmp_path, script
+):
+    module = importlib.import_module(script)
+    (tmp_path / "data").mkdir()
+    picture(1).save(tmp_path / "data" / "one.png")
+    (tmp_path / "prompts.txt").write_text("a coat\n")
+    target = tmp_path / "results"
+    config = dict(data_dir=tmp_path / "data", output_dir=target, resolution=64)
+    if script == "inference":
+        config |= dict(
+            data_dir="none", base_model=tiny_model, lora_dir=uninterrupted, clip_model="none",
+            prompts=tmp_path / "prompts.txt", seeds=1, steps=1,
+        )  # fmt: skip
+    marker, others = {
+        "preprocess": ("manifest.json", ["captions.jsonl", "contact_sheet.png"]),
+        "inference": ("metrics.json", ["report.html", "metrics.csv", "summary.md"]),
+    }[script]
+
+    def killed_at(name):
+        def work():
+            setattr(module, name, lambda *rest: kill())
+            sys.argv = [f"{script}.py", *options(**config)]
+            common.run_script(module.main)
+
+        done = finish(forked(work, tmp_path), tmp_path)
+        assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+        return common.unfinished(target)
+
+    new = killed_at("write_json")
+    assert not (new / marker).exists()
+    assert all((new / name).stat().st_size for name in others)
+    new = killed_at("replace_folder")
+    assert (new / marker).exists()
+    assert not target.exists()
+    # The next run puts what was complete in its place, whatever comes of the run itself.
+    killed_at("fresh_folder")
+    assert (target / marker).exists()
+
+
+def test_inference_mends_the_folders_of_its_runs_and_no_others(tmp_path):
+    def results(path):
+        path.mkdir()
+        (path / "metrics.json").write_text("{}")
+
+    results(tmp_path / ".run_a.old")
+    results(tmp_path / ".run_b.unfinished")
+    (tmp_path / ".config.old").mkdir()  # not ours
+    inference.recover(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".config.old", "run_a", "run_b"]
+
+
+def test_out_of_memory_while_drawing_advises_a_smaller_batch():
+    class Full:
+        vae_scale_factor = 8
+        unet = SimpleNamespace(config=SimpleNamespace(in_channels=4), dtype=torch.float32)
+        device = "cpu"
+
+        def __call__(self, *arguments, **named):
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(UserError) as error:
+        inference.draw(Full(), [("a coat", 1)] * 8, steps=1, guidance_scale=1, resolution=64,
+                       batch_size=8, title="base")  # fmt: skip
+    first, second = str(error.value).splitlines()
+    assert "drawing 8 pictures at once" in first
+    assert "--batch-size 4" in second
+
+
+# ---- input -------------------------------------------------------------------------------------
+
+
+def large_png(path):
+    """A PNG of 40 bytes that says it is 60,000 pixels wide and high."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    checksum = struct.pack(">I", zlib.crc32(header))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + checksum)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("{outside}/one.png", "a coat", "outside"),  # an absolute path
+        ("images/link.png", "a coat", "outside"),
+        ("linked/one.png", "a coat", "outside"),  # in a folder that is a link
+        ("images/loop.png", "a coat", "there is no images/loop.png"),
+        ("images", "a coat", "there is no images"),
+        ("", "a coat", "there is no"),
+        ("images/../images/image_01.png", "a coat", "already named in line 1"),
+        ("images/other.png", "a coat", "already named in line 1"),  # a link to it
+        ("x" * 300, "a coat", "cannot be a file's"),
+        ("images/image_01.png\0", "a coat", ""),
+        ("images/\ud800.png", "a coat", ""),
+        ("images/new.png", "half \ud800", "no text"),
+        ("images/new.png", "", "not empty"),
+        ("images/new.png", " \n", "not empty"),
+        ("images/new.png", None, "must be strings"),
+        ("images/new.png", ["a coat"], "must be strings"),
+        (7, "a coat", "must be strings"),
+        ("images/large.png", "a coat", "large.png cannot be read"),
+        ("a\nb\x1b[2J", "a coat", "there is no a\\nb\\x1b[2J in"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, name, text, words):
+    data = make_processed(tmp_path / "data", 2)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    picture(5).save(outside / "one.png")
+    picture(6).save(data / "images" / "new.png")
+    large_png(data / "images" / "large.png")
+    (data / "images" / "link.png").symlink_to(outside / "one.png")
+    (data / "images" / "loop.png").symlink_to("loop.png")
+    (data / "images" / "other.png").symlink_to("image_01.png")
+    (data / "linked").symlink_to(outside)
+    if isinstance(name, str):
+        name = name.replace("{outside}", str(outside))
+    with (data / "captions.jsonl").open("a") as file:
+        file.write(json.dumps(dict(file_name=name, text=text)) + "\n")
+    with pytest.raises(UserError) as error:
+        common.read_dataset(data, 64)
+    assert words in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert "large" in words or "line 3" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"", b"\n\n", b"[" * 100_000, b"null"])
+def test_a_listing_that_is_none(tmp_path, content):
+    (tmp_path / "captions.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"captions\.jsonl"):
+        common.read_dataset(tmp_path, 64)
+
+
+def test_a_picture_whose_name_is_not_utf_8_is_skipped(tmp_path):
+    (tmp_path / "data").mkdir()
+    picture(1).save(tmp_path / "data" / "one.png")
+    picture(2).save(os.fsdecode(bytes(tmp_path / "data") + b"/caf\xe9.png"), "PNG")
+    folders = dict(data_dir=tmp_path / "data", output_dir=tmp_path / "out")
+    done = succeeded(call("preprocess.py", *options(**folders, resolution=64)))
+    assert "caf?.png: its name is not UTF-8" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("scheduler/scheduler_config.json", b"{"),
+        ("scheduler/scheduler_config.json", b"[]"),
+        ("tokenizer/tokenizer.json", b"{"),
+        ("tokenizer", None),
+        ("unet/config.json", b"{}"),
+        ("unet/config.json", b"not json"),
+        ("unet/diffusion_pytorch_model.safetensors", b"x" * 100),
+        ("text_encoder/config.json", b"{"),
+        ("text_encoder/model.safetensors", b""),
+        ("vae/config.json", b'{"_class_name": "UNet2DConditionModel"}'),
+    ],
+)
+def test_a_damaged_base_model_is_named(tiny_model, data, tmp_path, file, content):
+    broken = tmp_path / "model"
+    shutil.copytree(tiny_model, broken)
+    if content is None:
+        shutil.rmtree(broken / file)
+        (broken / file).mkdir()
+    else:
+        (broken / file).write_bytes(content)
+    config = TINY_RUN | dict(base_model=broken, data_dir=data, output_dir=tmp_path / "out")
+    done = call("train.py", *options(**config))
+    assert_one_line(done, broken, Path(file).parts[0])
+    assert not (tmp_path / "out" / NAME).exists()
+
+
+# ---- security ----------------------------------------------------------------------------------
+
+
+class Evil:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return Path.touch, (self.proof,)
+
+
+def test_pickles_and_code_beside_the_weights_are_never_read(
+    tiny_model, data, uninterrupted, tmp_path
+):
+    proof = tmp_path / "proof"
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(uninterrupted, adapter)
+    pickles = [model / "unet/diffusion_pytorch_model.bin", model / "vae/diffusion_pytorch_model.bin",
+               model / "text_encoder/pytorch_model.bin", adapter / "pytorch_lora_weights.bin"]  # fmt: skip
+    for path in pickles:
+        torch.save(Evil(proof), path)
+    code = f"from pathlib import Path\nPath({str(proof)!r}).touch()\n"
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (model / part / "evil.py").write_text(code)
+        for config in model.glob(f"{part}/*config.json"):
+            stated = json.loads(config.read_text())
+            kinds = "AutoModel AutoConfig AutoTokenizer".split()
+            config.write_text(
+                json.dumps(stated | {"auto_map": dict.fromkeys(kinds, "evil.CLIPTextModel")})
+            )
+
+    def work():
+        def refuse(*arguments, **named):
+            raise AssertionError("a pickle was read")
+
+        torch.load = pickle.load = pickle.loads = pickle.Unpickler = refuse
+        config = TINY_RUN | dict(base_model=model, data_dir=data, output_dir=tmp_path / "runs")
+        sys.argv = ["train.py", *options(**config, checkpoint_every=2)]
+        train.main(train.CONFIG, train.__doc__)
+        pipeline = inference.load_pipeline(model, torch.float32, "cpu")
+        models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        adapters.apply_adapter(adapters.read_adapter(adapter), models)
+
+    succeeded(finish(forked(work, tmp_path), tmp_path))
+    assert not proof.exists()
+    (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors missing"):
+        common.fetch_base_model(str(model))
+    (adapter / adapters.WEIGHTS).unlink()
+    with pytest.raises(UserError):
+        adapters.read_adapter(adapter)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    torch.save(Evil(proof), adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        adapters.read_adapter(adapter)
+    assert not proof.exists()
+    torch.load(pickles[0], weights_only=False)  # the trap itself works
+    assert proof.exists()
