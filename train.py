@@ -39,6 +39,7 @@ import bitsandbytes
 import numpy as np
 import torch
 import torch.nn.functional as F
+import wandb
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from tqdm import tqdm
@@ -46,7 +47,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import adapters
 import checkpoints
-import wandb
 from common import (
     UserError,
     check_output_folder,
