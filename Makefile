@@ -25,7 +25,7 @@ demo: .venv/installed
 	$(BIN)/python inference.py --demo
 	@echo
 	@echo "Open this page to see what the adapter learned and what it spoiled:"
-	@echo "  $(CURDIR)/results/eval_rank32/report.html"
+	@echo "  $(CURDIR)/results/demo_rank32/report.html"
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4

@@ -50,9 +50,9 @@ def run_script(main):
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         main()
     except UserError as error:
-        # Under `accelerate launch` every process meets the same error; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        # Under `accelerate launch` most errors meet every process, some only one: each says its own.
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' in process {rank}'}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -182,8 +182,9 @@ def fetch_base_model(name, revision=None, half=False):
 def fetch_model(name, revision, stems, half, others):
     """The local folder of `name`: itself if it is a folder, else a hub snapshot of the weights
     `stems` (paths without .safetensors) and of files that match the patterns `others`."""
-    if Path(name).is_dir():
-        return Path(name)
+    for place in (Path(name), ROOT / name):  # demo/model lies beside the scripts
+        if place.is_dir():
+            return place
     if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
         raise UserError(f"model {name}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import HfApi, snapshot_download
@@ -289,6 +290,8 @@ def read_dataset(data_dir, resolution):
             path = next((place for place in places if place.is_file()), None)
         except (OSError, ValueError):  # too long, a zero byte, half of a surrogate pair
             raise UserError(f"{where}: file_name cannot be a file's, or text is no text") from None
+        if Path(name).is_absolute():
+            raise UserError(f"{where}: {name} is an absolute path; name pictures from {data_dir}")
         if path is None:
             raise UserError(f"{where}: there is no {name} in {data_dir} or {data_dir / 'images'}")
         if data_dir.resolve() not in path.resolve().parents:
@@ -352,9 +355,15 @@ def check_output_folder(folder, marker):
         raise UserError(f"{parent} cannot be written: {problem.strerror}") from None
 
 
+def beside(final, ending):
+    """The hidden path beside the folder `final` that is named after it and ends in `ending`."""
+    final = Path(final).absolute()  # so that "." has a name
+    return final.with_name(f".{final.name}.{ending}")
+
+
 def unfinished(final):
-    """Where the output that will be the folder `final` is written: beside it, hidden."""
-    return Path(final).with_name(f".{Path(final).name}.unfinished")
+    """Where the output that will be the folder `final` is written."""
+    return beside(final, "unfinished")
 
 
 def replace_folder(final):
@@ -362,7 +371,7 @@ def replace_folder(final):
     final = Path(final)
     for path in (*unfinished(final).rglob("*"), unfinished(final)):
         flush(path)
-    old = final.with_name(f".{final.name}.old")
+    old = beside(final, "old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
@@ -377,7 +386,7 @@ def recover_folder(final, marker):
     without it, where `final` is missing, the old one comes back.
     """
     final = Path(final)
-    old = final.with_name(f".{final.name}.old")
+    old = beside(final, "old")
     if old.is_dir() and not final.exists():
         old.rename(final)
     if (unfinished(final) / marker).is_file():
@@ -400,11 +409,13 @@ def locked(final):
     The lock is the operating system's, on a file beside the folder: it goes with its process,
     however that ends.
     """
-    final = Path(final)
-    path = final.with_name(f".{final.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = beside(final, "lock")
     while True:
-        file = path.open("a+")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as problem:
+            raise UserError(f"{path.parent} cannot be written: {problem.strerror}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -475,14 +486,17 @@ def provenance(device):
     """Package versions, git commit and device, for the files that a run leaves behind."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["python"] = sys.version.split()[0]
-    git = subprocess.run(
-        ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-    )
+    try:
+        commit = subprocess.run(
+            ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     return {
         "versions": versions,
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
         "device": device_name(device),
     }
 

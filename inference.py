@@ -83,7 +83,7 @@ CONFIG = dict(
     clip_revision="refs/pr/15",  # the same weights as safetensors; the main branch has a pickle only
     clip_margin=0.02,  # "learned" allows the CLIP score of success prompts to fall by less than this
     # other ways to run
-    lora_scales=(1.0,),  # several: also draw with so much of the adapter, and chart the trade-off
+    lora_scales=(1.0,),  # others: also draw with so much of the adapter, and chart the trade-off
     rescore=False,  # measure the pictures saved in output_dir again, drawing none
     score_dir=None,  # "BASE_FOLDER,LORA_FOLDER": measure these pictures, paired in the files' order
 )
@@ -98,12 +98,15 @@ PROMPTS = (
 )
 
 MARKER = "metrics.json"  # the file of a results folder that is written last
+# What pictures must share to be compared.
+DRAWN_WITH = ("base_model", "revision", "steps", "guidance_scale", "resolution")
 
 # What --demo puts in their place.
 DEMO = dict(
+    lora_dir="lora_weights/demo_runs/lora_weights_rank_32",
+    output_dir="results/demo_rank32",
     base_model="demo/model",
     clip_model="demo/clip",
-    clip_revision=None,
     resolution=128,
     batch_size=8,
 )
@@ -402,6 +405,9 @@ def verdicts(summary, clip_margin):
     """[dict(question, answer, text)]: answer is yes, no, or no detectable difference."""
     found = []
     totals = summary["categories"]
+    one = summary["prompts"][0]["lpips"]
+    if one["runs"] == one["seeds"] == 1:
+        return []  # one picture a prompt: no interval, and so no claim
     success, failure = totals.get("success", {}), totals.get("failure", {})
     say = report.interval_text
     if "concept_similarity" in success:
@@ -434,14 +440,15 @@ def verdicts(summary, clip_margin):
         found.append(dict(question="contaminated", answer=answer, text=f"{text}. {end}"))
     if "memorised" in summary:
         share, threshold = summary["memorised"]["share"], summary["memorised"]["threshold"]
-        yes = share["low"] > 0.05
         text = (f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of the success pictures "
                 f"are nearer to a training picture than {threshold:.3f}, as only 5% of the training pictures "
                 "are to one another. ")  # fmt: skip
-        found.append(dict(
-            question="memorised", answer="yes" if yes else "no",
-            text=text + ("More than 5%: some are near-copies." if yes else "No sign of copying."),
-        ))  # fmt: skip
+        answer, end = "no detectable difference", "No detectable copying."
+        if share["low"] > 0.05:
+            answer, end = "yes", "More than 5%: some are near-copies."
+        elif share["high"] <= 0.05:
+            answer, end = "no", "Not more than 5%."
+        found.append(dict(question="memorised", answer=answer, text=text + end))
     return found
 
 
@@ -463,7 +470,8 @@ def compare(groups, prompts, ceilings):
     """
     rows = []
     for (first, a), (second, b) in itertools.combinations(groups.items(), 2):
-        shared = [s for s in (run.training_seed for run in a) if s in {r.training_seed for r in b}]
+        seeds = [{run.training_seed for run in group} - {None} for group in (a, b)]
+        shared = sorted(seeds[0] & seeds[1])
         if shared:
             a, b = ([next(r for r in g if r.training_seed == s) for s in shared] for g in (a, b))
         else:
@@ -545,12 +553,14 @@ def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
     for key in ("seeds", "steps", "batch_size"):
         check_range(config, key, 1)
-    for key in ("seed", "clip_margin"):
-        check_range(config, key, 0)
+    check_range(config, "clip_margin", 0)
+    check_range(config, "seed", 0, 2**62)
     check_range(config, "guidance_scale", 0, 100)
     check_range(config, "resolution", 8, 4096)
     if config["resolution"] % 8:
         raise UserError(f"resolution is {config['resolution']}, but must be a multiple of 8")
+    if config["rescore"] and config["score_dir"]:
+        raise UserError("rescore and score_dir exclude one another; give one of them")
     if not config["lora_scales"] or not all(0 <= s <= 10 for s in config["lora_scales"]):
         raise UserError(f"lora_scales is {config['lora_scales']}, but must be numbers from 0 to 10")
 
@@ -636,8 +646,11 @@ def plan_runs(config, device):
     targets = [output_dir / name if len(found) > 1 else output_dir for name, _ in found]
     for target in [*targets, *([output_dir / "comparison"] if len(found) > 1 else [])]:
         check_output_folder(target, MARKER)
+    for left in sorted(Path(config["lora_dir"]).glob("*/config.json")):
+        if len(found) > 1 and left.parent.name not in [name for name, _ in found]:
+            print(f"note: {left.parent} is a run without its weights, and is passed over")
     read = [(name, adapters.read_adapter(path)) for name, path in found]
-    check_fingerprints(read)
+    check_fingerprints([(name, adapters.fingerprint(adapter)) for name, adapter in read])
     if device.type == "cpu":
         print("no CUDA GPU found: drawing on the CPU, in fp32")
     for name, adapter in read:
@@ -671,7 +684,10 @@ def load_scorer(config, prompts, device):
     if config["clip_model"] == "none":
         print("note: without a CLIP model only LPIPS is computed")
         return None, None
-    folder = metrics.fetch_clip(config["clip_model"], config["clip_revision"])
+    revision = config["clip_revision"]
+    if config["clip_model"] != CONFIG["clip_model"] and revision == CONFIG["clip_revision"]:
+        revision = None  # the default revision is one of the default model
+    folder = metrics.fetch_clip(config["clip_model"], revision)
     data_dir, rows = config["data_dir"], None
     if (Path(data_dir) / "captions.jsonl").is_file():
         rows = read_dataset(data_dir, config["resolution"])
@@ -719,7 +735,7 @@ def draw_runs(config, plan, prompts, seeds, training, device):
             title = name if scale == 1 else f"{name} at {scale:g}"
             drawn[scale] = draw(pipeline, jobs, **how, title=title)
         adapters.remove_adapter(models)
-        scaled = {scale: drawn[scale] for scale in scales} if len(scales) > 1 else {}
+        scaled = {scale: drawn[scale] for scale in scales} if set(scales) != {1.0} else {}
         runs.append(Run(name, target, describe(adapter), base, drawn[1.0], scaled))
     return runs
 
@@ -733,13 +749,13 @@ def describe(adapter):
                 metadata=metadata)  # fmt: skip
 
 
-def check_fingerprints(read):
+def check_fingerprints(found):
     """UserError naming both if two adapters under comparison are the same: the published study
-    scored one adapter under two names and called the equality a finding."""
+    scored one adapter under two names and called the equality a finding. `found` is a list of
+    (name, fingerprint), which is None for pictures that were drawn elsewhere."""
     owners = {}
-    for name, adapter in read:
-        key = adapters.fingerprint(adapter)
-        if key in owners:
+    for name, key in found:
+        if key is not None and key in owners:
             raise UserError(
                 f"{owners[key]} and {name} are the same adapter (fingerprint {key[:12]}…); a comparison "
                 "of the two would compare it with itself. Remove one"
@@ -752,12 +768,15 @@ def read_saved(output_dir, config):
 
     Returns (runs, the configuration they were drawn with, prompts, seeds).
     """
-    found = [output_dir] if (output_dir / "metrics.json").is_file() else sorted(
-        p.parent for p in output_dir.glob("*/metrics.json") if p.parent.name != "comparison"
+    found = [output_dir] if (output_dir / MARKER).is_file() else sorted(
+        p.parent for p in output_dir.glob(f"*/{MARKER}") if p.parent.name != "comparison"
     )  # fmt: skip
+    for folder in [folder for folder in found if not (folder / "images").is_dir()]:
+        print(f"note: {folder} is passed over, it holds no pictures")
+        found.remove(folder)
     if not found:
         raise UserError(
-            f"{output_dir}: no metrics.json in it or one folder down; nothing to rescore"
+            f"{output_dir}: no metrics.json beside pictures in it or one folder down; nothing to rescore"
         )
     runs, drawn = [], None
     for folder in found:
@@ -769,20 +788,22 @@ def read_saved(output_dir, config):
             run = Run(saved["run"], folder, saved["adapter"], [], [])
         except (ValueError, KeyError, TypeError, OSError) as problem:
             raise UserError(f"{folder / 'metrics.json'} cannot be read: {problem}") from None
-        if drawn not in (None, (prompts, seeds)):
+        how = {key: saved["config"].get(key) for key in DRAWN_WITH}
+        if drawn not in (None, (prompts, seeds, how)):
             raise UserError(
-                f"{folder} has other prompts or seeds than {found[0]}; rescore them apart"
+                f"{folder} has other prompts, seeds or settings than {found[0]}; rescore them apart"
             )
-        drawn = (prompts, seeds)
+        drawn = (prompts, seeds, how)
         run.base, run.lora = (
             [open_picture(path) for path in picture_paths(folder, prompts, seeds, [kind])]
             for kind in ("base", "lora")
         )
-        for scale in scales if len(scales) > 1 else ():
+        for scale in scales if scales != [1.0] else ():
             paths = picture_paths(folder, prompts, seeds, [f"lora_scale_{scale:g}"])
             known = {0.0: run.base, 1.0: run.lora}
             run.scaled[scale] = known.get(scale) or [open_picture(path) for path in paths]
         runs.append(run)
+    check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
     # How they were drawn is theirs, how they are scored is asked for now.
     scoring = ("clip_model", "clip_revision", "clip_margin", "data_dir", "output_dir", "rescore")
     return runs, config | saved["config"] | {k: config[k] for k in scoring}, prompts, seeds
@@ -876,10 +897,11 @@ def write_run(run, summary, shown):
 def write_comparison(target, groups, summaries, pairs, shown):
     """Write what several experiments have in common and where they differ."""
     new = fresh_folder(target)
-    report.forest_figure(pairs).savefig(new / "forest.png")
+    if pairs:  # several experiments; several runs of one have nothing to compare
+        report.forest_figure(pairs).savefig(new / "forest.png")
+        write_csv(new / "comparison.csv", pairs)
     record = dict(experiments=summaries, pairs=pairs, config=shown["config"], **shown["provenance"],
                   warnings=shown["warnings"])  # fmt: skip
-    write_csv(new / "comparison.csv", pairs)
     text = report.comparison_text(summaries, pairs)
     (new / "summary.md").write_text(f"# Comparison\n\n{text}\n", encoding="utf-8")
     page = report.comparison_page(groups, summaries, pairs, shown, new)

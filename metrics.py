@@ -20,6 +20,9 @@ from transformers import CLIPModel, CLIPProcessor
 
 from common import ROOT, UserError, fetch_model
 
+# Scores are fp32; cuDNN would otherwise round convolutions to TF32 on a GPU.
+torch.backends.cudnn.allow_tf32 = False
+
 ALEXNET = ROOT / "alexnet_features.safetensors"
 LINEAR = ROOT / "lpips_linear.safetensors"  # the learned weights of AlexNet's channels
 

@@ -6,9 +6,12 @@ import io
 import json
 import math
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
 
 INK, PAPER, QUIET = (24, 26, 31), (255, 255, 255), (110, 115, 125)
 
@@ -201,7 +204,10 @@ def pair_note(pairs):
     note = f"95% intervals; p after Holm's correction over these {len(pairs)} comparisons. "
     if runs == [1]:
         return note + "One training run each: training noise is not in these intervals."
-    return note + f"{'/'.join(map(str, runs))} training runs each, paired by their training seed."
+    note += f"{'/'.join(map(str, runs))} training runs each, "
+    if all(row["paired_by_training_seed"] for row in pairs):
+        return note + "paired by their training seed."
+    return note + "paired in their order where they share no training seed."
 
 
 # ---- figures -------------------------------------------------------------------------------

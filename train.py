@@ -18,6 +18,7 @@ on several GPUs, one all-reduce of one tensor.
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -115,6 +116,7 @@ CONFIG = dict(
 # What --demo puts in their place: the embedded miniature is 128 pixels wide and learns faster.
 DEMO = dict(
     base_model="demo/model",
+    output_dir="lora_weights/demo_runs",  # beside the runs on Stable Diffusion, not over them
     resolution=128,
     unet_learning_rate=5e-4,
     text_encoder_learning_rate=5e-5,
@@ -246,6 +248,7 @@ def check_config(config):
     for key in "validation_count warmup_steps seed adam_weight_decay unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
         check_range(config, key, 0)
     check_range(config, "alpha", 1e-6)
+    check_range(config, "seed", 0, 2**62)
     for key in ("adam_beta1", "adam_beta2"):
         check_range(config, key, 0, 1 - 1e-9)
     if config["resolution"] % 8:
@@ -289,10 +292,24 @@ def start_wandb(project, name, config, run_id=None):
 # ---- going on after an interruption ---------------------------------------------------------
 
 
-def identity(config, rows, accelerator):
+def weights_digest(folder):
+    """SHA-256 over the names, sizes and first and last MiB of a base model's weight files."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*/*.safetensors")):
+        size = path.stat().st_size
+        found.update(f"{path.relative_to(folder)} {size}".encode())
+        with path.open("rb") as file:
+            found.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            found.update(file.read())
+    return found.hexdigest()
+
+
+def identity(config, rows, base_folder, accelerator):
     """What must be equal for a checkpoint to be continued bit for bit: a dict of JSON values."""
     found = {key: value for key, value in config.items() if key not in FREE}
     found["pictures and captions"] = data_hash(rows)
+    found["weights of the base model"] = weights_digest(base_folder)
     found |= {package: version(package) for package in NUMERIC}
     found["processes"] = accelerator.num_processes
     found["device"] = accelerator.device.type
@@ -382,7 +399,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     target_folder = Path(output_dir) / run_name
     work_folder = unfinished(target_folder)
-    this_run = identity(config, rows, accelerator)
+    this_run = identity(config, rows, base_folder, accelerator)
     saved = checkpoints.latest(work_folder, say) if resume else None
     if saved:
         check_same_run(saved[1]["identity"], this_run, work_folder)
@@ -584,7 +601,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             overflows = overflows + 1 if optimizer.step_was_skipped else 0
             if overflows:
                 skipped += 1
-                if not step_loss.isfinite():
+                if not accelerator.reduce(step_loss, "sum").isfinite():  # of any process
                     give_up(step, step_pictures, "the loss is NaN or infinite")
                 if overflows > max_overflows:
                     give_up(step, step_pictures, f"fp16 overflowed {overflows} times in a row")
@@ -647,11 +664,11 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         )
         if on_cuda:
             summary["peak_gib_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
-        loss_figure(log, run_name).savefig(work_folder / "loss.png")
         adapters.save_adapter(work_folder, models, rank, alpha, targets, dict(
             base_model=str(base_model), caption=captions[0] if len(captions) == 1 else f"{len(captions)} captions",
             data_sha256=summary["data"]["sha256"], steps=str(max_steps), seed=str(seed),
         ))  # fmt: skip
+        loss_figure(log, run_name).savefig(work_folder / "loss.png")
         write_json(work_folder / "config.json", summary)  # last: with it the folder is whole
         replace_folder(target_folder)
         checkpoints.remove(target_folder)  # only now is the run safe without them

@@ -50,7 +50,7 @@ def test_training_teaches_the_concept_and_leaves_the_base_alone(pictures, tmp_pa
     assert success["concept_similarity"]["low"] > 0.05
     assert success["clip"]["low"] > 0.05
     assert answers(record)["learned"] == "yes"
-    assert answers(record)["memorised"] == "no"
+    assert answers(record)["memorised"] != "yes"
     losses = [json.loads(line) for line in (lora / "log.jsonl").read_text().splitlines()]
     held_out = [row["validation_loss"] for row in losses if "validation_loss" in row]
     assert held_out[-1] < 0.85 * held_out[0]

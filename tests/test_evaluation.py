@@ -135,7 +135,9 @@ def answers(*runs, **changes):
 
 def test_verdicts_say_what_is_there_and_nothing_else():
     nothing = "no detectable difference"
-    assert answers(fake_run("a")) == dict(learned=nothing, contaminated=nothing, memorised="no")
+    assert answers(fake_run("a")) == dict(learned=nothing, contaminated=nothing, memorised=nothing)
+    many = [fake_run(f"m_seed{i}", seed=i) for i in range(12)]
+    assert answers(*many)["memorised"] == "no"  # 96 pictures, none near
     assert answers(fake_run("b", concept=0.1))["learned"] == "yes"
     # It looks like the training pictures, but no longer like the prompt.
     assert answers(fake_run("c", concept=0.1, clip=-0.1))["learned"] == "no"
@@ -174,6 +176,18 @@ def test_experiments_are_compared_in_pairs():
     sentence = report.pair_sentence(rows["one", "same", *key])
     assert "no detectable difference" in sentence
     assert "same is" not in sentence
+
+
+def test_runs_without_a_training_seed_are_not_counted_twice():
+    groups = {
+        "one": [fake_run(f"one_{i}", concept=c) for i, c in enumerate((0.3, 0.1, 0.2))],
+        "two": [fake_run(f"two_{i}", concept=c) for i, c in enumerate((0.2, 0.3, 0.1))],
+    }
+    row = inference.compare(groups, PROMPTS, [0.6, 0.6])[0]
+    assert not row["paired_by_training_seed"]
+    assert row["answer"] == "no detectable difference"
+    assert row["high"] - row["low"] > 0.2  # the runs disagree, and the interval knows it
+    assert "in their order" in report.pair_note([row])
 
 
 def test_sweep_names_the_smallest_scale_that_is_enough(tiny_clip, monkeypatch):
@@ -248,6 +262,34 @@ def test_rescore_gives_the_same_figures(compared, tmp_path, common):
         assert before["pictures"] == after["pictures"]
         assert before["summary"] == after["summary"]
         assert before["adapter"] == after["adapter"]
+
+
+def test_two_training_seeds_of_one_experiment_alone(tmp_path, common, trained, processed_data):
+    weights = tmp_path / "weights"
+    for seed, source in ((1, "lora_weights_rank_32"), (2, "lora_weights_unet_only")):
+        shutil.copytree(trained / source, weights / f"mine_seed{seed}")
+    config = common | dict(lora_dir=weights, output_dir=tmp_path / "out", seeds=2)
+    done = call("inference.py", *options(**config))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "comparison" / "metrics.json").read_text())
+    assert record["pairs"] == []
+    assert list(record["experiments"]) == ["mine"]
+    # The published study's mistake is caught among saved pictures as well.
+    shutil.copytree(tmp_path / "out" / "mine_seed1", tmp_path / "out" / "rank_8")
+    done = call(
+        "inference.py", "--rescore", *options(output_dir=tmp_path / "out", clip_model="none")
+    )
+    assert_one_line(done, "are the same adapter")
+
+
+def test_one_picture_a_prompt_gets_no_verdict(tmp_path, common, trained):
+    config = common | dict(lora_dir=trained / "lora_weights_rank8", output_dir=tmp_path / "out")
+    done = call("inference.py", *options(**config | dict(seeds=1)), "--lora-scales", "0.5")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert record["summary"]["verdicts"] == []
+    # A single scale is drawn and charted, not dropped.
+    assert [row["scale"] for row in record["summary"]["sweep"]["rows"]] == [0.5]
 
 
 def test_rescore_names_a_missing_picture(compared, tmp_path, common):
