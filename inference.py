@@ -2,11 +2,11 @@
 """Draw the same prompts with and without an adapter, and measure what it learned and spoiled.
 
     python inference.py --lora-dir lora_weights/lora_weights_rank_32 --output-dir results/eval_rank32
-    python inference.py --lora-dir lora_weights --output-dir results   # every run, and a comparison
-    python inference.py --demo                                         # the embedded miniature
-    python inference.py --lora-scales 0,0.25,0.5,0.75,1                # how much of the adapter?
-    python inference.py --rescore                                      # measure saved pictures again
-    python inference.py --score-dir BASE_FOLDER,LORA_FOLDER            # pictures drawn elsewhere
+    python inference.py --lora-dir lora_weights --output-dir results/all   # every run, compared
+    python inference.py --demo                                             # the embedded miniature
+    python inference.py --lora-scales 0,0.25,0.5,0.75,1                    # how much of it?
+    python inference.py --rescore                                          # measure saved pictures
+    python inference.py --score-dir BASE_FOLDER,LORA_FOLDER                # pictures drawn elsewhere
 
 Out comes, in the output folder (one subfolder a run where there are several): report.html, to open;
 images/<prompt>/{base,lora}_<seed>.png, comparison_all.png, success_cases.png, failure_cases.png,

@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import adapters
 import inference
 import metrics
 from adapters import WEIGHTS
+from common import UserError
 
 
 def tiny(model, clip, data):
@@ -120,6 +122,21 @@ def test_an_adapter_that_does_nothing_is_refused(
     )
     assert_one_line(call("inference.py", *options(**config)), folder, "does nothing")
     assert not (tmp_path / "o").exists()
+
+
+def test_an_adapter_that_cannot_be_switched_off_is_refused(tiny_model, trained, monkeypatch):
+    """At scale 0 the base model must come back, or the comparison is with something else."""
+    pipeline = inference.load_pipeline(tiny_model, torch.float32, "cpu")
+    models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    adapter = adapters.read_adapter(trained / "lora_weights_rank_32")
+    for component, rows in adapter.factors.items():  # a few steps move too little to be sure
+        adapter.factors[component] = {name: (a, b * 1000) for name, (a, b) in rows.items()}
+    base = inference.probe(pipeline)
+    adapters.apply_adapter(adapter, models)
+    inference.check_switch(pipeline, models, adapter, base)
+    monkeypatch.setattr(adapters, "set_scale", lambda models, scale: None)
+    with pytest.raises(UserError, match="switched off"):
+        inference.check_switch(pipeline, models, adapter, base)
 
 
 @pytest.mark.parametrize(
