@@ -142,6 +142,13 @@ def check_range(config, key, low, high=float("inf")):
         raise UserError(f"{key} is {config[key]}, but must be {bound}")
 
 
+def check_resolution(config):
+    """Raise UserError unless config["resolution"] is a size that the VAE's 8x8 blocks tile."""
+    check_range(config, "resolution", 8, 4096)
+    if config["resolution"] % 8:
+        raise UserError(f"resolution is {config['resolution']}, but must be a multiple of 8")
+
+
 # ---- models -------------------------------------------------------------------------------
 
 

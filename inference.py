@@ -47,6 +47,7 @@ from common import (
     UserError,
     check_output_folder,
     check_range,
+    check_resolution,
     data_hash,
     disk_for,
     fetch_base_model,
@@ -557,9 +558,7 @@ def check_config(config):
     check_range(config, "clip_margin", 0)
     check_range(config, "seed", 0, 2**62)
     check_range(config, "guidance_scale", 0, 100)
-    check_range(config, "resolution", 8, 4096)
-    if config["resolution"] % 8:
-        raise UserError(f"resolution is {config['resolution']}, but must be a multiple of 8")
+    check_resolution(config)
     if config["rescore"] and config["score_dir"]:
         raise UserError("rescore and score_dir exclude one another; give one of them")
     if not config["lora_scales"] or not all(0 <= s <= 10 for s in config["lora_scales"]):

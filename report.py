@@ -149,12 +149,15 @@ def markdown_table(rows):
     return "\n".join([lines[0], "|---" + "|--:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
+def verdict_text(summary):
+    """The verdicts of one run or experiment as a Markdown list."""
+    lines = [f"- **{v['question']}: {v['answer']}.** {v['text']}" for v in summary["verdicts"]]
+    return "\n".join(lines or ["No verdicts: they need a CLIP model and the training pictures."])
+
+
 def summary_text(summary):
     """Verdicts and table of one run or experiment, as Markdown."""
-    lines = [f"- **{v['question']}: {v['answer']}.** {v['text']}" for v in summary["verdicts"]]
-    if not lines:
-        lines = ["No verdicts: they need a CLIP model and the training pictures."]
-    parts = ["\n".join(lines), spread_text(summary), markdown_table(summary_table(summary))]
+    parts = [verdict_text(summary), spread_text(summary), markdown_table(summary_table(summary))]
     if "sweep" in summary:
         parts += [markdown_table(sweep_table(summary["sweep"]["rows"])), summary["sweep"]["advice"]]
     return "\n\n".join(parts)
@@ -188,10 +191,7 @@ def comparison_text(summaries, pairs):
     """The comparison page's content as Markdown."""
     parts = []
     for name, summary in summaries.items():
-        verdict = "\n".join(
-            f"- **{v['question']}: {v['answer']}.** {v['text']}" for v in summary["verdicts"]
-        )
-        parts.append(f"## {name}\n\n{verdict}\n\n{spread_text(summary)}")
+        parts.append(f"## {name}\n\n{verdict_text(summary)}\n\n{spread_text(summary)}")
     if pairs:
         lines = "\n".join(f"- {pair_sentence(row)}" for row in pairs)
         parts.append(f"## Differences\n\n{lines}\n\n{pair_note(pairs)}")

@@ -53,6 +53,7 @@ from common import (
     UserError,
     check_output_folder,
     check_range,
+    check_resolution,
     data_hash,
     disk_for,
     fetch_base_model,
@@ -244,7 +245,7 @@ def check_trained(models):
 
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
-    for key in "rank resolution max_steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
+    for key in "rank max_steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
         check_range(config, key, 1)
     for key in "validation_count warmup_steps seed adam_weight_decay unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
         check_range(config, key, 0)
@@ -252,8 +253,7 @@ def check_config(config):
     check_range(config, "seed", 0, 2**62)
     for key in ("adam_beta1", "adam_beta2"):
         check_range(config, key, 0, 1 - 1e-9)
-    if config["resolution"] % 8:
-        raise UserError(f"resolution is {config['resolution']}, but must be a multiple of 8")
+    check_resolution(config)
     if config["warmup_steps"] >= config["max_steps"]:
         raise UserError(
             f"warmup_steps is {config['warmup_steps']}, but must be below max_steps "
