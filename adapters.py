@@ -90,27 +90,32 @@ def factors(model):
     }
 
 
-def apply_adapter(adapter, models):
-    """Put a read adapter into `models` ({"unet": …, "text_encoder": …}).
+class Applied:
+    """A read adapter in the weights of `models` ({"unet": …, "text_encoder": …}), at scale 1 at first.
 
-    Raises UserError unless keys and layers match one to one and in shape.
+    A weight becomes W + scale * alpha / rank * B A, computed in float32 from a kept copy of W and
+    rounded once, in place: scale 0 is the base model bit for bit, and whatever reads the weights (a
+    CUDA graph) goes on reading the right ones. Raises UserError unless the adapter's keys and the
+    models' layers match one to one and in shape.
     """
-    for component in adapter.factors:
-        model, rows = models[component], adapter.factors[component]
-        rows = match_layers(rows, model, adapter.targets.get(component), adapter.path, component)
-        config = LoraConfig(
-            r=adapter.rank[component],
-            lora_alpha=adapter.alpha[component],
-            target_modules=list(rows),
-        )
-        inject_adapter_in_model(config, model)
-        with torch.no_grad():
-            for name, (a, b) in factors(model).items():
-                a.copy_(rows[name][0])
-                b.copy_(rows[name][1])
-        # Injected layers start trainable and in float32; drawing wants the model's own type.
-        model.requires_grad_(False)
-        model.to(model.dtype)
+
+    def __init__(self, adapter, models):
+        self.layers = []
+        for component, factors in adapter.factors.items():
+            model, targets = models[component], adapter.targets.get(component)
+            rows = match_layers(factors, model, targets, adapter.path, component)
+            scaling = adapter.alpha[component] / adapter.rank[component]
+            for name, (a, b) in rows.items():
+                weight = model.get_submodule(name).weight
+                a, b = a.to(weight.device), b.to(weight.device) * scaling
+                self.layers.append((weight, weight.detach().clone(), a, b))
+        self.set_scale(1)
+
+    @torch.no_grad()
+    def set_scale(self, scale):
+        """Put `scale` times the adapter into the weights; 0 takes it out."""
+        for weight, base, a, b in self.layers:
+            weight.copy_(base.float() + scale * (b @ a) if scale else base)
 
 
 def match_layers(rows, model, targets, path, component):
@@ -155,24 +160,6 @@ def match_layers(rows, model, targets, path, component):
 
 def some(names):
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def set_scale(models, scale):
-    """Draw with `scale` times the adapter: 0 is the base model (its LoRA layers are skipped)."""
-    for model in models.values():
-        for layer in lora_layers(model).values():
-            if "default" in layer.scaling:
-                layer.set_scale("default", scale)
-                layer.enable_adapters(scale != 0)
-
-
-def remove_adapter(models):
-    """Take the LoRA layers out again; the models are the base model's once more."""
-    for model in models.values():
-        for name, layer in lora_layers(model).items():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
-        vars(model).pop("peft_config", None)  # PEFT's own note that there is an adapter
 
 
 # ---- files ---------------------------------------------------------------------------------

@@ -20,9 +20,11 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +43,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import adapters
+import fast
 import metrics
 import report
 from common import (
@@ -79,7 +82,7 @@ CONFIG = dict(
     steps=28,
     guidance_scale=6.0,
     resolution=512,  # pixels
-    batch_size=4,  # pictures drawn at once; memory grows with it
+    batch_size=0,  # pictures drawn at once; 0: what the GPU's free memory holds, at most 8
     # how it is scored
     clip_model="openai/clip-vit-base-patch32",
     clip_revision="refs/pr/15",  # the same weights as safetensors; the main branch has a pickle only
@@ -161,10 +164,15 @@ def slugs(prompts):
 
 def load_pipeline(folder, dtype, device):
     """The base model of a folder as one pipeline: no safety checker, safetensors only."""
+    device = torch.device(device)
     with loading(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     with loading(folder / "scheduler"):
         scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
+    # Timesteps stay on the CPU: read from the GPU, each would wait until it has finished its work.
+    scheduler.set_timesteps = lambda steps, device=None: PNDMScheduler.set_timesteps(
+        scheduler, steps
+    )
     pipeline = StableDiffusionPipeline(
         vae=load_part(AutoencoderKL, folder, "vae", dtype),
         text_encoder=load_part(CLIPTextModel, folder, "text_encoder", dtype),
@@ -178,7 +186,63 @@ def load_pipeline(folder, dtype, device):
     pipeline.set_progress_bar_config(disable=True)
     for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         model.eval().requires_grad_(False)
+    for model in (pipeline.vae, pipeline.unet):
+        fast.channels_last(model)
+    if device.type == "cuda":
+        # One picture fills a GPU there, and a batch would need more memory than the UNet does.
+        pipeline.vae.enable_slicing()
     return pipeline
+
+
+# GiB that drawing one picture of 512x512 takes, guided; measured, see bench/README.md.
+PICTURE_GIB = 0.2
+SPARE_GIB = 1.5  # for the VAE and the scores
+
+
+def pictures_at_once(jobs, asked, resolution, device):
+    """How many pictures to draw at once: `asked`, or for 0 what the free memory holds, at most 8
+    (more draw no faster), or 4 on a CPU; evened out over as many batches as `jobs` pictures need.
+    """
+    if asked:
+        most = asked
+    elif device.type == "cpu":
+        most = 4
+    else:
+        free = torch.cuda.mem_get_info(device)[0] / 2**30 - SPARE_GIB
+        most = int(free / (PICTURE_GIB * (resolution / 512) ** 2))
+        most = min(8, max(1, most))
+    return math.ceil(jobs / math.ceil(jobs / most))
+
+
+@torch.no_grad()
+def record_unet(unet, samples, size):
+    """Let `unet` predict `samples` latents of size x size by a CUDA graph; others as before."""
+    plain, device = unet.forward, unet.device
+    latents = torch.zeros(
+        samples, unet.config.in_channels, size, size, device=device, dtype=unet.dtype
+    )
+    states = torch.zeros(
+        samples, 77, unet.config.cross_attention_dim, device=device, dtype=unet.dtype
+    )
+    timestep = torch.zeros((), dtype=torch.long, device=device)
+    (predict,) = fast.captured([lambda: plain(latents, timestep, states).sample], device)
+
+    def forward(sample, t, encoder_hidden_states, return_dict=True, **others):
+        recorded = (latents.shape, states.shape) == (sample.shape, encoder_hidden_states.shape)
+        if return_dict or not recorded:
+            return plain(sample, t, encoder_hidden_states, return_dict=return_dict, **others)
+        latents.copy_(sample)
+        states.copy_(encoder_hidden_states)
+        timestep.copy_(t)
+        return (predict().clone(),)  # the next replay writes over it
+
+    unet.forward = forward
+
+
+def drawing_memory(batch_size):
+    """What to say when the GPU's memory is too small for so many pictures."""
+    advice = f"--batch-size {max(1, batch_size // 2)} needs less"
+    return memory_for(f"drawing {batch_size} pictures at once", advice)
 
 
 @torch.no_grad()
@@ -192,10 +256,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
     size = resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, size, size)
     with (
-        memory_for(
-            f"drawing {batch_size} pictures at once",
-            f"--batch-size {max(1, batch_size // 2)} needs less",
-        ),
+        drawing_memory(batch_size),
         tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False) as bar,
     ):
         for start in range(0, len(jobs), batch_size):
@@ -236,11 +297,11 @@ def probe(pipeline):
     return {"text_encoder": states.float(), "unet": unet(latents, 500, text).sample.float()}
 
 
-def check_switch(pipeline, models, adapter, base_probe):
+def check_switch(pipeline, applied, adapter, base_probe):
     """UserError unless the adapter at scale 0 gives the base's outputs, and at 1 other ones."""
-    adapters.set_scale(models, 0)
+    applied.set_scale(0)
     off = probe(pipeline)
-    adapters.set_scale(models, 1)
+    applied.set_scale(1)
     on = probe(pipeline)
     for component in adapter.factors:
         base = base_probe[component]
@@ -553,8 +614,9 @@ def picture_warnings(runs, prompts, seeds):
 
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
-    for key in ("seeds", "steps", "batch_size"):
+    for key in ("seeds", "steps"):
         check_range(config, key, 1)
+    check_range(config, "batch_size", 0)
     check_range(config, "clip_margin", 0)
     check_range(config, "seed", 0, 2**62)
     check_range(config, "guidance_scale", 0, 100)
@@ -593,7 +655,10 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         plan = plan_runs(config, device)
     clip, training = load_scorer(config, prompts, device)
     if drawing:
-        runs = draw_runs(config, plan, prompts, seeds, training, device)
+        pipeline = ready_pipeline(config, plan, prompts, training, device)
+        loaded = time.monotonic()
+        runs = draw_runs(config, plan, pipeline, prompts, seeds)
+        drawn = time.monotonic()
 
     chunks = [runs[0].base[i : i + len(seeds)] for i in range(0, len(runs[0].base), len(seeds))]
     ceilings = [metrics.lpips_ceiling(chunk, device) for chunk in chunks]
@@ -605,6 +670,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         score(run, prompts, seeds, **scoring)
         if run.scaled:
             run.sweep = sweep_summary(run.scaled, run.base, prompts, seeds, ceilings, scoring)
+    scored = time.monotonic()
     warnings = picture_warnings(runs, prompts, seeds)
     for warning in warnings:
         print(f"warning: {warning}")
@@ -632,10 +698,14 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         text = report.comparison_text(summaries, pairs)
         print(f"\ncomparison\n{text}\n\nopen {target / 'report.html'}")
     if drawing:
-        drawn = len(texts) * (1 + sum(len({1.0, *run.scaled} - {0.0}) for run in runs))
-        seconds = time.monotonic() - started
-        print(f"{drawn} pictures in {seconds:.1f} s, {seconds / drawn:.2f} s a picture, "
-              "loading and scores included")  # fmt: skip
+        count = len(texts) * (1 + sum(len({1.0, *run.scaled} - {0.0}) for run in runs))
+        done = time.monotonic()
+        memory = ""
+        if device.type == "cuda":
+            memory = f"; {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved at most"
+        print(f"{count} pictures in {done - started:.1f} s: loading {loaded - started:.1f} s, drawing "
+              f"{drawn - loaded:.1f}, scores {scored - drawn:.1f}, files {done - scored:.1f}; "
+              f"{(scored - loaded) / count:.3f} s a picture drawn and scored{memory}")  # fmt: skip
     return [run.target for run in runs]
 
 
@@ -702,8 +772,8 @@ def load_scorer(config, prompts, device):
     return clip, TrainingSet([name for name, *_ in rows], pictures, data_hash(rows), *embeddings)
 
 
-def draw_runs(config, plan, prompts, seeds, training, device):
-    """Draw the base model's pictures once and every adapter's: a list of Run."""
+def ready_pipeline(config, plan, prompts, training, device):
+    """The base model, ready to draw; every adapter was tried on it and taken out again."""
     planned, folder = plan
     for name, adapter, _ in planned:
         known = adapter.metadata.get("data_sha256")
@@ -714,27 +784,42 @@ def draw_runs(config, plan, prompts, seeds, training, device):
     pipeline = load_pipeline(
         folder, torch.float16 if device.type == "cuda" else torch.float32, device
     )
-    models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     limit = pipeline.tokenizer.model_max_length
     check_prompt_lengths(prompts, pipeline.tokenizer, limit, config["base_model"])
     base_probe = probe(pipeline)
     for _, adapter, _ in planned:  # before the long part: does each fit, and does it do anything?
-        adapters.apply_adapter(adapter, models)
-        check_switch(pipeline, models, adapter, base_probe)
-        adapters.remove_adapter(models)
+        applied = adapters.Applied(adapter, models_of(pipeline))
+        check_switch(pipeline, applied, adapter, base_probe)
+        applied.set_scale(0)
+    return pipeline
 
+
+def models_of(pipeline):
+    """What an adapter may change."""
+    return {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+
+
+def draw_runs(config, plan, pipeline, prompts, seeds):
+    """Draw the base model's pictures once and every adapter's: a list of Run."""
     jobs = [(prompt, s) for _, prompt in prompts for s in seeds]
-    how = {k: config[k] for k in ("steps", "guidance_scale", "resolution", "batch_size")}
+    how = {k: config[k] for k in ("steps", "guidance_scale", "resolution")}
+    how["batch_size"] = pictures_at_once(
+        len(jobs), config["batch_size"], config["resolution"], pipeline.device
+    )
+    if pipeline.device.type == "cuda":
+        samples = how["batch_size"] * (2 if config["guidance_scale"] > 1 else 1)
+        with drawing_memory(how["batch_size"]):
+            record_unet(pipeline.unet, samples, config["resolution"] // pipeline.vae_scale_factor)
     base = draw(pipeline, jobs, **how, title="base")
     runs, scales = [], config["lora_scales"]
-    for name, adapter, target in planned:
-        adapters.apply_adapter(adapter, models)
+    for name, adapter, target in plan[0]:
+        applied = adapters.Applied(adapter, models_of(pipeline))
         drawn = {0.0: base}
         for scale in sorted({1.0, *scales} - {0.0}):
-            adapters.set_scale(models, scale)
+            applied.set_scale(scale)
             title = name if scale == 1 else f"{name} at {scale:g}"
             drawn[scale] = draw(pipeline, jobs, **how, title=title)
-        adapters.remove_adapter(models)
+        applied.set_scale(0)
         scaled = {scale: drawn[scale] for scale in scales} if set(scales) != {1.0} else {}
         runs.append(Run(name, target, describe(adapter), base, drawn[1.0], scaled))
     return runs
@@ -863,13 +948,14 @@ def write_run(run, summary, shown):
              lora=run.lora[i * count : (i + 1) * count])
         for i, (category, prompt) in enumerate(prompts)
     ]  # fmt: skip
-    for path, image in zip(picture_paths(new, prompts, seeds), run.base + run.lora, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+    paths, images = picture_paths(new, prompts, seeds), run.base + run.lora
     for scale in set(run.scaled) - {0.0, 1.0}:  # those two are there already
-        paths = picture_paths(new, prompts, seeds, [f"lora_scale_{scale:g}"])
-        for path, image in zip(paths, run.scaled[scale], strict=True):
-            image.save(path)
+        paths += picture_paths(new, prompts, seeds, [f"lora_scale_{scale:g}"])
+        images += run.scaled[scale]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:  # encoding a picture keeps a core busy, and no lock
+        list(pool.map(Image.Image.save, images, paths))
     report.comparison_figure(by_prompt, run.name, min(3, count)).save(new / "comparison_all.png")
     for category in ("success", "failure"):
         chosen = [row for row in by_prompt if row["category"] == category]

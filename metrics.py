@@ -7,6 +7,7 @@ and nothing unpickled.
 """
 
 import functools
+import itertools
 import warnings
 from dataclasses import dataclass
 
@@ -61,15 +62,21 @@ def lpips_distances(images_a, images_b, device="cpu"):
     if len(images_a) != len(images_b):
         raise ValueError(f"{len(images_a)} pictures against {len(images_b)}")
     model = lpips_model(str(device))
-    distances = []
     for a, b in zip(images_a, images_b, strict=True):
         if a.size != b.size:
             raise ValueError(
                 f"a picture of {a.size} against one of {b.size}; LPIPS does not resize"
             )
-        pair = [torch.from_numpy(np.array(image.convert("RGB"))).to(device) for image in (a, b)]
-        pair = [pixels.permute(2, 0, 1)[None].float() / 127.5 - 1.0 for pixels in pair]
-        distances.append(model(*pair).item())
+
+    def tensor(images):
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+    distances = []
+    pairs = zip(images_a, images_b, strict=True)
+    for _, same_size in itertools.groupby(pairs, key=lambda pair: pair[0].size):
+        while batch := list(itertools.islice(same_size, 8)):
+            distances += model(*map(tensor, zip(*batch, strict=True))).flatten().tolist()
     return np.array(distances, np.float32)
 
 

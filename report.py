@@ -5,6 +5,7 @@ import html
 import io
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
 import numpy as np
@@ -489,10 +490,10 @@ def run_page(run, summary, shown, folder):
             f'<p class="quiet">{html.escape(category)} · left base, right LoRA, the same noise; '
             "point at a base picture, or tap it, to see the LoRA picture in its place</p>"
         )
-        cards = []
-        for number in range(index * count, (index + 1) * count):
-            rows = run.rows[2 * number : 2 * number + 2]
-            cards.append(pair_tag(run.base[number], run.lora[number], *rows))
+        of_prompt = slice(index * count, (index + 1) * count)
+        with ThreadPoolExecutor() as pool:  # most of it is encoding pictures
+            cards = pool.map(pair_tag, run.base[of_prompt], run.lora[of_prompt],
+                             run.rows[::2][of_prompt], run.rows[1::2][of_prompt])  # fmt: skip
         parts.append(f'<div class="pairs">{"".join(cards)}</div>')
     parts.append("<h2>Every score</h2>")
     parts.append(figure_tag(distribution_figure(run, shown["prompts"]), "scores of every picture"))

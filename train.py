@@ -12,13 +12,15 @@ that name is replaced only once the new one is complete. A run that was interrup
 signal, a crash or a power cut, goes on from its last checkpoint when the same command is run again.
 
 Latents are computed once, noise and timesteps derive from (seed, sample number), and the LoRA
-parameters of a group are views of one flat vector: one optimizer kernel, one check for overflow and,
-on several GPUs, one all-reduce of one tensor.
+parameters of a group are one flat vector: one optimizer kernel, one check for overflow and, on
+several GPUs, one all-reduce of one tensor. On a GPU a micro-step, forward and backward, is recorded
+once as a CUDA graph and replayed; a CPU calls the same function (fast.py, bench/README.md).
 """
 
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -44,11 +46,13 @@ import torch.nn.functional as F
 import wandb
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import adapters
 import checkpoints
+import fast
 from common import (
     UserError,
     check_output_folder,
@@ -189,21 +193,33 @@ def draw_noise(rng, shape, timesteps_count):
 # ---- the optimisation's parts --------------------------------------------------------------
 
 
-def flatten_parameters(parameters):
-    """One flat float32 parameter that holds `parameters`, which become views of it, gradients too.
+def flatten_parameters(parameters, dtype):
+    """(flat, working): the values of `parameters` as one flat float32 parameter, with a gradient of
+    zeros, and as one flat tensor of `dtype`, of which they become views.
 
-    An optimizer, a loss scaler and an all-reduce then see one tensor. The gradients are views as
-    well, so they must be zeroed in place, never set to None.
+    An optimizer, a loss scaler and an all-reduce see one tensor, `flat`; the model computes with
+    `working`, into which `flat` has to be copied once a step. For float32 the two share memory.
     """
     flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
     flat.grad = torch.zeros_like(flat)
-    start = 0
-    for parameter in parameters:
-        end = start + parameter.numel()
-        parameter.data = flat.data[start:end].view_as(parameter)
-        parameter.grad = flat.grad[start:end].view_as(parameter)
-        start = end
-    return flat
+    working = flat.data.to(dtype)
+    set_views(parameters, working)
+    return flat, working
+
+
+def set_views(parameters, flat):
+    """Make `parameters` views of the tensor `flat`, one behind the other."""
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        parameter.data = part.view(parameter.shape)
+
+
+def recomputed(module, *inputs):
+    """`module(*inputs)` that keeps its inputs alone and is computed again for the backward pass.
+
+    Nothing in these models is random, so no random state is kept either.
+    """
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def learning_rate_factor(step, max_steps, warmup_steps):
@@ -415,13 +431,14 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         scheduler = DDPMScheduler.from_pretrained(base_folder / "scheduler")
     vae = load_part(AutoencoderKL, base_folder, "vae", weight_dtype).to(device)
     with memory_for("encoding the pictures", f"--resolution {resolution // 2} needs a quarter"):
+        fast.channels_last(vae, say)
         latent_means, latent_deviations = encode_latents(vae, rows, device)
     del vae
 
     unet = load_part(UNet2DConditionModel, base_folder, "unet", weight_dtype)
     text_encoder = load_part(CLIPTextModel, base_folder, "text_encoder", weight_dtype)
     if gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing(recomputed)
     torch.manual_seed(seed)  # LoRA's A starts as noise, on the CPU, the same on every machine
     models = {"unet": unet}
     targets = {"unet": unet_targets}
@@ -431,13 +448,16 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         targets["text_encoder"] = text_encoder_targets
         learning_rates["text_encoder"] = text_encoder_learning_rate
     text_encoder.requires_grad_(False)
-    groups = []
+    groups, parameters, working = [], [], []  # a flat vector a component, and what it is made of
     for component, model in models.items():
         model.requires_grad_(False)
         adapters.add_lora(model, rank, alpha, targets[component])
-        model.to(device).train()
-        parameters = [weight for pair in adapters.factors(model).values() for weight in pair]
-        flat = flatten_parameters(parameters)
+        # Not .train(): nothing here drops out, and diffusers' blocks then copy to another layout.
+        model.to(device).eval()
+        fast.fuse_lora(model)
+        parameters.append([w for pair in adapters.factors(model).values() for w in pair])
+        flat, copy = flatten_parameters(parameters[-1], weight_dtype)
+        working.append(copy)
         groups.append(dict(params=[flat], lr=learning_rates[component], name=component))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if trainable != flat.numel():
@@ -447,6 +467,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         frozen = sum(p.numel() for p in model.parameters()) - trainable
         say(f"{component}: {trainable:,} trainable LoRA parameters, {frozen:,} frozen, "
             f"learning rate {learning_rates[component]:g}")  # fmt: skip
+    fast.channels_last(unet, say)
     if not train_text_encoder:
         text_encoder.to(device)
         with torch.no_grad():
@@ -465,27 +486,11 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     timesteps_count = scheduler.config.num_train_timesteps
     latent_shape = latent_means.shape[1:]
 
-    def losses(pictures, draws):
-        """Loss of each picture (dataset indices) under its draw of noise and timestep."""
-        latent_noise, noise, timesteps = (torch.from_numpy(np.stack(part)).to(device, non_blocking=True)
-                                          for part in zip(*draws, strict=True))  # fmt: skip
-        pictures = torch.as_tensor(pictures, device=device)
-        latents = latent_means[pictures] + latent_deviations[pictures] * latent_noise
-        with accelerator.autocast():
-            states = (
-                text_encoder(input_ids[pictures])[0]
-                if train_text_encoder
-                else cached_states[pictures]
-            )
-            return diffusion_loss(unet, scheduler, latents, noise, timesteps, states)
-
     # Sample number s is picture s mod n of epoch s div n. Processes and micro-steps take
     # consecutive samples, so two processes see what one with twice the batch sees.
-    samples_a_step = batch_size * accelerator.num_processes * gradient_accumulation_steps
-
-    def micro_batch(step, micro):
-        first = step * samples_a_step + micro * batch_size * accelerator.num_processes
-        first += accelerator.process_index * batch_size
+    def micro_batch(number):
+        """Dataset indices and draws of this process's samples of a micro-step."""
+        first = (number * accelerator.num_processes + accelerator.process_index) * batch_size
         pictures, draws = [], []
         for sample in range(first, first + batch_size):
             epoch, place = divmod(sample, len(train_indices))
@@ -494,17 +499,53 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             draws.append(draw_noise(rng, latent_shape, timesteps_count))
         return pictures, draws
 
-    # The held-out loss: four timesteps spread over the schedule, the same noise every time.
-    probes = [(timesteps_count * (2 * k + 1)) // 8 for k in range(4)]
+    # A micro-step reads and writes the same tensors every time: that is what a CUDA graph needs.
+    indices = torch.zeros(batch_size, dtype=torch.long, device=device)
+    latent_noise, noise = torch.zeros(2, batch_size, *latent_shape, device=device)
+    timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
+    sample_losses = torch.zeros(batch_size, device=device)
 
-    @torch.no_grad()
+    def fill(pictures, draws):
+        """Copy a micro-batch to where the functions below read it."""
+        columns = [np.asarray(pictures), *(np.stack(part) for part in zip(*draws, strict=True))]
+        for tensor, values in zip((indices, latent_noise, noise, timesteps), columns, strict=True):
+            tensor.copy_(torch.from_numpy(values))
+
+    def forward():
+        latents = latent_means[indices] + latent_deviations[indices] * latent_noise
+        states = (
+            text_encoder(input_ids[indices])[0] if train_text_encoder else cached_states[indices]
+        )
+        losses = diffusion_loss(unet, scheduler, latents, noise, timesteps, states)
+        sample_losses.copy_(losses.detach())
+        return losses.mean()
+
+    def forward_backward():
+        """Add the gradient of the mean loss to that of the flat vectors."""
+        for flat, copy in zip(flats, working, strict=True):
+            copy.copy_(flat.data)
+        loss = forward() / gradient_accumulation_steps
+        if accelerator.scaler is not None:
+            loss = accelerator.scaler.scale(loss)
+        gradients = iter(torch.autograd.grad(loss, list(itertools.chain(*parameters))))
+        for flat, mine in zip(flats, parameters, strict=True):
+            flat.grad += torch.cat([next(gradients).flatten() for _ in mine])
+
+    # The held-out loss: four timesteps spread over the schedule, the same noise every time.
+    probes = []
+    for picture in held_out:
+        rng = np.random.default_rng([seed, HELD_OUT, picture])
+        drawn = draw_noise(rng, latent_shape, timesteps_count)[:2]
+        probes += [(picture, (*drawn, (timesteps_count * (2 * k + 1)) // 8)) for k in range(4)]
+
     def validation_loss():
         total = 0.0
-        for picture in held_out:
-            rng = np.random.default_rng([seed, HELD_OUT, picture])
-            draws = [(*draw_noise(rng, latent_shape, timesteps_count)[:2], t) for t in probes]
-            total += losses([picture] * len(draws), draws).mean().item()
-        return total / len(held_out)
+        for start in range(0, len(probes), batch_size):
+            chunk = probes[start : start + batch_size]
+            fill(*zip(*(chunk + chunk[-1:] * (batch_size - len(chunk))), strict=True))
+            measure()
+            total += sample_losses[: len(chunk)].sum().item()
+        return total / len(probes)
 
     # Where the run stands: at the start, or where the last checkpoint left it.
     first_step, log, skipped, run_id = 0, [], 0, None
@@ -562,9 +603,17 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             f"after step {step} is kept in {work_folder}. Are the learning rates too high?"
         )
 
+    first_micro = first_step * gradient_accumulation_steps
     memory_advice = f"--batch-size {max(1, batch_size // 2)} or --gradient-checkpointing needs less"
-    if len(held_out) and is_main and not saved:
-        with memory_for("measuring the held-out pictures", memory_advice):
+    with memory_for(f"training with batch_size {batch_size}", memory_advice):
+        upcoming = micro_batch(first_micro)
+        fill(*upcoming)
+        micro_step, measure = fast.captured(
+            [forward_backward, torch.no_grad()(forward)], device, say
+        )
+        for flat in flats:
+            flat.grad.zero_()
+        if len(held_out) and is_main and not saved:
             record(step=0, validation_loss=validation_loss())
     set_up_seconds = time.monotonic() - started
     overflows = 0  # fp16 steps skipped in a row
@@ -583,11 +632,12 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
             step_loss, step_pictures = torch.zeros((), device=device), []
             for micro in range(gradient_accumulation_steps):
-                pictures, draws = micro_batch(step, micro)
-                loss = losses(pictures, draws).mean() / gradient_accumulation_steps
-                accelerator.backward(loss)
-                step_loss += loss.detach()
-                step_pictures += pictures
+                fill(*upcoming)
+                micro_step()
+                step_loss += sample_losses.mean() / gradient_accumulation_steps
+                step_pictures += upcoming[0]
+                # Drawn while the GPU is at work.
+                upcoming = micro_batch(step * gradient_accumulation_steps + micro + 1)
             if accelerator.num_processes > 1:
                 for flat in flats:
                     flat.grad.copy_(accelerator.reduce(flat.grad, "mean"))
@@ -642,6 +692,8 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     steps_a_second = (max_steps - first_step) / seconds
 
     accelerator.wait_for_everyone()
+    for flat, mine in zip(flats, parameters, strict=True):
+        set_views(mine, flat.data)  # what is saved is float32
     check_trained(models)
     if is_main:
         log_file.close()

@@ -55,7 +55,7 @@ def test_round_trip_and_equal_output_in_diffusers(trained, tiny_model, pipeline)
     folder = trained / "lora_weights_rank_32"
     base = probe(pipeline)
     adapter = adapters.read_adapter(folder)
-    adapters.apply_adapter(adapter, models_of(pipeline))
+    applied = adapters.Applied(adapter, models_of(pipeline))
     ours = probe(pipeline)
     assert not torch.equal(ours["unet"], base["unet"])
     assert not torch.equal(ours["text_encoder"], base["text_encoder"])
@@ -65,7 +65,14 @@ def test_round_trip_and_equal_output_in_diffusers(trained, tiny_model, pipeline)
     for name, output in probe(theirs).items():
         torch.testing.assert_close(output, ours[name], rtol=1e-5, atol=1e-6)
 
-    adapters.remove_adapter(models_of(pipeline))
+    applied.set_scale(0.5)
+    theirs.set_adapters(theirs.get_active_adapters(), 0.5)
+    half = probe(pipeline)
+    for name, output in probe(theirs).items():
+        torch.testing.assert_close(output, half[name], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(half["unet"], ours["unet"])
+
+    applied.set_scale(0)
     for name, output in probe(pipeline).items():
         assert torch.equal(output, base[name])
 
@@ -115,10 +122,10 @@ def test_published_peft_layout(tmp_path, trained, pipeline, prefix, at_root):
     ours = adapters.read_adapter(trained / "lora_weights_rank_32")
     if not at_root:
         assert adapters.fingerprint(published) == adapters.fingerprint(ours)
-    adapters.apply_adapter(ours, models_of(pipeline))
+    applied = adapters.Applied(ours, models_of(pipeline))
     expected = probe(pipeline)["text_encoder"]
-    adapters.remove_adapter(models_of(pipeline))
-    adapters.apply_adapter(published, models_of(pipeline))
+    applied.set_scale(0)
+    adapters.Applied(published, models_of(pipeline))
     assert torch.equal(probe(pipeline)["text_encoder"], expected)
 
 
@@ -175,7 +182,7 @@ def unknown_key(tensors):
 def test_a_wrong_file_is_refused_and_named(tmp_path, trained, pipeline, change, words):
     wrong = rewrite(trained / "lora_weights_rank_32", tmp_path / "wrong", change)
     with pytest.raises(UserError, match=words) as error:
-        adapters.apply_adapter(adapters.read_adapter(wrong), models_of(pipeline))
+        adapters.Applied(adapters.read_adapter(wrong), models_of(pipeline))
     assert str(wrong) in str(error.value)
 
 

@@ -132,11 +132,11 @@ def test_an_adapter_that_cannot_be_switched_off_is_refused(tiny_model, trained, 
     for component, rows in adapter.factors.items():  # a few steps move too little to be sure
         adapter.factors[component] = {name: (a, b * 1000) for name, (a, b) in rows.items()}
     base = inference.probe(pipeline)
-    adapters.apply_adapter(adapter, models)
-    inference.check_switch(pipeline, models, adapter, base)
-    monkeypatch.setattr(adapters, "set_scale", lambda models, scale: None)
+    applied = adapters.Applied(adapter, models)
+    inference.check_switch(pipeline, applied, adapter, base)
+    monkeypatch.setattr(applied, "set_scale", lambda scale: None)
     with pytest.raises(UserError, match="switched off"):
-        inference.check_switch(pipeline, models, adapter, base)
+        inference.check_switch(pipeline, applied, adapter, base)
 
 
 @pytest.mark.parametrize(

@@ -717,7 +717,7 @@ def test_overflows_are_skipped_counted_and_in_a_row_too_many(exact, tmp_path, mo
     ("place", "doing", "advice"),
     [
         ("encode_latents", "encoding the pictures", "--resolution 32"),
-        ("diffusion_loss", "measuring the held-out pictures", "--batch-size 2"),
+        ("diffusion_loss", "training with batch_size 4", "--batch-size 2"),
         ("draw_noise", "training with batch_size 4", "--gradient-checkpointing"),
         ("load_part", "loading the models", "nvidia-smi"),
     ],
@@ -1020,7 +1020,7 @@ def test_pickles_and_code_beside_the_weights_are_never_read(
         train.main(train.CONFIG, train.__doc__)
         pipeline = inference.load_pipeline(model, torch.float32, "cpu")
         models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        adapters.apply_adapter(adapters.read_adapter(adapter), models)
+        adapters.Applied(adapters.read_adapter(adapter), models)
 
     succeeded(finish(forked(work, tmp_path), tmp_path))
     assert not proof.exists()

@@ -192,14 +192,18 @@ def test_flat_parameters_are_views():
     layers = [torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)]
     model = torch.nn.Sequential(*layers)
     before = [p.detach().clone() for p in model.parameters()]
-    flat = train.flatten_parameters(list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    model(torch.ones(1, 3)).sum().backward()
-    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert torch.equal(flat.grad, grads)
-    assert grads.abs().sum() > 0
+    parameters = list(model.parameters())
+    flat, working = train.flatten_parameters(parameters, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
     with torch.no_grad():
         flat.add_(1.0)
+    assert working.data_ptr() == flat.data_ptr()
+    assert torch.equal(layers[0].weight, before[0] + 1)
+    flat, working = train.flatten_parameters(parameters, torch.float16)
+    assert layers[0].weight.dtype == torch.float16
+    working *= 2
+    assert torch.equal(layers[0].weight, 2 * (before[0] + 1).half())
+    train.set_views(parameters, flat.data)
     assert torch.equal(layers[0].weight, before[0] + 1)
 
 

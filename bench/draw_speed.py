@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""How fast inference.py draws, how much memory it takes, and whether its pictures stay the same.
+
+    python bench/random_sd15.py MODEL
+    python train.py --base-model MODEL --max-steps 200 --output-dir OUT --run-name adapter
+    python bench/draw_speed.py --base-model MODEL --lora-dir OUT/adapter --clip-model MODEL/clip
+    python bench/draw_speed.py --demo                   # the miniature, on a CPU
+
+First the study's way, two pipelines and one picture at a time; then inference.py's own drawing with one
+technique taken away at a time; then the whole evaluation, in a process of its own. `difference` is the
+mean difference of the pixels (0 to 255) from the first row of ours, for the same prompts and seeds.
+"""
+
+import argparse
+import contextlib
+import gc
+import re
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+import adapters
+import fast
+import inference
+from bench.train_speed import run
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
+DEMO = inference.DEMO | dict(lora_dir="lora_weights/demo/rank_32_seed42")
+JOBS = [(prompt, seed) for seed in (1, 2, 3, 4) for _, prompt in inference.PROMPTS[:4]]
+
+
+def waited():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def fresh():
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def row(name, seconds, images, reference):
+    memory = torch.cuda.max_memory_reserved() / 2**30 if DEVICE.type == "cuda" else float("nan")
+    difference = ""
+    if reference is not None:
+        pairs = zip(images, reference, strict=False)
+        apart = [
+            np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean() for a, b in pairs
+        ]
+        difference = f"{np.mean(apart):.2f}"
+    print(f"| {name} | {seconds:.3f} | {memory:.2f} | {difference} |", flush=True)
+
+
+def plain(args, how, count):
+    """The study's way: base and LoRA pipelines, one picture at a time; (s a picture, LoRA pictures)."""
+    pipelines = []
+    for lora in (False, True):
+        pipeline = StableDiffusionPipeline.from_pretrained(ROOT / args.base_model, torch_dtype=DTYPE,
+                                                           safety_checker=None).to(DEVICE)  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        if lora:
+            pipeline.load_lora_weights(ROOT / args.lora_dir)
+        pipelines.append(pipeline)
+    inference.draw(pipelines[1], JOBS[:1], batch_size=1, title="", **how | dict(steps=2))
+    started = waited()
+    images = [inference.draw(p, JOBS[:count], batch_size=1, title="", **how) for p in pipelines]
+    return (waited() - started) / (2 * count), images[1]
+
+
+def ours(args, how, batch_size, merged=True, graph=True):
+    """inference.py's way; (s a picture, pictures)."""
+    pipeline = inference.load_pipeline(ROOT / args.base_model, DTYPE, DEVICE)
+    if merged:
+        adapter = adapters.read_adapter(ROOT / args.lora_dir)
+        adapters.Applied(adapter, inference.models_of(pipeline))
+    else:
+        pipeline.load_lora_weights(ROOT / args.lora_dir)
+    if graph and DEVICE.type == "cuda":
+        size = how["resolution"] // pipeline.vae_scale_factor
+        inference.record_unet(pipeline.unet, 2 * batch_size, size)
+    inference.draw(
+        pipeline, JOBS[:batch_size], batch_size=batch_size, title="", **how | dict(steps=2)
+    )
+    started = waited()
+    images = inference.draw(pipeline, JOBS, batch_size=batch_size, title="", **how)
+    return (waited() - started) / len(JOBS), images
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--base-model", default=DEMO["base_model"])
+    parser.add_argument("--lora-dir", default=DEMO["lora_dir"])
+    parser.add_argument("--clip-model", default=DEMO["clip_model"])
+    args = parser.parse_args()
+    how = dict(steps=28, guidance_scale=6.0, resolution=128 if args.demo else 512)
+    on_cuda = DEVICE.type == "cuda"
+    print("| | s/picture | GiB reserved | difference |\n|---|--:|--:|--:|", flush=True)
+    fresh()
+    study = plain(args, how, 2 if on_cuda else 4)
+    row("the study's way", *study, None)
+    variants = {"ours, 8 at once": dict(batch_size=8)}
+    variants |= {
+        f"{size} at once": dict(batch_size=size) for size in ((1, 4, 16) if on_cuda else (1, 4))
+    }
+    if on_cuda:
+        variants["8 at once, no CUDA graph"] = dict(batch_size=8, graph=False)
+        variants["no Triton kernels (channels-last all the same)"] = dict(batch_size=8)
+        variants["no channels-last"] = dict(batch_size=8)
+    variants["adapter not merged (PEFT's layers)"] = dict(batch_size=8, merged=False)
+    reference = None
+    for name, options in variants.items():
+        fresh()
+        with contextlib.ExitStack() as stack:
+            if name.startswith("no channels"):
+                stack.enter_context(
+                    patch.object(fast, "channels_last", lambda model, say=None: None)
+                )
+            if name.startswith("no Triton"):
+                stack.enter_context(patch.object(
+                    fast, "channels_last", lambda model, say=None: model.to(memory_format=torch.channels_last)))  # fmt: skip
+            seconds, images = ours(args, how, **options)
+        row(name, seconds, images, reference)
+        if reference is None:
+            reference = images
+            row("(the study's way against ours)", study[0], study[1], reference)
+    gc.collect()
+    if on_cuda:
+        torch.cuda.empty_cache()
+    folder = Path(tempfile.mkdtemp(prefix="draw_speed_"))
+    options = ["--demo"] if args.demo else ["--base-model", args.base_model, "--clip-model", args.clip_model]  # fmt: skip
+    try:
+        output, seconds, memory = run("inference.py", *options, "--lora-dir", args.lora_dir, "--output-dir",
+                                      folder / "results")  # fmt: skip
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"inference.py: {seconds:.1f} s with the imports, {memory / 1024:.2f} GiB as the driver sees it"
+    )
+    print("\n".join(re.findall(r"\d+ pictures in .*", output)) or output[-2000:])
+
+
+if __name__ == "__main__":
+    main()

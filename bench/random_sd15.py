@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Write full-size models with random weights, to measure speed and memory where the real ones are not.
+
+    python bench/random_sd15.py OUTPUT_DIR
+
+OUTPUT_DIR becomes a Stable Diffusion v1.5 folder with its exact architecture (UNet 859.5 million
+parameters, text encoder 123.1, VAE 83.7), in half precision, and OUTPUT_DIR/clip a ViT-B/32 scorer
+(151.3). A step costs what it costs on the real model; the pictures are noise. The tokenizers know
+single bytes only.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+BEGIN, END = 49406, 49407  # as in CLIP's vocabulary
+
+
+def byte_tokenizer(folder):
+    """A CLIP tokenizer without merges, written to `folder`."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in visible] + [chr(256 + i) for i in range(256 - len(visible))]
+    words = letters + [letter + "</w>" for letter in letters]
+    words += [f"<unused_{i}>" for i in range(BEGIN - len(words))]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / "vocab.json", folder / "merges.txt"
+    files[0].write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    files[1].write_text("#version: 0.2\n")
+    return CLIPTokenizer(*map(str, files), model_max_length=77, pad_token="<|endoftext|>")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output_dir", type=Path)
+    folder = parser.parse_args().output_dir
+    torch.manual_seed(0)
+    ends = dict(bos_token_id=BEGIN, eos_token_id=END, pad_token_id=END)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        vae = AutoencoderKL(
+            sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+            latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+        text_encoder = CLIPTextModel(CLIPTextConfig(
+            vocab_size=END + 1, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+            num_attention_heads=12, projection_dim=768, max_position_embeddings=77, **ends,
+        ))  # fmt: skip
+        clip = CLIPModel(CLIPConfig(text_config=ends))
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        skip_prk_steps=True, set_alpha_to_one=False,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=byte_tokenizer(folder / "tokenizer"),
+        unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16).save_pretrained(folder)  # fmt: skip
+    clip.save_pretrained(folder / "clip")
+    images = CLIPImageProcessor(
+        size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}
+    )
+    CLIPProcessor(images, byte_tokenizer(folder / "clip")).save_pretrained(folder / "clip")
+    for name, model in dict(unet=unet, text_encoder=text_encoder, vae=vae, clip=clip).items():
+        print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
+
+
+if __name__ == "__main__":
+    main()

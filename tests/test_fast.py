@@ -1,0 +1,355 @@
+"""The fast ways against the plain ones: kernels, LoRA layers, CUDA graphs, and whole runs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT, TINY_RUN, make_processed
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+import adapters
+import fast
+import inference
+import train
+from bench.plain_loop import plain_loop
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+needs_triton = pytest.mark.skipif(fast.triton is None, reason="this torch came without Triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def small_unet(dtype=torch.float32):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
+        attention_head_dim=8, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    unet.requires_grad_(False)
+    adapters.add_lora(unet, 4, 8.0, ("to_q", "to_k", "to_v", "to_out.0"))
+    for _, b in adapters.factors(unet).values():
+        torch.nn.init.normal_(b.data, std=0.1)
+    return unet.to(DEVICE, dtype).eval()
+
+
+def output_and_gradients(unet):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, 16, 16, generator=generator).to(DEVICE, unet.dtype)
+    text = torch.randn(2, 77, 32, generator=generator).to(DEVICE, unet.dtype).requires_grad_()
+    out = unet(x, torch.tensor([10, 700], device=DEVICE), text).sample
+    weights = [w for pair in adapters.factors(unet).values() for w in pair]
+    loss = 1000 * out.float().square().mean()  # scaled, as training does for half precision
+    return [out.detach(), *torch.autograd.grad(loss, [text, *weights])]
+
+
+def close(found, expected, tolerance):
+    """Whether each tensor differs by less than `tolerance` of its own norm."""
+    return all(
+        (f.float() - e.float()).norm() <= tolerance * e.float().norm()
+        for f, e in zip(found, expected, strict=True)
+    )
+
+
+def test_fused_lora_gives_pefts_outputs_and_gradients():
+    expected = output_and_gradients(small_unet())
+    unet = small_unet()
+    fast.fuse_lora(unet)
+    found = output_and_gradients(unet)
+    assert close(found, expected, 1e-5)
+    assert all(gradient.abs().sum() > 0 for gradient in found)
+
+
+def test_recomputing_gives_the_same_gradients():
+    unet = small_unet()
+    fast.fuse_lora(unet)
+    expected = output_and_gradients(unet)
+    calls = []
+
+    def counted(module, *inputs):
+        calls.append(module)
+        return train.recomputed(module, *inputs)
+
+    unet.enable_gradient_checkpointing(counted)
+    assert close(output_and_gradients(unet), expected, 1e-6)
+    assert calls
+
+
+KERNELS = """
+import sys; sys.path[:0] = sys.argv[1:]
+import torch, torch.nn.functional as F
+import fast
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.manual_seed(0)
+for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, False), ((3, 960, 3, 3), 32, True),
+                            ((1, 40, 40, 41), 4, True), ((2, 32, 300, 1), 8, False)]:
+    x = (torch.randn(shape, device=device) + 100).requires_grad_()
+    weight, bias = torch.randn(2, shape[1], device=device)
+    found = fast.GroupNormSilu.apply(x, weight, bias, groups, 1e-5, silu)
+    expected = F.group_norm(x, groups, weight, bias, 1e-5)
+    expected = F.silu(expected) if silu else expected
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    grad = torch.randn(shape, device=device)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)),
+                               rtol=1e-4, atol=1e-4)
+x = (2 * torch.randn(3, 7, 50, device=device)).requires_grad_()
+value, gate = x.chunk(2, dim=-1)
+found, expected = fast.Geglu.apply(x), value * F.gelu(gate)
+torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+grad = torch.randn_like(found)
+torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), rtol=1e-4, atol=1e-5)
+from test_fast import close, output_and_gradients, small_unet
+expected, unet = output_and_gradients(small_unet()), small_unet()
+fast._rebuild(unet)
+assert close(output_and_gradients(unet), expected, 1e-4)
+norms = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
+assert norms and all("forward" in vars(norm) for norm in norms)
+print("all equal")
+"""
+
+
+COMPILED = """
+import sys; sys.path[:0] = sys.argv[1:]
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import fast
+kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", COUNT="i32", HALF="i32", eps="fp32",
+             statistics="*fp32", sums="*fp32")
+for architecture in (75, 80, 90):  # T4, A100, H100
+    for kernel in (fast._norm_sums, fast._norm_apply, fast._geglu):
+        for backward in (False, True):
+            sizes = dict(GROUP=10, WIDTH=16, ROWS=512, PARTS=16, BLOCK=1024, BACKWARD=backward)
+            names = [parameter.name for parameter in kernel.params]
+            known = {name: sizes[name] for name in names if name in sizes}
+            signature = {name: "constexpr" if name in known else kinds.get(name, "*fp16") for name in names}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=known)
+            triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+print("all compiled")
+"""
+
+
+@needs_triton
+def test_triton_kernels_compile_for_every_gpu_meant():
+    """Triton's compiler runs without a GPU, and refuses what its interpreter lets pass."""
+    done = subprocess.run([sys.executable, "-c", COMPILED, str(ROOT)], capture_output=True, text=True)  # fmt: skip
+    assert "all compiled" in done.stdout, done.stderr
+
+
+@needs_triton
+def test_triton_kernels_give_pytorchs_results():
+    """On the GPU, or without one in Triton's interpreter."""
+    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", KERNELS, str(ROOT), str(ROOT / "tests")], capture_output=True, text=True,
+                          env=os.environ | interpret)  # fmt: skip
+    assert "all equal" in done.stdout, done.stderr
+
+
+def test_without_triton_it_is_said_and_goes_on(monkeypatch):
+    monkeypatch.setattr(fast, "triton", None)
+    fast.missing_kernels.cache_clear()
+    assert "without Triton" in fast.missing_kernels(DEVICE)
+    fast.missing_kernels.cache_clear()
+    said = []
+    unet = small_unet()
+    fast.channels_last(unet, said.append)
+    assert bool(said) == (DEVICE.type == "cuda")
+    output_and_gradients(unet)
+    fast.missing_kernels.cache_clear()
+
+
+def test_kernels_that_do_not_compile_or_are_wrong_are_not_used(monkeypatch):
+    def fails(*arguments):
+        raise OSError("no C compiler")
+
+    for broken, words in ((fails, "no C compiler"), (lambda x, *_: x * 0, "wrong")):
+        monkeypatch.setattr(fast.GroupNormSilu, "apply", broken)
+        fast.missing_kernels.cache_clear()
+        assert words in fast.missing_kernels(DEVICE)
+    fast.missing_kernels.cache_clear()
+
+
+def test_without_a_gpu_nothing_is_recorded():
+    def work():
+        raise AssertionError("it was called")
+
+    assert fast.captured([work], torch.device("cpu")) == [work]
+
+
+# ---- whole runs ----------------------------------------------------------------------------
+
+STEPS = 50
+
+
+def run_of(model, data, folder, **changes):
+    """(losses, weights) of a run of train.py."""
+    config = train.CONFIG | TINY_RUN | dict(
+        base_model=str(model), data_dir=str(data), output_dir=str(folder), max_steps=STEPS, log_every=1,
+        warmup_steps=5, validate_every=1000, gradient_checkpointing=False,
+    ) | changes  # fmt: skip
+    train.train(**config)
+    folder = folder / config["run_name"]
+    rows = [json.loads(line) for line in (folder / "log.jsonl").open()]
+    weights = load_file(folder / adapters.WEIGHTS)
+    weights = {k.replace(".lora_", ".").removesuffix(".weight").replace("text_model.", ""): w for k, w in weights.items()}  # fmt: skip
+    return [row["loss"] for row in rows if "loss" in row], weights
+
+
+def plain_run_of(model, data, **changes):
+    """The same by the plain loop."""
+    config = train.CONFIG | TINY_RUN | dict(
+        base_model=str(model), data_dir=str(data), max_steps=STEPS, warmup_steps=5,
+        gradient_checkpointing=False,
+    ) | changes  # fmt: skip
+    losses, weights, _ = plain_loop(config, one_vector=True)
+    return losses, {k.replace("text_model.", ""): w for k, w in weights.items()}
+
+
+def distances(one, two):
+    """How far two runs are apart: (losses, weights), each as a share of the first one's.
+
+    Of the weights B is compared, which starts at zero.
+    """
+    names = [name for name in one[1] if name.endswith(".B")]
+    assert names
+    assert sorted(one[1]) == sorted(two[1])
+    a, b = (torch.cat([run[1][name].flatten() for name in names]) for run in (one, two))
+    losses = np.array(one[0]), np.array(two[0])
+    assert len(losses[0]) == len(losses[1]) == STEPS
+    relative = np.linalg.norm(losses[0] - losses[1]) / np.linalg.norm(losses[0])
+    return float(relative), ((a - b).norm() / a.norm()).item()
+
+
+def test_train_is_the_plain_loop(tiny_model, processed_data, tmp_path, new_precision):
+    """On a CPU both compute in float32: flat vectors, cached latents and fused layers change
+    nothing but the order of a few sums."""
+    if DEVICE.type == "cuda":
+        pytest.skip("compared in half precision below")
+    fast_run = run_of(tiny_model, processed_data, tmp_path)
+    plain = plain_run_of(tiny_model, processed_data)
+    losses, weights = distances(plain, fast_run)
+    assert losses < 1e-4
+    assert weights < 0.02
+    other = run_of(tiny_model, processed_data, tmp_path / "other", unet_learning_rate=1.1e-3)
+    assert distances(plain, other)[1] > 0.05  # the bound would see a recipe that is a tenth off
+
+
+@pytest.fixture
+def new_precision():
+    """accelerate keeps the first precision that a process asks for."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+HALF = dict(base_model=ROOT / "demo" / "model", rank=8, alpha=8.0)
+
+
+@pytest.fixture(scope="module")
+def half_runs(tmp_path_factory):
+    """{name: (losses, weights)} of train.py on the miniature in fp16, and of the plain loop."""
+    data = make_processed(tmp_path_factory.mktemp("data"), 8)
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {}
+    for name in ("fast", "checkpointing", "eager", "plain", "float32"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        how = HALF | dict(data=data, gradient_checkpointing=name == "checkpointing")
+        how["model"] = how.pop("base_model")
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "eager":
+                patch.setattr(fast, "captured", lambda functions, *_: functions)
+            if name in ("plain", "float32"):
+                precision = "fp16" if name == "plain" else "no"
+                runs[name] = plain_run_of(**how, mixed_precision=precision)
+            else:
+                runs[name] = run_of(**how, folder=folder / name)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return runs
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["fast", "checkpointing"])
+def test_the_fast_path_is_the_plain_loop_in_half_precision(half_runs, name):
+    """Over 50 steps it stays as near to the plain loop in float32 as the plain loop in fp16 does."""
+    rounding = distances(half_runs["float32"], half_runs["plain"])
+    found = distances(half_runs["float32"], half_runs[name])
+    between = distances(half_runs["plain"], half_runs[name])
+    print(f"apart from float32: plain {rounding}, {name} {found}; of each other {between}")
+    assert found[0] <= 1.5 * rounding[0]
+    assert found[1] <= 1.5 * rounding[1]
+    assert between[0] <= 2 * rounding[0]
+    assert between[1] <= 2 * rounding[1]
+
+
+@needs_gpu
+def test_the_graph_is_the_eager_loop(half_runs):
+    """The same function, recorded or called: the same numbers but for the order of some sums."""
+    found = distances(half_runs["eager"], half_runs["fast"])
+    print(f"graph apart from eager: {found}")
+    assert found[0] < 2e-3
+    assert found[1] < 0.05
+
+
+@needs_gpu
+def test_what_cannot_be_recorded_is_called_and_said(
+    processed_data, tmp_path, monkeypatch, capsys, new_precision
+):
+    loss = train.diffusion_loss
+
+    def waits(*arguments):
+        found = loss(*arguments)
+        found.sum().item()  # not allowed while recording
+        return found
+
+    monkeypatch.setattr(train, "diffusion_loss", waits)
+    run_of(HALF["base_model"], processed_data, tmp_path, max_steps=6)
+    assert "cannot be recorded as a CUDA graph" in capsys.readouterr().out
+
+
+@needs_gpu
+def test_channels_last_gives_the_same_unet():
+    expected = output_and_gradients(small_unet())
+    unet = small_unet()
+    assert fast.missing_kernels(DEVICE) is None
+    fast.channels_last(unet)
+    assert close(output_and_gradients(unet), expected, 1e-3)
+    half = small_unet(torch.float16)
+    fast.channels_last(half)
+    fast.fuse_lora(half)
+    assert close(output_and_gradients(half), expected, 2e-2)
+
+
+@needs_gpu
+def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures():
+    pipeline = inference.load_pipeline(ROOT / "demo" / "model", torch.float16, "cuda")
+    jobs = [("a red leather jacket", seed) for seed in range(8)]
+    how = dict(steps=8, guidance_scale=6.0, resolution=128, title="")
+    plain = [inference.draw(pipeline, jobs, batch_size=size, **how) for size in (1, 8)]
+    inference.record_unet(pipeline.unet, 16, 16)
+    recorded = inference.draw(pipeline, jobs, batch_size=8, **how)
+    base, batched, graph = (np.stack([np.asarray(i, np.float32) for i in images])
+                            for images in (*plain, recorded))  # fmt: skip
+    assert np.abs(batched - base).mean() < 1
+    assert np.abs(graph - batched).mean() < 0.5
+    assert np.abs(base[0] - base[1]).mean() > 5
+
+
+def test_how_many_pictures_are_drawn_at_once(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert inference.pictures_at_once(40, 0, 512, cpu) == 4
+    assert inference.pictures_at_once(40, 7, 512, cpu) == 7
+    assert inference.pictures_at_once(11, 8, 512, cpu) == 6  # two batches, evened out
+    for free, most in ((0.5, 1), (2.0, 2), (70.0, 8)):
+        monkeypatch.setattr(
+            torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 80 * 2**30)
+        )
+        found = inference.pictures_at_once(40, 0, 512, gpu)
+        assert 1 <= found <= most
+    assert found == 8
+    assert inference.pictures_at_once(40, 0, 1024, gpu) == 8
