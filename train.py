@@ -431,7 +431,6 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         scheduler = DDPMScheduler.from_pretrained(base_folder / "scheduler")
     vae = load_part(AutoencoderKL, base_folder, "vae", weight_dtype).to(device)
     with memory_for("encoding the pictures", f"--resolution {resolution // 2} needs a quarter"):
-        fast.channels_last(vae, say)
         latent_means, latent_deviations = encode_latents(vae, rows, device)
     del vae
 

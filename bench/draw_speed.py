@@ -2,17 +2,15 @@
 """How fast inference.py draws, how much memory it takes, and whether its pictures stay the same.
 
     python bench/random_sd15.py MODEL
-    python train.py --base-model MODEL --max-steps 200 --output-dir OUT --run-name adapter
-    python bench/draw_speed.py --base-model MODEL --lora-dir OUT/adapter --clip-model MODEL/clip
+    python bench/draw_speed.py --base-model MODEL --lora-dir MODEL/adapter --clip-model MODEL/clip
     python bench/draw_speed.py --demo                   # the miniature, on a CPU
 
-First the study's way, two pipelines and one picture at a time; then inference.py's own drawing with one
-technique taken away at a time; then the whole evaluation, in a process of its own. `difference` is the
+First the whole evaluation, in a process of its own; then the study's way, two pipelines and one picture
+at a time; then inference.py's own drawing with one technique taken away at a time. `difference` is the
 mean difference of the pixels (0 to 255) from the first row of ours, for the same prompts and seeds.
 """
 
 import argparse
-import contextlib
 import gc
 import re
 import shutil
@@ -109,40 +107,36 @@ def main():
     parser.add_argument("--lora-dir", default=DEMO["lora_dir"])
     parser.add_argument("--clip-model", default=DEMO["clip_model"])
     args = parser.parse_args()
+    whole(args)
     how = dict(steps=28, guidance_scale=6.0, resolution=128 if args.demo else 512)
     on_cuda = DEVICE.type == "cuda"
     print("| | s/picture | GiB reserved | difference |\n|---|--:|--:|--:|", flush=True)
     fresh()
     study = plain(args, how, 2 if on_cuda else 4)
     row("the study's way", *study, None)
-    variants = {"ours, 8 at once": dict(batch_size=8)}
-    variants |= {
-        f"{size} at once": dict(batch_size=size) for size in ((1, 4, 16) if on_cuda else (1, 4))
-    }
+    # (name, how ours() is called, what stands for fast.channels_last)
+    variants = [("ours, 8 at once", dict(batch_size=8), fast.channels_last)]
+    variants += [(f"{size} at once", dict(batch_size=size), fast.channels_last)
+                 for size in ((1, 4, 16) if on_cuda else (1, 4))]  # fmt: skip
     if on_cuda:
-        variants["8 at once, no CUDA graph"] = dict(batch_size=8, graph=False)
-        variants["no Triton kernels (channels-last all the same)"] = dict(batch_size=8)
-        variants["no channels-last"] = dict(batch_size=8)
-    variants["adapter not merged (PEFT's layers)"] = dict(batch_size=8, merged=False)
+        variants += [
+            ("- CUDA graph", dict(batch_size=8, graph=False), fast.channels_last),
+            ("- Triton kernels, channels-last", dict(batch_size=8), lambda model: None),
+        ]
+    variants.append(("- merging (PEFT's layers)", dict(batch_size=8, merged=False), fast.channels_last))  # fmt: skip
     reference = None
-    for name, options in variants.items():
+    for name, options, channels_last in variants:
         fresh()
-        with contextlib.ExitStack() as stack:
-            if name.startswith("no channels"):
-                stack.enter_context(
-                    patch.object(fast, "channels_last", lambda model, say=None: None)
-                )
-            if name.startswith("no Triton"):
-                stack.enter_context(patch.object(
-                    fast, "channels_last", lambda model, say=None: model.to(memory_format=torch.channels_last)))  # fmt: skip
+        with patch.object(fast, "channels_last", channels_last):
             seconds, images = ours(args, how, **options)
         row(name, seconds, images, reference)
         if reference is None:
             reference = images
             row("(the study's way against ours)", study[0], study[1], reference)
-    gc.collect()
-    if on_cuda:
-        torch.cuda.empty_cache()
+
+
+def whole(args):
+    """inference.py in a process of its own."""
     folder = Path(tempfile.mkdtemp(prefix="draw_speed_"))
     options = ["--demo"] if args.demo else ["--base-model", args.base_model, "--clip-model", args.clip_model]  # fmt: skip
     try:
@@ -150,10 +144,8 @@ def main():
                                       folder / "results")  # fmt: skip
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(
-        f"inference.py: {seconds:.1f} s with the imports, {memory / 1024:.2f} GiB as the driver sees it"
-    )
     print("\n".join(re.findall(r"\d+ pictures in .*", output)) or output[-2000:])
+    print(f"inference.py: {seconds:.1f} s with the imports, {memory / 1024:.2f} GiB as the driver sees it\n", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

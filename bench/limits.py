@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
 """What no program could beat: the operations of a step and of a picture over this machine's rates.
 
-    python bench/limits.py
+    python bench/limits.py           # Stable Diffusion v1.5 at 512x512
+    python bench/limits.py --demo    # the miniature at 128x128
 
-The operations are counted, without computing, on Stable Diffusion v1.5's architecture at 512x512
-(matrix products, convolutions and attention; a multiplication and an addition are two); the bytes are
-the weights' alone, in half precision, read once a pass. The rates are measured: a large matrix
-product, and a large copy (read and written), in fp16 on a GPU and fp32 on a CPU.
+The operations are counted without computing them (matrix products, convolutions and attention; a
+multiplication and an addition are two); the bytes are the weights' alone, read once a pass. The rates
+are measured: a large matrix product, and a large copy (read and written), in fp16 on a GPU and fp32
+on a CPU.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -51,21 +54,33 @@ def rates():
     return best(lambda: a @ b, 2 * side**3), best(lambda: target.copy_(source), 2 * source.numel())
 
 
-def operations():
-    """{what: (operations, bytes of weights read)}, counted on models without weights."""
+def architecture(demo):
+    """(UNet, text encoder, VAE, side of the latents), without weights."""
     with torch.device("meta"):
+        if demo:
+            unet, vae = (
+                kind.from_config(kind.load_config(ROOT / "demo" / "model" / part))
+                for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
+            )
+            text = CLIPTextConfig.from_pretrained(ROOT / "demo" / "model" / "text_encoder")
+            return unet, CLIPTextModel(text), vae, train.DEMO["resolution"] // 8
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        text_encoder = CLIPTextModel(CLIPTextConfig(
-            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-            num_attention_heads=12,
-        ))  # fmt: skip
+        text = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072,
+                              num_hidden_layers=12, num_attention_heads=12)  # fmt: skip
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
-        latents = torch.randn(1, 4, 64, 64)
+        return unet, CLIPTextModel(text), vae, 64
+
+
+def operations(demo):
+    """{what: (operations, bytes of weights read)}."""
+    unet, text_encoder, vae, side = architecture(demo)
+    with torch.device("meta"):
+        latents = torch.randn(1, 4, side, side)
         ids = torch.zeros(1, 77, dtype=torch.long)
-        pair = torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768)
+        pair = torch.randn(2, 4, side, side), torch.randn(2, 77, unet.config.cross_attention_dim)
         time_step = torch.zeros(1, dtype=torch.long)
 
     def counted(work):
@@ -90,24 +105,33 @@ def operations():
     plain = counted(step)
     unet.enable_gradient_checkpointing(train.recomputed)
     recomputing = counted(step)
-    size = {name: 2 * sum(p.numel() for p in m.parameters()) for name, m in
+    each = 4 if demo else 2  # bytes a weight
+    size = {name: each * sum(p.numel() for p in m.parameters()) for name, m in
             dict(unet=unet, text=text_encoder, vae=vae.decoder).items()}  # fmt: skip
     once = size["unet"] + size["text"]
     return {
         "training step": (plain, 2 * once),
         "training step with checkpointing": (recomputing, 2 * once + size["unet"]),
-        "picture, 28 steps guided (29 calls)": (29 * call + decoding, 29 * size["unet"] / 8),
+        "picture, 28 steps guided (29 calls), of 8 at once": (
+            29 * call + decoding,
+            29 * size["unet"] / 8,
+        ),
     }
 
 
 def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--demo", action="store_true")
+    demo = parser.parse_args().demo
     rate, bandwidth = rates()
     print(f"{device_name(DEVICE)}: {rate / 1e12:.2f} TFLOP/s, {bandwidth / 1e12:.3f} TB/s\n")
     print(
         "| | TFLOP | ms at that rate | GB of weights | ms at that bandwidth |\n|---|--:|--:|--:|--:|"
     )
-    for name, (count, size) in operations().items():
-        print(f"| {name} | {count / 1e12:.2f} | {1e3 * count / rate:.2f} | {size / 1e9:.2f} | "
+    for name, (count, size) in operations(demo).items():
+        print(f"| {name} | {count / 1e12:.3f} | {1e3 * count / rate:.2f} | {size / 1e9:.2f} | "
               f"{1e3 * size / bandwidth:.2f} |")  # fmt: skip
 
 

@@ -4,14 +4,17 @@
     python bench/random_sd15.py OUTPUT_DIR
 
 OUTPUT_DIR becomes a Stable Diffusion v1.5 folder with its exact architecture (UNet 859.5 million
-parameters, text encoder 123.1, VAE 83.7), in half precision, and OUTPUT_DIR/clip a ViT-B/32 scorer
-(151.3). A step costs what it costs on the real model; the pictures are noise. The tokenizers know
-single bytes only.
+parameters, text encoder 123.1, VAE 83.7), in half precision, OUTPUT_DIR/clip a ViT-B/32 scorer (151.3)
+and OUTPUT_DIR/adapter a LoRA adapter of rank 32 that changes something. A step costs what it costs on
+the real model; the pictures are noise. The tokenizers know single bytes only.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -24,6 +27,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
 )
+
+import adapters
+import train
 
 BEGIN, END = 49406, 49407  # as in CLIP's vocabulary
 
@@ -76,6 +82,16 @@ def main():
     CLIPProcessor(images, byte_tokenizer(folder / "clip")).save_pretrained(folder / "clip")
     for name, model in dict(unet=unet, text_encoder=text_encoder, vae=vae, clip=clip).items():
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
+    models = {"unet": unet, "text_encoder": text_encoder}
+    targets = {name: train.CONFIG[f"{name}_targets"] for name in models}
+    for name, model in models.items():
+        adapters.add_lora(model, 32, 32.0, targets[name])
+        for _, b in adapters.factors(model).values():
+            torch.nn.init.normal_(b.data, std=0.02)
+    (folder / "adapter").mkdir(exist_ok=True)
+    adapters.save_adapter(
+        folder / "adapter", models, 32, 32.0, targets, {"base_model": str(folder)}
+    )
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 
     python bench/random_sd15.py MODEL
     python bench/train_speed.py scripts --base-model MODEL [--diffusers-script PATH]
-    python bench/train_speed.py parts --base-model MODEL
-    python bench/train_speed.py whole --base-model MODEL
+    python bench/train_speed.py parts --base-model MODEL [--others]
     python bench/train_speed.py demo                        # the miniature, on a CPU
 
-Needs processed_data/ (python preprocess.py). `scripts` runs each script in a process of its own, and asks
-the driver for its memory too. `parts` runs train.py's loop with one technique taken away at a time.
-`whole` is one run of 4000 steps, from the command to the saved adapter. PATH is
+Needs processed_data/ (python preprocess.py). `scripts` runs each script in a process of its own, train.py
+for its whole 4000 steps; `parts` runs train.py's loop without held-out pictures, with one technique
+taken away at a time. The driver's figure is what nvidia-smi counts. PATH is
 examples/dreambooth/train_dreambooth_lora.py of a diffusers checkout.
 """
 
@@ -41,9 +40,10 @@ def driver_memory():
     return 0
 
 
-def run(*command):
-    """Run a command; returns (its output, wall seconds, most MiB the driver saw in use by it)."""
-    before, most, done = driver_memory(), [0], threading.Event()
+@contextlib.contextmanager
+def watched(before=0):
+    """A list of one number: the most MiB that the driver saw in use, less those `before`."""
+    most, done = [0], threading.Event()
 
     def watch():
         while not done.wait(0.2):
@@ -51,15 +51,23 @@ def run(*command):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        watcher.join()
+
+
+def run(*command):
+    """Run a command; returns (its output, wall seconds, most MiB the driver saw in use by it)."""
     started = time.monotonic()
-    process = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                             cwd=ROOT)  # fmt: skip
+    with watched(driver_memory()) as memory:
+        process = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                                 cwd=ROOT)  # fmt: skip
     seconds = time.monotonic() - started
-    done.set()
-    watcher.join()
     if process.returncode:
         print(f"{' '.join(map(str, command))} failed:\n{process.stderr[-3000:]}", file=sys.stderr)
-    return process.stdout + process.stderr, seconds, most[0]
+    return process.stdout + process.stderr, seconds, memory[0]
 
 
 def ours(folder, script, options):
@@ -75,105 +83,138 @@ def ours(folder, script, options):
 
 
 def scripts(args, folder):
+    """The slow loops, then train.py's whole run of 4000 steps, each in a process of its own."""
     base = ("--base-model", args.base_model)
-    print("| | ms/step | steps/s | GiB reserved | GiB, driver | set-up s |\n|---|--:|--:|--:|--:|--:|", flush=True)  # fmt: skip
+    print("| | ms/step | steps/s | GiB reserved | GiB, driver |\n|---|--:|--:|--:|--:|", flush=True)  # fmt: skip
 
     def row(name, line):
         output, seconds, memory = line
         found = re.search(r"([\d.]+) ms/step = ([\d.]+) steps/s; ([\d.]+) GiB", output)
         if found:
-            print(f"| {name} | {found[1]} | {found[2]} | {found[3]} | {memory / 1024:.2f} | |", flush=True)  # fmt: skip
+            print(f"| {name} | {found[1]} | {found[2]} | {found[3]} | {memory / 1024:.2f} |", flush=True)  # fmt: skip
 
-    steps = ("--max-steps", args.plain_steps)
-    row("the study's settings, plain loop", run("bench/plain_loop.py", *base, *steps))
+    row("the study's settings, a plain loop", run("bench/plain_loop.py", *base, "--max-steps", args.plain_steps, "--warmup-steps", 10))  # fmt: skip
     if args.diffusers_script:
         pictures = ROOT / "processed_data" / "images"
         row("diffusers' train_dreambooth_lora.py", run(
             "bench/time_script.py", args.diffusers_script, "--pretrained_model_name_or_path", args.base_model,
             "--instance_data_dir", pictures, "--instance_prompt", "a holographic raincoat", "--output_dir",
             folder / "theirs", "--train_text_encoder", "--rank", 32, "--resolution", 512, "--train_batch_size", 1,
-            "--learning_rate", "1e-4", "--lr_scheduler", "cosine", "--lr_warmup_steps", 50, "--use_8bit_adam",
+            "--learning_rate", "1e-4", "--lr_scheduler", "cosine", "--lr_warmup_steps", 10, "--use_8bit_adam",
             "--mixed_precision", "fp16", "--gradient_checkpointing", "--max_train_steps", args.plain_steps,
             "--checkpointing_steps", 10000, "--seed", 42,
         ))  # fmt: skip
-    plain = ("--no-gradient-checkpointing",)
-    for name, script, options in (
-        ("train.py", "train.py", ()),
-        ("train_experiment_rank8.py", "train_experiment_rank8.py", ()),
-        ("train_experiment_unet_only.py", "train_experiment_unet_only.py", ()),
-        ("train.py without checkpointing", "train.py", plain),
-        ("rank 8 without", "train_experiment_rank8.py", plain),
-        ("UNet only without", "train_experiment_unet_only.py", plain),
-    ):
-        result, seconds, memory = ours(folder, script, (*base, "--max-steps", args.steps, *options))
-        if result:
-            rate = result["steps_a_second"]
-            print(f"| {name} | {1e3 / rate:.1f} | {rate:.1f} | {result['peak_gib_reserved']:.2f} | "
-                  f"{memory / 1024:.2f} | {result['set_up_seconds']:.1f} |", flush=True)  # fmt: skip
-
-
-def whole(args, folder):
-    result, seconds, memory = ours(folder, "train.py", ("--base-model", args.base_model))
+    result, seconds, memory = ours(folder, "train.py", base)
     if result:
-        print(f"4000 steps from the command to the adapter: {seconds:.1f} s, of it set-up {result['set_up_seconds']:.1f} s "
-              f"after the imports; {result['steps_a_second']:.1f} steps/s; {result['peak_gib_reserved']:.2f} GiB reserved, "
-              f"{memory / 1024:.2f} GiB as the driver sees it")  # fmt: skip
+        rate = result["steps_a_second"]
+        print(f"| train.py, all its 4000 steps | {1e3 / rate:.1f} | {rate:.1f} | {result['peak_gib_reserved']:.2f} | "
+              f"{memory / 1024:.2f} |\n\nfrom the command to the adapter {seconds:.1f} s, set-up after the imports "
+              f"{result['set_up_seconds']:.1f} s", flush=True)  # fmt: skip
+
+
+def optimizer_times(torch):
+    """Milliseconds of a step of the loss scaler and the optimizer, over 304 tensors and over 2."""
+    import bitsandbytes
+
+    for count in (304, 2):
+        weights = [
+            torch.nn.Parameter(torch.zeros(7_557_120 // count, device="cuda")) for _ in range(count)
+        ]
+        optimizer = bitsandbytes.optim.AdamW8bit(weights)
+        scaler = torch.amp.GradScaler()
+        scaler.scale(torch.zeros((), device="cuda"))
+        times = []
+        for _ in range(20):
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            scaler.step(optimizer)
+            scaler.update()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        print(f"scaler and 8-bit AdamW over {count} tensors: {1e3 * sorted(times)[10]:.2f} ms", flush=True)  # fmt: skip
 
 
 def parts(args, folder):
-    """train.py's loop in this process, one technique taken away at a time."""
+    """train.py's loop in this process: its variants, then with one technique taken away at a time."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     import fast
     import train
+    from bench.limits import rates
 
-    record = fast.captured
+    print("{:.0f} TFLOP/s in a large fp16 matrix product, {:.2f} TB/s in a large copy".format(*(r / 1e12 for r in rates())))  # fmt: skip
+    optimizer_times(torch)
+    record, flatten = fast.captured, train.flatten_parameters
 
     def autocast(functions, *others):
         return record([torch.autocast("cuda", torch.float16)(f) for f in functions], *others)
 
-    flatten = train.flatten_parameters
-    half = dict(flatten_parameters=lambda weights, dtype: flatten(weights, torch.float32))
-    variants = {
-        "train.py": {},
-        "no CUDA graph": dict(captured=lambda functions, *_: functions),
-        "PEFT's LoRA layers": dict(fuse_lora=lambda model: None),
-        "PEFT's layers, LoRA weights in float32 under autocast": dict(
-            fuse_lora=lambda model: None, captured=autocast, train=half
-        ),
-        "no Triton kernels (channels-last all the same)": dict(
-            channels_last=lambda model, say=None: model.to(memory_format=torch.channels_last)
-        ),
-        "no channels-last": dict(channels_last=lambda model, say=None: None),
-        "none of them": dict(
-            fuse_lora=lambda model: None, captured=lambda functions, *_: functions,
-            channels_last=lambda model, say=None: None,
-        ),
-    }  # fmt: skip
-    if args.compile:
+    def called(functions, *others):
+        return functions
 
-        def compiled(model):
-            if hasattr(model, "compile_repeated_blocks"):
-                model.compile_repeated_blocks()
+    def converted(model, say=None):
+        model.to(memory_format=torch.channels_last)
 
-        variants["and UNet blocks compiled (diffusers' regional compilation)"] = dict(fuse_lora=compiled)  # fmt: skip
-    print("| | ms/step | steps/s | GiB reserved | set-up s |\n|---|--:|--:|--:|--:|", flush=True)
-    for name, changes in variants.items():
+    def nothing(model, say=None):
+        pass
+
+    def attending(backend):
+        return lambda functions, *others: record([inside(f, backend) for f in functions], *others)
+
+    def inside(function, backend):
+        def work():
+            with sdpa_kernel(backend):
+                return function()
+
+        return work
+
+    def compiled(model):
+        if hasattr(model, "compile_repeated_blocks"):
+            model.compile_repeated_blocks()
+
+    recomputing, small = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
+    unet_only = dict(train_text_encoder=False)
+    # (name, what differs in the configuration, what is replaced in fast.py, in train.py)
+    variants = [
+        ("train.py, with checkpointing", recomputing, {}, {}),
+        ("rank 8, with checkpointing", recomputing | small, {}, {}),
+        ("UNet only, with checkpointing", recomputing | unet_only, {}, {}),
+        ("train.py without checkpointing", {}, {}, {}),
+        ("rank 8 without", small, {}, {}),
+        ("UNet only without", unet_only, {}, {}),
+        ("- CUDA graph", {}, dict(captured=called), {}),
+        ("- fused LoRA layers (PEFT's)", {}, dict(fuse_lora=nothing), {}),
+        ("- fused LoRA layers, fp16 copy (autocast)", {}, dict(fuse_lora=nothing, captured=autocast),
+         dict(flatten_parameters=lambda weights, dtype: flatten(weights, torch.float32))),
+        ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted), {}),
+        ("- Triton kernels, channels-last", {}, dict(channels_last=nothing), {}),
+        ("- all of these", {}, dict(channels_last=nothing, fuse_lora=nothing, captured=called), {}),
+    ]  # fmt: skip
+    if args.others:
+        variants += [
+            ("attention: flash kernel forced", {}, dict(captured=attending(SDPBackend.FLASH_ATTENTION)), {}),
+            ("attention: memory-efficient kernel forced", {},
+             dict(captured=attending(SDPBackend.EFFICIENT_ATTENTION)), {}),
+        ]  # fmt: skip
+        variants.append(("PEFT's layers, blocks compiled", {}, dict(fuse_lora=compiled), {}))
+    print("| | ms/step | steps/s | GiB reserved | GiB, driver | set-up s |\n|---|--:|--:|--:|--:|--:|", flush=True)  # fmt: skip
+    for name, differs, replaced, replaced_in_train in variants:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        eager = "captured" in changes and changes["captured"] is not autocast
+        steps = args.plain_steps if replaced.get("captured") is called else args.steps
         config = train.CONFIG | dict(
             base_model=args.base_model, output_dir=str(folder), run_name="part", resume=False,
-            gradient_checkpointing=False, max_steps=args.plain_steps if eager else args.steps,
-            warmup_steps=10, validation_count=0,
-        )  # fmt: skip
+            gradient_checkpointing=False, max_steps=steps, warmup_steps=10, validation_count=0,
+        ) | differs  # fmt: skip
         with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
-            changes = dict(changes)
-            for key, value in changes.pop("train", {}).items():
-                stack.enter_context(patch.object(train, key, value))
-            for key, value in changes.items():
-                stack.enter_context(patch.object(fast, key, value))
+            for module, changes in ((fast, replaced), (train, replaced_in_train)):
+                for key, value in changes.items():
+                    stack.enter_context(patch.object(module, key, value))
+            memory = stack.enter_context(watched())
             try:
                 train.train(**config)
             except Exception as problem:
@@ -182,12 +223,12 @@ def parts(args, folder):
         result = json.loads((folder / "part" / "config.json").read_text())
         rate = result["steps_a_second"]
         print(f"| {name} | {1e3 / rate:.1f} | {rate:.1f} | {result['peak_gib_reserved']:.2f} | "
-              f"{result['set_up_seconds']:.1f} |", flush=True)  # fmt: skip
+              f"{memory[0] / 1024:.2f} | {result['set_up_seconds']:.1f} |", flush=True)  # fmt: skip
 
 
 def demo(args, folder):
     output = run("bench/plain_loop.py", "--demo", "--max-steps", args.plain_steps)[0]
-    print(output.splitlines()[-1])
+    print(re.search(r"plain loop: [\d.]+ ms.*", output)[0])
     result, *_ = ours(folder, "train.py", ("--demo", "--max-steps", args.steps))
     print(f"train.py --demo: {result['steps_a_second']:.1f} steps/s")
 
@@ -196,13 +237,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    tables = dict(scripts=scripts, parts=parts, whole=whole, demo=demo)
+    tables = dict(scripts=scripts, parts=parts, demo=demo)
     parser.add_argument("table", choices=tables)
     parser.add_argument("--base-model")
     parser.add_argument("--diffusers-script", type=lambda path: Path(path).resolve())
     parser.add_argument("--steps", type=int, default=400, help="of our scripts")
     parser.add_argument("--plain-steps", type=int, default=80, help="of the slow loops")
-    parser.add_argument("--compile", action="store_true", help="also try regional compilation")
+    parser.add_argument("--others", action="store_true", help="parts: also what was not taken")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="train_speed_"))
     try:

@@ -276,15 +276,15 @@ def half_runs(tmp_path_factory):
 @needs_gpu
 @pytest.mark.parametrize("name", ["fast", "checkpointing"])
 def test_the_fast_path_is_the_plain_loop_in_half_precision(half_runs, name):
-    """Over 50 steps it stays as near to the plain loop in float32 as the plain loop in fp16 does."""
+    """Over 50 steps its losses stay within half a unit of fp16's last place of the plain loop's, in
+    float32 and in fp16, and its weights as near to float32's as those of the plain loop in fp16 do."""
     rounding = distances(half_runs["float32"], half_runs["plain"])
     found = distances(half_runs["float32"], half_runs[name])
     between = distances(half_runs["plain"], half_runs[name])
     print(f"apart from float32: plain {rounding}, {name} {found}; of each other {between}")
-    assert found[0] <= 1.5 * rounding[0]
+    assert max(found[0], between[0]) <= 2**-11
     assert found[1] <= 1.5 * rounding[1]
-    assert between[0] <= 2 * rounding[0]
-    assert between[1] <= 2 * rounding[1]
+    assert between[1] <= 1.5 * rounding[1]
 
 
 @needs_gpu
