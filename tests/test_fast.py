@@ -240,6 +240,27 @@ def test_train_is_the_plain_loop(tiny_model, processed_data, tmp_path, new_preci
     assert distances(plain, other)[1] > 0.05  # the bound would see a recipe that is a tenth off
 
 
+def test_the_model_computes_with_a_copy_and_the_vector_is_saved(
+    tiny_model, processed_data, tmp_path, monkeypatch, new_precision
+):
+    """As in half precision, where the two do not share memory: the copy follows the vector."""
+    if DEVICE.type == "cuda":
+        pytest.skip("there it is a copy anyway")
+    flatten = train.flatten_parameters
+
+    def apart(parameters, dtype):
+        flat, working = flatten(parameters, dtype)
+        working = working.clone()
+        train.set_views(parameters, working)
+        return flat, working
+
+    shared = run_of(tiny_model, processed_data, tmp_path / "shared")
+    monkeypatch.setattr(train, "flatten_parameters", apart)
+    losses, weights = run_of(tiny_model, processed_data, tmp_path / "apart")
+    assert losses == shared[0]
+    assert all(torch.equal(weights[name], weight) for name, weight in shared[1].items())
+
+
 @pytest.fixture
 def new_precision():
     """accelerate keeps the first precision that a process asks for."""
