@@ -89,8 +89,11 @@ def test_alpha_other_than_rank_survives_the_file(tmp_path, tiny_model, pipeline)
     assert adapters.read_adapter(tmp_path).alpha == {"unet": 2.0, "text_encoder": 2.0}
     theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     theirs.load_lora_weights(tmp_path)
-    for name, output in probe(theirs).items():
-        torch.testing.assert_close(output, expected[name], rtol=1e-5, atol=1e-5)
+    ours = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    adapters.Applied(adapters.read_adapter(tmp_path), models_of(ours))
+    for reader in (theirs, ours):
+        for name, output in probe(reader).items():
+            torch.testing.assert_close(output, expected[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])

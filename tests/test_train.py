@@ -139,6 +139,16 @@ def test_accumulation_agrees_with_a_larger_batch(tiny_model, processed_data, tmp
     assert relative_difference(weights(tmp_path / "a"), weights(tmp_path / "b")) < 0.01
 
 
+def test_the_held_out_loss_does_not_depend_on_the_batch_size(tiny_model, processed_data, tmp_path):
+    """Eight probes in batches of 1 or of 3, of which the last is not full."""
+    found = []
+    for size in (1, 3):
+        train_tiny(tiny_model, processed_data, tmp_path / str(size), batch_size=size)
+        log = (tmp_path / str(size) / "lora_weights_rank_32" / "log.jsonl").read_text()
+        found.append(json.loads(log.splitlines()[0])["validation_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_learning_rate_zero_is_caught_not_saved(tiny_model, processed_data, tmp_path):
     for rates in (
         dict(unet_learning_rate=0, text_encoder_learning_rate=0),
