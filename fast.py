@@ -114,7 +114,7 @@ if triton:
         second = tl.zeros([ROWS, WIDTH], tl.float32)
         begin = tl.program_id(1) * EACH
         for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
-            rows = row + tl.arange(0, ROWS)[:, None]
+            rows = row + tl.arange(0, ROWS).to(tl.int64)[:, None]
             inside = (rows < tl.minimum(begin + EACH, HW)) & (column < GROUP)
             place = start + rows * C + column
             value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
@@ -156,7 +156,7 @@ if triton:
                 tl.store(statistics + tl.program_id(0) * 2 + 1, rstd)
         begin = tl.program_id(1) * EACH
         for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
-            rows = row + tl.arange(0, ROWS)[:, None]
+            rows = row + tl.arange(0, ROWS).to(tl.int64)[:, None]
             inside = (rows < tl.minimum(begin + EACH, HW)) & (column < GROUP)
             place = start + rows * C + column
             value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
@@ -188,7 +188,8 @@ if triton:
 class GroupNormSilu(torch.autograd.Function):
     """Group norm (Wu & He 2018) of x [n, c, h, w] in channels-last layout, and its SiLU.
 
-    weight and bias [c] are frozen. Sums are float32. Of the forward pass x is kept and nothing else.
+    weight and bias [c] are frozen. Sums are float32. Of the forward pass x is kept, and of each
+    group its mean and deviation.
     """
 
     @staticmethod
@@ -248,19 +249,19 @@ class Geglu(torch.autograd.Function):
         return out
 
 
-def channels_last(model, say=print):
+def channels_last(model):
     """Put a UNet or VAE on a GPU into channels-last layout, with the kernels above; any other
     device is left as it is. Its own weights must be frozen.
 
-    Where Triton cannot be had (it needs a C compiler, and a GPU that it knows) PyTorch's kernels
-    remain, and `say` says so.
+    Where Triton cannot be had (it needs a C compiler, and a GPU that it knows) that is said, and
+    PyTorch's kernels remain.
     """
     device = next(model.parameters()).device
     if device.type != "cuda":
         return
     reason = missing_kernels(device)
     if reason:
-        say(f"note: no Triton kernels, so this is slower than it could be: {reason}")
+        print(f"note: no Triton kernels, so this is slower than it could be: {reason}")
         return
     _rebuild(model)
 
@@ -269,7 +270,7 @@ def _rebuild(model):
     model.to(memory_format=torch.channels_last)
     silent = set()  # norms that are followed by a SiLU, which they now do themselves
     for module in model.modules():
-        if isinstance(module, ResnetBlock2D) and isinstance(module.nonlinearity, torch.nn.SiLU):
+        if _is_plain(module):
             silent |= {module.norm1, module.norm2}
             module.nonlinearity = torch.nn.Identity()
             _join_biases(module)
@@ -285,17 +286,28 @@ def _rebuild(model):
             module.forward = functools.partial(_geglu_forward, module)
 
 
+def _is_plain(module):
+    """Whether it is a residual block whose norms are followed by a SiLU and nothing else."""
+    return (
+        isinstance(module, ResnetBlock2D)
+        and isinstance(module.nonlinearity, torch.nn.SiLU)
+        and module.time_embedding_norm == "default"
+        and not module.skip_time_act
+    )
+
+
 @torch.no_grad()
 def _join_biases(block):
     """Add two biases of a residual block that meet anyway beforehand: each is a pass over the
-    whole tensor. Its SiLU moves into the norms and, for the timestep, here."""
-    if block.time_emb_proj is not None and block.time_embedding_norm == "default":
-        block.time_emb_proj.bias += block.conv1.bias  # hidden = conv1(…) + time_emb_proj(…)
+    whole tensor. Its SiLU has moved into the norms; for the timestep it is put here."""
+    projection, shortcut = block.time_emb_proj, block.conv_shortcut
+    if projection is not None:
+        inner = getattr(projection, "base_layer", projection)  # LoRA may be around it
+        inner.bias += block.conv1.bias  # hidden = conv1(…) + time_emb_proj(…)
         block.conv1.bias = None
-    if block.time_emb_proj is not None:
-        block.time_emb_proj = torch.nn.Sequential(torch.nn.SiLU(), block.time_emb_proj)
-    if block.conv_shortcut is not None:
-        block.conv_shortcut.bias += block.conv2.bias  # out = conv_shortcut(…) + conv2(…)
+        projection.register_forward_pre_hook(lambda _, inputs: (F.silu(inputs[0]),))
+    if shortcut is not None and shortcut.bias is not None:
+        shortcut.bias += block.conv2.bias  # out = conv_shortcut(…) + conv2(…)
         block.conv2.bias = None
 
 
@@ -306,7 +318,8 @@ def _project_rows(transformer):
     for name in ("proj_in", "proj_out"):
         convolution = getattr(transformer, name)
         if isinstance(convolution, torch.nn.Conv2d):
-            linear = torch.nn.Linear(1, 1, device="meta")
+            sizes = convolution.in_channels, convolution.out_channels
+            linear = torch.nn.Linear(*sizes, device="meta")
             linear.weight = torch.nn.Parameter(convolution.weight.flatten(1), requires_grad=False)
             linear.bias = convolution.bias
             setattr(transformer, name, linear)
@@ -348,6 +361,8 @@ def missing_kernels(device):
         found, expected = Geglu.apply(x[..., :4]), x[..., :2] * F.gelu(x[..., 2:4])
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
             return "their results are wrong here"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as problem:  # a compiler, a driver, an unknown GPU: whatever it is, go on
         return f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
     return None
@@ -356,15 +371,15 @@ def missing_kernels(device):
 # ---- CUDA graphs ---------------------------------------------------------------------------
 
 
-def captured(functions, device, say=print):
+def captured(functions, device):
     """`functions` recorded as CUDA graphs: a list of callables that run them.
 
     A function takes nothing and returns a tensor or None. It must read and write the same tensors
-    whenever it is called, draw no random numbers on the GPU, and never wait for the GPU. Each is called
-    twice here: once to let the libraries choose their kernels, once to be recorded, which computes
+    whenever it is called, draw no random numbers on the GPU, and never wait for the GPU. With a GPU each
+    is called twice here: once to let the libraries choose their kernels, once to be recorded, which computes
     nothing. The graphs share their memory, so what one returns is overwritten by the next replay of any.
 
-    Without a GPU, or if one cannot be recorded, which `say` then says, they are the functions themselves.
+    Without a GPU, or if one cannot be recorded, which is then said, they are the functions themselves.
     """
     if device.type != "cuda":
         return list(functions)
@@ -381,7 +396,7 @@ def captured(functions, device, say=print):
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as problem:
-        say("note: this GPU's work cannot be recorded as a CUDA graph, so Python launches every kernel, "
+        print("note: this GPU's work cannot be recorded as a CUDA graph, so Python launches every kernel, "
             f"which is several times slower: {' '.join(str(problem).split())[:160]}")  # fmt: skip
         return list(functions)
 

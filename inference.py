@@ -16,6 +16,7 @@ Runs whose names differ in their ending _seed<N> only are training seeds of one 
 """
 
 import csv
+import gc
 import hashlib
 import itertools
 import json
@@ -215,26 +216,29 @@ def pictures_at_once(jobs, asked, resolution, device):
 
 
 @torch.no_grad()
-def record_unet(unet, samples, size):
-    """Let `unet` predict `samples` latents of size x size by a CUDA graph; others as before."""
+def record_unet(pipeline, samples, size):
+    """Let the UNet predict up to `samples` latents of size x size at once by a CUDA graph, which
+    always computes that many; others as before."""
+    unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
     plain, device = unet.forward, unet.device
     latents = torch.zeros(
         samples, unet.config.in_channels, size, size, device=device, dtype=unet.dtype
     )
     states = torch.zeros(
-        samples, 77, unet.config.cross_attention_dim, device=device, dtype=unet.dtype
+        samples, tokens, unet.config.cross_attention_dim, device=device, dtype=unet.dtype
     )
     timestep = torch.zeros((), dtype=torch.long, device=device)
     (predict,) = fast.captured([lambda: plain(latents, timestep, states).sample], device)
 
     def forward(sample, t, encoder_hidden_states, return_dict=True, **others):
-        recorded = (latents.shape, states.shape) == (sample.shape, encoder_hidden_states.shape)
-        if return_dict or not recorded:
+        count = len(sample)
+        shapes = sample.shape[1:], encoder_hidden_states.shape[1:]
+        if return_dict or count > samples or shapes != (latents.shape[1:], states.shape[1:]):
             return plain(sample, t, encoder_hidden_states, return_dict=return_dict, **others)
-        latents.copy_(sample)
-        states.copy_(encoder_hidden_states)
+        latents[:count].copy_(sample)
+        states[:count].copy_(encoder_hidden_states)
         timestep.copy_(t)
-        return (predict().clone(),)  # the next replay writes over it
+        return (predict()[:count].clone(),)  # the next replay writes over it
 
     unet.forward = forward
 
@@ -659,6 +663,10 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         loaded = time.monotonic()
         runs = draw_runs(config, plan, pipeline, prompts, seeds)
         drawn = time.monotonic()
+        del pipeline  # its memory is the scorers' now
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     chunks = [runs[0].base[i : i + len(seeds)] for i in range(0, len(runs[0].base), len(seeds))]
     ceilings = [metrics.lpips_ceiling(chunk, device) for chunk in chunks]
@@ -791,6 +799,7 @@ def ready_pipeline(config, plan, prompts, training, device):
         applied = adapters.Applied(adapter, models_of(pipeline))
         check_switch(pipeline, applied, adapter, base_probe)
         applied.set_scale(0)
+        del applied  # with its copies of the weights
     return pipeline
 
 
@@ -809,7 +818,7 @@ def draw_runs(config, plan, pipeline, prompts, seeds):
     if pipeline.device.type == "cuda":
         samples = how["batch_size"] * (2 if config["guidance_scale"] > 1 else 1)
         with drawing_memory(how["batch_size"]):
-            record_unet(pipeline.unet, samples, config["resolution"] // pipeline.vae_scale_factor)
+            record_unet(pipeline, samples, config["resolution"] // pipeline.vae_scale_factor)
     base = draw(pipeline, jobs, **how, title="base")
     runs, scales = [], config["lora_scales"]
     for name, adapter, target in plan[0]:
@@ -820,6 +829,7 @@ def draw_runs(config, plan, pipeline, prompts, seeds):
             title = name if scale == 1 else f"{name} at {scale:g}"
             drawn[scale] = draw(pipeline, jobs, **how, title=title)
         applied.set_scale(0)
+        del applied  # with its copies of the weights
         scaled = {scale: drawn[scale] for scale in scales} if set(scales) != {1.0} else {}
         runs.append(Run(name, target, describe(adapter), base, drawn[1.0], scaled))
     return runs
@@ -955,7 +965,7 @@ def write_run(run, summary, shown):
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as pool:  # encoding a picture keeps a core busy, and no lock
-        list(pool.map(Image.Image.save, images, paths))
+        list(pool.map(lambda pair: pair[0].save(pair[1]), zip(images, paths, strict=True)))
     report.comparison_figure(by_prompt, run.name, min(3, count)).save(new / "comparison_all.png")
     for category in ("success", "failure"):
         chosen = [row for row in by_prompt if row["category"] == category]

@@ -198,7 +198,7 @@ def flatten_parameters(parameters, dtype):
     zeros, and as one flat tensor of `dtype`, of which they become views.
 
     An optimizer, a loss scaler and an all-reduce see one tensor, `flat`; the model computes with
-    `working`, into which `flat` has to be copied once a step. For float32 the two share memory.
+    `working`, into which `flat` has to be copied whenever it has changed. For float32 the two share memory.
     """
     flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
     flat.grad = torch.zeros_like(flat)
@@ -451,7 +451,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     for component, model in models.items():
         model.requires_grad_(False)
         adapters.add_lora(model, rank, alpha, targets[component])
-        # Not .train(): nothing here drops out, and diffusers' blocks then copy to another layout.
+        # Not .train(): SD1.5 has no dropout, and diffusers' blocks would copy to another layout.
         model.to(device).eval()
         fast.fuse_lora(model)
         parameters.append([w for pair in adapters.factors(model).values() for w in pair])
@@ -466,7 +466,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         frozen = sum(p.numel() for p in model.parameters()) - trainable
         say(f"{component}: {trainable:,} trainable LoRA parameters, {frozen:,} frozen, "
             f"learning rate {learning_rates[component]:g}")  # fmt: skip
-    fast.channels_last(unet, say)
+    fast.channels_last(unet)
     if not train_text_encoder:
         text_encoder.to(device)
         with torch.no_grad():
@@ -511,6 +511,9 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             tensor.copy_(torch.from_numpy(values))
 
     def forward():
+        """The mean loss of the micro-batch, and each one's in `sample_losses`."""
+        for flat, copy in zip(flats, working, strict=True):
+            copy.copy_(flat.data)
         latents = latent_means[indices] + latent_deviations[indices] * latent_noise
         states = (
             text_encoder(input_ids[indices])[0] if train_text_encoder else cached_states[indices]
@@ -521,8 +524,6 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     def forward_backward():
         """Add the gradient of the mean loss to that of the flat vectors."""
-        for flat, copy in zip(flats, working, strict=True):
-            copy.copy_(flat.data)
         loss = forward() / gradient_accumulation_steps
         if accelerator.scaler is not None:
             loss = accelerator.scaler.scale(loss)
@@ -607,9 +608,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     with memory_for(f"training with batch_size {batch_size}", memory_advice):
         upcoming = micro_batch(first_micro)
         fill(*upcoming)
-        micro_step, measure = fast.captured(
-            [forward_backward, torch.no_grad()(forward)], device, say
-        )
+        micro_step, measure = fast.captured([forward_backward, torch.no_grad()(forward)], device)
         for flat in flats:
             flat.grad.zero_()
         if len(held_out) and is_main and not saved:

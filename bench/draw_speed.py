@@ -89,7 +89,7 @@ def ours(args, how, batch_size, merged=True, graph=True):
         pipeline.load_lora_weights(ROOT / args.lora_dir)
     if graph and DEVICE.type == "cuda":
         size = how["resolution"] // pipeline.vae_scale_factor
-        inference.record_unet(pipeline.unet, 2 * batch_size, size)
+        inference.record_unet(pipeline, 2 * batch_size, size)
     inference.draw(
         pipeline, JOBS[:batch_size], batch_size=batch_size, title="", **how | dict(steps=2)
     )

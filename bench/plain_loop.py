@@ -5,8 +5,9 @@
     python bench/plain_loop.py --demo --max-steps 80
 
 Everything in float32 under autocast, the VAE at every step, PEFT's layers, an optimizer over some 300
-separate tensors, gradient checkpointing. It takes train.py's options, trains on the same pictures
-in the same order with the same noise, prints the median time of a step, and saves nothing.
+separate tensors, gradient checkpointing. It takes train.py's options for the model, the pictures, LoRA,
+the optimizer and precision; its batch is one picture. It trains on the same pictures in the same order
+with the same noise, prints the median time of a step, and saves nothing.
 """
 
 import statistics

@@ -155,10 +155,10 @@ def parts(args, folder):
     def called(functions, *others):
         return functions
 
-    def converted(model, say=None):
+    def converted(model):
         model.to(memory_format=torch.channels_last)
 
-    def nothing(model, say=None):
+    def nothing(model):
         pass
 
     def attending(backend):

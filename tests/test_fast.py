@@ -24,16 +24,16 @@ needs_triton = pytest.mark.skipif(fast.triton is None, reason="this torch came w
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def small_unet(dtype=torch.float32):
+def small_unet(dtype=torch.float32, targets=("to_q", "to_k", "to_v", "to_out.0"), **changes):
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
         attention_head_dim=8, norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **changes,
     )  # fmt: skip
     unet.requires_grad_(False)
-    adapters.add_lora(unet, 4, 8.0, ("to_q", "to_k", "to_v", "to_out.0"))
+    adapters.add_lora(unet, 4, 8.0, targets)
     for _, b in adapters.factors(unet).values():
         torch.nn.init.normal_(b.data, std=0.1)
     return unet.to(DEVICE, dtype).eval()
@@ -105,11 +105,14 @@ torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 grad = torch.randn_like(found)
 torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), rtol=1e-4, atol=1e-5)
 from test_fast import close, output_and_gradients, small_unet
-expected, unet = output_and_gradients(small_unet()), small_unet()
-fast._rebuild(unet)
-assert close(output_and_gradients(unet), expected, 1e-4)
-norms = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
-assert norms and all("forward" in vars(norm) for norm in norms)
+for how in ({}, dict(targets=("time_emb_proj", "to_q")), dict(resnet_time_scale_shift="scale_shift"),
+            dict(use_linear_projection=True)):
+    expected, unet = output_and_gradients(small_unet(**how)), small_unet(**how)
+    fast._rebuild(unet)
+    assert close(output_and_gradients(unet), expected, 1e-4), how
+    norms = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert norms and all("forward" in vars(norm) for norm in norms)
+    assert list(unet.state_dict()) and not any("time_emb_proj.1" in name for name in unet.state_dict())
 print("all equal")
 """
 
@@ -122,13 +125,13 @@ from triton.compiler import ASTSource
 import fast
 kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", COUNT="i32", HALF="i32", eps="fp32",
              statistics="*fp32", sums="*fp32")
-for architecture in (75, 80, 90):  # T4, A100, H100
+for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16")):  # T4, A100, H100
     for kernel in (fast._norm_sums, fast._norm_apply, fast._geglu):
         for backward in (False, True):
             sizes = dict(GROUP=10, WIDTH=16, ROWS=512, PARTS=16, BLOCK=1024, BACKWARD=backward)
             names = [parameter.name for parameter in kernel.params]
             known = {name: sizes[name] for name in names if name in sizes}
-            signature = {name: "constexpr" if name in known else kinds.get(name, "*fp16") for name in names}
+            signature = {name: "constexpr" if name in known else kinds.get(name, f"*{dtype}") for name in names}
             source = ASTSource(fn=kernel, signature=signature, constexprs=known)
             triton.compile(source, target=GPUTarget("cuda", architecture, 32))
 print("all compiled")
@@ -151,19 +154,19 @@ def test_triton_kernels_give_pytorchs_results():
     assert "all equal" in done.stdout, done.stderr
 
 
-def test_without_triton_it_is_said_and_goes_on(monkeypatch):
+def test_without_triton_it_is_said_and_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(fast, "triton", None)
     fast.missing_kernels.cache_clear()
     assert "without Triton" in fast.missing_kernels(DEVICE)
     fast.missing_kernels.cache_clear()
-    said = []
     unet = small_unet()
-    fast.channels_last(unet, said.append)
-    assert bool(said) == (DEVICE.type == "cuda")
+    fast.channels_last(unet)
+    assert ("no Triton kernels" in capsys.readouterr().out) == (DEVICE.type == "cuda")
     output_and_gradients(unet)
     fast.missing_kernels.cache_clear()
 
 
+@needs_triton
 def test_kernels_that_do_not_compile_or_are_wrong_are_not_used(monkeypatch):
     def fails(*arguments):
         raise OSError("no C compiler")
@@ -254,11 +257,37 @@ def test_the_model_computes_with_a_copy_and_the_vector_is_saved(
         train.set_views(parameters, working)
         return flat, working
 
-    shared = run_of(tiny_model, processed_data, tmp_path / "shared")
+    how = dict(max_steps=6, warmup_steps=1, validate_every=2)
+    shared = run_of(tiny_model, processed_data, tmp_path / "shared", **how)
     monkeypatch.setattr(train, "flatten_parameters", apart)
-    losses, weights = run_of(tiny_model, processed_data, tmp_path / "apart")
-    assert losses == shared[0]
+    _, weights = run_of(tiny_model, processed_data, tmp_path / "apart", **how)
     assert all(torch.equal(weights[name], weight) for name, weight in shared[1].items())
+    # The losses too, those of the held-out pictures after an update included.
+    logs = [
+        (tmp_path / name / train.CONFIG["run_name"] / "log.jsonl").read_text()
+        for name in ("shared", "apart")
+    ]
+    assert logs[0] == logs[1]
+    assert logs[0].count("validation_loss") == 4
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch(
+    tiny_model, processed_data, tmp_path, monkeypatch, new_precision
+):
+    """Their size too, to which AdamW is blind."""
+    seen = []
+
+    class Recording(train.bitsandbytes.optim.AdamW8bit):
+        def step(self, closure=None):
+            seen.append([group["params"][0].grad.clone() for group in self.param_groups])
+            return super().step(closure)
+
+    monkeypatch.setattr(train.bitsandbytes.optim, "AdamW8bit", Recording)
+    how = dict(max_steps=1, warmup_steps=0, mixed_precision="no")
+    run_of(tiny_model, processed_data, tmp_path, gradient_accumulation_steps=3, **how)
+    run_of(tiny_model, processed_data, tmp_path, batch_size=3, **how)
+    assert close(*seen, 1e-4)
+    assert all(gradient.norm() > 0 for gradient in seen[0])
 
 
 @pytest.fixture
@@ -352,7 +381,7 @@ def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures():
     jobs = [("a red leather jacket", seed) for seed in range(8)]
     how = dict(steps=8, guidance_scale=6.0, resolution=128, title="")
     plain = [inference.draw(pipeline, jobs, batch_size=size, **how) for size in (1, 8)]
-    inference.record_unet(pipeline.unet, 16, 16)
+    inference.record_unet(pipeline, 16, 16)
     recorded = inference.draw(pipeline, jobs, batch_size=8, **how)
     base, batched, graph = (np.stack([np.asarray(i, np.float32) for i in images])
                             for images in (*plain, recorded))  # fmt: skip
@@ -366,11 +395,42 @@ def test_how_many_pictures_are_drawn_at_once(monkeypatch):
     assert inference.pictures_at_once(40, 0, 512, cpu) == 4
     assert inference.pictures_at_once(40, 7, 512, cpu) == 7
     assert inference.pictures_at_once(11, 8, 512, cpu) == 6  # two batches, evened out
-    for free, most in ((0.5, 1), (2.0, 2), (70.0, 8)):
+    for free, resolution, expected in (
+        (0.5, 512, 1),
+        (3.0, 512, 7),
+        (5.0, 512, 8),
+        (5.0, 1024, 4),
+        (70.0, 512, 8),
+        (70.0, 1024, 8),
+    ):
         monkeypatch.setattr(
             torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 80 * 2**30)
         )
-        found = inference.pictures_at_once(40, 0, 512, gpu)
-        assert 1 <= found <= most
-    assert found == 8
-    assert inference.pictures_at_once(40, 0, 1024, gpu) == 8
+        assert (
+            inference.pictures_at_once(40 if expected != 7 else 42, 0, resolution, gpu) == expected
+        )
+
+
+def test_a_recorded_unet_draws_the_same_pictures(tiny_model, monkeypatch):
+    """Also a last batch that is smaller, and what it was not recorded for. (Without a GPU the same
+    function is called instead of a graph.)"""
+    pipeline = inference.load_pipeline(tiny_model, torch.float32, "cpu")
+    jobs = [(prompt, seed) for prompt in ("a raincoat", "a cat") for seed in (1, 2, 3)]
+    how = dict(steps=3, resolution=64, batch_size=4, title="")
+    expected = inference.draw(pipeline, jobs, guidance_scale=6.0, **how)
+    before = inference.probe(pipeline)
+    calls = []
+
+    def counted(functions, device):
+        return [lambda: calls.append(1) or functions[0]()]
+
+    monkeypatch.setattr(fast, "captured", counted)
+    inference.record_unet(pipeline, 8, 8)
+    found = inference.draw(pipeline, jobs, guidance_scale=6.0, **how)
+    assert len(calls) == 2 * 4  # two batches, each of a call more than steps
+    for a, b in zip(expected, found, strict=True):
+        assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
+    inference.draw(pipeline, jobs[:5], guidance_scale=6.0, **how | dict(batch_size=5))  # too many
+    after = inference.probe(pipeline)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert len(calls) == 8
