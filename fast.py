@@ -11,7 +11,9 @@ small kernels (see bench/README.md). Here are fewer of them, and one launch for 
 The first works on any device; the others say it where they cannot be had, and plain PyTorch remains.
 """
 
+import contextlib
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -235,23 +237,25 @@ class Geglu(torch.autograd.Function):
     def forward(ctx, x):
         x = x.contiguous()
         ctx.save_for_backward(x)
-        half = x.shape[-1] // 2
-        out = x.new_empty(*x.shape[:-1], half)
-        _geglu[(triton.cdiv(out.numel(), 1024),)](x, x, out, out.numel(), half, 1024, False)
-        return out
+        return _run_geglu(x, None)
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        grad, out = grad.contiguous(), torch.empty_like(x)
-        half = x.shape[-1] // 2
-        _geglu[(triton.cdiv(grad.numel(), 1024),)](x, grad, out, grad.numel(), half, 1024, True)
-        return out
+        return _run_geglu(*ctx.saved_tensors, grad.contiguous())
 
 
-def channels_last(model):
+def _run_geglu(x, grad):
+    half, count = x.shape[-1] // 2, x.numel() // 2
+    out = x.new_empty(*x.shape[:-1], half) if grad is None else torch.empty_like(x)
+    grid = (triton.cdiv(count, 1024),)
+    _geglu[grid](x, x if grad is None else grad, out, count, half, 1024, grad is not None)
+    return out
+
+
+def channels_last(model, training=False):
     """Put a UNet or VAE on a GPU into channels-last layout, with the kernels above; any other
-    device is left as it is. Its own weights must be frozen.
+    device is left as it is. Its own weights must be frozen; `training` says whether gradients will
+    pass through it.
 
     Where Triton cannot be had (it needs a C compiler, and a GPU that it knows) that is said, and
     PyTorch's kernels remain.
@@ -259,11 +263,49 @@ def channels_last(model):
     device = next(model.parameters()).device
     if device.type != "cuda":
         return
-    reason = missing_kernels(device)
+    reason = missing_kernels(device) or _compile(model, training)
     if reason:
         print(f"note: no Triton kernels, so this is slower than it could be: {reason}")
         return
     _rebuild(model)
+
+
+def _compile(model, training):
+    """Compile what `model` will need, all at once; returns why that failed, or None.
+
+    At their first use, one after the other, the kernels would take longer than all else before the
+    first step. Triton keeps them on disk for the next run.
+    """
+    place = next(model.parameters())
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.GroupNorm)]
+    of_each_size = {norm.num_channels // norm.num_groups: norm for norm in norms}.values()
+
+    def launch(norm, backward):
+        x = place.new_zeros(1, norm.num_channels, 16, 16).to(memory_format=torch.channels_last)
+        statistics = x.new_zeros(norm.num_groups, 2, dtype=torch.float32)
+        grad = x if backward else None
+        _group_norm(x, grad, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)
+
+    def launch_geglu(backward):
+        x = place.new_zeros(16, 32)
+        _run_geglu(x, x[:, :16].contiguous() if backward else None)
+
+    def on_device(work):
+        with torch.cuda.device(place.device) if place.is_cuda else contextlib.nullcontext():
+            work()  # a thread begins with the first GPU as its own
+
+    passes = (False, True) if training else (False,)
+    jobs = [functools.partial(launch, norm, b) for norm in of_each_size for b in passes]
+    if any(isinstance(module, GEGLU) for module in model.modules()):
+        jobs += [functools.partial(launch_geglu, backward) for backward in passes]
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(on_device, jobs))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:
+        return f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+    return None
 
 
 def _rebuild(model):

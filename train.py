@@ -466,7 +466,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         frozen = sum(p.numel() for p in model.parameters()) - trainable
         say(f"{component}: {trainable:,} trainable LoRA parameters, {frozen:,} frozen, "
             f"learning rate {learning_rates[component]:g}")  # fmt: skip
-    fast.channels_last(unet)
+    fast.channels_last(unet, training=True)
     if not train_text_encoder:
         text_encoder.to(device)
         with torch.no_grad():

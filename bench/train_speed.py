@@ -155,10 +155,10 @@ def parts(args, folder):
     def called(functions, *others):
         return functions
 
-    def converted(model):
+    def converted(model, training):
         model.to(memory_format=torch.channels_last)
 
-    def nothing(model):
+    def nothing(model, training=None):
         pass
 
     def attending(backend):

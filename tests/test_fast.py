@@ -178,6 +178,43 @@ def test_kernels_that_do_not_compile_or_are_wrong_are_not_used(monkeypatch):
     fast.missing_kernels.cache_clear()
 
 
+@needs_triton
+def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
+    """Each kernel's fixed sizes: those launched beforehand, and those of a forward and backward pass."""
+    launched = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **sizes):
+                fixed = arguments[5:] if self.name == "geglu" else tuple(sorted(sizes.items()))
+                launched.append((self.name, arguments[0].dtype, fixed))
+
+            return launch
+
+    for name in ("_norm_sums", "_norm_apply", "_geglu"):
+        monkeypatch.setattr(fast, name, Recorder(name.strip("_")))
+    unet = small_unet()
+    assert fast._compile(unet, training=True) is None
+    before = set(launched)
+    launched.clear()
+    fast._rebuild(unet)
+    output_and_gradients(unet)
+    assert set(launched) == before
+    assert len(before) > 8
+    launched.clear()
+    fast._compile(unet, training=False)
+    assert 0 < len(set(launched)) < len(before)
+
+    def fails(*arguments, **sizes):
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(fast, "_group_norm", fails)
+    assert "no C compiler" in fast._compile(unet, training=False)
+
+
 def test_without_a_gpu_nothing_is_recorded():
     def work():
         raise AssertionError("it was called")
