@@ -13,7 +13,7 @@ import re
 import safetensors.torch
 from safetensors import SafetensorError
 
-from common import write_bytes
+from common import one_line, write_bytes
 
 NAME = re.compile(r"checkpoint_(\d+)\.safetensors")
 
@@ -64,7 +64,7 @@ def read(path):
         state = json.loads(header["state"])
         intact = digest(tensors, header["state"]) == header["sha256"]
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as problem:
-        raise ValueError(f"it cannot be read ({' '.join(str(problem).split())[:80]})") from None
+        raise ValueError(f"it cannot be read ({one_line(problem, 80)})") from None
     if not intact:
         raise ValueError("its content does not match its checksum")
     return tensors, state

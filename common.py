@@ -41,6 +41,11 @@ class UserError(ValueError):
         return "\n  ".join(lines)
 
 
+def one_line(problem, length):
+    """The text of an exception in one line of at most `length` characters."""
+    return " ".join(str(problem).split())[:length]
+
+
 def run_script(main):
     """Call `main()`; a UserError becomes one line on stderr and exit status 1.
 
@@ -232,7 +237,7 @@ def loading(path):
     try:
         yield
     except Exception as problem:
-        line = " ".join(str(problem).split())[:200]
+        line = one_line(problem, 200)
         raise UserError(f"{path} cannot be loaded: {type(problem).__name__}: {line}") from None
 
 
@@ -319,7 +324,7 @@ def read_pixels(path, resolution):
             image = image.convert("RGB")
     # A decoder may raise almost anything on a damaged file.
     except Exception as problem:
-        reason = " ".join(str(problem).split())[:100]
+        reason = one_line(problem, 100)
         raise UserError(
             f"{path} cannot be read as a picture: {reason}; run preprocess.py"
         ) from None

@@ -22,6 +22,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 import adapters
+from common import one_line
 
 try:
     import triton
@@ -88,6 +89,13 @@ if triton:
         return picture.to(tl.int64) * HW * C + group * GROUP, group * GROUP
 
     @triton.jit
+    def _tile(row, begin, EACH, HW, start, C, column, GROUP: tl.constexpr, ROWS: tl.constexpr):
+        """Where the values of ROWS pixels from `row` on lie, and which of them are this program's."""
+        rows = row + tl.arange(0, ROWS).to(tl.int64)[:, None]
+        inside = (rows < tl.minimum(begin + EACH, HW)) & (column < GROUP)
+        return start + rows * C + column, inside
+
+    @triton.jit
     def _normalised(x, mean, rstd, weight, bias, SILU):
         """(hat = x normalised, z = hat weight + bias or the SiLU of it, derivative of that)"""
         hat = (x - mean) * rstd
@@ -116,9 +124,7 @@ if triton:
         second = tl.zeros([ROWS, WIDTH], tl.float32)
         begin = tl.program_id(1) * EACH
         for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
-            rows = row + tl.arange(0, ROWS).to(tl.int64)[:, None]
-            inside = (rows < tl.minimum(begin + EACH, HW)) & (column < GROUP)
-            place = start + rows * C + column
+            place, inside = _tile(row, begin, EACH, HW, start, C, column, GROUP, ROWS)
             value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
             if BACKWARD:
                 hat, _, slope = _normalised(value, mean, rstd, w, b, SILU)
@@ -158,9 +164,7 @@ if triton:
                 tl.store(statistics + tl.program_id(0) * 2 + 1, rstd)
         begin = tl.program_id(1) * EACH
         for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
-            rows = row + tl.arange(0, ROWS).to(tl.int64)[:, None]
-            inside = (rows < tl.minimum(begin + EACH, HW)) & (column < GROUP)
-            place = start + rows * C + column
+            place, inside = _tile(row, begin, EACH, HW, start, C, column, GROUP, ROWS)
             value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
             hat, result, slope = _normalised(value, mean, rstd, w, b, SILU)
             if BACKWARD:
@@ -298,14 +302,23 @@ def _compile(model, training):
     jobs = [functools.partial(launch, norm, b) for norm in of_each_size for b in passes]
     if any(isinstance(module, GEGLU) for module in model.modules()):
         jobs += [functools.partial(launch_geglu, backward) for backward in passes]
-    try:
+
+    def launch_all():
         with ThreadPoolExecutor() as pool:
             list(pool.map(on_device, jobs))
+
+    return _failure(launch_all)
+
+
+def _failure(work):
+    """Why `work` failed, in one line, or what it returns: a compiler, a driver or an unknown GPU may
+    raise anything, and training goes on without their kernels."""
+    try:
+        return work()
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:
-        return f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
-    return None
+        return f"{type(problem).__name__}: {one_line(problem, 160)}"
 
 
 def _rebuild(model):
@@ -375,12 +388,9 @@ def _output_of_rows(transformer, hidden_states, residual, batch_size, height, wi
 
 
 def _norm_forward(norm, silu, x):
-    if x.ndim != 4:  # the VAE's attention has its pixels in a row
-        out = GroupNormSilu.apply(
-            x[..., None], norm.weight, norm.bias, norm.num_groups, norm.eps, silu
-        )
-        return out[..., 0]
-    return GroupNormSilu.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    pixels = x if x.ndim == 4 else x[..., None]  # the VAE's attention has them in a row
+    out = GroupNormSilu.apply(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    return out.view(x.shape)
 
 
 def _geglu_forward(geglu, x):
@@ -395,19 +405,16 @@ def missing_kernels(device):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 32, 5, 5, generator=generator).to(device)
     weight, bias = torch.randn(2, 32, generator=generator).to(device)
-    try:
-        found = GroupNormSilu.apply(x, weight, bias, 8, 1e-5, True)
-        expected = F.silu(F.group_norm(x, 8, weight, bias))
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
-            return "their results are wrong here"
-        found, expected = Geglu.apply(x[..., :4]), x[..., :2] * F.gelu(x[..., 2:4])
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
-            return "their results are wrong here"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as problem:  # a compiler, a driver, an unknown GPU: whatever it is, go on
-        return f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
-    return None
+
+    def compare():
+        close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-4)
+        norm = F.silu(F.group_norm(x, 8, weight, bias))
+        right = close(GroupNormSilu.apply(x, weight, bias, 8, 1e-5, True), norm) and close(
+            Geglu.apply(x[..., :4]), x[..., :2] * F.gelu(x[..., 2:4])
+        )
+        return None if right else "their results are wrong here"
+
+    return _failure(compare)
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------
@@ -439,7 +446,7 @@ def captured(functions, device):
         raise
     except RuntimeError as problem:
         print("note: this GPU's work cannot be recorded as a CUDA graph, so Python launches every kernel, "
-            f"which is several times slower: {' '.join(str(problem).split())[:160]}")  # fmt: skip
+            f"which is several times slower: {one_line(problem, 160)}")  # fmt: skip
         return list(functions)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from transformers import CLIPModel, CLIPProcessor
 
-from common import ROOT, UserError, fetch_model
+from common import ROOT, UserError, fetch_model, one_line
 
 # Scores are fp32; cuDNN would otherwise round convolutions to TF32 on a GPU.
 torch.backends.cudnn.allow_tf32 = False
@@ -109,7 +109,7 @@ def load_clip(folder, device="cpu"):
         model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         processor = CLIPProcessor.from_pretrained(folder)
     except Exception as problem:
-        reason = " ".join(str(problem).split())[:160]
+        reason = one_line(problem, 160)
         raise UserError(f"CLIP model {folder} cannot be loaded: {reason}") from None
     return Clip(model.eval().requires_grad_(False).to(device), processor)
 

@@ -29,6 +29,7 @@ from common import (
     disk_for,
     fresh_folder,
     locked,
+    one_line,
     parse_config,
     recover_folder,
     replace_folder,
@@ -95,7 +96,7 @@ def read_picture(path, max_megapixels=CONFIG["max_megapixels"]):
     # A decoder may raise almost anything on a damaged file; whatever it is, the picture is skipped
     # and named, and the others go on.
     except Exception as problem:
-        raise Unusable(f"damaged or truncated ({' '.join(str(problem).split())[:100]})") from None
+        raise Unusable(f"damaged or truncated ({one_line(problem, 100)})") from None
 
 
 def to_srgb(image, done):

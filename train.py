@@ -66,6 +66,7 @@ from common import (
     loading,
     locked,
     memory_for,
+    one_line,
     parse_config,
     provenance,
     read_dataset,
@@ -301,7 +302,7 @@ def start_wandb(project, name, config, run_id=None):
         return start(mode=mode)
     except (wandb.Error, ValueError) as problem:
         # No network, a wrong key, an unknown mode: not worth a training run.
-        print(f"W&B cannot start ({' '.join(str(problem).split())[:120]}): logging offline")
+        print(f"W&B cannot start ({one_line(problem, 120)}): logging offline")
         os.environ["WANDB_MODE"] = "offline"
         return start(mode="offline")
 
@@ -605,7 +606,10 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     first_micro = first_step * gradient_accumulation_steps
     memory_advice = f"--batch-size {max(1, batch_size // 2)} or --gradient-checkpointing needs less"
-    with memory_for(f"training with batch_size {batch_size}", memory_advice):
+    training_memory = functools.partial(
+        memory_for, f"training with batch_size {batch_size}", memory_advice
+    )
+    with training_memory():
         upcoming = micro_batch(first_micro)
         fill(*upcoming)
         micro_step, measure = fast.captured([forward_backward, torch.no_grad()(forward)], device)
@@ -619,7 +623,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     with (
         StopSignals() as stop,
-        memory_for(f"training with batch_size {batch_size}", memory_advice),
+        training_memory(),
         tqdm(total=max_steps, initial=first_step, desc=run_name, unit="step",
              disable=not is_main) as bar,
     ):  # fmt: skip

@@ -34,13 +34,14 @@ import train
 BEGIN, END = 49406, 49407  # as in CLIP's vocabulary
 
 
-def byte_tokenizer(folder):
-    """A CLIP tokenizer without merges, written to `folder`."""
+def byte_tokenizer(folder, begin=BEGIN):
+    """A CLIP tokenizer over single bytes, without merges, written to `folder`; its texts begin with
+    token `begin` and end with the one behind it."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in visible] + [chr(256 + i) for i in range(256 - len(visible))]
     words = letters + [letter + "</w>" for letter in letters]
-    words += [f"<unused_{i}>" for i in range(BEGIN - len(words))]
-    words += ["<|startoftext|>", "<|endoftext|>"]
+    words += [f"<unused_{i}>" for i in range(begin - len(words))]
+    words = [*words[:begin], "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "vocab.json", folder / "merges.txt"
     files[0].write_text(json.dumps({word: index for index, word in enumerate(words)}))

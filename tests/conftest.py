@@ -22,7 +22,6 @@ from transformers import (
     CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
-    CLIPTokenizer,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,27 +32,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+from bench.random_sd15 import byte_tokenizer
 from common import run_script
 
 BOS, EOS = 510, 511
-
-
-def byte_tokenizer(folder):
-    """A CLIP tokenizer over single bytes, written to `folder`; ids 510 and 511 begin and end."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in visible] + [chr(256 + i) for i in range(256 - len(visible))]
-    words = letters + [letter + "</w>" for letter in letters]
-    vocab = {word: index for index, word in enumerate(words[:BOS])}
-    vocab |= {"<|startoftext|>": BOS, "<|endoftext|>": EOS}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(
-        str(folder / "vocab.json"),
-        str(folder / "merges.txt"),
-        model_max_length=77,
-        pad_token="<|endoftext|>",
-    )
 
 
 TEXT = dict(
@@ -84,7 +66,7 @@ def tiny_model(tmp_path_factory):
     )  # fmt: skip
     StableDiffusionPipeline(
         vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)), unet=unet,
-        tokenizer=byte_tokenizer(folder / "tokenizer"), scheduler=scheduler, safety_checker=None,
+        tokenizer=byte_tokenizer(folder / "tokenizer", BOS), scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
@@ -102,7 +84,7 @@ def tiny_clip(tmp_path_factory):
     config = CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=16)
     CLIPModel(config).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, byte_tokenizer(folder)).save_pretrained(folder)
+    CLIPProcessor(images, byte_tokenizer(folder, BOS)).save_pretrained(folder)
     return folder
 
 
