@@ -11,6 +11,7 @@ mean difference of the pixels (0 to 255) from the first row of ours, for the sam
 """
 
 import argparse
+import contextlib
 import gc
 import re
 import shutil
@@ -30,7 +31,7 @@ from diffusers import StableDiffusionPipeline
 import adapters
 import fast
 import inference
-from bench.train_speed import run
+from bench.train_speed import ATTENTION_KERNELS, attending, converted, nothing, run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
@@ -114,20 +115,23 @@ def main():
     fresh()
     study = plain(args, how, 2 if on_cuda else 4)
     row("the study's way", *study, None)
-    # (name, how ours() is called, what stands for fast.channels_last)
-    variants = [("ours, 8 at once", dict(batch_size=8), fast.channels_last)]
-    variants += [(f"{size} at once", dict(batch_size=size), fast.channels_last)
+    # (name, how ours() is called, what is replaced in fast.py)
+    variants = [("ours, 8 at once", dict(batch_size=8), {})]
+    variants += [(f"{size} at once", dict(batch_size=size), {})
                  for size in ((1, 4, 16) if on_cuda else (1, 4))]  # fmt: skip
     if on_cuda:
         variants += [
-            ("- CUDA graph", dict(batch_size=8, graph=False), fast.channels_last),
-            ("- Triton kernels, channels-last", dict(batch_size=8), lambda model: None),
-        ]
-    variants.append(("- merging (PEFT's layers)", dict(batch_size=8, merged=False), fast.channels_last))  # fmt: skip
+            ("- CUDA graph", dict(batch_size=8, graph=False), {}),
+            ("- Triton kernels (channels-last stays)", dict(batch_size=8), dict(channels_last=converted)),
+            ("- Triton kernels, channels-last", dict(batch_size=8), dict(channels_last=nothing)),
+        ]  # fmt: skip
+        variants += [(name, dict(batch_size=8), dict(captured=attending(backend)))
+                     for name, backend in ATTENTION_KERNELS.items()]  # fmt: skip
+    variants.append(("- merging (PEFT's layers)", dict(batch_size=8, merged=False), {}))
     reference = None
-    for name, options, channels_last in variants:
+    for name, options, replaced in variants:
         fresh()
-        with patch.object(fast, "channels_last", channels_last):
+        with patch.multiple(fast, **replaced) if replaced else contextlib.nullcontext():
             seconds, images = ours(args, how, **options)
         row(name, seconds, images, reference)
         if reference is None:

@@ -31,6 +31,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "disabled"
 
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fast
+
 
 def driver_memory():
     """MiB of GPU memory in use, as the driver counts it; 0 without a GPU."""
@@ -112,7 +117,34 @@ def scripts(args, folder):
               f"{result['set_up_seconds']:.1f} s", flush=True)  # fmt: skip
 
 
-def optimizer_times(torch):
+# What stands for fast.channels_last, fast.fuse_lora or fast.captured where a technique is taken away.
+
+
+def converted(model, training=False):
+    model.to(memory_format=torch.channels_last)
+
+
+def nothing(model, training=False):
+    pass
+
+
+def attending(backend):
+    """fast.captured with scaled_dot_product_attention computed by that backend."""
+    record = fast.captured
+
+    def captured(functions, device):
+        return record([sdpa_kernel(backend)(function) for function in functions], device)
+
+    return captured
+
+
+ATTENTION_KERNELS = {
+    "attention: flash kernel forced": SDPBackend.FLASH_ATTENTION,
+    "attention: memory-efficient kernel forced": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def optimizer_times():
     """Milliseconds of a step of the loss scaler and the optimizer, over 304 tensors and over 2."""
     import bitsandbytes
 
@@ -138,15 +170,11 @@ def optimizer_times(torch):
 
 def parts(args, folder):
     """train.py's loop in this process: its variants, then with one technique taken away at a time."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    import fast
     import train
     from bench.limits import rates
 
     print("{:.0f} TFLOP/s in a large fp16 matrix product, {:.2f} TB/s in a large copy".format(*(r / 1e12 for r in rates())))  # fmt: skip
-    optimizer_times(torch)
+    optimizer_times()
     record, flatten = fast.captured, train.flatten_parameters
 
     def autocast(functions, *others):
@@ -154,22 +182,6 @@ def parts(args, folder):
 
     def called(functions, *others):
         return functions
-
-    def converted(model, training):
-        model.to(memory_format=torch.channels_last)
-
-    def nothing(model, training=None):
-        pass
-
-    def attending(backend):
-        return lambda functions, *others: record([inside(f, backend) for f in functions], *others)
-
-    def inside(function, backend):
-        def work():
-            with sdpa_kernel(backend):
-                return function()
-
-        return work
 
     def compiled(model):
         if hasattr(model, "compile_repeated_blocks"):
@@ -194,11 +206,8 @@ def parts(args, folder):
         ("- all of these", {}, dict(channels_last=nothing, fuse_lora=nothing, captured=called), {}),
     ]  # fmt: skip
     if args.others:
-        variants += [
-            ("attention: flash kernel forced", {}, dict(captured=attending(SDPBackend.FLASH_ATTENTION)), {}),
-            ("attention: memory-efficient kernel forced", {},
-             dict(captured=attending(SDPBackend.EFFICIENT_ATTENTION)), {}),
-        ]  # fmt: skip
+        variants += [(name, {}, dict(captured=attending(backend)), {})
+                     for name, backend in ATTENTION_KERNELS.items()]  # fmt: skip
         variants.append(("PEFT's layers, blocks compiled", {}, dict(fuse_lora=compiled), {}))
     print("| | ms/step | steps/s | GiB reserved | GiB, driver | set-up s |\n|---|--:|--:|--:|--:|--:|", flush=True)  # fmt: skip
     for name, differs, replaced, replaced_in_train in variants:
