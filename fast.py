@@ -6,6 +6,7 @@ small kernels (see bench/README.md). Here are fewer of them, and one launch for 
 - `fuse_lora`: a LoRA layer as three matrix products forward and five backward;
 - `channels_last`: convolutions in the layout of the tensor cores, with Triton kernels for what stands
   between them (group norm with its SiLU, GEGLU) that read and write that layout once;
+- `compile_attention`: cuDNN's kernels compiled all at once, for the first run on a machine;
 - `captured`: everything a function launches, recorded once as a CUDA graph and replayed.
 
 The first works on any device; the others say it where they cannot be had, and plain PyTorch remains.
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch.overrides import TorchFunctionMode
 
 import adapters
 from common import one_line
@@ -294,20 +296,30 @@ def _compile(model, training):
         x = place.new_zeros(16, 32)
         _run_geglu(x, x[:, :16].contiguous() if backward else None)
 
-    def on_device(work):
-        with torch.cuda.device(place.device) if place.is_cuda else contextlib.nullcontext():
-            work()  # a thread begins with the first GPU as its own
-
     passes = (False, True) if training else (False,)
     jobs = [functools.partial(launch, norm, b) for norm in of_each_size for b in passes]
     if any(isinstance(module, GEGLU) for module in model.modules()):
         jobs += [functools.partial(launch_geglu, backward) for backward in passes]
 
-    def launch_all():
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(on_device, jobs))
+    return _failure(_in_threads(jobs, place.device))
 
-    return _failure(launch_all)
+
+def _in_threads(jobs, device):
+    """Start `jobs` in threads, all at once; returns a function that waits for the last of them."""
+
+    def on_device(job):
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            job()  # a thread begins with the first GPU as its own
+
+    pool = ThreadPoolExecutor()
+    started = [pool.submit(on_device, job) for job in jobs]
+    pool.shutdown(wait=False)  # no more will come
+
+    def wait():
+        for job in started:
+            job.result()
+
+    return wait
 
 
 def _failure(work):
@@ -415,6 +427,69 @@ def missing_kernels(device):
         return None if right else "their results are wrong here"
 
     return _failure(compare)
+
+
+# ---- attention -----------------------------------------------------------------------------
+
+
+class _AttentionCalls(TorchFunctionMode):
+    """Keeps the arguments of one of each kind of scaled_dot_product_attention; answers with zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.kinds = {}
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function is F.scaled_dot_product_attention:
+            return self.keep(*arguments, **(named or {}))
+        return function(*arguments, **(named or {}))
+
+    def keep(self, query, key, value, *others, **named):
+        inputs = query, key, value
+        layout = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
+        rest = str([x.shape if torch.is_tensor(x) else x for x in (*others, *named.items())])
+        self.kinds[layout, rest] = inputs, others, named
+        return query.new_zeros(*query.shape[:-1], value.shape[-1])
+
+
+def _attention_jobs(call, training):
+    """A function for each attention kernel that `call()` will launch, which launches it."""
+    with torch.no_grad(), _AttentionCalls() as seen:
+        call()
+
+    def forward(inputs, others, named):
+        with torch.no_grad():
+            F.scaled_dot_product_attention(*inputs, *others, **named)
+
+    def forward_backward(inputs, others, named):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = F.scaled_dot_product_attention(*inputs, *others, **named)
+        # In this thread: all others share one, and there one would be compiled after the other.
+        with torch.autograd.set_multithreading_enabled(False):
+            torch.autograd.grad(out, inputs, torch.zeros_like(out))
+
+    works = (forward_backward, forward) if training else (forward,)
+    return [functools.partial(work, *kind) for work in works for kind in seen.kinds.values()]
+
+
+def compile_attention(call, device, training=False):
+    """Begin to compile the attention kernels that `call()` will need; returns a function that waits
+    for them. `training` says whether their gradients will be needed too.
+
+    On recent GPUs PyTorch takes cuDNN's attention, of which the driver compiles a kernel for each
+    size of layer, a second each, at its first use on a machine; it keeps them on disk for the next run.
+    Here they are compiled all at once, in threads. `call` is called once, without its attention.
+    """
+    if device.type != "cuda":
+        return lambda: None
+    wait_for_all = _in_threads(_attention_jobs(call, training), device)
+
+    def wait():
+        reason = _failure(wait_for_all)
+        if reason:
+            print(f"note: the attention's kernels were not compiled beforehand: {reason}")
+
+    return wait
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------

@@ -467,7 +467,6 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         frozen = sum(p.numel() for p in model.parameters()) - trainable
         say(f"{component}: {trainable:,} trainable LoRA parameters, {frozen:,} frozen, "
             f"learning rate {learning_rates[component]:g}")  # fmt: skip
-    fast.channels_last(unet, training=True)
     if not train_text_encoder:
         text_encoder.to(device)
         with torch.no_grad():
@@ -612,6 +611,9 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     with training_memory():
         upcoming = micro_batch(first_micro)
         fill(*upcoming)
+        wait = fast.compile_attention(forward, device, training=True)
+        fast.channels_last(unet, training=True)  # compiles its own kernels meanwhile
+        wait()
         micro_step, measure = fast.captured([forward_backward, torch.no_grad()(forward)], device)
         for flat in flats:
             flat.grad.zero_()

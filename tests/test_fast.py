@@ -1,17 +1,22 @@
 """The fast ways against the plain ones: kernels, LoRA layers, CUDA graphs, and whole runs."""
 
+import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_RUN, make_processed
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 import adapters
 import fast
@@ -215,11 +220,83 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
     assert "no C compiler" in fast._compile(unet, training=False)
 
 
-def test_without_a_gpu_nothing_is_recorded():
+class Attended(TorchFunctionMode):
+    """Notes every attention that is computed: the layout of its inputs, and whether with gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = set()
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function is F.scaled_dot_product_attention:
+            inputs = tuple((tuple(x.shape), x.stride(), x.dtype) for x in arguments[:3])
+            gradients = torch.is_grad_enabled() and arguments[0].requires_grad
+            self.calls.add((inputs, str(arguments[3:]), str(named), gradients))
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_attention_compiled_beforehand_is_what_is_computed(training):
+    unet = small_unet()
+    for x in unet.parameters():
+        x.requires_grad_(training)
+    x, text = torch.randn(1, 4, 16, 16, device=DEVICE), torch.randn(1, 77, 32, device=DEVICE)
+
+    def call():
+        return unet(x, torch.tensor([10], device=DEVICE), text).sample
+
+    with Attended() as real:
+        call()
+        with torch.no_grad():
+            call()
+    jobs = fast._attention_jobs(call, training)
+    with Attended() as beforehand:
+        for job in jobs:
+            job()
+    assert beforehand.calls == real.calls
+    # Transformers at two resolutions, each attending to the picture and to the text.
+    assert len(jobs) == len(real.calls) == (8 if training else 4)
+    assert all(weight.grad is None for weight in unet.parameters())
+    with Attended() as beforehand:
+        fast._attention_jobs(call, training)
+    assert not beforehand.calls  # found out without computing any
+
+
+def test_jobs_in_threads_are_waited_for_and_their_errors_raised(monkeypatch, capsys):
+    done, begun = [], threading.Barrier(3, timeout=60)
+
+    def job(number):
+        begun.wait()  # passes only when all of them run at the same time
+        done.append(number)
+
+    jobs = [functools.partial(job, number) for number in range(3)]
+    fast._in_threads(jobs, torch.device("cpu"))()
+    assert sorted(done) == [0, 1, 2]
+    with pytest.raises(ZeroDivisionError):
+        fast._in_threads([lambda: 1 / 0], torch.device("cpu"))()
+
+    monkeypatch.setattr(fast, "_attention_jobs", lambda call, training: [lambda: 1 / 0])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    fast.compile_attention(None, torch.device("cuda"))()
+    assert "not compiled beforehand: ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_without_a_gpu_nothing_is_compiled_or_recorded():
     def work():
         raise AssertionError("it was called")
 
     assert fast.captured([work], torch.device("cpu")) == [work]
+    fast.compile_attention(work, torch.device("cpu"))()
+
+
+@needs_gpu
+def test_attention_compiles_in_threads_on_a_gpu(capsys):
+    unet = small_unet(torch.float16)
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 32)
+    x, text = x.to(DEVICE, torch.float16), text.to(DEVICE, torch.float16)
+    steps = torch.tensor([10], device=DEVICE)
+    fast.compile_attention(lambda: unet(x, steps, text), DEVICE, training=True)()
+    assert not capsys.readouterr().out
 
 
 # ---- whole runs ----------------------------------------------------------------------------
