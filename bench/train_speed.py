@@ -195,6 +195,10 @@ def parts(args, folder):
     def called(functions, *others):
         return functions
 
+    def searched(functions, *others):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            return record(functions, *others)
+
     def compiled(model):
         if hasattr(model, "compile_repeated_blocks"):
             model.compile_repeated_blocks()
@@ -220,6 +224,9 @@ def parts(args, folder):
     if args.others:
         variants += [(name, {}, dict(captured=attending(*backends)), {})
                      for name, backends in ATTENTION_KERNELS.items()]  # fmt: skip
+        variants.append(
+            ("cuDNN's search for the fastest convolutions", {}, dict(captured=searched), {})
+        )
         variants.append(("torch.compile of the blocks in place of fused layers and Triton kernels", {},
                          dict(fuse_lora=compiled, channels_last=converted), {}))  # fmt: skip
     print("| | ms/step | steps/s | GiB reserved | GiB, driver | set-up s |\n|---|--:|--:|--:|--:|--:|", flush=True)  # fmt: skip
