@@ -486,6 +486,7 @@ def compile_attention(call, device, training=False):
 
     def wait():
         reason = _failure(wait_for_all)
+        torch.cuda.empty_cache()  # or what they took would be held beside what the steps take
         if reason:
             print(f"note: the attention's kernels were not compiled beforehand: {reason}")
 
