@@ -301,7 +301,7 @@ def _compile(model, training):
     if any(isinstance(module, GEGLU) for module in model.modules()):
         jobs += [functools.partial(launch_geglu, backward) for backward in passes]
 
-    return _failure(_in_threads(jobs, place.device))
+    return _failure(lambda: _in_threads(jobs, place.device)())
 
 
 def _in_threads(jobs, device):
@@ -313,11 +313,14 @@ def _in_threads(jobs, device):
 
     pool = ThreadPoolExecutor()
     started = [pool.submit(on_device, job) for job in jobs]
-    pool.shutdown(wait=False)  # no more will come
 
     def wait():
-        for job in started:
-            job.result()
+        pool.shutdown()  # until all have ended, also when one has failed
+        try:
+            for job in started:
+                job.result()
+        finally:
+            started.clear()  # an error holds what its job worked on
 
     return wait
 
@@ -447,7 +450,8 @@ class _AttentionCalls(TorchFunctionMode):
     def keep(self, query, key, value, *others, **named):
         inputs = query, key, value
         layout = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
-        rest = str([x.shape if torch.is_tensor(x) else x for x in (*others, *named.items())])
+        rest = (*enumerate(others), *named.items())
+        rest = str([(key, x.shape if torch.is_tensor(x) else x) for key, x in rest])
         self.kinds[layout, rest] = inputs, others, named
         return query.new_zeros(*query.shape[:-1], value.shape[-1])
 
@@ -464,7 +468,7 @@ def _attention_jobs(call, training):
     def forward_backward(inputs, others, named):
         inputs = [x.detach().requires_grad_() for x in inputs]
         out = F.scaled_dot_product_attention(*inputs, *others, **named)
-        # In this thread: all others share one, and there one would be compiled after the other.
+        # In this thread: autograd's own is one for all, where they would be compiled in turn.
         with torch.autograd.set_multithreading_enabled(False):
             torch.autograd.grad(out, inputs, torch.zeros_like(out))
 
@@ -477,16 +481,22 @@ def compile_attention(call, device, training=False):
     for them. `training` says whether their gradients will be needed too.
 
     On recent GPUs PyTorch takes cuDNN's attention, of which the driver compiles a kernel for each
-    size of layer, a second each, at its first use on a machine; it keeps them on disk for the next run.
-    Here they are compiled all at once, in threads. `call` is called once, without its attention.
+    size of layer at its first use on a machine; it keeps them on disk for the next run. Here they are
+    compiled all at once, in threads. `call` is called once, without its attention.
     """
     if device.type != "cuda":
         return lambda: None
-    wait_for_all = _in_threads(_attention_jobs(call, training), device)
+
+    def begin():
+        jobs = _attention_jobs(call, training)
+        torch.cuda.empty_cache()  # or what the call took would be held beside what comes
+        return _in_threads(jobs, device)
+
+    begun = _failure(begin)
 
     def wait():
-        reason = _failure(wait_for_all)
-        torch.cuda.empty_cache()  # or what they took would be held beside what the steps take
+        reason = begun if isinstance(begun, str) else _failure(begun)
+        torch.cuda.empty_cache()
         if reason:
             print(f"note: the attention's kernels were not compiled beforehand: {reason}")
 

@@ -228,7 +228,7 @@ def record_unet(pipeline, samples, size):
         samples, tokens, unet.config.cross_attention_dim, device=device, dtype=unet.dtype
     )
     timestep = torch.zeros((), dtype=torch.long, device=device)
-    # The kernels do not depend on how many samples there are.
+    # Of one sample, which takes little memory: what is compiled for it serves for more.
     fast.compile_attention(lambda: plain(latents[:1], timestep, states[:1]), device)()
     (predict,) = fast.captured([lambda: plain(latents, timestep, states).sample], device)
 

@@ -126,7 +126,7 @@ def main():
             ("- Triton kernels (channels-last stays)", dict(batch_size=8), dict(channels_last=converted)),
             ("- Triton kernels, channels-last", dict(batch_size=8), dict(channels_last=nothing)),
         ]  # fmt: skip
-        variants += [(name, dict(batch_size=8), dict(captured=attending(*backends)))
+        variants += [(name, dict(batch_size=8), attending(*backends))
                      for name, backends in ATTENTION_KERNELS.items()]  # fmt: skip
     variants.append(("- merging (PEFT's layers)", dict(batch_size=8, merged=False), {}))
     reference = None
@@ -146,7 +146,7 @@ def whole(args):
     options = ["--demo"] if args.demo else ["--base-model", args.base_model, "--clip-model", args.clip_model]  # fmt: skip
     options += ["--lora-dir", args.lora_dir, "--output-dir", folder / "results"]
     try:
-        for name in ("inference.py",) if args.demo else ("first run", "second run"):
+        for name in ("first run", "second run") if DEVICE.type == "cuda" else ("inference.py",):
             output, seconds, memory = run("inference.py", *options, caches=folder / "caches")
             print("\n".join(re.findall(r"\d+ pictures in .*", output)) or output[-2000:])
             print(f"{name}: {seconds:.1f} s with the imports, {memory / 1024:.2f} GiB as the driver sees it\n", flush=True)  # fmt: skip

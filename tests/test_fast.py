@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -262,6 +263,22 @@ def test_the_attention_compiled_beforehand_is_what_is_computed(training):
     assert not beforehand.calls  # found out without computing any
 
 
+def test_attention_of_one_layout_is_compiled_once_and_masks_are_kept():
+    q = torch.randn(1, 2, 5, 8)
+    masks = [torch.rand(5, 5) > 0.5 for _ in range(2)]
+
+    def call():
+        for mask in masks:
+            F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    jobs = fast._attention_jobs(call, training=True)
+    assert len(jobs) == 4  # forward with gradients and without, masked and causal
+    for job in jobs:
+        job()
+    assert q.grad is None
+
+
 def test_jobs_in_threads_are_waited_for_and_their_errors_raised(monkeypatch, capsys):
     done, begun = [], threading.Barrier(3, timeout=60)
 
@@ -272,11 +289,20 @@ def test_jobs_in_threads_are_waited_for_and_their_errors_raised(monkeypatch, cap
     jobs = [functools.partial(job, number) for number in range(3)]
     fast._in_threads(jobs, torch.device("cpu"))()
     assert sorted(done) == [0, 1, 2]
+
+    def slow():
+        time.sleep(0.3)
+        done.append("slow")
+
     with pytest.raises(ZeroDivisionError):
-        fast._in_threads([lambda: 1 / 0], torch.device("cpu"))()
+        fast._in_threads([lambda: 1 / 0, slow], torch.device("cpu"))()
+    assert done[-1] == "slow"  # nothing goes on beside what comes next
 
     monkeypatch.setattr(fast, "_attention_jobs", lambda call, training: [lambda: 1 / 0])
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    fast.compile_attention(None, torch.device("cuda"))()
+    assert "not compiled beforehand: ZeroDivisionError" in capsys.readouterr().out
+    monkeypatch.setattr(fast, "_attention_jobs", lambda call, training: 1 / 0)
     fast.compile_attention(None, torch.device("cuda"))()
     assert "not compiled beforehand: ZeroDivisionError" in capsys.readouterr().out
 
@@ -290,13 +316,17 @@ def test_without_a_gpu_nothing_is_compiled_or_recorded():
 
 
 @needs_gpu
-def test_attention_compiles_in_threads_on_a_gpu(capsys):
+def test_attention_compiles_in_threads_on_a_gpu(capsys, monkeypatch):
+    started, start = [], fast._in_threads
+    monkeypatch.setattr(
+        fast, "_in_threads", lambda jobs, device: started.extend(jobs) or start(jobs, device)
+    )
     unet = small_unet(torch.float16)
     x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 32)
     x, text = x.to(DEVICE, torch.float16), text.to(DEVICE, torch.float16)
     steps = torch.tensor([10], device=DEVICE)
     fast.compile_attention(lambda: unet(x, steps, text), DEVICE, training=True)()
-    assert not capsys.readouterr().out
+    assert len(started) == 8 and not capsys.readouterr().out
 
 
 # ---- whole runs ----------------------------------------------------------------------------
