@@ -199,7 +199,8 @@ def flatten_parameters(parameters, dtype):
     zeros, and as one flat tensor of `dtype`, of which they become views.
 
     An optimizer, a loss scaler and an all-reduce see one tensor, `flat`; the model computes with
-    `working`, into which `flat` has to be copied whenever it has changed. For float32 the two share memory.
+    `working`, into which `flat` has to be copied whenever it has changed. For float32 the two share
+    memory.
     """
     flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
     flat.grad = torch.zeros_like(flat)

@@ -150,7 +150,6 @@ def whole(args):
             output, seconds, memory = run("inference.py", *options, caches=folder / "caches")
             print("\n".join(re.findall(r"\d+ pictures in .*", output)) or output[-2000:])
             print(f"{name}: {seconds:.1f} s with the imports, {memory / 1024:.2f} GiB as the driver sees it\n", flush=True)  # fmt: skip
-            shutil.rmtree(folder / "results", ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
