@@ -228,8 +228,6 @@ def record_unet(pipeline, samples, size):
         samples, tokens, unet.config.cross_attention_dim, device=device, dtype=unet.dtype
     )
     timestep = torch.zeros((), dtype=torch.long, device=device)
-    # Of one sample, which takes little memory: what is compiled for it serves for more.
-    fast.compile_attention(lambda: plain(latents[:1], timestep, states[:1]), device)()
     (predict,) = fast.captured([lambda: plain(latents, timestep, states).sample], device)
 
     def forward(sample, t, encoder_hidden_states, return_dict=True, **others):
@@ -277,7 +275,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
                 bar.update(min(batch_size, finished - bar.n))
                 return {}
 
-            images += pipeline(
+            pictures = pipeline(
                 [prompt for prompt, _ in batch],
                 latents=torch.stack(noise).to(pipeline.device, pipeline.unet.dtype),
                 num_inference_steps=steps,
@@ -285,18 +283,23 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
                 height=resolution,
                 width=resolution,
                 callback_on_step_end=progress,
+                output_type="pt",
             ).images
+            # To bytes while they are on the GPU, which is idle while the CPU does it.
+            pixels = (pictures.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+            images += [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
     return images
 
 
 @torch.no_grad()
-def probe(pipeline):
-    """Outputs of the text encoder and of the UNet at one fixed input, to tell models apart."""
+def probe(pipeline, size=16):
+    """Outputs of the text encoder and of the UNet at one fixed input (for the UNet, latents of size
+    x size), to tell models apart."""
     text_encoder, unet = pipeline.text_encoder, pipeline.unet
     ids = torch.arange(77, device=pipeline.device)[None] % text_encoder.config.vocab_size
     states = text_encoder(ids)[0]
     generator = torch.Generator().manual_seed(0)
-    shape = (1, unet.config.in_channels, 16, 16)
+    shape = (1, unet.config.in_channels, size, size)
     latents = torch.randn(shape, generator=generator).to(pipeline.device, unet.dtype)
     # A fixed text for the UNet, so that it is not moved by the text encoder's adapter.
     text = torch.randn(states.shape, generator=generator).to(pipeline.device, unet.dtype)
@@ -796,6 +799,9 @@ def ready_pipeline(config, plan, prompts, training, device):
     )
     limit = pipeline.tokenizer.model_max_length
     check_prompt_lengths(prompts, pipeline.tokenizer, limit, config["base_model"])
+    # For the probes and for drawing; what is compiled for one sample serves for more.
+    sizes = 16, config["resolution"] // pipeline.vae_scale_factor
+    fast.compile_attention(lambda: [probe(pipeline, size) for size in sizes], device)()
     base_probe = probe(pipeline)
     for _, adapter, _ in planned:  # before the long part: does each fit, and does it do anything?
         applied = adapters.Applied(adapter, models_of(pipeline))
