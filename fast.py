@@ -269,7 +269,7 @@ def channels_last(model, training=False):
     device = next(model.parameters()).device
     if device.type != "cuda":
         return
-    reason = missing_kernels(device) or _compile(model, training)
+    reason = _compile(model, training)
     if reason:
         print(f"note: no Triton kernels, so this is slower than it could be: {reason}")
         return
@@ -277,7 +277,8 @@ def channels_last(model, training=False):
 
 
 def _compile(model, training):
-    """Compile what `model` will need, all at once; returns why that failed, or None.
+    """Compile what `model` will need, all at once; returns why that failed or gave wrong results, or
+    None.
 
     At their first use, one after the other, the kernels would take longer than all else before the
     first step. Triton keeps them on disk for the next run.
@@ -301,7 +302,10 @@ def _compile(model, training):
     if any(isinstance(module, GEGLU) for module in model.modules()):
         jobs += [functools.partial(launch_geglu, backward) for backward in passes]
 
-    return _failure(lambda: _in_threads(jobs, place.device)())
+    begun = _failure(lambda: _in_threads(jobs, place.device))
+    reason = missing_kernels(place.device)  # meanwhile
+    problem = begun if isinstance(begun, str) else _failure(begun)
+    return reason or problem
 
 
 def _in_threads(jobs, device):

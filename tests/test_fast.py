@@ -202,6 +202,7 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
 
     for name in ("_norm_sums", "_norm_apply", "_geglu"):
         monkeypatch.setattr(fast, name, Recorder(name.strip("_")))
+    monkeypatch.setattr(fast, "missing_kernels", lambda device: None)
     unet = small_unet()
     assert fast._compile(unet, training=True) is None
     before = set(launched)
@@ -217,6 +218,9 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
     def fails(*arguments, **sizes):
         raise OSError("no C compiler")
 
+    monkeypatch.setattr(fast, "missing_kernels", lambda device: "wrong here")
+    assert fast._compile(unet, training=False) == "wrong here"
+    monkeypatch.setattr(fast, "missing_kernels", lambda device: None)
     monkeypatch.setattr(fast, "_group_norm", fails)
     assert "no C compiler" in fast._compile(unet, training=False)
 
