@@ -9,16 +9,15 @@
     python inference.py --score-dir BASE_FOLDER,LORA_FOLDER                # pictures drawn elsewhere
 
 Out comes, in the output folder (one subfolder a run where there are several): report.html, to open;
-images/<prompt>/{base,lora}_<seed>.png, comparison_all.png, success_cases.png, failure_cases.png,
+images/<prompt>/{base,lora}_<seed>.png, comparison_all.png, {success,near,failure}_cases.png,
 metrics.json, metrics.csv (a row a picture) and summary.md; for several runs comparison/ beside them.
 Base and LoRA share one pipeline and each picture's starting noise, which comes from its seed alone.
-Runs whose names differ in their ending _seed<N> only are training seeds of one experiment.
+Runs whose configurations differ in the seed alone are training seeds of one experiment.
 """
 
 import csv
 import gc
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
@@ -46,7 +45,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import adapters
 import fast
 import metrics
-import report
 from common import (
     UserError,
     check_output_folder,
@@ -68,6 +66,11 @@ from common import (
     run_script,
     write_json,
 )
+from lib.evaluation import figures, pages, words
+from lib.evaluation.experiments import check_fingerprints, describe, group_runs
+from lib.evaluation.prompts import CATEGORIES, check_prompt_lengths, members, read_prompts, slugs
+from lib.evaluation.statistics import mean_interval
+from lib.evaluation.verdicts import FEWEST_SEEDS, Run, analyse, compare, effects
 
 CONFIG = dict(
     # what is evaluated
@@ -77,7 +80,7 @@ CONFIG = dict(
     revision=None,  # a commit of the hub repository; None: its newest
     data_dir="processed_data",  # the training pictures, for the concept similarity
     # what is drawn
-    prompts=None,  # a text file, a line a prompt, `failure:` before an unrelated one; None: PROMPTS
+    prompts=None,  # a text file, a line a prompt, `near:` or `failure:` before it; None: PROMPTS
     seeds=8,  # pictures a prompt
     seed=42,  # of the first picture; the others count up from it
     steps=28,
@@ -87,21 +90,29 @@ CONFIG = dict(
     # how it is scored
     clip_model="openai/clip-vit-base-patch32",
     clip_revision="refs/pr/15",  # the same weights as safetensors; the main branch has a pickle only
-    clip_margin=0.02,  # "learned" allows the CLIP score of success prompts to fall by less than this
+    # What counts as negligible: effects within it are called equivalent, or no contamination.
+    concept_margin=0.02,  # cosine; a tenth of what the concept gains on the miniature
+    clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
+    change_margin=0.05,  # a twentieth of the way to another picture of the same prompt
+    variety_margin=0.25,  # of the base's variety over the seeds; less than the rest is collapsed
     # other ways to run
     lora_scales=(1.0,),  # others: also draw with so much of the adapter, and chart the trade-off
     rescore=False,  # measure the pictures saved in output_dir again, drawing none
-    score_dir=None,  # "BASE_FOLDER,LORA_FOLDER": measure these pictures, paired in the files' order
+    score_dir=None,  # "BASE_FOLDER,LORA_FOLDER": measure these pictures, of PUBLISHED or of `prompts`
 )
 
-# The published study's prompts. Success: what was taught. Failure: what must not change.
+# Success: what was taught. Near: the class without the concept, which is where an adapter does most
+# harm. Failure: what has nothing to do with it.
 PROMPTS = (
     ("success", "a holographic raincoat"),
     ("success", "a person wearing a holographic raincoat in the rain"),
     ("success", "a holographic raincoat on a mannequin"),
+    ("near", "a yellow raincoat"),
+    ("near", "a person wearing a raincoat in the rain"),
     ("failure", "a red leather jacket"),
     ("failure", "a cat sitting on a couch"),
 )
+PUBLISHED = tuple(pair for pair in PROMPTS if pair[0] != "near")  # the published study's five
 
 MARKER = "metrics.json"  # the file of a results folder that is written last
 # What pictures must share to be compared.
@@ -119,48 +130,6 @@ DEMO = dict(
 
 
 # ---- what is drawn -------------------------------------------------------------------------
-
-
-def read_prompts(path):
-    """[(category, prompt)] of a prompts file; UserError naming the line that is wrong."""
-    if path is None:
-        return list(PROMPTS)
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"prompts file {path} cannot be read: {problem}") from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        category, prompt = re.fullmatch(r"(?:(success|failure):)?\s*(.*?)\s*", line).groups()
-        if not prompt:
-            raise UserError(f"{path}, line {number}: no prompt behind «{category}:»")
-        if prompt in [known for _, known in prompts]:
-            raise UserError(f"{path}, line {number}: «{prompt}» is there twice")
-        prompts.append((category or "success", prompt))
-    if not prompts:
-        raise UserError(f"prompts file {path} holds no prompts")
-    return prompts
-
-
-def check_prompt_lengths(prompts, tokenizer, limit, reader):
-    """UserError naming a prompt that `reader` would have to cut off."""
-    for _, prompt in prompts:
-        length = len(tokenizer(prompt, verbose=False).input_ids)
-        if length > limit:
-            raise UserError(
-                f"the prompt «{prompt[:60]}…» has {length} tokens; {reader} reads {limit}"
-            )
-
-
-def slugs(prompts):
-    """A folder name for each prompt: its letters and digits, numbered where two would be equal."""
-    names = []
-    for number, (_, prompt) in enumerate(prompts, 1):
-        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
-        names.append(name if name and name not in names else f"{name or 'prompt'}-{number}")
-    return names
 
 
 def load_pipeline(folder, dtype, device):
@@ -326,279 +295,109 @@ def check_switch(pipeline, applied, adapter, base_probe):
 # ---- what is measured ----------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """One adapter's pictures beside the base model's, and their scores."""
-
-    name: str
-    target: Path  # where its results go
-    adapter: dict  # fingerprint, rank, alpha, metadata: what metrics.json says of it
-    base: list  # PIL pictures, prompt by prompt and seed by seed
-    lora: list  # likewise
-    scaled: dict = field(default_factory=dict)  # {scale: pictures}, where a sweep was asked for
-    rows: list = None  # a dict a picture; see `score`
-    sweep: tuple = None  # see `sweep_summary`
-
-    @property
-    def experiment(self):
-        return re.sub(r"_seed\d+$", "", self.name)
-
-    @property
-    def training_seed(self):
-        return self.adapter.get("metadata", {}).get("seed")
-
-
 def picture_scores(images, texts, clip, training):
-    """A dict for each picture: clip, concept_similarity, nearest_similarity, nearest_picture.
-
-    `texts` are the pictures' prompts. What cannot be had without a Clip or a TrainingSet is None.
-    """
-    rows = [
-        dict(clip=None, concept_similarity=None, nearest_similarity=None, nearest_picture=None)
-        for _ in images
-    ]
-    if clip:
-        embeddings = metrics.image_embeddings(images, clip)
-        cosines = (embeddings * metrics.text_embeddings(texts, clip)).sum(axis=1)
-        for row, cosine in zip(rows, cosines, strict=True):
-            row["clip"] = float(cosine)
-    if clip and training:
+    """(rows, embeddings): clip and concept_similarity of each picture in a dict, and the pictures'
+    CLIP embeddings [n, d]. `texts` are the pictures' prompts. What cannot be had without a Clip or a
+    TrainingSet is None."""
+    rows = [dict(clip=None, concept_similarity=None) for _ in images]
+    if not clip:
+        return rows, None
+    embeddings = metrics.image_embeddings(images, clip)
+    cosines = (embeddings * metrics.text_embeddings(texts, clip)).sum(axis=1)
+    for row, cosine in zip(rows, cosines, strict=True):
+        row["clip"] = float(cosine)
+    if training:
         concept = metrics.concept_similarity(embeddings, training.embeddings)
-        nearest, which = metrics.nearest_training(
-            embeddings, training.embeddings, training.mirrored
-        )
-        for i, row in enumerate(rows):
-            row["concept_similarity"] = float(concept[i])
-            row["nearest_similarity"] = float(nearest[i])
-            row["nearest_picture"] = training.names[which[i]]
-    return rows
+        for row, similarity in zip(rows, concept, strict=True):
+            row["concept_similarity"] = float(similarity)
+    return rows, embeddings
+
+
+def nearest_rows(embeddings, training, held_out):
+    """For each picture its nearest_similarity and nearest_picture among those that were trained on:
+    dicts, of None without a TrainingSet."""
+    if not training:
+        return [dict(nearest_similarity=None, nearest_picture=None) for _ in embeddings]
+    trained = training.trained_on(held_out)
+    nearest, which = metrics.nearest_training(
+        embeddings, training.embeddings[trained], training.mirrored[trained]
+    )
+    return [
+        dict(nearest_similarity=float(similarity), nearest_picture=training.names[trained[index]])
+        for similarity, index in zip(nearest, which, strict=True)
+    ]
 
 
 def score(run, prompts, seeds, clip, training, device, base_scores):
-    """Fill `run.rows`: a row (dict) a picture, base and LoRA of each prompt and seed in turn.
-
-    `base_scores` is picture_scores of the base pictures, which runs share.
-    """
+    """Fill `run.rows` (a dict a picture, base and LoRA of each prompt and seed in turn), `run.pairs`
+    and `run.embeddings`. `base_scores` is picture_scores of the base pictures, which runs share."""
     jobs = [(category, prompt, seed) for category, prompt in prompts for seed in seeds]
     distances = metrics.lpips_distances(run.base, run.lora, device)
-    lora_scores = picture_scores(run.lora, [prompt for _, prompt, _ in jobs], clip, training)
+    scored = picture_scores(run.lora, [prompt for _, prompt, _ in jobs], clip, training)
+    held_out = run.adapter.get("held_out", ())
+    models = []
+    for rows, embeddings in (base_scores, scored):
+        nearest = nearest_rows(rows if embeddings is None else embeddings, training, held_out)
+        models.append([row | near for row, near in zip(rows, nearest, strict=True)])
     run.rows = []
     for i, (category, prompt, seed) in enumerate(jobs):
         job = dict(prompt=prompt, category=category, seed=seed)
-        run.rows.append(job | dict(model="base", lpips=None) | base_scores[i])
-        run.rows.append(job | dict(model="lora", lpips=float(distances[i])) | lora_scores[i])
+        run.rows.append(job | dict(model="base", lpips=None) | models[0][i])
+        run.rows.append(job | dict(model="lora", lpips=float(distances[i])) | models[1][i])
+    run.pairs = prompt_pairs(run.lora, len(seeds), device)
+    if training:
+        shape = len(prompts), len(seeds), -1
+        run.embeddings = dict(base=base_scores[1].reshape(shape), lora=scored[1].reshape(shape))
 
 
-def grid(run, key, model, prompts):
-    """The scores `key` of a run's base or LoRA pictures as an array [prompts, seeds]."""
-    values = [row[key] for row in run.rows if row["model"] == model]
-    return np.array(values, np.float64).reshape(len(prompts), -1)
+def prompt_pairs(images, count, device):
+    """LPIPS between the `count` pictures of each prompt: [prompts, count, count]."""
+    chunks = [images[i : i + count] for i in range(0, len(images), count)]
+    return np.stack([metrics.pairwise_lpips(chunk, device) for chunk in chunks])
 
 
-def effects(runs, prompts, ceilings):
-    """What the adapters of one experiment changed, arrays [runs, prompts, seeds]:
-
-    clip and concept_similarity, LoRA minus base; lpips, base to LoRA; change, lpips as a share of
-    its ceiling. Scores that were not computed are left out.
-    """
-    found = {"lpips": np.stack([grid(run, "lpips", "lora", prompts) for run in runs])}
-    if np.isfinite(ceilings).all():
-        found["change"] = found["lpips"] / np.asarray(ceilings)[:, None]
-    for key in ("clip", "concept_similarity"):
-        if runs[0].rows[0][key] is not None:
-            found[key] = np.stack(
-                [grid(run, key, "lora", prompts) - grid(run, key, "base", prompts) for run in runs]
-            )
-    return found
-
-
-def analyse(runs, prompts, ceilings, threshold, clip_margin):
-    """Every figure of one experiment with its interval, and the verdicts: a dict for metrics.json.
-
-    `runs` are the experiment's training runs; `ceilings` the LPIPS ceiling of each prompt;
-    `threshold` the nearest-picture similarity above which a picture counts as a copy, or None.
-    """
-    found = effects(runs, prompts, ceilings)
-    categories = list(dict.fromkeys(category for category, _ in prompts))
-    table = []
-    for index, (category, prompt) in enumerate(prompts):
-        row = dict(category=category, prompt=prompt, lpips_ceiling=float(ceilings[index]))
-        for key, values in found.items():
-            row[key] = metrics.mean_interval(values[:, index])
-        for key in ("clip", "concept_similarity"):
-            for model in ("base", "lora"):
-                if key in found:
-                    means = [grid(run, key, model, prompts)[index].mean() for run in runs]
-                    row[f"{model}_{key}"] = float(np.mean(means))
-        table.append(row)
-    totals = {}
-    for category in categories:
-        members = [i for i, (name, _) in enumerate(prompts) if name == category]
-        totals[category] = {
-            key: metrics.mean_interval(values[:, members].mean(axis=1))
-            for key, values in found.items()
-        }
-        for name in (
-            "base_clip",
-            "lora_clip",
-            "base_concept_similarity",
-            "lora_concept_similarity",
-        ):
-            if name in table[0]:
-                totals[category][name] = float(np.mean([table[i][name] for i in members]))
-    # Differences are tested against 0, all of one experiment's at once. (LPIPS is above 0 for any
-    # adapter that does anything: it is reported, not tested.)
-    tested = [
-        totals[c][k] for c in categories for k in ("concept_similarity", "clip") if k in found
-    ]
-    for interval, p in zip(tested, metrics.holm([t["p"] for t in tested]), strict=True):
-        interval["p_holm"] = float(p)
-
-    summary = dict(runs=[run.name for run in runs], prompts=table, categories=totals)
-    if threshold is not None and "success" in totals:
-        nearest = np.stack([grid(run, "nearest_similarity", "lora", prompts) for run in runs])
-        nearest = nearest[:, [i for i, (name, _) in enumerate(prompts) if name == "success"]]
-        copies = metrics.share_interval(nearest > threshold)
-        summary["memorised"] = dict(share=copies, threshold=float(threshold), pictures=nearest.size)
-    summary["verdicts"] = verdicts(summary, clip_margin)
-    return summary
-
-
-def difference(interval, p=None):
-    """True or False where the mean differs from 0 upwards or downwards, None where no difference is
-    detectable: the interval must leave out 0, and so must the corrected p-value."""
-    p = interval.get("p_holm", interval["p"]) if p is None else p
-    if not (interval["low"] > 0 or interval["high"] < 0) or p >= 0.05:
-        return None
-    return interval["mean"] > 0
-
-
-def verdicts(summary, clip_margin):
-    """[dict(question, answer, text)]: answer is yes, no, or no detectable difference."""
-    found = []
-    totals = summary["categories"]
-    one = summary["prompts"][0]["lpips"]
-    if one["runs"] == one["seeds"] == 1:
-        return []  # one picture a prompt: no interval, and so no claim
-    success, failure = totals.get("success", {}), totals.get("failure", {})
-    say = report.interval_text
-    if "concept_similarity" in success:
-        concept, clip = success["concept_similarity"], success["clip"]
-        rose = difference(concept)
-        text = (f"On success prompts the pictures' similarity to the training pictures changed by "
-                f"{say(concept)}, the CLIP score by {say(clip)} (margin {clip_margin:g}). ")  # fmt: skip
-        if rose and clip["low"] > -clip_margin:
-            answer, end = "yes", "The concept was learned."
-        elif rose:
-            answer, end = "no", ("It looks more like the training pictures, but it cannot be ruled "
-                                 "out that the match with the prompt fell by more than the margin.")  # fmt: skip
-        elif rose is None:
-            answer, end = "no detectable difference", "No detectable difference."
-        else:
-            answer, end = "no", "It moved away from the training pictures."
-        found.append(dict(question="learned", answer=answer, text=text + end))
-    if "concept_similarity" in failure:
-        concept = failure["concept_similarity"]
-        moved = difference(concept)
-        text = f"On unrelated prompts that similarity changed by {say(concept)}"
-        if "change" in failure:
-            text += (f"; the pictures moved, in any direction, {say(failure['change'], sign=False)} of the way to "
-                     "an unrelated picture of the same prompt")  # fmt: skip
-        answer, end = {
-            True: ("yes", "The adapter contaminates them."),
-            False: ("no", "They moved away from the training pictures."),
-            None: ("no detectable difference", "No detectable contamination."),
-        }[moved]
-        found.append(dict(question="contaminated", answer=answer, text=f"{text}. {end}"))
-    if "memorised" in summary:
-        share, threshold = summary["memorised"]["share"], summary["memorised"]["threshold"]
-        text = (f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of the success pictures "
-                f"are nearer to a training picture than {threshold:.3f}, as only 5% of the training pictures "
-                "are to one another. ")  # fmt: skip
-        answer, end = "no detectable difference", "No detectable copying."
-        if share["low"] > 0.05:
-            answer, end = "yes", "More than 5%: some are near-copies."
-        elif share["high"] <= 0.05:
-            answer, end = "no", "Not more than 5%."
-        found.append(dict(question="memorised", answer=answer, text=text + end))
-    return found
-
-
-# What two experiments are compared by, and where.
-COMPARED = (
+# What the sweep over the adapter's scale shows.
+SWEPT = (
     ("concept_similarity", "success"),
     ("clip", "success"),
-    ("concept_similarity", "failure"),
-    ("clip", "failure"),
+    ("change", "near"),
     ("change", "failure"),
 )
 
 
-def compare(groups, prompts, ceilings):
-    """Every pair of experiments on the same prompts and seeds: a list of dicts.
+def sweep_summary(pictures, base, prompts, seeds, base_pairs, scoring):
+    """The trade-off over the adapter's scale: ([a dict a scale], a sentence of advice).
 
-    `groups` is {experiment: [Run]}. Runs are paired by their training seed where both experiments
-    have it. Each difference is second minus first, with its interval and Holm's p over all of them.
-    """
-    rows = []
-    for (first, a), (second, b) in itertools.combinations(groups.items(), 2):
-        seeds = [{run.training_seed for run in group} - {None} for group in (a, b)]
-        shared = sorted(seeds[0] & seeds[1])
-        if shared:
-            a, b = ([next(r for r in g if r.training_seed == s) for s in shared] for g in (a, b))
-        else:
-            a, b = a[: len(b)], b[: len(a)]
-        one, two = effects(a, prompts, ceilings), effects(b, prompts, ceilings)
-        for key, category in COMPARED:
-            members = [i for i, (name, _) in enumerate(prompts) if name == category]
-            if key in one and members:
-                values = (two[key] - one[key])[:, members].mean(axis=1)
-                rows.append(dict(first=first, second=second, metric=key, category=category,
-                                 paired_by_training_seed=bool(shared),
-                                 **metrics.mean_interval(values)))  # fmt: skip
-    for row, p in zip(rows, metrics.holm([row["p"] for row in rows]), strict=True):
-        row["p_holm"] = float(p)
-        row["answer"] = {True: "higher", False: "lower", None: "no detectable difference"}[
-            difference(row)
-        ]
-    return rows
-
-
-def sweep_summary(pictures, base, prompts, seeds, ceilings, scoring):
-    """The trade-off over the adapter's scale: [dict(scale, concept, clip, change)], and a sentence.
-
-    `pictures` is {scale: list of PIL pictures}. concept and clip are the differences to the base on
-    success prompts, change how far failure prompts moved, each with its interval. `scoring` are
-    the remaining arguments of `score`.
+    `pictures` is {scale: list of PIL pictures}. A dict holds `scale` and, under (score, category)
+    joined by a blank, each of SWEPT with its interval: differences to the base of the concept and the
+    match, and how far near and failure prompts moved. `scoring` are the remaining arguments of `score`.
     """
     rows = []
     for scale, images in sorted(pictures.items()):
         run = Run(f"scale {scale:g}", None, {}, base, images)
         score(run, prompts, seeds, **scoring)
-        found = effects([run], prompts, ceilings)
-        row = dict(scale=scale)
-        for key, category in (
-            ("concept_similarity", "success"),
-            ("clip", "success"),
-            ("change", "failure"),
-        ):
-            members = [i for i, (name, _) in enumerate(prompts) if name == category]
-            if key in found and members:
-                row[key] = metrics.mean_interval(found[key][:, members].mean(axis=1))
-        rows.append(row)
-    if not all("concept_similarity" in row and "change" in row for row in rows):
-        return rows, "Concept or preservation was not measured, so no scale is suggested."
-    best = max(rows, key=lambda row: row["concept_similarity"]["mean"])
-    gain = best["concept_similarity"]["mean"]
+        found = effects([run], prompts, base_pairs)
+        rows.append(dict(scale=scale))
+        for key, category in SWEPT:
+            chosen = members(prompts, category)
+            if key in found and chosen:
+                values = found[key][:, chosen].mean(axis=1)
+                rows[-1][f"{key} {category}"] = mean_interval(values)
+    concept = "concept_similarity success"
+    if not all(concept in row for row in rows):
+        return rows, "The concept was not measured, so no scale is suggested."
+    gain = max(row[concept]["mean"] for row in rows)
     if gain <= 0:
         return rows, "No scale moves the success prompts toward the training pictures."
-    enough = next(row for row in rows if row["concept_similarity"]["mean"] >= 0.9 * gain)
-    return rows, (
-        f"Scale {enough['scale']:g} is the smallest that keeps nine tenths of the greatest gain in concept "
-        f"similarity ({enough['concept_similarity']['mean']:.3f} of {gain:.3f}); there unrelated "
-        f"prompts move {enough['change']['mean']:.0%} of the way to another picture, at scale "
-        f"{rows[-1]['scale']:g} {rows[-1]['change']['mean']:.0%}."
-    )
+    enough = next(row for row in rows if row[concept]["mean"] >= 0.9 * gain)
+    advice = (f"Scale {enough['scale']:g} is the smallest that keeps nine tenths of the greatest gain in "
+              f"concept similarity ({enough[concept]['mean']:.3f} of {gain:.3f})")  # fmt: skip
+    for category, name in (("near", "prompts near the concept"), ("failure", "unrelated prompts")):
+        key = f"change {category}"
+        if key in enough:
+            advice += (f"; {name} move {enough[key]['mean']:.0%} of the way to another picture there, "
+                       f"{rows[-1][key]['mean']:.0%} at scale {rows[-1]['scale']:g}")  # fmt: skip
+    return rows, advice + "."
 
 
 def picture_warnings(runs, prompts, seeds):
@@ -626,7 +425,8 @@ def check_config(config):
     for key in ("seeds", "steps"):
         check_range(config, key, 1)
     check_range(config, "batch_size", 0)
-    check_range(config, "clip_margin", 0)
+    for key in ("concept_margin", "clip_margin", "change_margin", "variety_margin"):
+        check_range(config, key, 1e-6, 1)
     check_range(config, "seed", 0, 2**62)
     check_range(config, "guidance_scale", 0, 100)
     check_resolution(config)
@@ -640,8 +440,8 @@ def check_config(config):
 
 
 def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, seeds, seed, steps,
-             guidance_scale, resolution, batch_size, clip_model, clip_revision, clip_margin,
-             lora_scales, rescore, score_dir):  # fmt: skip
+             guidance_scale, resolution, batch_size, clip_model, clip_revision, concept_margin,
+             clip_margin, change_margin, variety_margin, lora_scales, rescore, score_dir):  # fmt: skip
     """Evaluate each adapter in `lora_dir` against the base model; return the output folders.
 
     With `rescore` or `score_dir` the pictures are read, not drawn.
@@ -651,13 +451,17 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     check_config(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     drawing = not rescore and not score_dir
+    margins = dict(concept_similarity=concept_margin, clip=clip_margin, change=change_margin,
+                   variety=variety_margin)  # fmt: skip
 
     # Everything that can be wrong is looked at before a model is loaded, the scorer before the
     # pictures are drawn.
     if rescore:
         runs, config, prompts, seeds = read_saved(Path(output_dir), config)
     else:
-        prompts, seeds = read_prompts(prompts), list(range(seed, seed + seeds))
+        usual = PUBLISHED if score_dir else PROMPTS
+        prompts = read_prompts(prompts) if prompts else list(usual)
+        seeds = list(range(seed, seed + seeds))
     if score_dir:
         runs, seeds = read_pair(score_dir, Path(output_dir), prompts)
     if drawing:
@@ -672,9 +476,13 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    if len(seeds) < FEWEST_SEEDS:
+        print(
+            f"note: {len(seeds)} seeds a prompt are too few for the LPIPS ceiling, so change and variety "
+            f"are not computed; they need {FEWEST_SEEDS}"
+        )
 
-    chunks = [runs[0].base[i : i + len(seeds)] for i in range(0, len(runs[0].base), len(seeds))]
-    ceilings = [metrics.lpips_ceiling(chunk, device) for chunk in chunks]
+    base_pairs = prompt_pairs(runs[0].base, len(seeds), device)
     texts = [prompt for _, prompt in prompts for _ in seeds]
     for run in tqdm(runs, desc="scores", unit="run", leave=False, disable=len(runs) == 1):
         if run.base is not runs[0].base or run is runs[0]:  # drawn once, they are scored once
@@ -682,7 +490,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         scoring = dict(clip=clip, training=training, device=device, base_scores=base_scores)
         score(run, prompts, seeds, **scoring)
         if run.scaled:
-            run.sweep = sweep_summary(run.scaled, run.base, prompts, seeds, ceilings, scoring)
+            run.sweep = sweep_summary(run.scaled, run.base, prompts, seeds, base_pairs, scoring)
     scored = time.monotonic()
     warnings = picture_warnings(runs, prompts, seeds)
     for warning in warnings:
@@ -690,25 +498,24 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
 
     shown = dict(prompts=prompts, seeds=seeds, warnings=warnings, provenance=provenance(device),
                  config=config, training=training)  # fmt: skip
-    threshold = training and training.copy_threshold
+
+    def judge(members):
+        return analyse(members, prompts, base_pairs, margins, training and training.embeddings,
+                       copies_of(members, prompts, training))  # fmt: skip
+
     for run in runs:
-        summary = analyse([run], prompts, ceilings, threshold, clip_margin)
+        summary = judge([run])
         if run.sweep:
             summary["sweep"] = dict(zip(("rows", "advice"), run.sweep, strict=True))
         write_run(run, summary, shown)
-        print(f"\n{run.name}\n{report.summary_text(summary)}\n\nopen {run.target / 'report.html'}")
+        print(f"\n{run.name}\n{words.summary_text(summary)}\n\nopen {run.target / 'report.html'}")
     if len(runs) > 1:
-        groups = {}
-        for run in runs:
-            groups.setdefault(run.experiment, []).append(run)
-        summaries = {
-            name: analyse(members, prompts, ceilings, threshold, clip_margin)
-            for name, members in groups.items()
-        }
-        pairs = compare(groups, prompts, ceilings)
+        groups = group_runs(runs)
+        summaries = {name: judge(group) for name, group in groups.items()}
+        pairs = compare(groups, prompts, base_pairs, margins)
         target = Path(output_dir) / "comparison"
         write_comparison(target, groups, summaries, pairs, shown)
-        text = report.comparison_text(summaries, pairs)
+        text = words.comparison_text(summaries, pairs)
         print(f"\ncomparison\n{text}\n\nopen {target / 'report.html'}")
     if drawing:
         count = len(texts) * (1 + sum(len({1.0, *run.scaled} - {0.0}) for run in runs))
@@ -733,7 +540,9 @@ def plan_runs(config, device):
         if len(found) > 1 and left.parent.name not in [name for name, _ in found]:
             print(f"note: {left.parent} is a run without its weights, and is passed over")
     read = [(name, adapters.read_adapter(path)) for name, path in found]
-    check_fingerprints([(name, adapters.fingerprint(adapter)) for name, adapter in read])
+    described = [Run(name, None, describe(adapter), [], []) for name, adapter in read]
+    check_fingerprints([(run.name, run.adapter["fingerprint"]) for run in described])
+    group_runs(described)
     if device.type == "cpu":
         print("no CUDA GPU found: drawing on the CPU, in fp32")
     for name, adapter in read:
@@ -754,12 +563,13 @@ class TrainingSet:
     embeddings: np.ndarray  # [m, d]
     mirrored: np.ndarray  # of the mirrored pictures
 
-    @property
-    def copy_threshold(self):
-        """95% of the training pictures are less similar than this to their nearest other one."""
-        if len(self.names) < 2:
-            return None
-        return float(np.percentile(metrics.leave_one_out(self.embeddings, self.mirrored), 95))
+    def trained_on(self, held_out):
+        """Indices of the pictures less those named in `held_out`, a run's own."""
+        return [i for i, name in enumerate(self.names) if name not in set(held_out)]
+
+
+def copies_of(runs, prompts, training):
+    return None
 
 
 def load_scorer(config, prompts, device):
@@ -843,29 +653,6 @@ def draw_runs(config, plan, pipeline, prompts, seeds):
     return runs
 
 
-def describe(adapter):
-    """What the results say of an adapter."""
-    metadata = {
-        k: v for k, v in adapter.metadata.items() if k not in ("lora_adapter_metadata", "format")
-    }
-    return dict(fingerprint=adapters.fingerprint(adapter), rank=adapter.rank, alpha=adapter.alpha,
-                metadata=metadata)  # fmt: skip
-
-
-def check_fingerprints(found):
-    """UserError naming both if two adapters under comparison are the same: the published study
-    scored one adapter under two names and called the equality a finding. `found` is a list of
-    (name, fingerprint), which is None for pictures that were drawn elsewhere."""
-    owners = {}
-    for name, key in found:
-        if key is not None and key in owners:
-            raise UserError(
-                f"{owners[key]} and {name} are the same adapter (fingerprint {key[:12]}…); a comparison "
-                "of the two would compare it with itself. Remove one"
-            )
-        owners[key] = name
-
-
 def read_saved(output_dir, config):
     """The runs that an earlier evaluation saved in `output_dir` or its subfolders.
 
@@ -908,7 +695,8 @@ def read_saved(output_dir, config):
         runs.append(run)
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
     # How they were drawn is theirs, how they are scored is asked for now.
-    scoring = ("clip_model", "clip_revision", "clip_margin", "data_dir", "output_dir", "rescore")
+    scoring = ("clip_model", "clip_revision", "concept_margin", "clip_margin", "change_margin",
+               "variety_margin", "data_dir", "output_dir", "rescore")  # fmt: skip
     return runs, config | saved["config"] | {k: config[k] for k in scoring}, prompts, seeds
 
 
@@ -922,23 +710,39 @@ def picture_paths(folder, prompts, seeds, kinds=("base", "lora")):
     ]
 
 
+def natural_order(path):
+    """A sort key of file names by which 2 comes before 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name.lower())]
+
+
 def read_pair(score_dir, output_dir, prompts):
     """One run from two folders of pictures that this script did not draw, and numbers for seeds.
 
-    The pictures of each folder, in the order of their names, are those of the prompts in order,
-    the same number for each prompt.
+    The pictures of each folder, in the natural order of their names, are those of the prompts in
+    order, the same number for each prompt. Where both names of a pair hold numbers, the last ones
+    must agree. Raises UserError naming the files that do not.
     """
     check_output_folder(output_dir, MARKER)
     places = [Path(part.strip()) for part in str(score_dir).split(",")]
     if len(places) != 2 or not all(place.is_dir() for place in places):
         raise UserError(f"score_dir {score_dir!r} must be two folders, BASE_FOLDER,LORA_FOLDER")
     endings = (".png", ".jpg", ".jpeg", ".webp")
-    files = [sorted(p for p in place.iterdir() if p.suffix.lower() in endings) for place in places]
+    files = [
+        sorted((p for p in place.iterdir() if p.suffix.lower() in endings), key=natural_order)
+        for place in places
+    ]
     if len(files[0]) != len(files[1]) or not files[0] or len(files[0]) % len(prompts):
         raise UserError(
             f"{places[0]} has {len(files[0])} pictures and {places[1]} {len(files[1])}; both must "
             f"have the same number, and a multiple of the {len(prompts)} prompts"
         )
+    for pair in zip(*files, strict=True):
+        numbers = [re.findall(r"\d+", path.stem)[-1:] for path in pair]
+        if all(numbers) and int(numbers[0][0]) != int(numbers[1][0]):
+            raise UserError(
+                f"{pair[0]} would be paired with {pair[1]}, but their numbers differ; name the pictures "
+                "of both folders by the same numbers"
+            )
     base, lora = ([open_picture(path) for path in paths] for paths in files)
     for a, b, path in zip(base, lora, files[1], strict=True):
         if a.size != b.size:
@@ -974,25 +778,25 @@ def write_run(run, summary, shown):
         path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as pool:  # encoding a picture keeps a core busy, and no lock
         list(pool.map(lambda pair: pair[0].save(pair[1]), zip(images, paths, strict=True)))
-    report.comparison_figure(by_prompt, run.name, min(3, count)).save(new / "comparison_all.png")
-    for category in ("success", "failure"):
+    figures.comparison_figure(by_prompt, run.name, min(3, count)).save(new / "comparison_all.png")
+    for category in CATEGORIES:
         chosen = [row for row in by_prompt if row["category"] == category]
         if chosen:
-            figure = report.comparison_figure(chosen, f"{run.name}: {category}", count)
+            figure = figures.comparison_figure(chosen, f"{run.name}: {category}", count)
             figure.save(new / f"{category}_cases.png")
     if run.scaled:
-        report.sweep_figure(summary["sweep"]["rows"], run.name).savefig(new / "sweep.png")
+        figures.sweep_figure(summary["sweep"]["rows"], run.name).savefig(new / "sweep.png")
         firsts = {scale: images[::count] for scale, images in run.scaled.items()}
-        report.sweep_sheet(firsts, [prompt for _, prompt in prompts]).save(
+        figures.sweep_sheet(firsts, [prompt for _, prompt in prompts]).save(
             new / "sweep_pictures.png"
         )
     record = dict(run=run.name, config=shown["config"], **shown["provenance"], adapter=run.adapter,
                   warnings=shown["warnings"], summary=summary, pictures=run.rows)  # fmt: skip
     write_csv(new / "metrics.csv", run.rows)
     (new / "summary.md").write_text(
-        f"# {run.name}\n\n{report.summary_text(summary)}\n", encoding="utf-8"
+        f"# {run.name}\n\n{words.summary_text(summary)}\n", encoding="utf-8"
     )
-    page = report.run_page(run, summary, shown, new)
+    page = pages.run_page(run, summary, shown, new)
     (new / "report.html").write_text(page, encoding="utf-8")
     write_json(new / MARKER, record)  # last: with it the folder is whole
     replace_folder(run.target)
@@ -1002,13 +806,13 @@ def write_comparison(target, groups, summaries, pairs, shown):
     """Write what several experiments have in common and where they differ."""
     new = fresh_folder(target)
     if pairs:  # several experiments; several runs of one have nothing to compare
-        report.forest_figure(pairs).savefig(new / "forest.png")
+        figures.forest_figure(pairs).savefig(new / "forest.png")
         write_csv(new / "comparison.csv", pairs)
     record = dict(experiments=summaries, pairs=pairs, config=shown["config"], **shown["provenance"],
                   warnings=shown["warnings"])  # fmt: skip
-    text = report.comparison_text(summaries, pairs)
+    text = words.comparison_text(summaries, pairs)
     (new / "summary.md").write_text(f"# Comparison\n\n{text}\n", encoding="utf-8")
-    page = report.comparison_page(groups, summaries, pairs, shown, new)
+    page = pages.comparison_page(groups, summaries, pairs, shown)
     (new / "report.html").write_text(page, encoding="utf-8")
     write_json(new / MARKER, record)
     replace_folder(target)

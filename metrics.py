@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from safetensors.torch import load_file
-from scipy import stats
+from torchmetrics.image.kid import KernelInceptionDistance
 from transformers import CLIPModel, CLIPProcessor
 
 from common import ROOT, UserError, fetch_model, one_line
@@ -170,16 +170,51 @@ def training_embeddings(images, clip):
     return image_embeddings(images, clip), image_embeddings(mirrored, clip)
 
 
-def lpips_ceiling(images, device="cpu"):
-    """Mean LPIPS over all pairs of `images`: base pictures of one prompt at different seeds.
+def pairwise_lpips(images, device="cpu"):
+    """LPIPS between all pairs of `images`: float64 [n, n], symmetric, 0 on its diagonal.
 
-    It gives LPIPS a scale: what "an unrelated picture of the same prompt" measures. NaN for fewer
-    than two pictures.
+    For base pictures of one prompt at different seeds its mean over the pairs is LPIPS's *ceiling*:
+    what "an unrelated picture of the same prompt" measures. For LoRA pictures it is their variety.
     """
-    pairs = [(a, b) for index, a in enumerate(images) for b in images[index + 1 :]]
-    if not pairs:
+    found = np.zeros((len(images), len(images)))
+    first, second = np.triu_indices(len(images), 1)
+    if len(first):
+        pairs = [images[i] for i in first], [images[i] for i in second]
+        found[first, second] = found[second, first] = lpips_distances(*pairs, device)
+    return found
+
+
+def pair_mean(distances):
+    """Mean over the pairs of symmetric `distances` [..., n, n] with a zero diagonal: [...].
+
+    NaN for fewer than two pictures.
+    """
+    count = distances.shape[-1]
+    if count < 2:
+        return np.full(distances.shape[:-2], np.nan)
+    return distances.sum(axis=(-2, -1)) / (count * (count - 1))
+
+
+def kernel_distance(embeddings, training, subsets=50):
+    """Kernel distance of two sets of unit-length embeddings, [n, d] and [m, d]: a float.
+
+    The unbiased squared maximum mean discrepancy with the cubic polynomial kernel (KID, Bińkowski et
+    al. 2018), over CLIP features in place of Inception's; torchmetrics computes it, as the mean over
+    `subsets` random subsets of each set, the same ones at every call. Unlike a mean cosine it is 0
+    (it may come out below) only where the two sets are spread alike. Features are scaled so that a
+    component's mean square is 1, which is what that kernel is made for.
+    """
+    size = min(len(embeddings), len(training))
+    if size < 2:
         return float("nan")
-    return float(lpips_distances(*map(list, zip(*pairs, strict=True)), device).mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features in memory
+        metric = KernelInceptionDistance(torch.nn.Identity(), subsets=subsets, subset_size=size)
+    for real, features in ((True, training), (False, embeddings)):
+        metric.update(torch.from_numpy(features * features.shape[1] ** 0.5), real=real)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return float(metric.compute()[0])
 
 
 def leave_one_out(training, mirrored):
@@ -190,72 +225,3 @@ def leave_one_out(training, mirrored):
     cosines = np.maximum(training @ training.T, training @ mirrored.T)
     np.fill_diagonal(cosines, -1)
     return cosines.max(axis=1)
-
-
-# ---- statistics ----------------------------------------------------------------------------
-
-
-def mean_interval(values, level=0.95):
-    """Mean of `values` [runs, seeds] with its confidence interval and two-sided p-value against 0.
-
-    Training runs and sampling seeds are crossed: every run draws the same seeds. The interval is
-    the one of the two-way random-effects model (Searle, Casella & McCulloch 1992, chapter 4): the
-    variance of the grand mean is (MS_runs + MS_seeds - MS_residual) / (runs * seeds), never less
-    than either mean square gives alone, with Satterthwaite's degrees of freedom. With one run only
-    the seeds vary, and it is Student's interval over them; with one seed, over the runs.
-
-    Why not the percentile bootstrap over prompts, seeds and runs: with 2 prompts, 3 runs or 8 seeds
-    there is too little to draw from. Its 95% intervals held the truth in 76% to 99% of simulated
-    studies of this size, these in 93% to 98% (`python bench/coverage.py`).
-
-    Returns a dict: mean, low, high, p, runs, seeds. With a single value the interval is unknown
-    (NaN), and p is 1.
-    """
-    values = np.asarray(values, np.float64)
-    runs, seeds = values.shape
-    mean = values.mean()
-    by_run, by_seed = values.mean(axis=1), values.mean(axis=0)
-    squares = []  # (mean square, degrees of freedom) of each factor that varies
-    if runs > 1:
-        squares.append((seeds * by_run.var(ddof=1), runs - 1))
-    if seeds > 1:
-        squares.append((runs * by_seed.var(ddof=1), seeds - 1))
-    if not squares:
-        return dict(mean=float(mean), low=np.nan, high=np.nan, p=1.0, runs=runs, seeds=seeds)
-    square, freedom = max(squares)
-    if len(squares) == 2:
-        residual = values - by_run[:, None] - by_seed + mean
-        residual_freedom = (runs - 1) * (seeds - 1)
-        residual_square = (residual**2).sum() / residual_freedom
-        total = squares[0][0] + squares[1][0] - residual_square
-        if total > square:
-            terms = [*squares, (residual_square, residual_freedom)]
-            square, freedom = total, total**2 / sum(ms**2 / df for ms, df in terms)
-    error = np.sqrt(square / values.size)
-    half = stats.t.ppf(0.5 + level / 2, freedom) * error
-    # Where every value is the same it is certain, whether it is 0 or not.
-    p = 2 * stats.t.sf(abs(mean) / error, freedom) if error > 0 else float(mean == 0)
-    return dict(mean=float(mean), low=float(mean - half), high=float(mean + half), p=float(p),
-                runs=runs, seeds=seeds)  # fmt: skip
-
-
-def holm(p_values):
-    """p-values corrected for testing several at once (Holm 1979), in the order given."""
-    p_values = np.asarray(p_values, float)
-    order = np.argsort(p_values)
-    scaled = p_values[order] * np.arange(len(p_values), 0, -1)
-    corrected = np.empty_like(p_values)
-    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
-    return corrected
-
-
-def share_interval(hits):
-    """Share of true values in `hits` [runs, prompts, seeds] with its 95% interval: a dict.
-
-    The wider of two: Wilson's, which takes every picture for independent, and `mean_interval` over
-    runs and seeds, which does not, but is empty where all values are equal.
-    """
-    crossed = mean_interval(hits.mean(axis=1))
-    wilson = stats.binomtest(int(hits.sum()), hits.size).proportion_ci(0.95, method="wilson")
-    return dict(mean=float(hits.mean()), low=max(0.0, float(np.fmin(wilson.low, crossed["low"]))),
-                high=min(1.0, float(np.fmax(wilson.high, crossed["high"]))))  # fmt: skip

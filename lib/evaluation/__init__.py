@@ -1,0 +1,1 @@
+"""What inference.py evaluates with: scores, statistics, verdicts, pictures, pages."""

@@ -1,0 +1,97 @@
+"""Which adapters are training runs of one experiment, and which are one and the same.
+
+Runs belong together if their configurations (config.json, which train.py writes beside an adapter)
+differ in the training seed alone, whatever they are called.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import adapters
+from common import UserError
+
+# Keys of train.py's CONFIG that may differ between two runs of one experiment: where a run lies and
+# how often it reports change nothing of what it learns. Of the data its hash counts, not its place.
+WITHOUT_EFFECT = (
+    "seed", "data_dir", "output_dir", "run_name", "log_every", "validate_every", "checkpoint_every",
+    "keep_checkpoints", "resume", "max_overflows", "wandb_project",
+)  # fmt: skip
+
+
+def describe(adapter):
+    """What the results say of a read adapter: a dict for metrics.json.
+
+    `training` is what decides its experiment, or None where it has no config.json.
+    """
+    metadata = {
+        k: v for k, v in adapter.metadata.items() if k not in ("lora_adapter_metadata", "format")
+    }
+    found = dict(fingerprint=adapters.fingerprint(adapter), rank=adapter.rank, alpha=adapter.alpha,
+                 metadata=metadata, training=None, held_out=[])  # fmt: skip
+    record = Path(adapter.path) / "config.json"
+    if record.is_file():
+        try:
+            written = json.loads(record.read_text(encoding="utf-8"))
+            config, data = written["config"], written["data"]
+            found["training"] = dict(config, data_sha256=data["sha256"])
+            found["held_out"] = list(data["held_out"])
+            found["metadata"] = {"seed": str(config["seed"])} | metadata
+        except (ValueError, KeyError, TypeError, OSError) as problem:
+            raise UserError(
+                f"{record} is not what train.py writes ({problem!r}); restore it, or remove it to "
+                "evaluate the adapter without"
+            ) from None
+    return found
+
+
+def group_runs(runs):
+    """{experiment: [Run]}: runs whose configurations differ in the seed alone are one experiment.
+
+    It is called as the runs are, less an ending _seed<N>. A run without config.json is an experiment
+    of its own. Raises UserError, naming the keys, for two runs of one seed and configuration, and for
+    runs of one experiment's name whose configurations differ.
+    """
+    groups, settings = {}, {}
+    for run in runs:
+        name = re.sub(r"_seed\d+$", "", run.name)
+        training = run.adapter.get("training")
+        if training is None:
+            groups[run.name] = [run]
+            continue
+        relevant = {k: v for k, v in training.items() if k not in WITHOUT_EFFECT}
+        known = next((title for title, other in settings.items() if other == relevant), None)
+        if known is None and name in settings:
+            differing = sorted(
+                key
+                for key in relevant.keys() | settings[name].keys()
+                if relevant.get(key) != settings[name].get(key)
+            )
+            raise UserError(
+                f"{groups[name][0].name} and {run.name} are named as runs of one experiment, but differ "
+                f"in {', '.join(differing)}; rename one of them"
+            )
+        group = groups.setdefault(known or name, [])
+        settings.setdefault(known or name, relevant)
+        twin = next((other for other in group if other.training_seed == run.training_seed), None)
+        if twin:
+            raise UserError(
+                f"{twin.name} and {run.name} have the same configuration and the same seed "
+                f"({run.training_seed}): one run counted twice; remove one"
+            )
+        group.append(run)
+    return groups
+
+
+def check_fingerprints(found):
+    """Raise UserError naming both if two adapters under comparison are the same: the published study
+    scored one adapter under two names and called the equality a finding. `found` is a list of
+    (name, fingerprint), which is None for pictures that were drawn elsewhere."""
+    owners = {}
+    for name, key in found:
+        if key is not None and key in owners:
+            raise UserError(
+                f"{owners[key]} and {name} are the same adapter (fingerprint {key[:12]}…); a comparison "
+                "of the two would compare it with itself. Remove one"
+            )
+        owners[key] = name

@@ -1,0 +1,152 @@
+"""Figures of an evaluation: sheets of pictures (PIL) and charts (matplotlib)."""
+
+import math
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from lib.evaluation.words import NAMES
+from report import INK, PAPER, QUIET, fit_text
+
+matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
+
+
+def comparison_figure(rows, title, pairs, side=256):
+    """Base and LoRA side by side: a row a prompt, `pairs` seeds in it, as one PIL picture.
+
+    `rows` are dicts with `prompt`, `category`, and `base` and `lora`, lists of PIL pictures. Rows
+    of more than four pairs are wrapped, so that a picture stays large enough to see.
+    """
+    big, small = ImageFont.load_default(22), ImageFont.load_default(15)
+    gap, between, head = 6, 22, 54
+    a_line = min(pairs, 4)
+    lines = -(-pairs // a_line)
+    width = a_line * (2 * side + gap + between) + between
+    height = head + len(rows) * (lines * (side + gap) + 34) + between
+    figure = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(figure)
+    draw.text((between, 14), fit_text(title, big, width - 2 * between), INK, big)
+    y = head
+    for row in rows:
+        label = f"«{row['prompt']}»  {row['category']}; in each pair base on the left, LoRA on the right"
+        draw.text((between, y), fit_text(label, small, width - 2 * between), INK, small)
+        y += 24
+        for index in range(pairs):
+            x = between + index % a_line * (2 * side + gap + between)
+            top = y + index // a_line * (side + gap)
+            for offset, image in ((0, row["base"][index]), (side + gap, row["lora"][index])):
+                figure.paste(
+                    image.resize((side, side), Image.Resampling.LANCZOS), (x + offset, top)
+                )
+        y += lines * (side + gap) + 10
+    return figure
+
+
+ANSWER_COLOURS = {"equivalent": "#2a6b3f", "undecided": "#8492a6"}  # else the one of a difference
+
+
+def forest_figure(pairs):
+    """A matplotlib forest plot: each difference of two experiments with its 95% interval, around 0,
+    in units of its margin, whose band is shaded."""
+    figure = Figure(figsize=(9, 1.4 + 0.36 * max(len(pairs), 1)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(-1, 1, color="#e4ede6", zorder=0)
+    axes.axvline(0, color="#888888", linewidth=1)
+    for y, row in enumerate(pairs):
+        colour = ANSWER_COLOURS.get(row["answer"], "#c4572e")
+        mean, low, high = (row[key] / row["margin"] for key in ("mean", "low", "high"))
+        if math.isfinite(low):
+            axes.plot([low, high], [y, y], color=colour, linewidth=2)
+        axes.plot(mean, y, "o", color=colour, markersize=6)
+    labels = [
+        f"{NAMES[r['metric']]} (±{r['margin']:g}), {r['category']}: {r['second']} − {r['first']}"
+        for r in pairs
+    ]
+    axes.set_yticks(range(len(pairs)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "difference in units of its margin (shaded), with its 95% interval\n"
+        "red: higher or lower; green: equivalent; grey: undecided"
+    )
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def sweep_figure(rows, title):
+    """The trade-off over the adapter's scale: concept gained against other prompts moved."""
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for key, name, colour in (
+        ("change near", "near prompts", "#b8860b"),
+        ("change failure", "unrelated prompts", "#2f5ea8"),
+    ):
+        known = [row for row in rows if key in row and "concept_similarity success" in row]
+        if not known:
+            continue
+        x, y = (
+            np.array([[row[k][part] for part in ("mean", "low", "high")] for row in known])
+            for k in (key, "concept_similarity success")
+        )
+        axes.errorbar(x[:, 0], y[:, 0], xerr=np.abs(x[:, 1:] - x[:, :1]).T, yerr=np.abs(y[:, 1:] - y[:, :1]).T,
+                      fmt="o-", color=colour, ecolor="#cfd6e2", capsize=2, label=name)  # fmt: skip
+        for row, px, py in zip(known, x[:, 0], y[:, 0], strict=True):
+            axes.annotate(
+                f"{row['scale']:g}", (px, py), textcoords="offset points", xytext=(6, -12)
+            )
+    axes.legend(frameon=False, loc="lower right")
+    axes.set(title=f"{title}: how much of the adapter (the numbers are its scales)",
+             xlabel="other prompts moved: LPIPS to the base, as a share of its ceiling",
+             ylabel="concept similarity gained on success prompts")  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def sweep_sheet(firsts, prompts, side=192):
+    """A row a prompt, a column a scale: the first seed's pictures. `firsts` is {scale: pictures}."""
+    font = ImageFont.load_default(15)
+    gap, line = 6, 24
+    scales = sorted(firsts)
+    sheet = Image.new(
+        "RGB",
+        (gap + len(scales) * (side + gap), line + len(prompts) * (side + gap + line)),
+        PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    for column, scale in enumerate(scales):
+        x = gap + column * (side + gap)
+        draw.text((x, 3), f"scale {scale:g}", INK, font)
+        for row, prompt in enumerate(prompts):
+            y = line + row * (side + gap + line)
+            if column == 0:
+                draw.text((x, y + 3), fit_text(prompt, font, sheet.width - 2 * gap), QUIET, font)
+            image = firsts[scale][row].resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(image, (x, y + line))
+    return sheet
+
+
+def distribution_figure(run, prompts):
+    """For each prompt the scores of every picture, base beside LoRA: one panel a score."""
+    rows = run.rows
+    keys = [k for k in ("concept_similarity", "clip", "lpips") if rows[1][k] is not None]
+    figure = Figure(figsize=(9, 1.1 + 0.62 * len(prompts)), dpi=110, layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(keys), sharey=True))
+    for axes, key in zip(panels, keys, strict=True):
+        for y, (_, prompt) in enumerate(prompts):
+            for model, colour, shift in (("base", "#8492a6", -0.13), ("lora", "#c4572e", 0.13)):
+                values = [r[key] for r in rows if r["prompt"] == prompt and r["model"] == model]
+                values = [value for value in values if value is not None]
+                axes.plot(
+                    values, [y + shift] * len(values), "o", color=colour, alpha=0.55, markersize=5
+                )
+        axes.set_title({"lpips": "LPIPS, base to LoRA"}.get(key, NAMES[key]), fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    labels = [prompt if len(prompt) < 40 else prompt[:38] + "…" for _, prompt in prompts]
+    panels[0].set_yticks(range(len(prompts)), labels, fontsize=8)
+    panels[0].invert_yaxis()
+    figure.supxlabel("grey: base, red: LoRA; one dot a seed", fontsize=9)
+    return figure

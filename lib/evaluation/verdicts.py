@@ -1,0 +1,374 @@
+"""What may be claimed from the scores of one experiment, and from two that are compared.
+
+A claim needs its interval on one side of a line. An effect is there if its 95% interval leaves out
+0, and it is negligible if its 90% interval stays within the margin that CONFIG fixes for it (two
+one-sided tests, Schuirmann 1987); where the interval holds both, the answer is that it cannot be
+told. Claims that are tested together are corrected for their number (Holm 1979), effects among
+themselves and negligible ones among themselves.
+
+Everything is paired by prompt and seed. Prompts are the ones that are named; training runs and
+sampling seeds are random and crossed (see statistics.py).
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import metrics
+from lib.evaluation.prompts import CATEGORIES, members
+from lib.evaluation.statistics import (
+    equivalence,
+    holm,
+    jackknife,
+    mean_interval,
+    runs_to_decide,
+    smallest_detectable,
+)
+from lib.evaluation.words import interval_text, share_text
+
+UNKNOWN = "cannot be told from these pictures"
+# Fewer seeds a prompt say too little of what chance alone varies: 4 are 6 pairs of pictures.
+FEWEST_SEEDS = 4
+# Two training runs differ by one number; nothing useful can be said of others from it.
+FEWEST_RUNS = 3
+
+
+@dataclass
+class Run:
+    """One adapter's pictures beside the base model's, and their scores."""
+
+    name: str
+    target: Path  # where its results go
+    adapter: dict  # fingerprint, rank, alpha, metadata, training: what metrics.json says of it
+    base: list  # PIL pictures, prompt by prompt and seed by seed
+    lora: list  # likewise
+    scaled: dict = field(default_factory=dict)  # {scale: pictures}, where a sweep was asked for
+    rows: list = None  # a dict a picture; see evaluation.score
+    pairs: np.ndarray = None  # LPIPS between the LoRA pictures of a prompt, [prompts, seeds, seeds]
+    embeddings: dict = None  # {"base", "lora"}: CLIP embeddings [prompts, seeds, d]
+    copies: dict = None  # see memorisation.py
+    sweep: tuple = None  # see sweep_summary
+
+    @property
+    def training_seed(self):
+        seed = self.adapter.get("metadata", {}).get("seed")
+        return None if seed is None else int(seed)
+
+
+def grid(run, key, model, prompts):
+    """The scores `key` of a run's base or LoRA pictures as an array [prompts, seeds]."""
+    values = [row[key] for row in run.rows if row["model"] == model]
+    return np.array(values, np.float64).reshape(len(prompts), -1)
+
+
+def effects(runs, prompts, base_pairs):
+    """What the adapters of one experiment changed, arrays [runs, prompts, seeds].
+
+    clip and concept_similarity: LoRA minus base. lpips: base to LoRA. change: lpips as a share of its
+    ceiling, the LPIPS between base pictures of that prompt at different seeds (`base_pairs`,
+    [prompts, seeds, seeds]). variety: the LPIPS between LoRA pictures at different seeds as a share
+    of the same ceiling. Those two are ratios of means over the seeds, so their values are the
+    jackknife's, which carry the ceiling's own error; they need FEWEST_SEEDS. Scores that were not
+    computed are left out.
+    """
+    found = {"lpips": np.stack([grid(run, "lpips", "lora", prompts) for run in runs])}
+    for key in ("clip", "concept_similarity"):
+        if runs[0].rows[0][key] is not None:
+            found[key] = np.stack(
+                [grid(run, key, "lora", prompts) - grid(run, key, "base", prompts) for run in runs]
+            )
+    seeds = found["lpips"].shape[2]
+    if seeds >= FEWEST_SEEDS:
+        lora_pairs = np.stack([run.pairs for run in runs])
+
+        def ceiling(kept):
+            return metrics.pair_mean(base_pairs[:, kept][:, :, kept])
+
+        def change(kept):
+            return found["lpips"][:, :, kept].mean(axis=2) / ceiling(kept)
+
+        def variety(kept):
+            return metrics.pair_mean(lora_pairs[:, :, kept][:, :, :, kept]) / ceiling(kept)
+
+        found |= {"change": jackknife(change, seeds), "variety": jackknife(variety, seeds)}
+    return found
+
+
+def kernel_distances(runs, chosen, training):
+    """Kernel distances to the training pictures over the prompts `chosen`: a dict.
+
+    base and lora, means over the runs, and difference, LoRA minus base with its interval.
+    """
+    seeds = runs[0].embeddings["lora"].shape[1]
+
+    def distance(run, model, kept):
+        found = run.embeddings[model][chosen][:, kept]
+        return metrics.kernel_distance(found.reshape(-1, found.shape[-1]), training)
+
+    def difference(kept):
+        base = distance(runs[0], "base", kept)
+        return np.array([distance(run, "lora", kept) - base for run in runs])
+
+    every = np.arange(seeds)
+    return dict(
+        base=distance(runs[0], "base", every),
+        lora=float(np.mean([distance(run, "lora", every) for run in runs])),
+        difference=mean_interval(jackknife(difference, seeds)),
+    )
+
+
+# ---- one experiment ------------------------------------------------------------------------
+
+
+def analyse(runs, prompts, base_pairs, margins, training=None, copies=None):
+    """Every figure of one experiment with its interval, and the verdicts: a dict for metrics.json.
+
+    `runs` are the experiment's training runs; `base_pairs` as for `effects`; `margins` a dict by
+    score; `training` the embeddings of the training pictures, or None; `copies` what memorisation.py
+    found, or None.
+    """
+    found = effects(runs, prompts, base_pairs)
+    table = []
+    for index, (category, prompt) in enumerate(prompts):
+        row = dict(category=category, prompt=prompt)
+        if "change" in found:
+            row["lpips_ceiling"] = float(metrics.pair_mean(base_pairs[index]))
+        for key, values in found.items():
+            row[key] = mean_interval(values[:, index])
+        for key in ("clip", "concept_similarity"):
+            for model in ("base", "lora"):
+                if key in found:
+                    means = [grid(run, key, model, prompts)[index].mean() for run in runs]
+                    row[f"{model}_{key}"] = float(np.mean(means))
+        table.append(row)
+    totals = {}
+    for category in CATEGORIES:
+        if chosen := members(prompts, category):
+            totals[category] = total = {
+                key: mean_interval(values[:, chosen].mean(axis=1)) for key, values in found.items()
+            }
+            for key in table[0]:
+                if key.startswith(("base_", "lora_")):
+                    total[key] = float(np.mean([table[i][key] for i in chosen]))
+            if training is not None and "change" in found:
+                total["kernel_distance"] = kernel_distances(runs, chosen, training)
+    summary = dict(runs=[run.name for run in runs], seeds=found["lpips"].shape[2], prompts=table,
+                   categories=totals, margins=margins)  # fmt: skip
+    if copies is not None:
+        summary["memorised"] = copies
+    summary["verdicts"] = verdicts(found, prompts, summary)
+    return summary
+
+
+@dataclass
+class Line:
+    """One quantity of a question: `yes` and `no` are (side, at), the mean's side of a value.
+
+    An effect is tested against 0 at 5% from both sides (a 95% interval), a margin at 5% from one side
+    (a 90% interval).
+    """
+
+    values: np.ndarray  # [runs, seeds]
+    yes: tuple
+    no: tuple
+    answer: bool = None  # None: cannot be told
+
+    def p(self, side, at):
+        """p-value of the claim that the mean lies on this side of `at`."""
+        interval = mean_interval(self.values - at)
+        half = interval["p"] / 2
+        there = (interval["mean"] > 0) == (side == "above")
+        one_sided = half if there else 1 - half
+        return min(1.0, 2 * one_sided) if at == 0 else one_sided
+
+
+def decide(lines):
+    """Give each Line its answer, corrected for their number; `no` goes before `yes`.
+
+    A mean may lie above 0 for certain and still within the margin: then it is negligible.
+    """
+    for side, answer in (("yes", True), ("no", False)):
+        corrected = holm([line.p(*getattr(line, side)) for line in lines])
+        for line, p in zip(lines, corrected, strict=True):
+            if p < 0.05:
+                line.answer = answer
+
+
+def verdicts(found, prompts, summary):
+    """[dict(question, answer, text)]: answer is yes, no or UNKNOWN. Empty where one picture a prompt
+    leaves no interval."""
+    if found["lpips"].shape[0] == found["lpips"].shape[2] == 1:
+        return []
+    margins, totals = summary["margins"], summary["categories"]
+
+    def values(key, category):
+        return found[key][:, members(prompts, category)].mean(axis=1)
+
+    lines = {}
+    if "concept_similarity" in found:
+        margin = margins["concept_similarity"]
+        for category in totals:
+            moved = values("concept_similarity", category)
+            lines[category] = Line(moved, yes=("above", 0), no=("below", margin))
+        if "success" in totals:
+            kept = ("above", -margins["clip"]), ("below", -margins["clip"])
+            lines["clip"] = Line(values("clip", "success"), *kept)
+    if "variety" in found and "success" in totals:
+        at = 1 - margins["variety"]
+        lines["variety"] = Line(values("variety", "success"), yes=("below", at), no=("above", at))
+    decide(list(lines.values()))
+
+    answers = []
+    if "clip" in lines:
+        answers.append(learned(lines, totals["success"], margins))
+    for category, question in (("near", "neighbours kept"), ("failure", "contaminated")):
+        if category in lines:
+            answers.append(moved_toward(lines[category], totals[category], margins, question))
+    if "memorised" in summary:
+        answers.append(memorised(summary["memorised"]))
+    if "variety" in lines:
+        answers.append(collapsed(lines["variety"], totals["success"]["variety"], margins))
+    return answers
+
+
+def answer_word(answer):
+    """yes, no or UNKNOWN for True, False or None."""
+    return {True: "yes", False: "no", None: UNKNOWN}[answer]
+
+
+def deciding_text(values, margin):
+    """What would decide a difference that cannot be told, as a sentence."""
+    runs = len(values)
+    if values.size == 1:
+        return "One picture a prompt and one training run decide nothing."
+    least = f"A difference of {smallest_detectable(values):.3f} would have been found in four of five repetitions"
+    if runs < FEWEST_RUNS:
+        word = {1: "one training run does", 2: "two training runs do"}[runs]
+        return f"{least}; {word} not show how much training runs differ, five would."
+    needed = runs_to_decide(values, margin)
+    if needed is None:
+        return f"{least}; more sampling seeds are needed to decide about a margin of {margin:g}."
+    return f"{least}; with {needed} training runs the margin of {margin:g} could be decided."
+
+
+def learned(lines, success, margins):
+    """Concept similarity rose on success prompts, and CLIP did not fall by the margin."""
+    concept, clip = lines["success"], lines["clip"]
+    text = (f"On success prompts the pictures' similarity to the training pictures changed by "
+            f"{interval_text(success['concept_similarity'])} (negligible below {margins['concept_similarity']:g}), "
+            f"the CLIP score by {interval_text(success['clip'])} (it may fall by less than {margins['clip']:g}). ")  # fmt: skip
+    if False in (concept.answer, clip.answer):
+        answer = False
+        if concept.answer is False:
+            fell = success["concept_similarity"]["high"] < 0
+            end = "It moved away from them." if fell else "It did not come nearer to them."
+        else:
+            end = "It looks more like them, but the match with the prompt fell by more than the margin."
+            if not concept.answer:
+                end = "The match with the prompt fell by more than the margin."
+    elif concept.answer and clip.answer:
+        answer, end = True, "The concept was learned."
+    else:
+        answer = None
+        if concept.answer is None:
+            end = deciding_text(concept.values, margins["concept_similarity"])
+        else:
+            end = ("It looks more like them; whether the match with the prompt fell by the margin cannot be told. "
+                   + deciding_text(clip.values, margins["clip"]))  # fmt: skip
+    return dict(question="learned", answer=answer_word(answer), text=text + end)
+
+
+def moved_toward(line, total, margins, question):
+    """Whether prompts that were not taught moved toward the training pictures."""
+    kept = question == "neighbours kept"
+    prompts = "prompts near the concept" if kept else "unrelated prompts"
+    margin = margins["concept_similarity"]
+    text = (f"On {prompts} that similarity changed by {interval_text(total['concept_similarity'])} "
+            f"(negligible below {margin:g})")  # fmt: skip
+    if "change" in total:
+        text += (f"; the pictures moved, in any direction, {interval_text(total['change'], sign=False)} of the "
+                 "way to another picture of the same prompt")  # fmt: skip
+    end = {
+        True: "The concept bleeds into them." if kept else "The adapter contaminates them.",
+        False: "They do not move toward the training pictures by the margin.",
+    }.get(line.answer) or deciding_text(line.values, margin)
+    answer = line.answer if not kept or line.answer is None else not line.answer
+    return dict(question=question, answer=answer_word(answer), text=f"{text}. {end}")
+
+
+def collapsed(line, variety, margins):
+    """Whether the LoRA pictures of one prompt are less varied over the seeds than the base's."""
+    text = (f"The pictures of one success prompt differ from seed to seed {interval_text(variety, sign=False)} times "
+            f"as much as the base model's (collapsed below {1 - margins['variety']:g}). ")  # fmt: skip
+    end = {True: "They lost more of their variety than the margin.", False: "They stay varied."}
+    return dict(question="collapsed", answer=answer_word(line.answer),
+                text=text + (end.get(line.answer) or deciding_text(line.values, margins["variety"])))  # fmt: skip
+
+
+def memorised(copies):
+    """Whether success pictures are near-copies of training pictures; see memorisation.py."""
+    return dict(question="memorised", answer=copies["answer"], text=share_text(copies))
+
+
+# ---- several experiments ---------------------------------------------------------------------
+
+# What two experiments are compared by, and where.
+COMPARED = (
+    ("concept_similarity", "success"),
+    ("clip", "success"),
+    ("variety", "success"),
+    ("concept_similarity", "near"),
+    ("change", "near"),
+    ("concept_similarity", "failure"),
+    ("change", "failure"),
+)
+
+
+def paired(a, b):
+    """The runs of two experiments in pairs: by their training seed, where both have it, else in
+    their order; and whether they are paired by seed."""
+    seeds = [{run.training_seed for run in group} - {None} for group in (a, b)]
+    shared = sorted(seeds[0] & seeds[1])
+    if shared:
+        a, b = ([next(r for r in g if r.training_seed == s) for s in shared] for g in (a, b))
+    else:
+        a, b = a[: len(b)], b[: len(a)]
+    return a, b, bool(shared)
+
+
+def compare(groups, prompts, base_pairs, margins):
+    """Every pair of experiments on the same prompts and seeds: a list of dicts.
+
+    `groups` is {experiment: [Run]}. A difference is second minus first, with its 95% interval, that
+    interval's p after Holm over all of them, and its 90% interval with the p-value of equivalence
+    within the margin, likewise corrected. The answer is higher, lower, equivalent (also where a
+    difference within the margin is certain) or undecided, then with `decides`, what would decide it.
+    With fewer than FEWEST_RUNS training runs nothing is claimed.
+    """
+    rows, arrays = [], []
+    for (first, a), (second, b) in itertools.combinations(groups.items(), 2):
+        a, b, by_seed = paired(a, b)
+        one, two = (effects(group, prompts, base_pairs) for group in (a, b))
+        for key, category in COMPARED:
+            chosen = members(prompts, category)
+            if key in one and chosen:
+                values = (two[key] - one[key])[:, chosen].mean(axis=1)
+                margin = margins[key]
+                arrays.append(values)
+                rows.append(dict(first=first, second=second, metric=key, category=category,
+                                 paired_by_training_seed=by_seed, margin=margin,
+                                 **mean_interval(values), equivalence=equivalence(values, margin)))  # fmt: skip
+    for row, values, p, same in zip(rows, arrays, holm([row["p"] for row in rows]),
+                                    holm([row["equivalence"]["p"] for row in rows]), strict=True):  # fmt: skip
+        row["p_holm"], row["equivalence"]["p_holm"] = float(p), float(same)
+        row["answer"] = "undecided"
+        if row["runs"] >= FEWEST_RUNS:
+            if p < 0.05:
+                row["answer"] = "higher" if row["mean"] > 0 else "lower"
+            if same < 0.05:
+                row["answer"] = "equivalent"
+        if row["answer"] == "undecided":
+            row["decides"] = deciding_text(values, row["margin"])
+    return rows

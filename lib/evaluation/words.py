@@ -1,0 +1,162 @@
+"""The results in words and tables: what the console, summary.md and the pages say."""
+
+import math
+
+NAMES = {
+    "clip": "CLIP score",
+    "concept_similarity": "concept similarity",
+    "lpips": "LPIPS",
+    "change": "change",
+    "variety": "variety",
+}
+
+
+def interval_text(interval, sign=True):
+    """«+0.012 [−0.003, +0.027]», or the mean alone where there is one value and so no interval."""
+    form = "{:+.3f}" if sign else "{:.3f}"
+    if not math.isfinite(interval["low"]):
+        return form.replace("3", "4").format(interval["mean"]).replace("-", "−")
+    mean, low, high = (form.format(interval[k]).replace("-", "−") for k in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def p_text(p):
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def spread_text(summary):
+    """What the intervals of an experiment speak of."""
+    runs, seeds = len(summary["runs"]), summary["seeds"]
+    over = "these prompts, drawn with other seeds"
+    if runs == seeds == 1:
+        return (
+            "One picture a prompt and one training run: no interval can be given, and no verdict."
+        )
+    if runs > 1:
+        return (f"{runs} training runs, {seeds} sampling seeds a prompt. The 95% intervals speak of "
+                f"{over} and by other training runs.")  # fmt: skip
+    return (f"One training run, {seeds} sampling seeds a prompt. The 95% intervals speak of {over}; "
+            "they say nothing of what another training run would give.")  # fmt: skip
+
+
+def summary_table(summary):
+    """Every prompt's and category's figures as rows of text, with intervals; the head first.
+
+    CLIP and concept are LoRA minus base beside the base's mean; change is LPIPS over its ceiling.
+    """
+    one = summary["prompts"][0]
+    columns = [("Prompt", lambda row: row["title"])]
+    if "clip" in one:
+        columns += [
+            ("Base CLIP", lambda row: f"{row['base_clip']:.4f}"),
+            ("LoRA CLIP", lambda row: f"{row['lora_clip']:.4f}"),
+            ("CLIP difference", lambda row: interval_text(row["clip"])),
+        ]
+    columns += [("LPIPS", lambda row: interval_text(row["lpips"], sign=False))]
+    if "change" in one:
+        columns += [
+            ("Change", lambda row: interval_text(row["change"], sign=False)),
+            ("Variety", lambda row: interval_text(row["variety"], sign=False)),
+        ]
+    if "concept_similarity" in one:
+        columns += [
+            ("Base concept", lambda row: f"{row['base_concept_similarity']:.4f}"),
+            ("Concept difference", lambda row: interval_text(row["concept_similarity"])),
+        ]
+    rows = []
+    for name, total in summary["categories"].items():
+        rows += [
+            dict(row, title=f"{row['prompt']} ({name})")
+            for row in summary["prompts"]
+            if row["category"] == name
+        ]
+        rows.append(dict(total, title=f"mean, {name}"))
+    return [[name for name, _ in columns]] + [[cell(row) for _, cell in columns] for row in rows]
+
+
+def kernel_table(summary):
+    """Kernel distances to the training pictures as rows of text, or None where they are missing."""
+    found = {k: t["kernel_distance"] for k, t in summary["categories"].items() if "kernel_distance" in t}  # fmt: skip
+    if not found:
+        return None
+    head = ["Kernel distance to the training pictures", "base", "LoRA", "difference"]
+    return [head] + [
+        [f"{name} prompts", f"{d['base']:.3f}", f"{d['lora']:.3f}", interval_text(d["difference"])]
+        for name, d in found.items()
+    ]
+
+
+def markdown_table(rows):
+    """Rows of text as a Markdown table, the first row its head."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" + "|--:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def verdict_text(summary):
+    """The verdicts of one run or experiment as a Markdown list."""
+    lines = [f"- **{v['question']}: {v['answer']}.** {v['text']}" for v in summary["verdicts"]]
+    return "\n".join(lines or ["No verdicts: they need a CLIP model and the training pictures."])
+
+
+def summary_text(summary):
+    """Verdicts and tables of one run or experiment, as Markdown."""
+    parts = [verdict_text(summary), spread_text(summary), markdown_table(summary_table(summary))]
+    if kernel := kernel_table(summary):
+        parts.append(markdown_table(kernel))
+    if "sweep" in summary:
+        parts += [markdown_table(sweep_table(summary["sweep"]["rows"])), summary["sweep"]["advice"]]
+    return "\n\n".join(parts)
+
+
+SWEEP_COLUMNS = {
+    "concept_similarity success": "Concept difference, success",
+    "clip success": "CLIP difference, success",
+    "change near": "Change, near",
+    "change failure": "Change, failure",
+}
+
+
+def sweep_table(rows):
+    keys = [key for key in SWEEP_COLUMNS if key in rows[0]]
+    return [["Scale", *(SWEEP_COLUMNS[key] for key in keys)]] + [
+        [f"{row['scale']:g}", *(interval_text(row[k], "change" not in k) for k in keys)]
+        for row in rows
+    ]
+
+
+def pair_sentence(row):
+    """What one comparison of two experiments found, and where nothing did, what would decide it."""
+    found = {
+        "equivalent": f"equivalent within {row['margin']:g}",
+        "undecided": f"undecided. {row.get('decides', '')}",
+    }.get(row["answer"], f"{row['second']} is {row['answer']}")
+    return (f"{NAMES[row['metric']]} on {row['category']} prompts, {row['second']} minus {row['first']}: "
+            f"{interval_text(row)}: {found}")  # fmt: skip
+
+
+def comparison_text(summaries, pairs):
+    """The comparison page's content as Markdown."""
+    parts = []
+    for name, summary in summaries.items():
+        parts.append(f"## {name}\n\n{verdict_text(summary)}\n\n{spread_text(summary)}")
+    if pairs:
+        lines = "\n".join(f"- {pair_sentence(row)}" for row in pairs)
+        parts.append(f"## Differences\n\n{lines}\n\n{pair_note(pairs)}")
+    return "\n\n".join(parts)
+
+
+def pair_note(pairs):
+    """How the differences were tested."""
+    note = (f"95% intervals. Higher or lower: the interval leaves out 0; equivalent: the 90% interval lies "
+            f"within the margin (two one-sided tests); both after Holm's correction over these {len(pairs)} "
+            "comparisons. ")  # fmt: skip
+    runs = "/".join(str(number) for number in sorted({row["runs"] for row in pairs}))
+    note += f"{runs} training runs each, "
+    if all(row["paired_by_training_seed"] for row in pairs):
+        return note + "paired by their training seed."
+    return note + "paired in their order where they share no training seed."
+
+
+def share_text(copies):
+    return ""

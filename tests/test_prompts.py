@@ -1,0 +1,54 @@
+"""Prompts files and the folders of prompts."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import UserError
+from lib.evaluation.prompts import read_prompts, slugs
+
+
+def test_categories_are_trimmed_and_of_any_case(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text(
+        "# mine\na raincoat\n failure: a cat\nFailure: a dog\n\n\tNEAR :a coat  \n"
+        "success: style: a coat\na photo of: a coat\n"
+    )
+    assert read_prompts(path) == [
+        ("success", "a raincoat"),
+        ("failure", "a cat"),
+        ("failure", "a dog"),
+        ("near", "a coat"),
+        ("success", "style: a coat"),
+        ("success", "a photo of: a coat"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a coat\nfail: a cat", ["line 2", "«fail» is no category", "«success: fail: a cat»"]),
+        ("failure:", ["line 1", "no prompt"]),
+        ("a coat\n\nnear: a coat", ["line 3", "there twice"]),
+        ("# nothing\n", ["holds no prompts"]),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, text, words):
+    path = tmp_path / "prompts.txt"
+    path.write_text(text)
+    with pytest.raises(UserError) as problem:
+        read_prompts(path)
+    for word in words:
+        assert word in str(problem.value)
+
+
+@pytest.mark.parametrize("prompts", [["a cat 3", "a cat", "a cat!"], ["prompt 2", "猫"]])
+def test_prompts_that_look_alike_have_folders_of_their_own(prompts):
+    assert len(set(slugs([("success", prompt) for prompt in prompts]))) == len(prompts)
+
+
+@given(st.lists(st.text(alphabet="ab -123猫!", max_size=70), max_size=12))
+def test_no_two_prompts_share_a_folder(prompts):
+    names = slugs([("success", prompt) for prompt in prompts])
+    assert len(set(names)) == len(prompts)
+    assert all(name.strip("-") and "/" not in name for name in names)
