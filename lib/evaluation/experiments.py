@@ -8,15 +8,43 @@ import json
 import re
 from pathlib import Path
 
-import adapters
-from common import UserError
+from lib import adapters
+from lib.errors import UserError
+from lib.evaluation.scores import Run
+from lib.files import check_output_folder
+from lib.models import fetch_base_model
 
+MARKER = "metrics.json"  # the file of a results folder that is written last
 # Keys of train.py's CONFIG that may differ between two runs of one experiment: where a run lies and
 # how often it reports change nothing of what it learns. Of the data its hash counts, not its place.
 WITHOUT_EFFECT = (
     "seed", "data_dir", "output_dir", "run_name", "log_every", "validate_every", "checkpoint_every",
     "keep_checkpoints", "resume", "max_overflows", "wandb_project",
 )  # fmt: skip
+
+
+def plan_runs(config, device):
+    """What will be drawn: ([(name, Adapter, target folder)], base-model folder), all checked."""
+    found = adapters.find_adapters(config["lora_dir"])
+    output_dir, base_model = Path(config["output_dir"]), config["base_model"]
+    targets = [output_dir / name if len(found) > 1 else output_dir for name, _ in found]
+    for target in [*targets, *([output_dir / "comparison"] if len(found) > 1 else [])]:
+        check_output_folder(target, MARKER)
+    for left in sorted(Path(config["lora_dir"]).glob("*/config.json")):
+        if len(found) > 1 and left.parent.name not in [name for name, _ in found]:
+            print(f"note: {left.parent} is a run without its weights, and is passed over")
+    read = [(name, adapters.read_adapter(path)) for name, path in found]
+    described = [Run(name, None, describe(adapter), [], []) for name, adapter in read]
+    check_fingerprints([(run.name, run.adapter["fingerprint"]) for run in described])
+    group_runs(described)
+    if device.type == "cpu":
+        print("no CUDA GPU found: drawing on the CPU, in fp32")
+    for name, adapter in read:
+        known = adapter.metadata.get("base_model")
+        if known and known != base_model:
+            print(f"note: {name} was trained on {known}, here it is drawn with {base_model}")
+    folder = fetch_base_model(base_model, config["revision"], half=device.type == "cuda")
+    return [(*pair, target) for pair, target in zip(read, targets, strict=True)], folder
 
 
 def describe(adapter):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from lib.evaluation.words import NAMES
-from report import INK, PAPER, QUIET, fit_text
+from lib.pictures import INK, PAPER, QUIET, fit_text
 
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
 

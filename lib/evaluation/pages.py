@@ -114,7 +114,7 @@ def run_page(run, summary, shown, folder):
         distribution=figure_uri(distribution_figure(run, shown["prompts"])),
         sweep=sweep,
         nearest=nearest_cards(run, shown["training"]) if shown["training"] else None,
-        control=summary.get("memorised", {}).get("control"),
+        copies=summary.get("memorised"),
         details=details_text(shown, {run.name: run.adapter}),
     )
 
@@ -141,6 +141,7 @@ def comparison_page(groups, summaries, pairs, shown):
     return TEMPLATES.get_template("comparison.html").render(
         title="Experiments compared",
         warnings=shown["warnings"],
+        table=words.comparison_table(summaries),
         experiments=experiments,
         sentences=[words.pair_sentence(row) for row in pairs],
         note=words.pair_note(pairs) if pairs else "",

@@ -7,7 +7,7 @@ is what an adapter changes first. `failure` prompts have nothing to do with it.
 import re
 from pathlib import Path
 
-from common import UserError
+from lib.errors import UserError
 
 CATEGORIES = ("success", "near", "failure")
 

@@ -1,4 +1,4 @@
-"""What may be claimed from the scores of one experiment, and from two that are compared.
+"""What may be claimed of one experiment: its figures, and a yes, a no or an open answer to each question.
 
 A claim needs its interval on one side of a line. An effect is there if its 95% interval leaves out
 0, and it is negligible if its 90% interval stays within the margin that CONFIG fixes for it (two
@@ -10,131 +10,33 @@ Everything is paired by prompt and seed. Prompts are the ones that are named; tr
 sampling seeds are random and crossed (see statistics.py).
 """
 
-import itertools
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
-import metrics
+from lib.evaluation.effects import copy_study, effects, grid, kernel_distances
+from lib.evaluation.lpips_distances import pair_mean
+from lib.evaluation.memorisation import UNTOLD, memorised
 from lib.evaluation.prompts import CATEGORIES, members
-from lib.evaluation.statistics import (
-    equivalence,
-    holm,
-    jackknife,
-    mean_interval,
-    runs_to_decide,
-    smallest_detectable,
-)
-from lib.evaluation.words import interval_text, share_text
+from lib.evaluation.statistics import holm, mean_interval, runs_to_decide, smallest_detectable
+from lib.evaluation.words import interval_text
 
-UNKNOWN = "cannot be told from these pictures"
-# Fewer seeds a prompt say too little of what chance alone varies: 4 are 6 pairs of pictures.
-FEWEST_SEEDS = 4
 # Two training runs differ by one number; nothing useful can be said of others from it.
 FEWEST_RUNS = 3
 
 
-@dataclass
-class Run:
-    """One adapter's pictures beside the base model's, and their scores."""
-
-    name: str
-    target: Path  # where its results go
-    adapter: dict  # fingerprint, rank, alpha, metadata, training: what metrics.json says of it
-    base: list  # PIL pictures, prompt by prompt and seed by seed
-    lora: list  # likewise
-    scaled: dict = field(default_factory=dict)  # {scale: pictures}, where a sweep was asked for
-    rows: list = None  # a dict a picture; see evaluation.score
-    pairs: np.ndarray = None  # LPIPS between the LoRA pictures of a prompt, [prompts, seeds, seeds]
-    embeddings: dict = None  # {"base", "lora"}: CLIP embeddings [prompts, seeds, d]
-    copies: dict = None  # see memorisation.py
-    sweep: tuple = None  # see sweep_summary
-
-    @property
-    def training_seed(self):
-        seed = self.adapter.get("metadata", {}).get("seed")
-        return None if seed is None else int(seed)
-
-
-def grid(run, key, model, prompts):
-    """The scores `key` of a run's base or LoRA pictures as an array [prompts, seeds]."""
-    values = [row[key] for row in run.rows if row["model"] == model]
-    return np.array(values, np.float64).reshape(len(prompts), -1)
-
-
-def effects(runs, prompts, base_pairs):
-    """What the adapters of one experiment changed, arrays [runs, prompts, seeds].
-
-    clip and concept_similarity: LoRA minus base. lpips: base to LoRA. change: lpips as a share of its
-    ceiling, the LPIPS between base pictures of that prompt at different seeds (`base_pairs`,
-    [prompts, seeds, seeds]). variety: the LPIPS between LoRA pictures at different seeds as a share
-    of the same ceiling. Those two are ratios of means over the seeds, so their values are the
-    jackknife's, which carry the ceiling's own error; they need FEWEST_SEEDS. Scores that were not
-    computed are left out.
-    """
-    found = {"lpips": np.stack([grid(run, "lpips", "lora", prompts) for run in runs])}
-    for key in ("clip", "concept_similarity"):
-        if runs[0].rows[0][key] is not None:
-            found[key] = np.stack(
-                [grid(run, key, "lora", prompts) - grid(run, key, "base", prompts) for run in runs]
-            )
-    seeds = found["lpips"].shape[2]
-    if seeds >= FEWEST_SEEDS:
-        lora_pairs = np.stack([run.pairs for run in runs])
-
-        def ceiling(kept):
-            return metrics.pair_mean(base_pairs[:, kept][:, :, kept])
-
-        def change(kept):
-            return found["lpips"][:, :, kept].mean(axis=2) / ceiling(kept)
-
-        def variety(kept):
-            return metrics.pair_mean(lora_pairs[:, :, kept][:, :, :, kept]) / ceiling(kept)
-
-        found |= {"change": jackknife(change, seeds), "variety": jackknife(variety, seeds)}
-    return found
-
-
-def kernel_distances(runs, chosen, training):
-    """Kernel distances to the training pictures over the prompts `chosen`: a dict.
-
-    base and lora, means over the runs, and difference, LoRA minus base with its interval.
-    """
-    seeds = runs[0].embeddings["lora"].shape[1]
-
-    def distance(run, model, kept):
-        found = run.embeddings[model][chosen][:, kept]
-        return metrics.kernel_distance(found.reshape(-1, found.shape[-1]), training)
-
-    def difference(kept):
-        base = distance(runs[0], "base", kept)
-        return np.array([distance(run, "lora", kept) - base for run in runs])
-
-    every = np.arange(seeds)
-    return dict(
-        base=distance(runs[0], "base", every),
-        lora=float(np.mean([distance(run, "lora", every) for run in runs])),
-        difference=mean_interval(jackknife(difference, seeds)),
-    )
-
-
-# ---- one experiment ------------------------------------------------------------------------
-
-
-def analyse(runs, prompts, base_pairs, margins, training=None, copies=None):
+def analyse(runs, prompts, base_pairs, margins, training=None):
     """Every figure of one experiment with its interval, and the verdicts: a dict for metrics.json.
 
     `runs` are the experiment's training runs; `base_pairs` as for `effects`; `margins` a dict by
-    score; `training` the embeddings of the training pictures, or None; `copies` what memorisation.py
-    found, or None.
+    score; `training` a TrainingSet, or None.
     """
     found = effects(runs, prompts, base_pairs)
     table = []
     for index, (category, prompt) in enumerate(prompts):
         row = dict(category=category, prompt=prompt)
         if "change" in found:
-            row["lpips_ceiling"] = float(metrics.pair_mean(base_pairs[index]))
+            row["lpips_ceiling"] = float(pair_mean(base_pairs[index]))
         for key, values in found.items():
             row[key] = mean_interval(values[:, index])
         for key in ("clip", "concept_similarity"):
@@ -153,11 +55,12 @@ def analyse(runs, prompts, base_pairs, margins, training=None, copies=None):
                 if key.startswith(("base_", "lora_")):
                     total[key] = float(np.mean([table[i][key] for i in chosen]))
             if training is not None and "change" in found:
-                total["kernel_distance"] = kernel_distances(runs, chosen, training)
+                total["kernel_distance"] = kernel_distances(runs, chosen, training.embeddings)
     summary = dict(runs=[run.name for run in runs], seeds=found["lpips"].shape[2], prompts=table,
                    categories=totals, margins=margins)  # fmt: skip
-    if copies is not None:
-        summary["memorised"] = copies
+    success = members(prompts, "success")
+    if training is not None and success and summary["seeds"] > 1:
+        summary["memorised"] = memorised([copy_study(run, success, training) for run in runs])
     summary["verdicts"] = verdicts(found, prompts, summary)
     return summary
 
@@ -197,7 +100,7 @@ def decide(lines):
 
 
 def verdicts(found, prompts, summary):
-    """[dict(question, answer, text)]: answer is yes, no or UNKNOWN. Empty where one picture a prompt
+    """[dict(question, answer, text)]: answer is yes, no or UNTOLD. Empty where one picture a prompt
     leaves no interval."""
     if found["lpips"].shape[0] == found["lpips"].shape[2] == 1:
         return []
@@ -227,15 +130,16 @@ def verdicts(found, prompts, summary):
         if category in lines:
             answers.append(moved_toward(lines[category], totals[category], margins, question))
     if "memorised" in summary:
-        answers.append(memorised(summary["memorised"]))
+        answers.append(dict(question="memorised", answer=summary["memorised"]["answer"],
+                            text=summary["memorised"]["text"]))  # fmt: skip
     if "variety" in lines:
         answers.append(collapsed(lines["variety"], totals["success"]["variety"], margins))
     return answers
 
 
 def answer_word(answer):
-    """yes, no or UNKNOWN for True, False or None."""
-    return {True: "yes", False: "no", None: UNKNOWN}[answer]
+    """yes, no or UNTOLD for True, False or None."""
+    return {True: "yes", False: "no", None: UNTOLD}[answer]
 
 
 def deciding_text(values, margin):
@@ -305,70 +209,3 @@ def collapsed(line, variety, margins):
     end = {True: "They lost more of their variety than the margin.", False: "They stay varied."}
     return dict(question="collapsed", answer=answer_word(line.answer),
                 text=text + (end.get(line.answer) or deciding_text(line.values, margins["variety"])))  # fmt: skip
-
-
-def memorised(copies):
-    """Whether success pictures are near-copies of training pictures; see memorisation.py."""
-    return dict(question="memorised", answer=copies["answer"], text=share_text(copies))
-
-
-# ---- several experiments ---------------------------------------------------------------------
-
-# What two experiments are compared by, and where.
-COMPARED = (
-    ("concept_similarity", "success"),
-    ("clip", "success"),
-    ("variety", "success"),
-    ("concept_similarity", "near"),
-    ("change", "near"),
-    ("concept_similarity", "failure"),
-    ("change", "failure"),
-)
-
-
-def paired(a, b):
-    """The runs of two experiments in pairs: by their training seed, where both have it, else in
-    their order; and whether they are paired by seed."""
-    seeds = [{run.training_seed for run in group} - {None} for group in (a, b)]
-    shared = sorted(seeds[0] & seeds[1])
-    if shared:
-        a, b = ([next(r for r in g if r.training_seed == s) for s in shared] for g in (a, b))
-    else:
-        a, b = a[: len(b)], b[: len(a)]
-    return a, b, bool(shared)
-
-
-def compare(groups, prompts, base_pairs, margins):
-    """Every pair of experiments on the same prompts and seeds: a list of dicts.
-
-    `groups` is {experiment: [Run]}. A difference is second minus first, with its 95% interval, that
-    interval's p after Holm over all of them, and its 90% interval with the p-value of equivalence
-    within the margin, likewise corrected. The answer is higher, lower, equivalent (also where a
-    difference within the margin is certain) or undecided, then with `decides`, what would decide it.
-    With fewer than FEWEST_RUNS training runs nothing is claimed.
-    """
-    rows, arrays = [], []
-    for (first, a), (second, b) in itertools.combinations(groups.items(), 2):
-        a, b, by_seed = paired(a, b)
-        one, two = (effects(group, prompts, base_pairs) for group in (a, b))
-        for key, category in COMPARED:
-            chosen = members(prompts, category)
-            if key in one and chosen:
-                values = (two[key] - one[key])[:, chosen].mean(axis=1)
-                margin = margins[key]
-                arrays.append(values)
-                rows.append(dict(first=first, second=second, metric=key, category=category,
-                                 paired_by_training_seed=by_seed, margin=margin,
-                                 **mean_interval(values), equivalence=equivalence(values, margin)))  # fmt: skip
-    for row, values, p, same in zip(rows, arrays, holm([row["p"] for row in rows]),
-                                    holm([row["equivalence"]["p"] for row in rows]), strict=True):  # fmt: skip
-        row["p_holm"], row["equivalence"]["p_holm"] = float(p), float(same)
-        row["answer"] = "undecided"
-        if row["runs"] >= FEWEST_RUNS:
-            if p < 0.05:
-                row["answer"] = "higher" if row["mean"] > 0 else "lower"
-            if same < 0.05:
-                row["answer"] = "equivalent"
-        if row["answer"] == "undecided":
-            row["decides"] = deciding_text(values, row["margin"])
-    return rows

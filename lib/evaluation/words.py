@@ -125,6 +125,25 @@ def sweep_table(rows):
     ]
 
 
+def comparison_table(summaries):
+    """Experiments side by side as rows of text: their means by category with intervals, then the
+    answers. The head comes first."""
+    first = next(iter(summaries.values()))
+    rows = []
+    for category in first["categories"]:
+        for key, sign in (("concept_similarity", True), ("clip", True), ("change", False),
+                          ("variety", False)):  # fmt: skip
+            if key in first["categories"][category] and (key != "variety" or category == "success"):
+                cells = [
+                    interval_text(s["categories"][category][key], sign) for s in summaries.values()
+                ]
+                rows.append([f"{NAMES[key]}, {category} prompts", *cells])
+    for index, verdict in enumerate(first["verdicts"]):
+        cells = [s["verdicts"][index]["answer"] for s in summaries.values()]
+        rows.append([f"{verdict['question']}?", *cells])
+    return [["", *summaries], *rows]
+
+
 def pair_sentence(row):
     """What one comparison of two experiments found, and where nothing did, what would decide it."""
     found = {
@@ -137,7 +156,7 @@ def pair_sentence(row):
 
 def comparison_text(summaries, pairs):
     """The comparison page's content as Markdown."""
-    parts = []
+    parts = [markdown_table(comparison_table(summaries))]
     for name, summary in summaries.items():
         parts.append(f"## {name}\n\n{verdict_text(summary)}\n\n{spread_text(summary)}")
     if pairs:
@@ -156,7 +175,3 @@ def pair_note(pairs):
     if all(row["paired_by_training_seed"] for row in pairs):
         return note + "paired by their training seed."
     return note + "paired in their order where they share no training seed."
-
-
-def share_text(copies):
-    return ""

@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""What lib/evaluation/memorisation.py finds where nothing is copied, and where something is.
+
+    python bench/memorisation.py                  # MINUTES on one CPU core
+    python bench/memorisation.py --studies 2000   # smaller simulation error, five times as long
+
+Simulated studies of 8 seeds, 3 prompts and 1, 3 or 5 training runs; of m + 4 pictures each run
+holds out 4 at random. Embeddings are random directions around a common one in 32 dimensions;
+a copy is its original with a cosine of about 0.98 to it. Pictures of one seed are independent
+("weak") or nearly the same in all prompts and runs ("strong").
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # products this small lose by being shared
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib.evaluation import memorisation
+
+SIZES = 5, 8, 10, 16, 32, 64, 100
+SEEDS, PROMPTS, RUNS, HELD_OUT, DIMENSIONS = 8, 3, (1, 3, 5), 4, 32
+DRAWS = 999  # enough for 15 tests: a tenth of what the evaluation draws
+POPULATIONS = {
+    "weak": "pictures of one seed independent",
+    "strong": "pictures of one seed nearly the same",
+    "near-duplicates": "strong; half of all pictures belong to 5 motifs that look almost the same",
+    "uneven": "strong; some pictures lie near to all others, some far from all",
+    "typical": "weak; drawn pictures lie in the middle of the training pictures, copy none",
+    "one picture": "all seeds of a prompt and run draw almost the same picture, copy none",
+    "far": "strong; drawn pictures lie far from the training pictures",
+}
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def population(rng, kind):
+    """(a function that turns normal draws [..., DIMENSIONS] and uniform ones [...] into training
+    pictures, the same for pictures that are drawn but copied from nothing)."""
+    centre = np.zeros(DIMENSIONS)
+    centre[0] = np.sqrt(DIMENSIONS)
+    motifs = rng.standard_normal((5, DIMENSIONS))
+
+    def usual(normal, uniform):
+        spread = np.ones_like(uniform)
+        if kind == "uneven":
+            spread = np.where(uniform < 0.5, 0.4, 1.6)
+        if kind == "near-duplicates":
+            motif = motifs[(uniform * 10).astype(int) % 5]
+            normal = np.where(uniform[..., None] < 0.5, motif + 0.1 * normal, normal)
+        return unit(centre + spread[..., None] * normal)
+
+    def drawn(normal, uniform):
+        if kind == "typical":
+            return unit(centre + 0.3 * normal)
+        if kind == "one picture":
+            picture = rng.standard_normal((len(normal), 1, DIMENSIONS))  # one for each prompt
+            return unit(centre + picture + 0.1 * normal)
+        if kind == "far":
+            return unit(0.3 * centre + normal)
+        return usual(normal, uniform)
+
+    return usual, drawn
+
+
+def simulate(rng, m, kind, copied, runs=RUNS[-1], seeds=SEEDS):
+    """A study: a list of CopyStudy, one a run. `copied`: the chance that a picture is a copy."""
+    usual, drawn = population(rng, kind)
+    pictures = m + HELD_OUT
+    training = usual(rng.standard_normal((pictures, DIMENSIONS)), rng.random(pictures))
+    shared = 0.0 if kind in ("weak", "typical") else 0.95  # correlation within a seed
+    of_seed = rng.standard_normal((seeds, DIMENSIONS)), rng.random((3, seeds))
+    studies = []
+    for _ in range(runs):
+        order = rng.permutation(pictures)
+        trained_on, held_out = training[order[:m]], training[order[m:]]
+        shape = PROMPTS, seeds
+        normal = rng.standard_normal((*shape, DIMENSIONS)) * np.sqrt(1 - shared)
+        normal += np.sqrt(shared) * of_seed[0]
+        same = rng.random(shape) < shared
+        uniform, chance, original = np.where(same, of_seed[1][:, None], rng.random((3, *shape)))
+        copies = trained_on[(original * m).astype(int)]
+        copies = copies + 0.2 * rng.standard_normal(copies.shape) / np.sqrt(DIMENSIONS)
+        pick = (chance < copied)[..., None]
+        made = np.where(pick, unit(copies), drawn(normal, uniform))
+        # Mirrored pictures are the pictures themselves here: mirroring has tests of its own.
+        studies.append(memorisation.CopyStudy(trained_on, trained_on, held_out, made, made))
+    return studies
+
+
+def percentile_rule(study_nearest):
+    """Whether the former rule says yes: the share above the 95th percentile of the training
+    pictures' nearest similarities, the percentile taken for exact, is above 5% by the wider of
+    Wilson's interval and Student's over seeds."""
+    hits = np.stack([drawn > np.percentile(own, 95) for drawn, _, own in study_nearest])
+    wilson = stats.binomtest(int(hits.sum()), hits.size).proportion_ci(0.95, "wilson").low
+    by_seed = hits.mean(axis=(0, 1))
+    half = stats.t.ppf(0.975, len(by_seed) - 1) * by_seed.std(ddof=1) / np.sqrt(len(by_seed))
+    return min(wilson, by_seed.mean() - half) > 0.05
+
+
+def rank_p_values(nearest):
+    """Beta-binomial p-value of each prompt for the number of pictures above the k-th largest of
+    the training pictures' nearest similarities, k / (m + 1) being about 5%."""
+    drawn, _, own = nearest
+    m, n = len(own), drawn.shape[1]
+    k = max(1, int(0.05 * (m + 1)))
+    hits = (drawn > np.sort(own)[-k]).sum(axis=1)
+    return stats.betabinom.sf(hits - 1, n, k, m - k + 1)
+
+
+def says_yes(p_values):
+    return p_values.size * p_values.min() <= memorisation.ALPHA
+
+
+def shares_of_yes(m, kind, copied, count, seed):
+    """Shares of `count` studies in which each rule says yes: {rule: [share for each of RUNS]}."""
+    yes = {"this project": [], "order statistics": [], "95th percentile": []}
+    for number in tqdm(range(count), f"m = {m}, {kind}", leave=False):
+        rng = np.random.default_rng([seed, m, number])
+        studies = simulate(rng, m, kind, copied)
+        nearest = [study.nearest() for study in studies]
+        p = np.stack([memorisation.copy_p_values(s, DRAWS, number) for s in studies])
+        ranks = np.stack([rank_p_values(values) for values in nearest])
+        yes["this project"].append([says_yes(p[:runs]) for runs in RUNS])
+        yes["order statistics"].append([says_yes(ranks[:runs]) for runs in RUNS])
+        yes["95th percentile"].append([percentile_rule(nearest[:runs]) for runs in RUNS])
+    return {rule: np.mean(found, axis=0) for rule, found in yes.items()}
+
+
+def print_header(*columns):
+    print("\n| " + " | ".join(columns) + " |\n|" + "--|" * len(columns), flush=True)
+
+
+def print_row(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def percent(shares):
+    return " / ".join(f"{100 * share:.1f}" for share in shares)
+
+
+def print_yes(kinds, sizes, copied, count):
+    for kind in kinds:
+        for m in sizes:
+            shares = shares_of_yes(m, kind, copied, count, list(POPULATIONS).index(kind))
+            print_row(kind, m, f"{copied:.0%}", *map(percent, shares.values()))
+
+
+def print_no(count):
+    """How often "no" is said, with near-copies at the margin (should be 5% at most) and with none,
+    and how often the reference level is too high (1% at most)."""
+    print_header("m", "seeds", "share copied", "% no", "% level too high")
+    margin = memorisation.MARGIN
+    for m, seeds, copied in [(m, n, c) for m in (10, 32) for n in (8, 16) for c in (margin, 0)]:
+        answers, too_high = [], []
+        for number in tqdm(range(count), f"m = {m}, no", leave=False):
+            rng = np.random.default_rng([99, m, number])
+            (study,) = simulate(rng, m, "far", copied, runs=1, seeds=seeds)
+            found = memorisation.memorised([study], draws=DRAWS, seed=number)
+            # Where "yes" comes first the bound still has to hold.
+            answers.append(found["high"] < margin)
+            usual, _ = population(rng, "far")
+            fresh = usual(rng.standard_normal((4000, DIMENSIONS)), rng.random(4000))
+            near = memorisation.similarities(fresh, study.trained_on, study.trained_on).max(axis=1)
+            too_high.append((near > found["level"]).mean() < memorisation.RARE)
+        print_row(m, seeds, f"{copied:.0%}", f"{100 * np.mean(answers):.1f}",
+                  f"{100 * np.mean(too_high):.1f}")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--studies", type=int, default=400, help="simulated studies a row")
+    count = parser.parse_args().studies
+    rules = [f"% yes, {rule}" for rule in ("this project", "order statistics", "95th percentile")]
+    print("\n".join(f"{kind}: {text}" for kind, text in POPULATIONS.items()))
+    print(f"1 / 3 / 5 training runs; {count} studies a row")
+    print_header("population", "m", "copies", *rules)
+    print_yes(list(POPULATIONS)[:4], SIZES, 0, count)
+    print_yes(list(POPULATIONS)[4:6], (10, 32, 100), 0, count // 2)
+    for copied in (0.05, 0.2, 0.5, 1):
+        print_yes(["weak", "strong", "far"], (8, 10, 32, 100), copied, count // 4)
+    print_no(count)
+
+
+if __name__ == "__main__":
+    main()

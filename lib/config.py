@@ -1,0 +1,73 @@
+"""A script's CONFIG and its command line."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lib.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (python {self.prog} --help lists every option)")
+
+
+def parse_config(config, description, demo=None, argv=None):
+    """CONFIG with the command line's overrides.
+
+    Every key `some_key` is an option `--some-key VALUE`; booleans are `--some-key` and
+    `--no-some-key`; tuples are comma-separated. With `demo` (a dict of a few of the same keys)
+    there is also `--demo`, which puts those values under the ones typed on the command line.
+    Raises UserError for an unknown option or a value of the wrong type.
+    """
+    spec = sys.modules["__main__"].__spec__  # of a module that was started with -m
+    parser = _Parser(
+        prog=f"-m {spec.name}" if spec else Path(sys.argv[0]).name,
+        description=description,
+        usage="python %(prog)s [--option VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    if demo is not None:
+        listed = ", ".join(f"{key}={value!r}" for key, value in demo.items())
+        parser.add_argument(
+            "--demo",
+            action="store_true",
+            help=f"use the embedded model: {listed}".replace("%", "%%"),
+        )
+    for key, value in config.items():
+        option = "--" + key.replace("_", "-")
+        shown = f"default: {value!r}".replace("%", "%%")
+        if isinstance(value, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=shown)
+        elif isinstance(value, (tuple, list)):
+            parser.add_argument(option, type=_tuple_of(type(value[0])), help=shown, metavar="A,B,…")
+        else:
+            kind = str if value is None else type(value)
+            parser.add_argument(option, type=kind, help=shown, metavar=kind.__name__.upper())
+    typed = vars(parser.parse_args(argv))
+    swapped = demo if typed.pop("demo", False) else {}
+    return config | swapped | typed
+
+
+def _tuple_of(kind):
+    def convert(text):
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+
+    convert.__name__ = f"comma-separated {kind.__name__}"
+    return convert
+
+
+def check_range(config, key, low, high=float("inf")):
+    """Raise UserError unless low <= config[key] <= high (NaN is never in range)."""
+    if not low <= config[key] <= high:
+        bound = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+        raise UserError(f"{key} is {config[key]}, but must be {bound}")
+
+
+def check_resolution(config):
+    """Raise UserError unless config["resolution"] is a size that the VAE's 8x8 blocks tile."""
+    check_range(config, "resolution", 8, 4096)
+    if config["resolution"] % 8:
+        raise UserError(f"resolution is {config['resolution']}, but must be a multiple of 8")

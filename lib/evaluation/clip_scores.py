@@ -1,0 +1,138 @@
+"""CLIP embeddings of pictures and texts, and the scores that compare them.
+
+CLIP scores are cosines in float32, neither clamped nor scaled by 100.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from torchmetrics.image.kid import KernelInceptionDistance
+from transformers import CLIPModel, CLIPProcessor
+
+from lib.errors import UserError, one_line
+from lib.models import fetch_model
+
+
+@dataclass
+class Clip:
+    """A CLIP model with its processor; what `load_clip` returns."""
+
+    model: CLIPModel
+    processor: CLIPProcessor
+
+    @property
+    def max_tokens(self):
+        return self.model.config.text_config.max_position_embeddings
+
+
+def fetch_clip(name, revision=None):
+    """The local folder of a CLIP model (safetensors only); UserError if it cannot be had."""
+    folder = fetch_model(name, revision, ["model"], False, ["*.json", "merges.txt"])
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"CLIP model {name}: config.json or model.safetensors missing in {folder}; a pickle is "
+            "not read: take a revision or a folder with safetensors"
+        )
+    return folder
+
+
+def load_clip(folder, device="cpu"):
+    """Load a CLIP folder in float32."""
+    try:
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        processor = CLIPProcessor.from_pretrained(folder)
+    except Exception as problem:
+        reason = one_line(problem, 160)
+        raise UserError(f"CLIP model {folder} cannot be loaded: {reason}") from None
+    return Clip(model.eval().requires_grad_(False).to(device), processor)
+
+
+@torch.no_grad()
+def image_embeddings(images, clip, batch_size=32):
+    """CLIP image embeddings of unit length, float32 [n, d]."""
+    device, parts = clip.model.device, []
+    for start in range(0, len(images), batch_size):
+        batch = [image.convert("RGB") for image in images[start : start + batch_size]]
+        pixels = clip.processor.image_processor(batch, return_tensors="pt").pixel_values.to(device)
+        pooled = clip.model.vision_model(pixel_values=pixels).pooler_output
+        parts.append(clip.model.visual_projection(pooled))
+    return unit_length(torch.cat(parts))
+
+
+@torch.no_grad()
+def text_embeddings(texts, clip):
+    """CLIP text embeddings of unit length, float32 [n, d]; ValueError for a text that is too long."""
+    for text in texts:
+        length = len(clip.processor.tokenizer(text, verbose=False).input_ids)
+        if length > clip.max_tokens:
+            raise ValueError(f"«{text[:60]}…» has {length} tokens, CLIP reads {clip.max_tokens}")
+    tokens = clip.processor.tokenizer(list(texts), padding=True, return_tensors="pt")
+    tokens = {key: tokens[key].to(clip.model.device) for key in ("input_ids", "attention_mask")}
+    return unit_length(clip.model.text_projection(clip.model.text_model(**tokens).pooler_output))
+
+
+def unit_length(embeddings):
+    return (embeddings / embeddings.norm(dim=-1, keepdim=True)).cpu().numpy()
+
+
+def clip_scores(images, prompts, model):
+    """Cosine of each picture's embedding and its prompt's, float32 [n]; `model` from load_clip."""
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} pictures against {len(prompts)} prompts")
+    return (image_embeddings(images, model) * text_embeddings(prompts, model)).sum(axis=1)
+
+
+def concept_similarity(embeddings, training):
+    """Mean cosine of each embedding [n, d] to the training pictures' [m, d]: float32 [n]."""
+    return (embeddings @ training.T).mean(axis=1)
+
+
+def nearest_training(embeddings, training, mirrored):
+    """(highest cosine [n], index of that training picture [n]).
+
+    `training` and `mirrored` [m, d] are the embeddings of the training pictures and of their mirror
+    images; a copy that was mirrored is a copy too.
+    """
+    cosines = np.maximum(embeddings @ training.T, embeddings @ mirrored.T)
+    return cosines.max(axis=1), cosines.argmax(axis=1)
+
+
+def training_embeddings(images, clip):
+    """(embeddings, embeddings of the mirrored pictures) of the training pictures, [m, d] each."""
+    mirrored = [ImageOps.mirror(image) for image in images]
+    return image_embeddings(images, clip), image_embeddings(mirrored, clip)
+
+
+def kernel_distance(embeddings, training, subsets=50):
+    """Kernel distance of two sets of unit-length embeddings, [n, d] and [m, d]: a float.
+
+    The unbiased squared maximum mean discrepancy with the cubic polynomial kernel (KID, Bińkowski et
+    al. 2018), over CLIP features in place of Inception's; torchmetrics computes it, as the mean over
+    `subsets` random subsets of each set, the same ones at every call. Unlike a mean cosine it is 0
+    (it may come out below) only where the two sets are spread alike. Features are scaled so that a
+    component's mean square is 1, which is what that kernel is made for.
+    """
+    size = min(len(embeddings), len(training))
+    if size < 2:
+        return float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features in memory
+        metric = KernelInceptionDistance(torch.nn.Identity(), subsets=subsets, subset_size=size)
+    for real, features in ((True, training), (False, embeddings)):
+        metric.update(torch.from_numpy(features * features.shape[1] ** 0.5), real=real)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return float(metric.compute()[0])
+
+
+def leave_one_out(training, mirrored):
+    """Highest cosine of each training picture to any other, mirrored or not: float32 [m].
+
+    `training` and `mirrored` as in `nearest_training`.
+    """
+    cosines = np.maximum(training @ training.T, training @ mirrored.T)
+    np.fill_diagonal(cosines, -1)
+    return cosines.max(axis=1)

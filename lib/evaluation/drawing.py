@@ -1,0 +1,237 @@
+"""Pictures of the base model and of adapters on it: one pipeline, each picture from its own seed."""
+
+import math
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lib import adapters
+from lib.errors import UserError, memory_for
+from lib.evaluation.experiments import describe
+from lib.evaluation.prompts import check_prompt_lengths
+from lib.evaluation.scores import Run
+from lib.kernels.attention import compile_attention
+from lib.kernels.channels_last import channels_last
+from lib.kernels.graphs import captured
+from lib.models import load_part, loading
+
+
+def load_pipeline(folder, dtype, device):
+    """The base model of a folder as one pipeline: no safety checker, safetensors only."""
+    device = torch.device(device)
+    with loading(folder / "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    with loading(folder / "scheduler"):
+        scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
+    # Timesteps stay on the CPU: read from the GPU, each would wait until it has finished its work.
+    scheduler.set_timesteps = lambda steps, device=None: PNDMScheduler.set_timesteps(
+        scheduler, steps
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=load_part(AutoencoderKL, folder, "vae", dtype),
+        text_encoder=load_part(CLIPTextModel, folder, "text_encoder", dtype),
+        tokenizer=tokenizer,
+        unet=load_part(UNet2DConditionModel, folder, "unet", dtype),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        model.eval().requires_grad_(False)
+    for model in (pipeline.vae, pipeline.unet):
+        channels_last(model)
+    if device.type == "cuda":
+        # One picture fills a GPU there, and a batch would need more memory than the UNet does.
+        pipeline.vae.enable_slicing()
+    return pipeline
+
+
+# GiB that drawing one picture of 512x512 takes, guided; measured, see bench/README.md.
+PICTURE_GIB = 0.2
+SPARE_GIB = 1.5  # for the VAE and the scores
+
+
+def pictures_at_once(jobs, asked, resolution, device):
+    """How many pictures to draw at once: `asked`, or for 0 what the free memory holds, at most 8
+    (more draw no faster), or 4 on a CPU; evened out over as many batches as `jobs` pictures need.
+    """
+    if asked:
+        most = asked
+    elif device.type == "cpu":
+        most = 4
+    else:
+        free = torch.cuda.mem_get_info(device)[0] / 2**30 - SPARE_GIB
+        most = int(free / (PICTURE_GIB * (resolution / 512) ** 2))
+        most = min(8, max(1, most))
+    return math.ceil(jobs / math.ceil(jobs / most))
+
+
+@torch.no_grad()
+def record_unet(pipeline, samples, size):
+    """Let the UNet predict up to `samples` latents of size x size at once by a CUDA graph, which
+    always computes that many; others as before."""
+    unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
+    plain, device = unet.forward, unet.device
+    latents = torch.zeros(
+        samples, unet.config.in_channels, size, size, device=device, dtype=unet.dtype
+    )
+    states = torch.zeros(
+        samples, tokens, unet.config.cross_attention_dim, device=device, dtype=unet.dtype
+    )
+    timestep = torch.zeros((), dtype=torch.long, device=device)
+    (predict,) = captured([lambda: plain(latents, timestep, states).sample], device)
+
+    def forward(sample, t, encoder_hidden_states, return_dict=True, **others):
+        count = len(sample)
+        shapes = sample.shape[1:], encoder_hidden_states.shape[1:]
+        if return_dict or count > samples or shapes != (latents.shape[1:], states.shape[1:]):
+            return plain(sample, t, encoder_hidden_states, return_dict=return_dict, **others)
+        latents[:count].copy_(sample)
+        states[:count].copy_(encoder_hidden_states)
+        timestep.copy_(t)
+        return (predict()[:count].clone(),)  # the next replay writes over it
+
+    unet.forward = forward
+
+
+def drawing_memory(batch_size):
+    """What to say when the GPU's memory is too small for so many pictures."""
+    advice = f"--batch-size {max(1, batch_size // 2)} needs less"
+    return memory_for(f"drawing {batch_size} pictures at once", advice)
+
+
+@torch.no_grad()
+def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title):
+    """A picture for each (prompt, seed) of `jobs`, as PIL images in that order.
+
+    The starting noise is drawn on the CPU from the picture's own seed, so it depends neither on
+    the device nor on the batch.
+    """
+    images = []
+    size = resolution // pipeline.vae_scale_factor
+    shape = (pipeline.unet.config.in_channels, size, size)
+    with (
+        drawing_memory(batch_size),
+        tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False) as bar,
+    ):
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            noise = [
+                torch.randn(shape, generator=torch.Generator().manual_seed(s)) for _, s in batch
+            ]
+            finished = min(start + batch_size, len(jobs)) * steps
+
+            def progress(pipeline, step, timestep, tensors, finished=finished):
+                # PNDM makes one call more than it has steps.
+                bar.update(min(batch_size, finished - bar.n))
+                return {}
+
+            pictures = pipeline(
+                [prompt for prompt, _ in batch],
+                latents=torch.stack(noise).to(pipeline.device, pipeline.unet.dtype),
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                height=resolution,
+                width=resolution,
+                callback_on_step_end=progress,
+                output_type="pt",
+            ).images
+            # To bytes while they are on the GPU, which is idle while the CPU does it.
+            pixels = (pictures.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+            images += [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
+    return images
+
+
+@torch.no_grad()
+def probe(pipeline, size=16):
+    """Outputs of the text encoder and of the UNet at one fixed input (for the UNet, latents of size
+    x size), to tell models apart."""
+    text_encoder, unet = pipeline.text_encoder, pipeline.unet
+    ids = torch.arange(77, device=pipeline.device)[None] % text_encoder.config.vocab_size
+    states = text_encoder(ids)[0]
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, unet.config.in_channels, size, size)
+    latents = torch.randn(shape, generator=generator).to(pipeline.device, unet.dtype)
+    # A fixed text for the UNet, so that it is not moved by the text encoder's adapter.
+    text = torch.randn(states.shape, generator=generator).to(pipeline.device, unet.dtype)
+    return {"text_encoder": states.float(), "unet": unet(latents, 500, text).sample.float()}
+
+
+def check_switch(pipeline, applied, adapter, base_probe):
+    """UserError unless the adapter at scale 0 gives the base's outputs, and at 1 other ones."""
+    applied.set_scale(0)
+    off = probe(pipeline)
+    applied.set_scale(1)
+    on = probe(pipeline)
+    for component in adapter.factors:
+        base = base_probe[component]
+        if not torch.allclose(off[component], base, rtol=1e-3, atol=1e-3 * base.abs().max().item()):
+            raise UserError(
+                f"{adapter.path}: switched off, the {component} is not the base model's"
+            )
+        if torch.equal(on[component], base):
+            raise UserError(f"{adapter.path}: switched on, the {component} gives what the base gives; "
+                            "the adapter does nothing")  # fmt: skip
+
+
+def ready_pipeline(config, plan, prompts, training, device):
+    """The base model, ready to draw; every adapter was tried on it and taken out again."""
+    planned, folder = plan
+    for name, adapter, _ in planned:
+        known = adapter.metadata.get("data_sha256")
+        if training and known and known != training.sha256:
+            print(
+                f"note: {name} was trained on other pictures (or sizes) than {config['data_dir']}"
+            )
+    pipeline = load_pipeline(
+        folder, torch.float16 if device.type == "cuda" else torch.float32, device
+    )
+    limit = pipeline.tokenizer.model_max_length
+    check_prompt_lengths(prompts, pipeline.tokenizer, limit, config["base_model"])
+    # For the probes and for drawing; what is compiled for one sample serves for more.
+    sizes = 16, config["resolution"] // pipeline.vae_scale_factor
+    compile_attention(lambda: [probe(pipeline, size) for size in sizes], device)()
+    base_probe = probe(pipeline)
+    for _, adapter, _ in planned:  # before the long part: does each fit, and does it do anything?
+        applied = adapters.Applied(adapter, models_of(pipeline))
+        check_switch(pipeline, applied, adapter, base_probe)
+        applied.set_scale(0)
+        del applied  # with its copies of the weights
+    return pipeline
+
+
+def models_of(pipeline):
+    """What an adapter may change."""
+    return {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+
+
+def draw_runs(config, plan, pipeline, prompts, seeds):
+    """Draw the base model's pictures once and every adapter's: a list of Run."""
+    jobs = [(prompt, s) for _, prompt in prompts for s in seeds]
+    how = {k: config[k] for k in ("steps", "guidance_scale", "resolution")}
+    how["batch_size"] = pictures_at_once(
+        len(jobs), config["batch_size"], config["resolution"], pipeline.device
+    )
+    if pipeline.device.type == "cuda":
+        samples = how["batch_size"] * (2 if config["guidance_scale"] > 1 else 1)
+        with drawing_memory(how["batch_size"]):
+            record_unet(pipeline, samples, config["resolution"] // pipeline.vae_scale_factor)
+    base = draw(pipeline, jobs, **how, title="base")
+    runs, scales = [], config["lora_scales"]
+    for name, adapter, target in plan[0]:
+        applied = adapters.Applied(adapter, models_of(pipeline))
+        drawn = {0.0: base}
+        for scale in sorted({1.0, *scales} - {0.0}):
+            applied.set_scale(scale)
+            title = name if scale == 1 else f"{name} at {scale:g}"
+            drawn[scale] = draw(pipeline, jobs, **how, title=title)
+        applied.set_scale(0)
+        del applied  # with its copies of the weights
+        scaled = {scale: drawn[scale] for scale in scales} if set(scales) != {1.0} else {}
+        runs.append(Run(name, target, describe(adapter), base, drawn[1.0], scaled))
+    return runs

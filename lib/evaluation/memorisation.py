@@ -1,0 +1,341 @@
+"""Does an adapter draw copies of its training pictures? Yes, no, or cannot be told.
+
+**The null.** "Nothing copied" says: a drawn picture could as well be a training picture. The
+pictures of one prompt and one training run, drawn from n seeds, and the m pictures trained on are
+exchangeable. Seeds are independent of one another; pictures of one seed (other prompts, other
+runs) may depend on one another in any way.
+
+**The test** (`copy_p_values`). The ranks of exchangeable pictures are known, whatever their
+distribution: each of the C(m + n, n) ways to call n of the m + n pictures "drawn" is as likely as
+the true one. The statistic T is the drawn pictures' total similarity to their nearest training
+picture, as far as it exceeds what two different pictures reach (`usual_similarity`), and
+
+    p = (1 + number of random relabellings with T not below the true one's) / (1 + relabellings)
+
+is exact for any m and n (Phipson & Smyth 2010; the conformal p-value of Vovk, Gammerman & Shafer
+2005 with n pictures in place of one). A drawn and a training picture are compared on equal terms:
+in every relabelling each "drawn" picture has the same m "training" pictures to be near to.
+
+Why not count the pictures above the k-th largest of the training pictures' own nearest
+similarities, and call that number beta-binomial(n, k, m - k + 1)? It is for reference values that
+are independent and of the same kind as the drawn ones. Here a training picture is compared with
+m - 1 others and a drawn one with m, and the nearest two training pictures share one value:
+`python bench/memorisation.py` prints what that rule finds where nothing is copied. Nor does it
+tell copies from pictures that are merely typical, or from a model that draws one picture for every
+seed, both of which are near to one another as well; a relabelling does.
+
+The p-values of the prompts and runs depend on one another, also because they share training
+pictures (Bates et al. 2023), so they are combined by what holds under any dependence: Bonferroni's
+rule. Twice their mean and e times their geometric mean (Vovk & Wang 2020) found fewer copies.
+
+**The bound** (`reference_level`, `highest_share`). A "no" needs more than a p-value that is not
+small: the share of near-copies must be bounded. The level above which a picture counts as a
+near-copy is one that a training-like picture exceeds with a chance of at least 5%, with 99%
+confidence: an order statistic low enough to carry its own error, so that too many pictures count
+rather than too few. The share above it is bounded over the seeds, with 96% confidence, by the
+inequality of Chernoff and Hoeffding (1963, theorem 1); both hold at once with 95%.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, special, stats
+
+from lib.evaluation.clip_scores import leave_one_out
+
+ALPHA = 0.05  # chance of "yes" where nothing is copied, and of a bound that does not hold
+RARE = 0.05  # a training-like picture lies above the reference level with at least this chance
+LEVEL_ALPHA = 0.01  # the part of ALPHA that the reference level may use; the share gets the rest
+# Fewer near-copies than one picture in three is a "no". Below that the default of 8 seeds could
+# never give one: 8 seeds without a near-copy still allow a share of 1 - 0.04^(1/8) = 33.1%.
+MARGIN = 1 / 3
+DRAWS = 9999
+TIE = 1e-5  # cosines are float32; sums that differ by less than their rounding are equal
+UNTOLD = "cannot be told from these pictures"
+
+
+@dataclass
+class CopyStudy:
+    """CLIP image embeddings of one training run, float32 of unit length, d numbers a picture.
+
+    `*_mirrored` are the embeddings of the same pictures mirrored: a mirrored copy is a copy.
+    """
+
+    trained_on: np.ndarray  # [m, d], without the held-out pictures
+    trained_on_mirrored: np.ndarray
+    held_out: np.ndarray  # [h, d], h may be 0
+    drawn: np.ndarray  # [prompts, seeds, d], the LoRA pictures of the success prompts
+    drawn_mirrored: np.ndarray
+
+    def __post_init__(self):
+        d = self.trained_on.shape[-1]
+        self.held_out = np.asarray(self.held_out, np.float32).reshape(-1, d)
+        for name in ("trained_on", "held_out", "drawn"):
+            values = getattr(self, name)
+            if values.ndim != (3 if name == "drawn" else 2) or values.shape[-1] != d:
+                raise ValueError(f"{name} has shape {values.shape}")
+            if name != "held_out" and getattr(self, f"{name}_mirrored").shape != values.shape:
+                raise ValueError(f"{name} and {name}_mirrored differ in shape")
+            if name != "held_out" and not values.size:
+                raise ValueError(f"{name} is empty")
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name} holds embeddings that are not finite")
+
+    def nearest(self):
+        """Similarity to the nearest picture trained on, other than itself: of the pictures drawn
+        [prompts, seeds], held out [h] and trained on [m], the last empty for a single picture."""
+        reference = self.trained_on, self.trained_on_mirrored
+        own = leave_one_out(*reference)[: 0 if len(self.trained_on) == 1 else None]
+        drawn = similarities(self.drawn.reshape(-1, self.drawn.shape[-1]), *reference)
+        held_out = similarities(self.held_out, *reference).max(axis=1)
+        return drawn.max(axis=1).reshape(self.drawn.shape[:2]), held_out, own
+
+
+def similarities(embeddings, others, mirrored):
+    """Cosine [n, m] of each embedding [n, d] to each other [m, d] or its mirror image."""
+    return np.maximum(embeddings @ others.T, embeddings @ mirrored.T)
+
+
+# ---- the test ------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def relabellings(pool, n, draws, seed):
+    """Random sets of n out of `pool` pictures, indices [1 + draws, n]; the first holds the last n,
+    which is how `copy_p_values` puts the pictures that were truly drawn."""
+    rng = np.random.default_rng([seed, pool, n])
+    chosen = np.empty((1 + draws, n), np.intp)
+    chosen[0] = np.arange(pool - n, pool)
+    for start in range(1, 1 + draws, 1000):
+        part = chosen[start : start + 1000]
+        keys = rng.random((len(part), pool), np.float32)
+        part[:] = np.argpartition(keys, n - 1, axis=1)[:, :n]
+    return chosen
+
+
+def nearest_of_the_rest(similarity, chosen):
+    """Similarity [sets, n] of each chosen picture to the nearest one outside its own set.
+
+    `similarity` is [pool, pool], `chosen` the indices [sets, n] of the sets, n < pool.
+    """
+    order = np.argsort(-similarity, axis=1, kind="stable")
+    inside = np.zeros((len(chosen), len(similarity)), bool)
+    np.put_along_axis(inside, chosen, True, axis=1)
+    found = np.empty(chosen.shape)
+    sets, places = np.indices(chosen.shape).reshape(2, -1)
+    for candidates in order.T:  # the nearest, where it is inside the second nearest, and so on
+        picture = chosen[sets, places]
+        other = candidates[picture]
+        outside = ~inside[sets, other]
+        found[sets[outside], places[outside]] = similarity[picture[outside], other[outside]]
+        sets, places = sets[~outside], places[~outside]
+        if not len(sets):
+            break
+    return found
+
+
+def usual_similarity(similarity):
+    """What two different pictures of the pool [pool, pool] reach: a similarity.
+
+    The 90th percentile of each picture's third nearest: a copy makes a picture's nearest one very
+    near, and perhaps its second nearest, but hardly its third, so that copies do not hide
+    themselves by moving this. It does not depend on which pictures are called drawn, as the test
+    requires. Sums of similarities as such let a copy disappear behind seven pictures that lie far.
+    """
+    ranked = -np.sort(-similarity, axis=1)
+    return np.quantile(ranked[:, min(2, len(ranked) - 2)], 0.9)
+
+
+def copy_p_value(similarity, n, draws=DRAWS, seed=0):
+    """p-value of "nothing copied" for the last n of a pool of pictures, the others trained on.
+
+    `similarity` [pool, pool]: of each picture (row) to each other, the diagonal of no account. The
+    null, the formula and its sources stand at the top of this file. `seed` draws the relabellings.
+    """
+    similarity = np.array(similarity, np.float64)
+    np.fill_diagonal(similarity, -np.inf)
+    nearest = nearest_of_the_rest(similarity, relabellings(len(similarity), n, draws, seed))
+    excess = np.maximum(nearest - usual_similarity(similarity), 0).sum(axis=1)
+    return float((excess >= excess[0] - TIE).mean())  # the first is the true one, which counts
+
+
+def copy_p_values(study, draws=DRAWS, seed=0):
+    """p-value of "nothing copied" for each prompt of a CopyStudy: float64 [prompts]."""
+    found = []
+    for drawn, mirrored in zip(study.drawn, study.drawn_mirrored, strict=True):
+        pool = np.concatenate([study.trained_on, drawn])
+        pool_mirrored = np.concatenate([study.trained_on_mirrored, mirrored])
+        similarity = similarities(pool, pool, pool_mirrored)
+        found.append(copy_p_value(similarity, len(drawn), draws, seed))
+    return np.array(found)
+
+
+def typical_p(m, n):
+    """What p comes to if each of n drawn pictures copies one of m training pictures at random.
+
+    c_j copies of training picture j make c_j + 1 pictures that are near to one another, and T is
+    the same whichever of them is the one that was trained on: p = product of (c_j + 1) / C(m + n, n).
+    This is its geometric mean, each c_j being binomial(n, 1/m).
+    """
+    copies = np.arange(n + 1)
+    ties = m * (stats.binom.pmf(copies, n, 1 / m) * np.log1p(copies)).sum()
+    log_ways = -np.log(m + n + 1) - special.betaln(m + 1, n + 1)  # log C(m + n, n)
+    return float(np.exp(ties - log_ways))
+
+
+def enough(m, n, tests):
+    """Whether `tests` prompts and runs of n seeds each could tell: whether a study in which every
+    picture is a copy would typically come to a corrected p of 5% or less."""
+    return tests * typical_p(m, n) <= ALPHA
+
+
+# ---- the bound -----------------------------------------------------------------------------
+
+
+def reference_level(similarity, alpha=LEVEL_ALPHA):
+    """Level that a training-like picture exceeds with a chance of RARE or more, at 1 - alpha.
+
+    `similarity` [m, m] of the training pictures, the diagonal of no account. The m pictures are
+    split into two halves at random (the same way each time). Given one half, the similarities of
+    the other half's pictures to their nearest in it are independent, so the k-th largest of c
+    exceeds what is exceeded with the chance RARE with probability P(binomial(c, RARE) >= k) at
+    most (a distribution-free tolerance limit, Wilks 1941); k is the smallest for which that is
+    alpha / 2. Near the whole set there are only more pictures to be near to, so each half's level
+    is low enough for the whole set too, and the higher is returned; None if both have too few.
+    """
+    halves = np.array_split(np.random.default_rng(0).permutation(len(similarity)), 2)
+    levels = []
+    for half, other in (halves, halves[::-1]):
+        c = len(half)
+        ranks = [k for k in range(1, c + 1) if stats.binom.sf(k - 1, c, RARE) <= alpha / 2]
+        if ranks and len(other):
+            nearest = similarity[np.ix_(half, other)].max(axis=1)
+            levels.append(float(-np.sort(-nearest)[ranks[0] - 1]))
+    return max(levels, default=None)
+
+
+def highest_share(shares, alpha=ALPHA - LEVEL_ALPHA):
+    """Upper confidence bound of the mean of independent values in [0, 1] of any distribution.
+
+    `shares` [seeds]: of each seed, the share of its pictures above the level. The bound is the
+    largest mean q with seeds * KL(observed mean, q) <= log(1 / alpha) (Hoeffding 1963, theorem 1);
+    with no picture above it is 1 - alpha^(1 / seeds), as Clopper and Pearson's.
+    """
+    mean, room = float(np.mean(shares)), np.log(1 / alpha) / len(shares)
+    if mean >= 1:
+        return 1.0
+
+    def beyond(q):
+        return special.rel_entr(mean, q) + special.rel_entr(1 - mean, 1 - q) - room
+
+    return float(optimize.brentq(beyond, max(mean, 1e-12), 1 - 1e-12))
+
+
+def seeds_for(margin):
+    """The number of seeds from which a share below `margin` can be claimed if none lies above."""
+    return int(np.ceil(np.log(ALPHA - LEVEL_ALPHA) / np.log1p(-margin)))
+
+
+# ---- the answer ----------------------------------------------------------------------------
+
+
+def group(nearest, above):
+    """What the page shows of the pictures drawn, held out or trained on."""
+    known = np.concatenate([np.ravel(values) for values in nearest])
+    hits = None if above is None else int(sum(values.sum() for values in above))
+    median = float(np.median(known)) if known.size else None
+    return dict(pictures=int(known.size), above=hits, median=median)
+
+
+def memorised(studies, margin=MARGIN, draws=DRAWS, seed=0):
+    """The answer for one experiment: a dict for metrics.json.
+
+    `studies` is a list of CopyStudy, one a training run, with the same prompts and seeds. `margin`
+    is the share of near-copies below which the answer is no. ValueError where shapes disagree.
+
+    - answer: "yes" (p is 5% or less), "no" (p is not, and `high` is below the margin) or "cannot
+      be told"; text: the same in sentences.
+    - p: Bonferroni's over all prompts and runs; p_values [runs][prompts]: each on its own.
+    - share: of the drawn pictures above the level; high: its upper bound, or None where no level
+      can be given; levels: the reference level of each run; level: their mean.
+    - drawn, trained_on, held_out: how many pictures, how many of them above the level, and the
+      median similarity to the nearest picture trained on. The held-out pictures are a control and
+      no part of the test: a run has too few.
+    - training_pictures: the fewest that a run was trained on; seeds, prompts, runs; margin.
+    - too_few: None, or in words why even a study of nothing but copies would not be found.
+    """
+    _, seeds, _ = studies[0].drawn.shape
+    if any(study.drawn.shape != studies[0].drawn.shape for study in studies):
+        raise ValueError("the runs differ in prompts or seeds")
+    m = min(len(study.trained_on) for study in studies)
+    tests = len(studies) * len(studies[0].drawn)
+    p_values = np.stack([copy_p_values(s, max(draws, 100 * tests), seed) for s in studies])
+
+    nearest = [study.nearest() for study in studies]
+    references = [(study.trained_on, study.trained_on_mirrored) for study in studies]
+    levels = [reference_level(similarities(a, a, b), LEVEL_ALPHA / len(studies)) for a, b in references]  # fmt: skip
+    above = [None] * 3
+    share = high = None
+    if None not in levels:
+        above = [[v[kind] > level for v, level in zip(nearest, levels, strict=True)] for kind in range(3)]  # fmt: skip
+        by_seed = np.mean(above[0], axis=(0, 1))
+        share, high = float(by_seed.mean()), highest_share(by_seed)
+
+    kinds = zip(*nearest, strict=True)
+    drawn, held_out, trained_on = (group(*pair) for pair in zip(kinds, above, strict=True))
+    found = dict(
+        answer=UNTOLD, p=float(min(1, tests * p_values.min())), p_values=p_values.tolist(),
+        share=share, high=high, margin=margin, levels=levels,
+        level=None if share is None else float(np.mean(levels)),
+        drawn=drawn, trained_on=trained_on, held_out=held_out, training_pictures=m, seeds=seeds,
+        prompts=len(studies[0].drawn), runs=len(studies), too_few=None,
+    )  # fmt: skip
+    if found["p"] <= ALPHA:
+        found["answer"] = "yes"
+    elif not enough(m, seeds, tests):
+        found["too_few"] = too_few(m, seeds, tests)
+    elif high is not None and high < margin:
+        found["answer"] = "no"
+    return found | dict(text=words(found))
+
+
+def too_few(m, seeds, tests):
+    """Why nothing can be told from m training pictures and what would do: a sentence."""
+    needed = next(more for more in itertools.count(m + 1) if enough(more, seeds, tests))
+    more_seeds = next((n for n in range(seeds + 1, 101) if enough(m, n, tests)), None)
+    instead = f", or {more_seeds} seeds" if more_seeds else ""
+    return (f"Too few training pictures to tell: {m}, needs at least {needed} with {count(seeds, 'seed')}"
+            f"{instead}. Even if every picture were a copy, the test would hardly find it.")  # fmt: skip
+
+
+def count(number, noun):
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def words(found):
+    """The answer in sentences, from what `memorised` returns."""
+    drawn, trained_on, held_out = found["drawn"], found["trained_on"], found["held_out"]
+    if found["share"] is None:
+        text = "No level for near-copies can be given from so few training pictures. "
+    else:
+        text = (f"{drawn['above']} of {drawn['pictures']} success pictures ({found['share']:.0%}, at most "
+                f"{found['high']:.0%}) are nearer to a training picture than {found['level']:.3f}; so are "
+                f"{trained_on['above']} of {trained_on['pictures']} training pictures to another one")  # fmt: skip
+        if held_out["pictures"]:
+            text += f" and {held_out['above']} of {held_out['pictures']} held-out ones"
+        text += ". "
+    tests = found["runs"] * found["prompts"]
+    p = f"p = {found['p']:.2g}" + (f", corrected for {tests} tests" if tests > 1 else "")
+    if found["answer"] == "yes":
+        return text + f"They lie nearer to single training pictures than chance allows ({p}): some are near-copies."  # fmt: skip
+    if found["too_few"]:
+        return text + found["too_few"]
+    text += f"Copying was not found ({p})"
+    if found["answer"] == "no":
+        return text + f", and fewer than {found['margin']:.0%} of such pictures are near-copies."
+    text += f", but more than {found['margin']:.0%} near-copies cannot be ruled out."
+    if found["seeds"] < (needed := seeds_for(found["margin"])):
+        text += f" That takes at least {needed} seeds."
+    return text

@@ -1,0 +1,214 @@
+"""An evaluation on disk: read back, to be measured again, and written, whole or not at all."""
+
+import csv
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from lib.errors import UserError
+from lib.evaluation import figures, pages, words
+from lib.evaluation.experiments import MARKER, check_fingerprints
+from lib.evaluation.prompts import CATEGORIES, slugs
+from lib.evaluation.scores import Run
+from lib.files import (
+    check_output_folder,
+    fresh_folder,
+    recover_folder,
+    replace_folder,
+    write_marker,
+)
+
+# What pictures must share to be compared.
+DRAWN_WITH = ("base_model", "revision", "steps", "guidance_scale", "resolution")
+
+
+def read_saved(output_dir, config):
+    """The runs that an earlier evaluation saved in `output_dir` or its subfolders.
+
+    Returns (runs, the configuration they were drawn with, prompts, seeds).
+    """
+    found = [output_dir] if (output_dir / MARKER).is_file() else sorted(
+        p.parent for p in output_dir.glob(f"*/{MARKER}") if p.parent.name != "comparison"
+    )  # fmt: skip
+    for folder in [folder for folder in found if not (folder / "images").is_dir()]:
+        print(f"note: {folder} is passed over, it holds no pictures")
+        found.remove(folder)
+    if not found:
+        raise UserError(
+            f"{output_dir}: no metrics.json beside pictures in it or one folder down; nothing to rescore"
+        )
+    runs, drawn = [], None
+    for folder in found:
+        try:
+            saved = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            prompts = list(dict.fromkeys((r["category"], r["prompt"]) for r in saved["pictures"]))
+            seeds = list(dict.fromkeys(row["seed"] for row in saved["pictures"]))
+            scales = [float(scale) for scale in saved["config"]["lora_scales"]]
+            run = Run(saved["run"], folder, saved["adapter"], [], [])
+        except (ValueError, KeyError, TypeError, OSError) as problem:
+            raise UserError(f"{folder / 'metrics.json'} cannot be read: {problem}") from None
+        how = {key: saved["config"].get(key) for key in DRAWN_WITH}
+        if drawn not in (None, (prompts, seeds, how)):
+            raise UserError(
+                f"{folder} has other prompts, seeds or settings than {found[0]}; rescore them apart"
+            )
+        drawn = (prompts, seeds, how)
+        run.base, run.lora = (
+            [open_picture(path) for path in picture_paths(folder, prompts, seeds, [kind])]
+            for kind in ("base", "lora")
+        )
+        for scale in scales if scales != [1.0] else ():
+            paths = picture_paths(folder, prompts, seeds, [f"lora_scale_{scale:g}"])
+            known = {0.0: run.base, 1.0: run.lora}
+            run.scaled[scale] = known.get(scale) or [open_picture(path) for path in paths]
+        runs.append(run)
+    check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
+    # How they were drawn is theirs, how they are scored is asked for now.
+    scoring = ("clip_model", "clip_revision", "concept_margin", "clip_margin", "change_margin",
+               "variety_margin", "data_dir", "output_dir", "rescore")  # fmt: skip
+    return runs, config | saved["config"] | {k: config[k] for k in scoring}, prompts, seeds
+
+
+def picture_paths(folder, prompts, seeds, kinds=("base", "lora")):
+    """Where the pictures of each kind lie, kind by kind, prompt by prompt and seed by seed."""
+    return [
+        folder / "images" / slug / f"{kind}_{seed}.png"
+        for kind in kinds
+        for slug in slugs(prompts)
+        for seed in seeds
+    ]
+
+
+def natural_order(path):
+    """A sort key of file names by which 2 comes before 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name.lower())]
+
+
+def read_pair(score_dir, output_dir, prompts):
+    """One run from two folders of pictures that this script did not draw, and numbers for seeds.
+
+    The pictures of each folder, in the natural order of their names, are those of the prompts in
+    order, the same number for each prompt. Where both names of a pair hold numbers, the last ones
+    must agree. Raises UserError naming the files that do not.
+    """
+    check_output_folder(output_dir, MARKER)
+    places = [Path(part.strip()) for part in str(score_dir).split(",")]
+    if len(places) != 2 or not all(place.is_dir() for place in places):
+        raise UserError(f"score_dir {score_dir!r} must be two folders, BASE_FOLDER,LORA_FOLDER")
+    endings = (".png", ".jpg", ".jpeg", ".webp")
+    files = [
+        sorted((p for p in place.iterdir() if p.suffix.lower() in endings), key=natural_order)
+        for place in places
+    ]
+    if len(files[0]) != len(files[1]) or not files[0] or len(files[0]) % len(prompts):
+        raise UserError(
+            f"{places[0]} has {len(files[0])} pictures and {places[1]} {len(files[1])}; both must "
+            f"have the same number, and a multiple of the {len(prompts)} prompts"
+        )
+    for pair in zip(*files, strict=True):
+        numbers = [re.findall(r"\d+", path.stem)[-1:] for path in pair]
+        if all(numbers) and int(numbers[0][0]) != int(numbers[1][0]):
+            raise UserError(
+                f"{pair[0]} would be paired with {pair[1]}, but their numbers differ; name the pictures "
+                "of both folders by the same numbers"
+            )
+    base, lora = ([open_picture(path) for path in paths] for paths in files)
+    for a, b, path in zip(base, lora, files[1], strict=True):
+        if a.size != b.size:
+            raise UserError(f"{path} is {b.size}, its base picture {a.size}; nothing is resized")
+    run = Run(places[1].name, output_dir, {}, base, lora)
+    return [run], list(range(1, len(base) // len(prompts) + 1))
+
+
+def open_picture(path):
+    """An RGB picture; UserError naming the file if it is missing or damaged."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            return image.convert("RGB")
+    # A decoder may raise almost anything on a damaged file.
+    except Exception as problem:
+        raise UserError(f"{path} cannot be read as a picture: {problem}") from None
+
+
+def write_run(run, summary, shown):
+    """Write one run's pictures, figures, tables and page to its folder, whole or not at all."""
+    new = fresh_folder(run.target)
+    prompts, seeds, count = shown["prompts"], shown["seeds"], len(shown["seeds"])
+    by_prompt = [
+        dict(category=category, prompt=prompt, base=run.base[i * count : (i + 1) * count],
+             lora=run.lora[i * count : (i + 1) * count])
+        for i, (category, prompt) in enumerate(prompts)
+    ]  # fmt: skip
+    paths, images = picture_paths(new, prompts, seeds), run.base + run.lora
+    for scale in set(run.scaled) - {0.0, 1.0}:  # those two are there already
+        paths += picture_paths(new, prompts, seeds, [f"lora_scale_{scale:g}"])
+        images += run.scaled[scale]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:  # encoding a picture keeps a core busy, and no lock
+        list(pool.map(lambda pair: pair[0].save(pair[1]), zip(images, paths, strict=True)))
+    figures.comparison_figure(by_prompt, run.name, min(3, count)).save(new / "comparison_all.png")
+    for category in CATEGORIES:
+        chosen = [row for row in by_prompt if row["category"] == category]
+        if chosen:
+            figure = figures.comparison_figure(chosen, f"{run.name}: {category}", count)
+            figure.save(new / f"{category}_cases.png")
+    if run.scaled:
+        figures.sweep_figure(summary["sweep"]["rows"], run.name).savefig(new / "sweep.png")
+        firsts = {scale: images[::count] for scale, images in run.scaled.items()}
+        figures.sweep_sheet(firsts, [prompt for _, prompt in prompts]).save(
+            new / "sweep_pictures.png"
+        )
+    record = dict(run=run.name, config=shown["config"], **shown["provenance"], adapter=run.adapter,
+                  warnings=shown["warnings"], summary=summary, pictures=run.rows)  # fmt: skip
+    write_csv(new / "metrics.csv", run.rows)
+    (new / "summary.md").write_text(
+        f"# {run.name}\n\n{words.summary_text(summary)}\n", encoding="utf-8"
+    )
+    page = pages.run_page(run, summary, shown, new)
+    (new / "report.html").write_text(page, encoding="utf-8")
+    write_marker(new / MARKER, record)  # last: with it the folder is whole
+    replace_folder(run.target, MARKER)
+    text = words.summary_text(summary)
+    print(f"\n{run.name}\n{text}\n\nopen {run.target / 'report.html'}")
+
+
+def write_comparison(target, groups, summaries, pairs, shown):
+    """Write what several experiments have in common and where they differ."""
+    new = fresh_folder(target)
+    if pairs:  # several experiments; several runs of one have nothing to compare
+        figures.forest_figure(pairs).savefig(new / "forest.png")
+        write_csv(new / "comparison.csv", pairs)
+    record = dict(experiments=summaries, pairs=pairs, config=shown["config"], **shown["provenance"],
+                  warnings=shown["warnings"])  # fmt: skip
+    text = words.comparison_text(summaries, pairs)
+    (new / "summary.md").write_text(f"# Comparison\n\n{text}\n", encoding="utf-8")
+    page = pages.comparison_page(groups, summaries, pairs, shown)
+    (new / "report.html").write_text(page, encoding="utf-8")
+    write_marker(new / MARKER, record)
+    replace_folder(target, MARKER)
+    print(f"\ncomparison\n{text}\n\nopen {target / 'report.html'}")
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def recover(output_dir):
+    """Mend what a killed run left, in `output_dir` itself and in the folders of its runs."""
+    recover_folder(output_dir, MARKER)
+    links = [path for path in output_dir.glob("*") if path.is_symlink()]
+    for ending in (".old", ".unfinished"):
+        for left in sorted(output_dir.glob(f".*{ending}/{MARKER}")):
+            name = left.parent.name.removeprefix(".").removesuffix(ending)
+            recover_folder(output_dir / name, MARKER)
+        for real in map(Path, sorted(map(os.path.realpath, links))):
+            if (real.with_name(f".{real.name}{ending}") / MARKER).is_file():
+                recover_folder(real, MARKER)

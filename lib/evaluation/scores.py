@@ -1,0 +1,176 @@
+"""The scores of one adapter's pictures beside the base model's."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from lib.dataset import data_hash, read_dataset
+from lib.evaluation.clip_scores import (
+    concept_similarity,
+    fetch_clip,
+    image_embeddings,
+    load_clip,
+    nearest_training,
+    text_embeddings,
+    training_embeddings,
+)
+from lib.evaluation.lpips_distances import lpips_distances, pairwise_lpips
+from lib.evaluation.prompts import check_prompt_lengths
+
+
+@dataclass
+class Run:
+    """One adapter's pictures beside the base model's, and their scores."""
+
+    name: str
+    target: Path  # where its results go
+    adapter: dict  # fingerprint, rank, alpha, metadata, training: what metrics.json says of it
+    base: list  # PIL pictures, prompt by prompt and seed by seed
+    lora: list  # likewise
+    scaled: dict = field(default_factory=dict)  # {scale: pictures}, where a sweep was asked for
+    rows: list = None  # a dict a picture; see `score`
+    pairs: np.ndarray = None  # LPIPS between the LoRA pictures of a prompt, [prompts, seeds, seeds]
+    embeddings: dict = (
+        None  # {"base", "lora", "lora_mirrored"}: CLIP embeddings [prompts, seeds, d]
+    )
+    sweep: dict = field(default_factory=dict)  # {scale: Run} of `scaled`, scored
+
+    @property
+    def training_seed(self):
+        seed = self.adapter.get("metadata", {}).get("seed")
+        return None if seed is None else int(seed)
+
+
+@dataclass
+class TrainingSet:
+    """The training pictures as the scores need them."""
+
+    names: list
+    pictures: list  # PIL
+    sha256: str
+    embeddings: np.ndarray  # [m, d]
+    mirrored: np.ndarray  # of the mirrored pictures
+
+    def trained_on(self, held_out):
+        """Indices of the pictures less those named in `held_out`, a run's own."""
+        return [i for i, name in enumerate(self.names) if name not in set(held_out)]
+
+
+def load_scorer(config, prompts, device):
+    """(Clip, TrainingSet), each None, and said aloud, where it is not asked for or not there."""
+    if config["clip_model"] == "none":
+        print("note: without a CLIP model only LPIPS is computed")
+        return None, None
+    folder = fetch_clip(config["clip_model"], config["clip_revision"])
+    data_dir, rows = config["data_dir"], None
+    if (Path(data_dir) / "captions.jsonl").is_file():
+        rows = read_dataset(data_dir, config["resolution"])
+    else:
+        print(f"note: {data_dir} holds no captions.jsonl; the concept similarity is not computed")
+    clip = load_clip(folder, device)
+    check_prompt_lengths(prompts, clip.processor.tokenizer, clip.max_tokens, config["clip_model"])
+    if not rows:
+        return clip, None
+    pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for *_, pixels in rows]
+    embeddings = training_embeddings(pictures, clip)
+    return clip, TrainingSet([name for name, *_ in rows], pictures, data_hash(rows), *embeddings)
+
+
+def picture_scores(images, texts, clip, training):
+    """(rows, embeddings): clip and concept_similarity of each picture in a dict, and the pictures'
+    CLIP embeddings [n, d]. `texts` are the pictures' prompts. What cannot be had without a Clip or a
+    TrainingSet is None."""
+    rows = [dict(clip=None, concept_similarity=None) for _ in images]
+    if not clip:
+        return rows, None
+    embeddings = image_embeddings(images, clip)
+    cosines = (embeddings * text_embeddings(texts, clip)).sum(axis=1)
+    for row, cosine in zip(rows, cosines, strict=True):
+        row["clip"] = float(cosine)
+    if training:
+        concept = concept_similarity(embeddings, training.embeddings)
+        for row, similarity in zip(rows, concept, strict=True):
+            row["concept_similarity"] = float(similarity)
+    return rows, embeddings
+
+
+def nearest_rows(embeddings, training, held_out):
+    """For each picture its nearest_similarity and nearest_picture among those that were trained on:
+    dicts, of None without a TrainingSet."""
+    if not training:
+        return [dict(nearest_similarity=None, nearest_picture=None) for _ in embeddings]
+    trained = training.trained_on(held_out)
+    nearest, which = nearest_training(
+        embeddings, training.embeddings[trained], training.mirrored[trained]
+    )
+    return [
+        dict(nearest_similarity=float(similarity), nearest_picture=training.names[trained[index]])
+        for similarity, index in zip(nearest, which, strict=True)
+    ]
+
+
+def score(run, prompts, seeds, clip, training, device, base_scores):
+    """Fill `run.rows` (a dict a picture, base and LoRA of each prompt and seed in turn), `run.pairs`
+    and `run.embeddings`. `base_scores` is picture_scores of the base pictures, which runs share."""
+    jobs = [(category, prompt, seed) for category, prompt in prompts for seed in seeds]
+    distances = lpips_distances(run.base, run.lora, device)
+    scored = picture_scores(run.lora, [prompt for _, prompt, _ in jobs], clip, training)
+    held_out = run.adapter.get("held_out", ())
+    models = []
+    for rows, embeddings in (base_scores, scored):
+        nearest = nearest_rows(rows if embeddings is None else embeddings, training, held_out)
+        models.append([row | near for row, near in zip(rows, nearest, strict=True)])
+    run.rows = []
+    for i, (category, prompt, seed) in enumerate(jobs):
+        job = dict(prompt=prompt, category=category, seed=seed)
+        run.rows.append(job | dict(model="base", lpips=None) | models[0][i])
+        run.rows.append(job | dict(model="lora", lpips=float(distances[i])) | models[1][i])
+    run.pairs = prompt_pairs(run.lora, len(seeds), device)
+    if training:
+        shape = len(prompts), len(seeds), -1
+        mirrored = image_embeddings([ImageOps.mirror(image) for image in run.lora], clip)
+        found = dict(base=base_scores[1], lora=scored[1], lora_mirrored=mirrored)
+        run.embeddings = {name: values.reshape(shape) for name, values in found.items()}
+
+
+def score_runs(runs, prompts, seeds, clip, training, device):
+    """Score every run and, where one was drawn at several scales, each of them, in `sweep`: {scale: Run}."""
+    texts = [prompt for _, prompt in prompts for _ in seeds]
+    for run in tqdm(runs, desc="scores", unit="run", leave=False, disable=len(runs) == 1):
+        if run.base is not runs[0].base or run is runs[0]:  # drawn once, they are scored once
+            base_scores = picture_scores(run.base, texts, clip, training)
+        scoring = prompts, seeds, clip, training, device, base_scores
+        score(run, *scoring)
+        for scale, images in sorted(run.scaled.items()):
+            run.sweep[scale] = Run(f"{run.name} at {scale:g}", None, run.adapter, run.base, images)
+            score(run.sweep[scale], *scoring)
+
+
+def prompt_pairs(images, count, device):
+    """LPIPS between the `count` pictures of each prompt: [prompts, count, count]."""
+    chunks = [images[i : i + count] for i in range(0, len(images), count)]
+    return np.stack([pairwise_lpips(chunk, device) for chunk in chunks])
+
+
+def picture_warnings(runs, prompts, seeds):
+    """Pictures that are one flat colour, and LoRA pictures that two runs share: sentences."""
+    jobs = [(prompt, seed) for _, prompt in prompts for seed in seeds]
+    found, owners = [], {}
+    for index, run in enumerate(runs):
+        kinds = [("LoRA", run.lora)] + ([("base", run.base)] if index == 0 else [])
+        for kind, images in kinds:
+            for (prompt, seed), image in zip(jobs, images, strict=True):
+                if all(low == high for low, high in image.convert("RGB").getextrema()):
+                    found.append(f"{run.name}: the {kind} picture of «{prompt}», seed {seed}, is one flat "
+                                 "colour: NaN in half precision, or a broken model")  # fmt: skip
+        for (prompt, seed), image in zip(jobs, run.lora, strict=True):
+            key = (prompt, seed, hashlib.sha256(image.tobytes()).hexdigest())
+            if key in owners:
+                found.append(f"{owners[key]} and {run.name} have the same picture of «{prompt}», seed "
+                             f"{seed}: were both scored on one adapter?")  # fmt: skip
+            owners.setdefault(key, run.name)
+    return found

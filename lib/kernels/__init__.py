@@ -1,0 +1,13 @@
+"""What makes the scripts fast: the same numbers, to rounding, from far fewer and larger kernels.
+
+At batch 1 a GPU spends most of a plain training step waiting for Python to launch some ten thousand
+small kernels (see bench/README.md). Here are fewer of them, and one launch for all:
+
+- lora: a LoRA layer as three matrix products forward and five backward;
+- channels_last: convolutions in the layout of the tensor cores, with the Triton kernels of norms.py
+  between them, which read and write that layout once;
+- attention: cuDNN's kernels compiled all at once, for the first run on a machine;
+- graphs: everything a function launches, recorded once as a CUDA graph and replayed.
+
+The first works on any device; the others say it where they cannot be had, and plain PyTorch remains.
+"""

@@ -1,0 +1,138 @@
+"""A UNet or VAE in channels-last layout, the tensor cores' own, with the kernels of norms.py."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+from lib.kernels.compiling import failure, in_threads
+from lib.kernels.norms import Geglu, GroupNormSilu, group_norm, missing_kernels, run_geglu
+
+
+def channels_last(model, training=False):
+    """Put a UNet or VAE on a GPU into channels-last layout, with the kernels of norms.py; any other
+    device is left as it is. Its own weights must be frozen; `training` says whether gradients will
+    pass through it.
+
+    Where Triton cannot be had (it needs a C compiler, and a GPU that it knows) that is said, and
+    PyTorch's kernels remain.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return
+    reason = compile_kernels(model, training)
+    if reason:
+        print(f"note: no Triton kernels, so this is slower than it could be: {reason}")
+        return
+    rebuild(model)
+
+
+def compile_kernels(model, training):
+    """Compile what `model` will need, all at once; returns why that failed or gave wrong results, or
+    None.
+
+    At their first use, one after the other, the kernels would take longer than all else before the
+    first step. Triton keeps them on disk for the next run.
+    """
+    place = next(model.parameters())
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.GroupNorm)]
+    of_each_size = {norm.num_channels // norm.num_groups: norm for norm in norms}.values()
+
+    def launch(norm, backward):
+        x = place.new_zeros(1, norm.num_channels, 16, 16).to(memory_format=torch.channels_last)
+        statistics = x.new_zeros(norm.num_groups, 2, dtype=torch.float32)
+        grad = x if backward else None
+        group_norm(x, grad, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)
+
+    def launch_geglu(backward):
+        x = place.new_zeros(16, 32)
+        run_geglu(x, x[:, :16].contiguous() if backward else None)
+
+    passes = (False, True) if training else (False,)
+    jobs = [functools.partial(launch, norm, b) for norm in of_each_size for b in passes]
+    if any(isinstance(module, GEGLU) for module in model.modules()):
+        jobs += [functools.partial(launch_geglu, backward) for backward in passes]
+
+    begun = failure(lambda: in_threads(jobs, place.device))
+    reason = missing_kernels(place.device)  # meanwhile
+    problem = begun if isinstance(begun, str) else failure(begun)
+    return reason or problem
+
+
+def rebuild(model):
+    model.to(memory_format=torch.channels_last)
+    silent = set()  # norms that are followed by a SiLU, which they now do themselves
+    for module in model.modules():
+        if _is_plain(module):
+            silent |= {module.norm1, module.norm2}
+            module.nonlinearity = torch.nn.Identity()
+            _join_biases(module)
+        elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
+            _project_rows(module)
+        elif isinstance(getattr(module, "conv_act", None), torch.nn.SiLU):
+            silent.add(module.conv_norm_out)
+            module.conv_act = torch.nn.Identity()
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.forward = functools.partial(_norm_forward, module, module in silent)
+        elif isinstance(module, GEGLU):
+            module.forward = functools.partial(_geglu_forward, module)
+
+
+def _is_plain(module):
+    """Whether it is a residual block whose norms are followed by a SiLU and nothing else."""
+    return (
+        isinstance(module, ResnetBlock2D)
+        and isinstance(module.nonlinearity, torch.nn.SiLU)
+        and module.time_embedding_norm == "default"
+        and not module.skip_time_act
+    )
+
+
+@torch.no_grad()
+def _join_biases(block):
+    """Add two biases of a residual block that meet anyway beforehand: each is a pass over the
+    whole tensor. Its SiLU has moved into the norms; for the timestep it is put here."""
+    projection, shortcut = block.time_emb_proj, block.conv_shortcut
+    if projection is not None:
+        inner = getattr(projection, "base_layer", projection)  # LoRA may be around it
+        inner.bias += block.conv1.bias  # hidden = conv1(…) + time_emb_proj(…)
+        block.conv1.bias = None
+        projection.register_forward_pre_hook(lambda _, inputs: (F.silu(inputs[0]),))
+    if shortcut is not None and shortcut.bias is not None:
+        shortcut.bias += block.conv2.bias  # out = conv_shortcut(…) + conv2(…)
+        block.conv2.bias = None
+
+
+@torch.no_grad()
+def _project_rows(transformer):
+    """Make the 1x1 convolutions around a transformer the linear layers that they are, and leave out
+    the copies to another layout before and after."""
+    for name in ("proj_in", "proj_out"):
+        convolution = getattr(transformer, name)
+        if isinstance(convolution, torch.nn.Conv2d):
+            sizes = convolution.in_channels, convolution.out_channels
+            linear = torch.nn.Linear(*sizes, device="meta")
+            linear.weight = torch.nn.Parameter(convolution.weight.flatten(1), requires_grad=False)
+            linear.bias = convolution.bias
+            setattr(transformer, name, linear)
+    transformer.use_linear_projection = True
+    transformer._get_output_for_continuous_inputs = functools.partial(_output_of_rows, transformer)
+
+
+def _output_of_rows(transformer, hidden_states, residual, batch_size, height, width, inner_dim):
+    rows = transformer.proj_out(hidden_states)
+    return rows.view(batch_size, height, width, inner_dim).permute(0, 3, 1, 2) + residual
+
+
+def _norm_forward(norm, silu, x):
+    pixels = x if x.ndim == 4 else x[..., None]  # the VAE's attention has them in a row
+    out = GroupNormSilu.apply(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    return out.view(x.shape)
+
+
+def _geglu_forward(geglu, x):
+    return Geglu.apply(geglu.proj(x))

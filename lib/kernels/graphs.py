@@ -1,0 +1,48 @@
+"""CUDA graphs: what a function launches on the GPU, recorded once and replayed with one launch."""
+
+import torch
+
+from lib.errors import one_line
+
+
+def captured(functions, device):
+    """`functions` recorded as CUDA graphs: a list of callables that run them.
+
+    A function takes nothing and returns a tensor or None. It must read and write the same tensors
+    whenever it is called, draw no random numbers on the GPU, and never wait for the GPU. With a GPU each
+    is called twice here: once to let the libraries choose their kernels, once to be recorded, which computes
+    nothing. The graphs share their memory, so what one returns is overwritten by the next replay of any.
+
+    Without a GPU, or if one cannot be recorded, which is then said, they are the functions themselves.
+    """
+    if device.type != "cuda":
+        return list(functions)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for function in functions:
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.empty_cache()  # the graphs take their memory from a pool of their own
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        return [_record(function, pool, stream) for function in functions]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as problem:
+        print("note: this GPU's work cannot be recorded as a CUDA graph, so Python launches every kernel, "
+            f"which is several times slower: {one_line(problem, 160)}")  # fmt: skip
+        return list(functions)
+
+
+def _record(function, pool, stream):
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: other threads (W&B's, say) may meanwhile do as they like.
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        result = function()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay

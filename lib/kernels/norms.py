@@ -1,0 +1,215 @@
+"""Triton kernels for what stands between convolutions: group norm with its SiLU, and GEGLU.
+
+They read and write the channels-last layout once. Where Triton cannot be had `missing_kernels` says
+why, and PyTorch's kernels remain.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from lib.kernels.compiling import failure
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no NVIDIA build of torch
+    triton = None
+
+MOST_PARTS = 16  # into which a group's pixels are divided, to be summed in parallel
+
+if triton:
+
+    @triton.jit
+    def _offsets(HW, C, GROUP: tl.constexpr):
+        """Where this program's group of this program's picture begins, and its rows of pixels."""
+        picture, group = tl.program_id(0) // (C // GROUP), tl.program_id(0) % (C // GROUP)
+        return picture.to(tl.int64) * HW * C + group * GROUP, group * GROUP
+
+    @triton.jit
+    def _tile(row, begin, EACH, HW, start, C, column, GROUP: tl.constexpr, ROWS: tl.constexpr):
+        """Where the values of ROWS pixels from `row` on lie, and which of them are this program's."""
+        rows = row + tl.arange(0, ROWS).to(tl.int64)[:, None]
+        inside = (rows < tl.minimum(begin + EACH, HW)) & (column < GROUP)
+        return start + rows * C + column, inside
+
+    @triton.jit
+    def _normalised(x, mean, rstd, weight, bias, SILU):
+        """(hat = x normalised, z = hat weight + bias or the SiLU of it, derivative of that)"""
+        hat = (x - mean) * rstd
+        z = hat * weight + bias
+        sigmoid = tl.sigmoid(z)
+        slope = tl.where(SILU != 0, sigmoid * (1 + z * (1 - sigmoid)), 1.0)
+        return hat, tl.where(SILU != 0, z * sigmoid, z), slope
+
+    @triton.jit(do_not_specialize=["SILU"])
+    def _norm_sums(x, grad, statistics, weight, bias, sums, HW, EACH, C, SILU,
+                   GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                   BACKWARD: tl.constexpr):  # fmt: skip
+        """Two sums over a part of one group: of x - x0 and its square, x0 being the group's first value
+        (the variance is a difference of the two, which are small only near the values themselves),
+        or backward of w dz and w dz hat."""
+        start, channel = _offsets(HW, C, GROUP)
+        column = tl.arange(0, WIDTH)[None, :]
+        if BACKWARD:
+            mean = tl.load(statistics + tl.program_id(0) * 2)
+            rstd = tl.load(statistics + tl.program_id(0) * 2 + 1)
+            w = tl.load(weight + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
+            b = tl.load(bias + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
+        else:
+            x0 = tl.load(x + start).to(tl.float32)
+        first = tl.zeros([ROWS, WIDTH], tl.float32)
+        second = tl.zeros([ROWS, WIDTH], tl.float32)
+        begin = tl.program_id(1) * EACH
+        for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
+            place, inside = _tile(row, begin, EACH, HW, start, C, column, GROUP, ROWS)
+            value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            if BACKWARD:
+                hat, _, slope = _normalised(value, mean, rstd, w, b, SILU)
+                dz = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * slope * w
+                first += dz
+                second += dz * hat
+            else:
+                value = tl.where(inside, value - x0, 0.0)
+                first += value
+                second += value * value
+        part = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 2
+        tl.store(sums + part, tl.sum(tl.sum(first, 1), 0))
+        tl.store(sums + part + 1, tl.sum(tl.sum(second, 1), 0))
+
+    @triton.jit(do_not_specialize=["SILU"])
+    def _norm_apply(x, grad, statistics, weight, bias, sums, HW, EACH, C, SILU, eps, out,
+                    GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                    PARTS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+        """The normalised x, after its SiLU, or backward the gradient of x; of a part of a group."""
+        start, channel = _offsets(HW, C, GROUP)
+        column = tl.arange(0, WIDTH)[None, :]
+        w = tl.load(weight + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
+        b = tl.load(bias + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
+        part = tl.arange(0, PARTS)
+        known = part < tl.num_programs(1)
+        parts = (tl.program_id(0) * tl.num_programs(1) + part) * 2
+        first = tl.sum(tl.load(sums + parts, mask=known, other=0.0), 0) / (HW * GROUP)
+        second = tl.sum(tl.load(sums + parts + 1, mask=known, other=0.0), 0) / (HW * GROUP)
+        if BACKWARD:
+            mean = tl.load(statistics + tl.program_id(0) * 2)
+            rstd = tl.load(statistics + tl.program_id(0) * 2 + 1)
+        else:
+            mean = tl.load(x + start).to(tl.float32) + first
+            rstd = 1 / tl.sqrt(tl.maximum(second - first * first, 0.0) + eps)
+            if tl.program_id(1) == 0:
+                tl.store(statistics + tl.program_id(0) * 2, mean)
+                tl.store(statistics + tl.program_id(0) * 2 + 1, rstd)
+        begin = tl.program_id(1) * EACH
+        for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
+            place, inside = _tile(row, begin, EACH, HW, start, C, column, GROUP, ROWS)
+            value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            hat, result, slope = _normalised(value, mean, rstd, w, b, SILU)
+            if BACKWARD:
+                dz = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * slope * w
+                result = rstd * (dz - first - hat * second)
+            tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _geglu(x, grad, out, COUNT, HALF, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+        """out = x[:, :HALF] gelu(x[:, HALF:]), or backward both halves of the gradient of x."""
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < COUNT
+        left = place // HALF * 2 * HALF + place % HALF
+        value = tl.load(x + left, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(x + left + HALF, mask=inside, other=0.0).to(tl.float32)
+        normal = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))  # the distribution's integral
+        if BACKWARD:
+            dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+            density = tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+            d_gate = dy * value * (normal + gate * density)
+            tl.store(out + left, (dy * gate * normal).to(out.dtype.element_ty), mask=inside)
+            tl.store(out + left + HALF, d_gate.to(out.dtype.element_ty), mask=inside)
+        else:
+            tl.store(out + place, (value * gate * normal).to(out.dtype.element_ty), mask=inside)
+
+
+class GroupNormSilu(torch.autograd.Function):
+    """Group norm (Wu & He 2018) of x [n, c, h, w] in channels-last layout, and its SiLU.
+
+    weight and bias [c] are frozen. Sums are float32. Of the forward pass x is kept, and of each
+    group its mean and deviation.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps, silu):
+        x = x.contiguous(memory_format=torch.channels_last)
+        statistics = x.new_empty(x.shape[0] * groups, 2, dtype=torch.float32)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        ctx.settings = groups, eps, silu
+        return group_norm(x, None, statistics, weight, bias, groups, eps, silu)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, statistics = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x = group_norm(x, grad, statistics, weight, bias, *ctx.settings)
+        return grad_x, None, None, None, None, None
+
+
+def group_norm(x, grad, statistics, weight, bias, groups, eps, silu):
+    """Launch the two kernels of either pass: sums of the parts of each group, then the result."""
+    n, channels, height, width = x.shape
+    pixels, group = height * width, channels // groups
+    width_of_tile = triton.next_power_of_2(group)
+    rows_of_tile = max(1, 8192 // width_of_tile)
+    # Enough programs to fill a GPU, each of whole tiles.
+    parts = max(1, min(triton.cdiv(pixels, rows_of_tile), MOST_PARTS, 512 // (n * groups)))
+    each = triton.cdiv(triton.cdiv(pixels, parts), rows_of_tile) * rows_of_tile
+    grid = (n * groups, triton.cdiv(pixels, each))
+    sums = x.new_empty(*grid, 2, dtype=torch.float32)
+    inputs = (x, x if grad is None else grad, statistics, weight, bias, sums, pixels, each, channels, int(silu))  # fmt: skip
+    # Compiled anew for each of these, so what does not need to be known beforehand is not here.
+    known = dict(GROUP=group, WIDTH=width_of_tile, ROWS=rows_of_tile, BACKWARD=grad is not None, num_warps=8)  # fmt: skip
+    out = torch.empty_like(x)
+    _norm_sums[grid](*inputs, **known)
+    _norm_apply[grid](*inputs, eps, out, PARTS=MOST_PARTS, **known)
+    return out
+
+
+class Geglu(torch.autograd.Function):
+    """x[..., :half] gelu(x[..., half:]) (Shazeer 2020), keeping x alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        return run_geglu(x, None)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return run_geglu(*ctx.saved_tensors, grad.contiguous())
+
+
+def run_geglu(x, grad):
+    half, count = x.shape[-1] // 2, x.numel() // 2
+    out = x.new_empty(*x.shape[:-1], half) if grad is None else torch.empty_like(x)
+    grid = (triton.cdiv(count, 1024),)
+    _geglu[grid](x, x if grad is None else grad, out, count, half, 1024, grad is not None)
+    return out
+
+
+@functools.cache
+def missing_kernels(device):
+    """Why the Triton kernels cannot be used on `device`, or None: they are tried on small input."""
+    if triton is None:
+        return "this torch came without Triton"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 32, 5, 5, generator=generator).to(device)
+    weight, bias = torch.randn(2, 32, generator=generator).to(device)
+
+    def compare():
+        close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-4)
+        norm = F.silu(F.group_norm(x, 8, weight, bias))
+        right = close(GroupNormSilu.apply(x, weight, bias, 8, 1e-5, True), norm) and close(
+            Geglu.apply(x[..., :4]), x[..., :2] * F.gelu(x[..., 2:4])
+        )
+        return None if right else "their results are wrong here"
+
+    return failure(compare)

@@ -1,0 +1,34 @@
+"""Sheets of pictures: thumbnails with a title under each."""
+
+from PIL import Image, ImageDraw, ImageFont
+
+INK, PAPER, QUIET = (24, 26, 31), (255, 255, 255), (110, 115, 125)
+
+
+def contact_sheet(images, titles, columns=8, side=160):
+    """A grid of thumbnails with a title under each; `images` PIL pictures of any size."""
+    font = ImageFont.load_default(11)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    gap, line = 8, 18
+    sheet = Image.new(
+        "RGB", (columns * (side + gap) + gap, rows * (side + line + gap) + gap), PAPER
+    )
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, title) in enumerate(zip(images, titles, strict=True)):
+        x = gap + index % columns * (side + gap)
+        y = gap + index // columns * (side + line + gap)
+        thumbnail = image.copy()
+        thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
+        sheet.paste(thumbnail, (x, y))
+        draw.text((x, y + side + 2), fit_text(title, font, side), INK, font)
+    return sheet
+
+
+def fit_text(text, font, width):
+    """`text`, its end replaced by an ellipsis where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

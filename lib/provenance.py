@@ -1,0 +1,37 @@
+"""Where figures come from: package versions, git commit and device, for the files that a run leaves."""
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = "torch diffusers transformers peft accelerate bitsandbytes lpips pillow".split()
+
+
+def provenance(device):
+    """Package versions, git commit and device, for the files that a run leaves behind."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions["python"] = sys.version.split()[0]
+    try:
+        commit = subprocess.run(
+            ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return {
+        "versions": versions,
+        "commit": commit or None,
+        "device": device_name(device),
+    }
+
+
+def device_name(device):
+    """What a person calls the device: the GPU's name, or the CPU and its threads."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,240 @@
+"""A training run's state on disk, so that a run killed at any step goes on from the last one saved.
+
+A checkpoint is one safetensors file: the flat parameters, the optimizer's state, and in its header,
+as JSON, everything else. Noise, timesteps and data order derive from (seed, sample number), so
+nothing random is saved. Each file carries the SHA-256 of its own content: one that is truncated,
+zero-filled or altered is named and passed over for the one before it.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from lib.dataset import data_hash
+from lib.errors import UserError, one_line
+from lib.files import write_bytes
+from lib.provenance import code_commit
+
+# Keys of train.py's CONFIG that may differ between an interrupted run and the one that continues it.
+FREE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "resume",
+        "max_overflows", "wandb_project", "output_dir", "run_name")  # fmt: skip
+# Those of a run that stopped at numbers that are not finite: they may be the reason.
+LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
+# Packages whose version may change the numbers.
+NUMERIC = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
+NAME = re.compile(r"checkpoint_(\d+)\.safetensors")
+
+
+def digest(tensors, state):
+    """SHA-256 over the state's JSON and the tensors' names, shapes, types and bytes."""
+    found = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.flatten().numpy().tobytes())
+    return found.hexdigest()
+
+
+def listed(folder):
+    """The checkpoint files in `folder`, newest first."""
+    files = [path for path in folder.glob("checkpoint_*.safetensors") if NAME.fullmatch(path.name)]
+    return sorted(files, key=lambda path: int(NAME.fullmatch(path.name)[1]), reverse=True)
+
+
+def save(folder, step, tensors, state, keep):
+    """Write the checkpoint of `step` (steps done), then remove all but the newest `keep`.
+
+    `tensors` is a dict of tensors, `state` of what JSON can hold. Older files go only once the new
+    one is in its place.
+    """
+    text = json.dumps(state | {"step": step})
+    header = {"state": text, "sha256": digest(tensors, text)}
+    # Copies, because tensors may share memory (the optimizer's quantization map), files may not.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    path = folder / f"checkpoint_{step:07}.safetensors"
+    write_bytes(path, safetensors.torch.save(copies, metadata=header))
+    remove(folder, keep)
+
+
+def remove(folder, keep=0):
+    """Remove all but the newest `keep` checkpoints, and what a save that was killed left half."""
+    for path in [*listed(folder)[keep:], *folder.glob(".checkpoint_*.new")]:
+        path.unlink()
+
+
+def read(path):
+    """(tensors, state) of one checkpoint; ValueError saying what is wrong with it."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        state = json.loads(header["state"])
+        intact = digest(tensors, header["state"]) == header["sha256"]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as problem:
+        raise ValueError(f"it cannot be read ({one_line(problem, 80)})") from None
+    if not intact:
+        raise ValueError("its content does not match its checksum")
+    return tensors, state
+
+
+def latest(folder, say=print):
+    """(tensors, state) of the newest whole checkpoint in `folder`, or None; the damaged are named."""
+    for path in listed(folder):
+        try:
+            return read(path)
+        except ValueError as problem:
+            say(f"warning: {path} is passed over: {problem}")
+    return None
+
+
+# ---- the state of a run -----------------------------------------------------------------------
+
+
+def weights_digest(folder):
+    """SHA-256 over the names, sizes and first and last MiB of a base model's weight files."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*/*.safetensors")):
+        size = path.stat().st_size
+        found.update(f"{path.relative_to(folder)} {size}".encode())
+        with path.open("rb") as file:
+            found.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            found.update(file.read())
+    return found.hexdigest()
+
+
+def identity(config, rows, base_folder, accelerator):
+    """What must be equal for a checkpoint to be continued bit for bit: a dict of JSON values."""
+    found = {key: value for key, value in config.items() if key not in FREE}
+    found["pictures and captions"] = data_hash(rows)
+    found["weights of the base model"] = weights_digest(base_folder)
+    found |= {package: version(package) for package in NUMERIC}
+    found["processes"] = accelerator.num_processes
+    found["device"] = accelerator.device.type
+    return json.loads(json.dumps(found))
+
+
+def check_same_run(state, now, folder):
+    """{key: (then, now)} of what the interrupted run in `folder`, whose checkpoint holds `state`, did
+    otherwise and may: its learning rates, if it stopped at numbers that are not finite.
+
+    UserError listing the differences if it was another run.
+    """
+    saved = state["identity"]
+    may = LEARNING_RATES if state.get("gave_up") else ()
+    differing = {
+        key: (saved.get(key), now.get(key))
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    }
+    refused = [
+        key if key == "pictures and captions" else f"{key}: {then} then, {new} now"
+        for key, (then, new) in differing.items()
+        if key not in may
+    ]
+    if refused:
+        raise UserError(
+            f"{folder} holds an interrupted run that differs from this one in {'; '.join(refused)}. "
+            "Change that back to continue it, or add --no-resume to drop it and start anew"
+        )
+    return differing
+
+
+def continued(state, now, folder, say):
+    """The learning rates that were changed on the way, oldest first, of the run that goes on from
+    `state`: a list of dicts. What differs from when it was interrupted is said."""
+    changes, changed = state.get("changes", []), check_same_run(state, now, folder)
+    if changed:
+        changes = [*changes, dict(after_step=state["step"], **changed)]
+    for key, (then, new) in changed.items():
+        say(f"{key}: {new} from now on, {then} before")
+    commit = code_commit()
+    if state.get("commit") and commit and state["commit"] != commit:
+        say(
+            f"note: the code's commit was {state['commit']} when this run was interrupted, it is {commit} now"
+        )
+    return changes
+
+
+def optimizer_state(optimizer, flats, names):
+    """(tensors, numbers) of the optimizer's state, keyed «group.name»."""
+    tensors, numbers = {}, {}
+    for name, flat in zip(names, flats, strict=True):
+        for key, value in optimizer.state[flat].items():
+            (tensors if torch.is_tensor(value) else numbers)[f"{name}.{key}"] = value
+    return tensors, numbers
+
+
+@dataclass
+class Progress:
+    """How far a run has come, beside its tensors."""
+
+    step: int  # optimizer steps done
+    loss_sum: torch.Tensor  # of the steps since the last row of the log
+    loss_count: int = 0  # how many these are
+    skipped: int = 0  # steps whose gradient overflowed in fp16
+    changes: list = field(default_factory=list)  # of learning rates; see `continued`
+
+    def add(self, loss):
+        """Count a step that is done and its loss."""
+        self.step += 1
+        self.loss_sum += loss
+        self.loss_count += 1
+
+    def mean_loss(self, accelerator):
+        """The mean loss over processes and over the steps since the last call: a float."""
+        mean = accelerator.reduce(self.loss_sum, "mean").item() / self.loss_count
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        return mean
+
+
+class Saver:
+    """Saves and restores a run: its parameters, optimizer, loss scaler, log and progress.
+
+    `trained` is {component: LoraParameters}, `scaler` accelerate's or None, `journal` the run's.
+    """
+
+    def __init__(self, folder, this_run, trained, optimizer, scaler, journal, keep):
+        self.folder, self.this_run, self.keep = folder, this_run, keep
+        self.trained, self.optimizer, self.scaler = trained, optimizer, scaler
+        self.journal = journal
+
+    def save(self, progress, gave_up=False):
+        """Write the checkpoint of `progress`; `gave_up` if the next step's numbers are not finite."""
+        flats = [part.flat for part in self.trained.values()]
+        names = [f"{name}.optimizer" for name in self.trained]
+        tensors, numbers = optimizer_state(self.optimizer, flats, names)
+        tensors |= {f"{name}.parameters": part.flat.data for name, part in self.trained.items()}
+        tensors["loss_sum"] = progress.loss_sum
+        state = dict(
+            identity=self.this_run, optimizer=numbers, log=self.journal.rows,
+            loss_count=progress.loss_count, skipped=progress.skipped,
+            scaler=self.scaler.state_dict() if self.scaler else None, run_id=self.journal.run_id,
+            gave_up=gave_up, changes=progress.changes, commit=code_commit(),
+        )  # fmt: skip
+        save(self.folder, progress.step, tensors, state, self.keep)
+
+    def restore(self, saved, progress):
+        """Put a checkpoint, as `latest` gives it, into the run's tensors and into `progress`."""
+        tensors, state = saved
+        progress.step, progress.skipped = state["step"], state["skipped"]
+        progress.loss_count = state["loss_count"]
+        progress.loss_sum.copy_(tensors["loss_sum"])
+        for name, part in self.trained.items():
+            part.flat.data.copy_(tensors[f"{name}.parameters"])
+            mine = f"{name}.optimizer."
+            kept = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
+            kept = {key: value.to(part.flat.device) for key, value in kept.items()}
+            kept |= {
+                k.removeprefix(mine): v for k, v in state["optimizer"].items() if k.startswith(mine)
+            }
+            self.optimizer.state[part.flat].update(kept)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])

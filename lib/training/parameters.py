@@ -1,0 +1,65 @@
+"""The LoRA parameters of one model as one flat vector.
+
+The optimizer, the loss scaler and the all-reduce of several GPUs then see one tensor in place of some
+hundred small ones: one kernel each, where launching them would take longer than they compute.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from lib import adapters
+from lib.kernels.lora import fuse_lora
+
+
+@dataclass
+class LoraParameters:
+    """What is trained of one model."""
+
+    model: torch.nn.Module
+    learning_rate: float  # at its peak
+    parameters: list  # the model's own: A and B of each layer, views of `working`
+    flat: torch.nn.Parameter  # float32, what the optimizer updates; its gradient is always there
+    working: torch.Tensor  # `flat` in the type that the model computes with
+
+    def refresh(self):
+        """Give the model the values that `flat` has now."""
+        self.working.copy_(self.flat.data)
+
+
+def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtype):
+    """Freeze `model`, add LoRA layers to it and move it to `device`: a LoraParameters.
+
+    `dtype` is what the model computes with. Every trainable parameter of it is in the vector.
+    """
+    model.requires_grad_(False)
+    adapters.add_lora(model, rank, alpha, targets)
+    # Not .train(): SD1.5 has no dropout, and diffusers' blocks would copy to another layout.
+    model.to(device).eval()
+    fuse_lora(model)
+    parameters = [weight for pair in adapters.factors(model).values() for weight in pair]
+    found = LoraParameters(model, learning_rate, parameters, *flatten_parameters(parameters, dtype))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trainable != found.flat.numel():
+        raise RuntimeError(f"{trainable} trainable parameters, {found.flat.numel()} in the vector")
+    return found
+
+
+def flatten_parameters(parameters, dtype):
+    """(flat, working): the values of `parameters` as one flat float32 parameter, with a gradient of
+    zeros, and as one flat tensor of `dtype`, of which they become views.
+
+    `flat` has to be copied into `working` whenever it has changed. For float32 the two share memory.
+    """
+    flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    working = flat.data.to(dtype)
+    set_views(parameters, working)
+    return flat, working
+
+
+def set_views(parameters, flat):
+    """Make `parameters` views of the tensor `flat`, one behind the other."""
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        parameter.data = part.view(parameter.shape)

@@ -1,0 +1,86 @@
+"""What a finished run leaves in its folder: the adapter, config.json and the loss curve."""
+
+import json
+
+import torch
+
+from lib import adapters
+from lib.dataset import data_hash
+from lib.errors import UserError
+from lib.files import write_marker
+from lib.provenance import provenance
+from lib.training.journal import loss_figure
+from lib.training.parameters import set_views
+
+
+def check_trained(models):
+    """Raise UserError unless every lora_B is finite and has moved away from its start at zero.
+
+    `models` is a dict by component.
+    """
+    for component, model in models.items():
+        rows = adapters.factors(model)
+        dead = [name for name, (_, b) in rows.items() if not (b.any() and b.isfinite().all())]
+        if dead:
+            raise UserError(
+                f"the adapter did not train: {len(dead)} of {len(rows)} lora_B of the {component} are "
+                f"zero or not finite ({adapters.some(dead)}); nothing was saved. Is the learning rate "
+                "0 or far too high?"
+            )
+
+
+def finished_models(trained):
+    """{component: model} with the float32 values that the optimizer holds, checked: what is saved."""
+    for part in trained.values():
+        set_views(part.parameters, part.flat.data)
+    models = {name: part.model for name, part in trained.items()}
+    check_trained(models)
+    return models
+
+
+def data_record(rows, train_indices, held_out):
+    """What config.json says of the data set: its hash, captions, and which pictures were trained on."""
+    names = [name for name, _, _ in rows]
+    return dict(
+        sha256=data_hash(rows),
+        captions=sorted({caption for _, caption, _ in rows}),
+        trained_on=[names[i] for i in train_indices],
+        held_out=[names[i] for i in sorted(held_out)],
+    )
+
+
+def write_run(folder, config, models, journal, data, device, **figures):
+    """Write a run into `folder`: its adapter, loss.png and, last, config.json.
+
+    `data` is from `data_record`; `figures` are what else config.json says of the run.
+    """
+    captions = data["captions"]
+    caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
+    targets = {name: config[f"{name}_targets"] for name in models}
+    adapters.save_adapter(folder, models, config["rank"], config["alpha"], targets, dict(
+        base_model=str(config["base_model"]), caption=caption, data_sha256=data["sha256"],
+        steps=str(config["max_steps"]), seed=str(config["seed"]),
+    ))  # fmt: skip
+    loss_figure(journal.rows, config["run_name"]).savefig(folder / "loss.png")
+    sizes = {
+        name: sum(w.numel() for pair in adapters.factors(model).values() for w in pair)
+        for name, model in models.items()
+    }
+    record = dict(config=config, **provenance(device), data=data, parameters=sizes, **figures)
+    if device.type == "cuda":
+        record["peak_gib_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
+    write_marker(folder / "config.json", record)  # with it the folder is whole
+
+
+def outcome_text(folder):
+    """What the console says of the run that lies in `folder`."""
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = f"{folder}: {record['config']['max_steps']} steps"
+    if record["skipped_steps"]:
+        text += f", {record['skipped_steps']} skipped for fp16 overflow"
+    text += (
+        f", {record['steps_a_second']:.2f} steps/s after {record['set_up_seconds']:.1f} s of set-up"
+    )
+    if "peak_gib_reserved" in record:
+        text += f", {record['peak_gib_reserved']} GiB reserved at most"
+    return f"{text}\n  python inference.py --lora-dir {folder}"

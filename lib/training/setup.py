@@ -1,0 +1,67 @@
+"""From a base-model folder to what the loop needs: latents, the adapted models, texts."""
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lib.config import half_resolution
+from lib.errors import memory_for
+from lib.models import load_part, loading
+from lib.training.dataset import encode_captions, encode_latents, tokenize
+from lib.training.micro_step import recomputed
+from lib.training.parameters import add_lora_parameters
+
+
+def caption_tokens(base_folder, rows):
+    """Token ids of the pictures' captions, int64 [n, 77]."""
+    with loading(base_folder / "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
+    return tokenize(tokenizer, rows)
+
+
+def noise_scheduler(base_folder):
+    """The scheduler that adds noise as the base model was trained with."""
+    with loading(base_folder / "scheduler"):
+        return DDPMScheduler.from_pretrained(base_folder / "scheduler")
+
+
+def picture_latents(base_folder, rows, resolution, dtype, device):
+    """(means, deviations) of the pictures' latents, float32 [n, 4, h, w] each. The VAE is needed for
+    this alone and not kept."""
+    vae = load_part(AutoencoderKL, base_folder, "vae", dtype).to(device)
+    advice = f"--resolution {half_resolution(resolution)} needs a quarter"
+    with memory_for("encoding the pictures", advice):
+        return encode_latents(vae, rows, device)
+
+
+def adapted_models(base_folder, input_ids, config, dtype, device, say):
+    """(unet, texts, trained): the UNet; a function from data-set indices [batch] to hidden states [batch,
+    77, d]; and {component: LoraParameters} of what `config`, train.py's, trains.
+
+    `dtype` is what the models compute with, `input_ids` [n, 77] are the pictures' captions.
+    """
+    unet = load_part(UNet2DConditionModel, base_folder, "unet", dtype)
+    text_encoder = load_part(CLIPTextModel, base_folder, "text_encoder", dtype)
+    text_encoder.requires_grad_(False)
+    if config["gradient_checkpointing"]:
+        unet.enable_gradient_checkpointing(recomputed)
+    torch.manual_seed(config["seed"])  # LoRA's A starts as noise, on the CPU, the same everywhere
+    trained = {}
+    for name, model in {"unet": unet, "text_encoder": text_encoder}.items():
+        if name == "text_encoder" and not config["train_text_encoder"]:
+            continue
+        rate = config[f"{name}_learning_rate"]
+        trained[name] = part = add_lora_parameters(
+            model, config["rank"], config["alpha"], config[f"{name}_targets"], rate, device, dtype
+        )
+        frozen = sum(p.numel() for p in model.parameters()) - part.flat.numel()
+        say(f"{name}: {part.flat.numel():,} trainable LoRA parameters, {frozen:,} frozen, "
+            f"learning rate {rate:g}")  # fmt: skip
+    if "text_encoder" in trained:
+        input_ids = input_ids.to(device)
+        return unet, lambda indices: text_encoder(input_ids[indices])[0], trained
+    advice = "close what else uses the GPU (nvidia-smi lists it), or give the pictures fewer different captions"
+    with memory_for("encoding the captions", advice):
+        states, caption_of = encode_captions(text_encoder.to(device), input_ids)
+    say("text_encoder: frozen; its output is kept and the model dropped")
+    return unet, lambda indices: states[caption_of[indices]], trained

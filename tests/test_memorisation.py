@@ -1,0 +1,383 @@
+"""Copies of training pictures: found where they are, not found where they are not, never guessed."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+import metrics
+from lib.evaluation import memorisation
+from lib.evaluation.memorisation import CopyStudy, memorised
+
+DIMENSIONS, SEEDS, PROMPTS = 32, 8, 3
+CENTRE = np.tile([1.0, 0.0, 0.0, 0.0], DIMENSIONS // 4) * 2
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def mirror(embeddings):
+    """What mirroring a picture does to its embedding here: a turn that undoes itself."""
+    return np.roll(embeddings, DIMENSIONS // 2, axis=-1)
+
+
+def pictures(rng, *shape, centre=CENTRE, spread=1.0):
+    return unit(centre + spread * rng.standard_normal((*shape, DIMENSIONS)))
+
+
+def study(trained_on, drawn, held_out=()):
+    return CopyStudy(trained_on, mirror(trained_on), held_out, drawn, mirror(drawn))
+
+
+def copies(rng, trained_on, shape=(PROMPTS, SEEDS)):
+    noise = 0.03 * rng.standard_normal((*shape, DIMENSIONS))
+    return unit(trained_on[rng.integers(len(trained_on), size=shape)] + noise)
+
+
+def far(rng, *shape):
+    return pictures(rng, *shape, centre=-CENTRE)
+
+
+# ---- leave_one_out -------------------------------------------------------------------------
+
+
+def test_leave_one_out_is_the_nearest_other_picture():
+    training = np.array([[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0]], np.float32)
+    nowhere = np.zeros_like(training)
+    np.testing.assert_allclose(metrics.leave_one_out(training, nowhere), [0.8, 0.8, 0.6])
+
+
+def test_leave_one_out_sees_that_a_picture_is_another_one_mirrored():
+    rng = np.random.default_rng(0)
+    training = pictures(rng, 5)
+    training[3] = mirror(training[1])
+    nearest = metrics.leave_one_out(training, mirror(training))
+    np.testing.assert_allclose(nearest[[1, 3]], 1, atol=1e-5)
+    assert nearest[[0, 2, 4]].max() < 0.9
+
+
+def test_leave_one_out_takes_no_picture_for_its_own_neighbour():
+    symmetric = np.eye(3, dtype=np.float32)  # each equals its mirror image, none resembles another
+    np.testing.assert_array_equal(metrics.leave_one_out(symmetric, symmetric), [0, 0, 0])
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+def test_leave_one_out_of_a_few_pictures(m):
+    training = pictures(np.random.default_rng(m), m)
+    nearest = metrics.leave_one_out(training, mirror(training))
+    others = [
+        max([max(a @ b, a @ mirror(b)) for b in np.delete(training, i, axis=0)], default=-1)
+        for i, a in enumerate(training)
+    ]
+    np.testing.assert_allclose(nearest, others, atol=1e-5)
+
+
+def test_a_study_measures_nearness_as_the_scores_do():
+    rng = np.random.default_rng(1)
+    found = study(pictures(rng, 12), pictures(rng, 2, 4), pictures(rng, 3))
+    drawn, held_out, own = found.nearest()
+    reference = found.trained_on, found.trained_on_mirrored
+    for values, embeddings in ((drawn[1], found.drawn[1]), (held_out, found.held_out)):
+        expected, _ = metrics.nearest_training(embeddings, *reference)
+        np.testing.assert_allclose(values, expected, atol=1e-5)
+    np.testing.assert_allclose(own, metrics.leave_one_out(*reference), atol=1e-5)
+
+
+# ---- the test ------------------------------------------------------------------------------
+
+
+def test_nearest_of_the_rest_against_loops():
+    rng = np.random.default_rng(2)
+    similarity = rng.standard_normal((9, 9))
+    np.fill_diagonal(similarity, -np.inf)
+    chosen = memorisation.relabellings(9, 4, 50, 0)
+    assert chosen.shape == (51, 4)
+    assert chosen[0].tolist() == [5, 6, 7, 8]
+    found = memorisation.nearest_of_the_rest(similarity, chosen)
+    for row, members in zip(found, chosen, strict=True):
+        rest = np.setdiff1d(np.arange(9), members)
+        assert len(rest) == 5
+        np.testing.assert_array_equal(row, similarity[np.ix_(members, rest)].max(axis=1))
+
+
+def test_every_relabelling_is_as_likely_as_any_other():
+    chosen = np.sort(memorisation.relabellings(6, 3, 20000, 1)[1:], axis=1)
+    _, counts = np.unique(chosen, axis=0, return_counts=True)
+    assert len(counts) == 20
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_the_p_value_is_what_counting_all_relabellings_gives():
+    """Three copies, two of one picture: of the 56 ways to call 3 of 8 pictures drawn, 3 * 2 leave
+    one picture of each group of copies among the training pictures."""
+    rng = np.random.default_rng(3)
+    trained_on = pictures(rng, 5)
+    drawn = unit(trained_on[[0, 0, 1]] + 1e-4 * rng.standard_normal((3, DIMENSIONS)))
+    pool = np.concatenate([trained_on, drawn])
+    similarity = (pool @ pool.T).round(3)  # copies tie
+    p = memorisation.copy_p_value(similarity, 3, draws=9999)
+    assert p == pytest.approx(6 / 56, abs=0.015)
+
+    np.fill_diagonal(similarity, -np.inf)
+    usual = memorisation.usual_similarity(similarity)
+    totals = []
+    for members in itertools.combinations(range(8), 3):
+        rest = [i for i in range(8) if i not in members]
+        totals.append(sum(max(similarity[i, rest].max() - usual, 0) for i in members))
+    assert p == pytest.approx(np.mean(np.array(totals) >= totals[-1] - 1e-5), abs=0.015)
+
+
+@pytest.mark.parametrize("m", [5, 8, 16, 40])
+@pytest.mark.parametrize("kind", ["plain", "near-duplicates", "some near to all"])
+def test_nothing_copied_is_called_copied_in_5_percent_at_most(m, kind):
+    """The drawn pictures are of the training pictures' own kind, the hardest case."""
+    rng = np.random.default_rng([4, m, len(kind)])
+    small = 0
+    for trial in range(300):
+        spread = rng.choice([0.4, 1.6], (m + SEEDS, 1)) if kind == "some near to all" else 1.0
+        pool = pictures(rng, m + SEEDS, spread=spread)
+        if kind == "near-duplicates":
+            pool = unit(pool[rng.integers(m // 2, size=len(pool))] + 0.02 * pool)
+        similarity = memorisation.similarities(pool, pool, mirror(pool))
+        small += memorisation.copy_p_value(similarity, SEEDS, 199, trial) <= 0.05
+    assert stats.binomtest(small, 300, 0.05, "greater").pvalue > 1e-3, small
+
+
+def test_pictures_that_prompts_share_count_once():
+    """Dependent pictures are no further evidence: three prompts with the same pictures."""
+    rng = np.random.default_rng(6)
+    trained_on = pictures(rng, 28)
+    drawn = np.concatenate([copies(rng, trained_on, (1, 3)), pictures(rng, 1, 5)], axis=1)
+    one = memorised([study(trained_on, drawn)])
+    three = memorised([study(trained_on, drawn.repeat(3, axis=0))])
+    six = memorised([study(trained_on, drawn.repeat(3, axis=0))] * 2)
+    assert 0.02 < one["p"] < 0.05
+    assert three["p"] == pytest.approx(3 * one["p"])
+    assert six["p"] == pytest.approx(6 * one["p"])
+    assert [one["answer"], three["answer"]] == ["yes", UNTOLD]
+    assert np.shape(six["p_values"]) == (2, 3)
+
+
+# ---- the answers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("m", [8, 28, 100])
+def test_copies_are_found_mirrored_or_not(m, mirrored):
+    rng = np.random.default_rng([6, m])
+    trained_on = pictures(rng, m)
+    drawn = copies(rng, trained_on)
+    found = memorised([study(trained_on, mirror(drawn) if mirrored else drawn)])
+    assert found["answer"] == "yes"
+    assert found["p"] < 0.05
+    assert found["share"] == found["high"] == 1
+    assert "some are near-copies" in found["text"]
+
+
+def test_mirroring_the_drawn_pictures_changes_nothing():
+    """In a relabelling the drawn pictures are what others are near to, mirrored or not."""
+    rng = np.random.default_rng(21)
+    trained_on, drawn = pictures(rng, 16), pictures(rng, PROMPTS, SEEDS)
+    drawn[:, :4] = mirror(drawn[:, 4:])
+    turned = memorisation.copy_p_values(study(trained_on, mirror(drawn)))
+    np.testing.assert_allclose(
+        memorisation.copy_p_values(study(trained_on, drawn)), turned, atol=2e-3
+    )
+    drawn[:, :4] = mirror(drawn[:, :4])
+    same = memorisation.copy_p_values(study(trained_on, drawn))
+    np.testing.assert_allclose(same, turned, atol=2e-3)
+
+
+def test_a_copy_whose_mirror_image_was_trained_on_too_is_no_further_picture():
+    """Mirrored training pictures are near-duplicates of one another: copies of them are not nearer
+    to the training pictures than these are to one another."""
+    rng = np.random.default_rng(7)
+    half = pictures(rng, 14)
+    trained_on = np.concatenate([half, mirror(half)])
+    single = memorised([study(np.concatenate([half, pictures(rng, 14)]), copies(rng, half))])
+    twins = memorised([study(trained_on, copies(rng, half))])
+    assert single["p"] < 0.01
+    assert twins["p"] > 5 * single["p"]
+    assert single["trained_on"]["median"] < 0.9 < twins["trained_on"]["median"]
+
+
+def test_copies_are_found_among_pictures_that_are_far():
+    rng = np.random.default_rng(8)
+    trained_on = pictures(rng, 28)
+    drawn = np.concatenate([copies(rng, trained_on, (3, 5)), far(rng, 3, 3)], axis=1)
+    assert memorised([study(trained_on, drawn)])["answer"] == "yes"
+
+
+@pytest.mark.parametrize("kind", ["one picture for all seeds", "typical"])
+def test_pictures_near_to_one_another_are_not_taken_for_copies(kind):
+    rng = np.random.default_rng(9)
+    trained_on = pictures(rng, 28)
+    if kind == "typical":  # nearer to each training picture than these are to one another
+        drawn = pictures(rng, PROMPTS, SEEDS, spread=0.3)
+        assert np.min(study(trained_on, drawn).nearest()[0]) > metrics.leave_one_out(
+            trained_on, mirror(trained_on)
+        ).max(initial=0)
+    else:
+        drawn = unit(pictures(rng, PROMPTS, 1) + 0.03 * pictures(rng, PROMPTS, SEEDS))
+    found = memorised([study(trained_on, drawn)])
+    assert found["answer"] != "yes"
+    assert found["p"] > 0.5
+
+
+def test_far_pictures_are_no_copies_and_too_few_of_them_cannot_be_told():
+    rng = np.random.default_rng(10)
+    trained_on, drawn = pictures(rng, 28), far(rng, PROMPTS, SEEDS)
+    found = memorised([study(trained_on, drawn)])
+    assert found["answer"] == "no"
+    assert found["share"] == 0
+    assert found["high"] == pytest.approx(1 - 0.04 ** (1 / 8))
+    assert "fewer than 33% of such pictures are near-copies" in found["text"]
+    assert memorised([study(trained_on, drawn)], margin=0.3)["answer"] == UNTOLD
+    found = memorised([study(trained_on, drawn[:, :5])])
+    assert found["answer"] == UNTOLD
+    assert "at least 8 seeds" in found["text"]
+
+
+def test_pictures_like_the_training_pictures_cannot_be_told():
+    rng = np.random.default_rng(11)
+    found = memorised([study(pictures(rng, 28), pictures(rng, PROMPTS, SEEDS))])
+    assert found["answer"] == UNTOLD
+    assert found["p"] > 0.05
+    assert found["high"] > 1 / 3
+
+
+def test_held_out_pictures_are_a_control_and_not_training_pictures():
+    rng = np.random.default_rng(12)
+    trained_on, held_out = pictures(rng, 28), far(rng, 4)
+    drawn = copies(rng, held_out)  # near to what was held out, far from what was trained on
+    found = memorised([study(trained_on, drawn, held_out)])
+    assert found["answer"] == "no"
+    assert found["training_pictures"] == 28
+    assert found["held_out"]["pictures"] == 4
+    assert found["held_out"]["above"] == 0
+    assert found["held_out"]["median"] < found["trained_on"]["median"]
+    without = memorised([study(trained_on, drawn)])
+    assert without["held_out"] == dict(pictures=0, above=0, median=None)
+    same = set(found) - {"held_out", "text"}
+    assert all(found[key] == without[key] for key in same)
+
+    held_out = np.concatenate([copies(rng, trained_on, (1,)), held_out])
+    assert memorised([study(trained_on, drawn, held_out)])["held_out"]["above"] == 1
+
+
+@pytest.mark.parametrize(("m", "level"), [(1, False), (2, False), (3, True), (5, True)])
+def test_a_few_pictures_are_refused_in_words_with_every_figure(m, level):
+    rng = np.random.default_rng([13, m])
+    found = memorised([study(pictures(rng, m), far(rng, PROMPTS, SEEDS), far(rng, 1))])
+    assert found["answer"] == UNTOLD
+    assert found["too_few"].startswith(
+        f"Too few training pictures to tell: {m}, needs at least 7 with 8 seeds."
+    )
+    assert found["too_few"] in found["text"]
+    assert found["p"] > 0.05
+    assert (found["level"] is not None) == (found["high"] is not None) == level
+    assert found["drawn"]["pictures"] == 24
+    assert found["trained_on"]["pictures"] == (m if m > 1 else 0)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_what_would_do_is_derived_from_seeds_and_tests():
+    say = memorisation.too_few
+    assert "needs at least 119 with 1 seed, or 2 seeds." in say(30, 1, 3)
+    assert "needs at least 39 with 1 seed, or 2 seeds." in say(38, 1, 1)
+    assert "seeds." in say(5, 8, 15)
+    assert "or" not in say(5, 8, 15).split(".")[0]  # no number of seeds makes up for it
+    rng = np.random.default_rng(14)
+    drawn = far(rng, PROMPTS, SEEDS)
+    for m, told in ((6, False), (7, True)):  # 7 do for 8 seeds and 3 prompts …
+        assert (memorised([study(pictures(rng, m), drawn)])["too_few"] is None) == told
+    five = [study(pictures(rng, 9), drawn)] * 5  # … but not for five runs
+    assert "needs at least 10" in memorised(five, draws=199)["too_few"]
+
+
+def test_a_typical_study_of_copies_reaches_what_typical_p_says():
+    """One seed: the copy and its original may change places, 2 / (m + 1). Several: the geometric
+    mean over which pictures are copied."""
+    assert memorisation.typical_p(39, 1) == pytest.approx(2 / 40)
+    rng = np.random.default_rng(15)
+    counts = np.stack([np.bincount(rng.integers(10, size=8), minlength=10) for _ in range(4000)])
+    logs = np.log1p(counts).sum(axis=1) - np.log(special.comb(18, 8))
+    assert np.log(memorisation.typical_p(10, 8)) == pytest.approx(logs.mean(), abs=0.05)
+
+
+# ---- the bound -----------------------------------------------------------------------------
+
+
+def test_the_level_lies_near_the_top_and_carries_its_own_error():
+    """For 100 pictures it is the 8th largest of 50: 8 or more of 50 lie above what 5% exceed with
+    a chance of 0.3%, 7 or more with 1.2%."""
+    rng = np.random.default_rng(16)
+    values = rng.permutation(100) / 100
+    level = memorisation.reference_level(np.repeat(values[:, None], 100, axis=1))
+    assert 7 <= (values > level).sum() <= 14
+
+
+@pytest.mark.parametrize("m", [8, 28])
+def test_training_like_pictures_exceed_the_level_with_a_chance_of_5_percent_or_more(m):
+    rng = np.random.default_rng([17, m])
+    too_high, shares = 0, []
+    for _ in range(100):
+        trained_on, fresh = pictures(rng, m), pictures(rng, 1000)
+        own = memorisation.similarities(trained_on, trained_on, mirror(trained_on))
+        level = memorisation.reference_level(own)
+        nearest, _ = metrics.nearest_training(fresh, trained_on, mirror(trained_on))
+        shares.append((nearest > level).mean())
+        too_high += shares[-1] < 0.05
+    assert too_high <= 4  # of 100; 1 is allowed
+    assert np.mean(shares) < {8: 0.8, 28: 0.45}[m]  # and not needlessly many
+
+
+def test_more_runs_need_a_lower_level():
+    rng = np.random.default_rng(18)
+    trained_on = pictures(rng, 28)
+    drawn = pictures(rng, PROMPTS, SEEDS)
+    one, five = (memorised([study(trained_on, drawn)] * n, draws=199) for n in (1, 5))
+    assert five["level"] < one["level"]
+    assert five["levels"] == [five["level"]] * 5
+
+
+@pytest.mark.parametrize("seeds", [1, 4, 8, 16])
+@pytest.mark.parametrize("share", [0.1, 1 / 3, 0.6])
+def test_the_bound_of_a_share_holds_in_96_percent_at_least(seeds, share):
+    """Seeds with all pictures above the level or none, which is the worst case."""
+    hits = np.arange(seeds + 1)
+    bounds = [memorisation.highest_share(np.repeat([1.0, 0.0], [hit, seeds - hit])) for hit in hits]
+    missed = stats.binom.pmf(hits, seeds, share)[np.array(bounds) < share].sum()
+    assert missed <= 0.04
+    assert np.all(np.diff(bounds) > 0)
+    assert bounds[0] == pytest.approx(1 - 0.04 ** (1 / seeds))
+    assert bounds[-1] == 1
+
+
+# ---- what it refuses -----------------------------------------------------------------------
+
+
+def test_the_same_pictures_give_the_same_answer():
+    rng = np.random.default_rng(19)
+    made = study(pictures(rng, 28), pictures(rng, PROMPTS, SEEDS))
+    first = memorised([made])
+    memorisation.relabellings.cache_clear()
+    assert memorised([made]) == first
+
+
+def test_arrays_that_do_not_belong_together_are_refused():
+    rng = np.random.default_rng(20)
+    trained_on, drawn = pictures(rng, 6), pictures(rng, 2, 3)
+    with pytest.raises(ValueError, match="drawn has shape"):
+        study(trained_on, drawn[0])
+    with pytest.raises(ValueError, match="differ in shape"):
+        CopyStudy(trained_on, trained_on[1:], (), drawn, drawn)
+    with pytest.raises(ValueError, match="trained_on is empty"):
+        study(trained_on[:0], drawn)
+    with pytest.raises(ValueError, match="not finite"):
+        study(trained_on, drawn * np.nan)
+    with pytest.raises(ValueError, match="differ in prompts or seeds"):
+        memorised([study(trained_on, drawn), study(trained_on, drawn[:, 1:])])

@@ -1,0 +1,133 @@
+"""The rules of the house (CONTRIBUTING.md): what lies where, who may import whom, how long a file is."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = {"preprocess", "train", "inference"} | {
+    path.stem for path in ROOT.glob("train_experiment_*.py")
+}
+LONGEST_FILE, LONGEST_FUNCTION = 350, 80
+# Told from top to bottom: the optimisation loop, and an evaluation.
+LONG_FUNCTIONS = {"train.py:train": 170, "inference.py:evaluate": 100}
+
+
+def modules():
+    """{dotted name: path} of the project's own Python files."""
+    places = [*ROOT.glob("*.py")]
+    for folder in ("lib", "demo", "bench", "tests"):
+        places += (ROOT / folder).rglob("*.py")
+    names = {}
+    for path in places:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imports(path, known):
+    """The project's modules that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            named = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            named = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {name for name in named if name in known}
+    return found
+
+
+KNOWN = modules()
+GRAPH = {name: imports(path, KNOWN) for name, path in KNOWN.items()}
+
+
+def within(name, *rooms):
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+def importers(room, *forbidden):
+    """(importer, imported) for each file of `room` that imports something `forbidden`."""
+    return sorted(
+        (name, other)
+        for name, others in GRAPH.items()
+        if within(name, room)
+        for other in others
+        if within(other, *forbidden)
+    )
+
+
+def test_the_root_holds_the_scripts_and_the_folders_that_a_user_knows():
+    done = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no git checkout")
+    top = {name.split("/")[0] for name in done.stdout.splitlines()}
+    assert top == {
+        *(f"{script}.py" for script in SCRIPTS),
+        "data", "lora_weights", "results", "lib", "demo", "bench", "tests",
+        "requirements.txt", "requirements-dev.txt", "pyproject.toml", "Makefile",
+        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".ci", ".github", ".gitignore",
+    }  # fmt: skip
+
+
+def test_scripts_use_lib_and_nothing_in_lib_uses_a_script():
+    for script in SCRIPTS:
+        others = {name for name in GRAPH[script] if not within(name, "lib")}
+        assert others == ({"train"} if script.startswith("train_experiment") else set()), script
+    assert importers("lib", *SCRIPTS, "demo", "bench", "tests") == []
+
+
+def test_training_and_evaluation_do_not_use_each_other():
+    assert importers("lib.training", "lib.evaluation") == []
+    assert importers("lib.evaluation", "lib.training") == []
+
+
+def test_kernels_know_models_not_recipes():
+    assert importers("lib.kernels", "lib.training", "lib.evaluation", "lib.dataset") == []
+
+
+def test_tests_do_not_use_the_bench():
+    assert importers("tests", "bench") == []
+
+
+def test_no_file_imports_itself_through_others():
+    tuple(graphlib.TopologicalSorter(GRAPH).static_order())  # raises CycleError, naming the files
+
+
+@pytest.mark.parametrize("name", sorted(n for n in KNOWN if within(n, "lib", "demo", *SCRIPTS)))
+def test_files_and_functions_are_short_enough_to_read(name):
+    text = KNOWN[name].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            label = f"{KNOWN[name].relative_to(ROOT).as_posix()}:{node.name}"
+            most = LONG_FUNCTIONS.get(label, LONGEST_FUNCTION)
+            assert node.end_lineno - node.lineno < most, label
+
+
+def test_every_file_says_what_it_is_for():
+    for path in KNOWN.values():
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+HEAVY = ("torch", "diffusers", "transformers", "bitsandbytes", "matplotlib", "wandb", "scipy")
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_options_are_answered_before_anything_heavy_is_imported(script):
+    """--help and a wrong option need neither torch nor a second of anybody's time."""
+    for options in (["--help"], ["--no-such-option"], ["--seed", "x"]):
+        code = (
+            f"import sys, runpy\nsys.argv = ['{script}.py', *{options}]\n"
+            f"try:\n    runpy.run_path('{script}.py', run_name='__main__')\n"
+            f"except SystemExit:\n    pass\nprint('heavy:', *[n for n in {HEAVY} if n in sys.modules])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stdout.splitlines()[-1] == "heavy:", done.stdout + done.stderr
