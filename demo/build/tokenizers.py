@@ -54,11 +54,11 @@ def write_tokenizer(folder, words):
     return tokenizer
 
 
-def byte_tokenizer(folder, begin=49406):
+def byte_tokenizer(folder, begin):
     """A CLIPTokenizer over single bytes, without merges, written to `folder`.
 
-    For models with random weights, whose vocabulary has a size but no words: texts begin with token
-    `begin`, which is CLIP's own unless told otherwise, and end with the one behind it.
+    For models with random weights, whose vocabulary has a size but no words: it has `begin` + 2
+    tokens, texts begin with token `begin` and end with the one behind it.
     """
     letters = byte_letters()
     words = letters + [letter + "</w>" for letter in letters]
