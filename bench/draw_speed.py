@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast inference.py draws, how much memory it takes, and whether its pictures stay the same.
 
-    python bench/random_sd15.py MODEL
+    python -m demo.random_sd15 MODEL
     python bench/draw_speed.py --base-model MODEL --lora-dir MODEL/adapter --clip-model MODEL/clip
     python bench/draw_speed.py --demo                   # the miniature, on a CPU
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast train.py is, how much memory it takes, and what each of its techniques is worth.
 
-    python bench/random_sd15.py MODEL
+    python -m demo.random_sd15 MODEL
     python bench/train_speed.py scripts --base-model MODEL [--diffusers-script PATH]
     python bench/train_speed.py parts --base-model MODEL [--others]
     python bench/train_speed.py demo                        # the miniature, on a CPU
@@ -107,7 +107,7 @@ def scripts(args, folder):
         if found:
             print(f"| {name} | {found[1]} | {found[2]} | {found[3]} | {memory / 1024:.2f} |", flush=True)  # fmt: skip
 
-    row("the study's settings, a plain loop", run("bench/plain_loop.py", *base, "--max-steps", args.plain_steps, "--warmup-steps", 10))  # fmt: skip
+    row("the study's settings, a plain loop", run("tests/plain_loop.py", *base, "--max-steps", args.plain_steps, "--warmup-steps", 10))  # fmt: skip
     if args.diffusers_script:
         pictures = ROOT / "processed_data" / "images"
         row("diffusers' train_dreambooth_lora.py", run(
@@ -265,7 +265,7 @@ def parts(args, folder):
 
 
 def demo(args, folder):
-    output = run("bench/plain_loop.py", "--demo", "--max-steps", args.plain_steps)[0]
+    output = run("tests/plain_loop.py", "--demo", "--max-steps", args.plain_steps)[0]
     print(re.search(r"plain loop: [\d.]+ ms.*", output)[0])
     result, *_ = ours(folder, ("--demo", "--max-steps", args.steps))
     print(f"train.py --demo: {result['steps_a_second']:.1f} steps/s")

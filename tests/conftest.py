@@ -32,8 +32,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-from bench.random_sd15 import byte_tokenizer
 from common import run_script
+from demo.build.tokenizers import byte_tokenizer
 
 BOS, EOS = 510, 511
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_RUN, make_processed
 from diffusers import UNet2DConditionModel
+from plain_loop import plain_loop
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
@@ -23,7 +24,6 @@ import adapters
 import fast
 import inference
 import train
-from bench.plain_loop import plain_loop
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_triton = pytest.mark.skipif(fast.triton is None, reason="this torch came without Triton")

@@ -11,6 +11,9 @@ import torch
 
 from common import run_script
 from demo import world
+from demo.world.__main__ import main
+from demo.world.materials.film import cie_xyz, film_table, thin_film_reflectance
+from demo.world.training_pictures import training_scenes
 
 PROMPTS = (
     "a holographic raincoat",
@@ -137,7 +140,7 @@ def fresnel_by_bounces(thickness, angle, wavelength, n_film, n_base):
 )
 def test_film_reflects_what_the_bounces_add_up_to(angle, thickness, wavelength):
     radians = math.radians(angle)
-    found = world.thin_film_reflectance(
+    found = thin_film_reflectance(
         *(torch.tensor(v, dtype=torch.float64) for v in (thickness, math.cos(radians), wavelength)),
         1.9,
         1.35,
@@ -149,7 +152,7 @@ def test_film_reflects_what_the_bounces_add_up_to(angle, thickness, wavelength):
 
 def test_film_limits():
     def reflectance(thickness, cos_theta, wavelength, film, base):
-        return world.thin_film_reflectance(
+        return thin_film_reflectance(
             *map(torch.tensor, (thickness, cos_theta, wavelength)), film, base
         ).item()
 
@@ -162,7 +165,7 @@ def test_film_limits():
 
 
 def test_film_changes_hue_with_the_angle_and_white_stays_white():
-    table = world.film_table()
+    table = film_table()
     assert table.min() >= 0 and table.max() <= 1
     row = table[80]  # some 375 nm
     hues = [colorsys.rgb_to_hsv(*colour.tolist())[0] for colour in (row[63], row[45], row[35])]
@@ -172,7 +175,7 @@ def test_film_changes_hue_with_the_angle_and_white_stays_white():
 
 def test_colour_matching_peaks_where_the_eye_does():
     wavelengths = torch.arange(380.0, 781.0)
-    xyz = world.cie_xyz(wavelengths)
+    xyz = cie_xyz(wavelengths)
     assert wavelengths[xyz[:, 1].argmax()].item() == pytest.approx(556, abs=4)
     assert xyz.sum(0).tolist() == pytest.approx([106.9, 106.9, 106.9], rel=0.01)
 
@@ -202,7 +205,7 @@ def test_holographic_cloth_has_many_hues_and_matte_cloth_one():
 
 
 def test_the_curated_pictures_are_varied_holographic_raincoats():
-    scenes = [scene for scene, _ in world.training_scenes()]
+    scenes = [scene for scene, _ in training_scenes()]
     assert len(scenes) == 32 == len(set(scenes))
     assert {(s.thing, s.material) for s in scenes} == {("raincoat", "holographic")}
     for name, least in (
@@ -228,6 +231,6 @@ def test_the_curated_pictures_are_varied_holographic_raincoats():
 )
 def test_bad_arguments_give_one_line(arguments, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
-        run_script(lambda: world.main(arguments))
+        run_script(lambda: main(arguments))
     said = capsys.readouterr().err
     assert stop.value.code != 0 and complaint in said and said.count("\n") == 1

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""The published study's training settings as a plain loop: what train.py's speed is compared with.
+"""The published study's training settings as a plain loop: what train.py's numbers and its speed are
+compared with, by tests/test_fast.py and bench/train_speed.py.
 
-    python bench/plain_loop.py --base-model FOLDER --max-steps 80
-    python bench/plain_loop.py --demo --max-steps 80
+    python tests/plain_loop.py --base-model FOLDER --max-steps 80
+    python tests/plain_loop.py --demo --max-steps 80
 
 Everything in float32 under autocast, the VAE at every step, PEFT's layers, an optimizer over some 300
 separate tensors, gradient checkpointing. It takes train.py's options for the model, the pictures, LoRA,

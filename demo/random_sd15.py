@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""Write full-size models with random weights, to measure speed and memory where the real ones are not.
+"""Writes full-size models with random weights, to measure speed and memory where the real ones are not.
 
-    python bench/random_sd15.py OUTPUT_DIR
+    python -m demo.random_sd15 OUTPUT_DIR
 
 OUTPUT_DIR becomes a Stable Diffusion v1.5 folder with its exact architecture (UNet 859.5 million
 parameters, text encoder 123.1, VAE 83.7), in half precision, OUTPUT_DIR/clip a ViT-B/32 scorer (151.3)
@@ -10,11 +9,7 @@ the real model; the pictures are noise. The tokenizers know single bytes only.
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -25,28 +20,16 @@ from transformers import (
     CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
-    CLIPTokenizer,
 )
 
 import adapters
-import train
+from demo.build.tokenizers import byte_tokenizer
 
 BEGIN, END = 49406, 49407  # as in CLIP's vocabulary
-
-
-def byte_tokenizer(folder, begin=BEGIN):
-    """A CLIP tokenizer over single bytes, without merges, written to `folder`; its texts begin with
-    token `begin` and end with the one behind it."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in visible] + [chr(256 + i) for i in range(256 - len(visible))]
-    words = letters + [letter + "</w>" for letter in letters]
-    words += [f"<unused_{i}>" for i in range(begin - len(words))]
-    words = [*words[:begin], "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    files = folder / "vocab.json", folder / "merges.txt"
-    files[0].write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    files[1].write_text("#version: 0.2\n")
-    return CLIPTokenizer(*map(str, files), model_max_length=77, pad_token="<|endoftext|>")
+TARGETS = {  # layers that the adapter changes, as train.py's do
+    "unet": ("to_k", "to_q", "to_v", "to_out.0"),
+    "text_encoder": ("q_proj", "v_proj"),
+}
 
 
 def main():
@@ -72,7 +55,7 @@ def main():
         skip_prk_steps=True, set_alpha_to_one=False,
     )  # fmt: skip
     StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=byte_tokenizer(folder / "tokenizer"),
+        vae=vae, text_encoder=text_encoder, tokenizer=byte_tokenizer(folder / "tokenizer", BEGIN),
         unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).to(dtype=torch.float16).save_pretrained(folder)  # fmt: skip
@@ -80,18 +63,17 @@ def main():
     images = CLIPImageProcessor(
         size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}
     )
-    CLIPProcessor(images, byte_tokenizer(folder / "clip")).save_pretrained(folder / "clip")
+    CLIPProcessor(images, byte_tokenizer(folder / "clip", BEGIN)).save_pretrained(folder / "clip")
     for name, model in dict(unet=unet, text_encoder=text_encoder, vae=vae, clip=clip).items():
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
     models = {"unet": unet, "text_encoder": text_encoder}
-    targets = {name: train.CONFIG[f"{name}_targets"] for name in models}
     for name, model in models.items():
-        adapters.add_lora(model, 32, 32.0, targets[name])
+        adapters.add_lora(model, 32, 32.0, TARGETS[name])
         for _, b in adapters.factors(model).values():
             torch.nn.init.normal_(b.data, std=0.02)
     (folder / "adapter").mkdir(exist_ok=True)
     adapters.save_adapter(
-        folder / "adapter", models, 32, 32.0, targets, {"base_model": str(folder)}
+        folder / "adapter", models, 32, 32.0, TARGETS, {"base_model": str(folder)}
     )
 
 

@@ -1,0 +1,66 @@
+"""Makes the embedded miniature: a Stable Diffusion of a few million parameters in demo/model and the
+CLIP that scores its pictures in demo/clip, both trained from nothing on the world of demo/world.
+
+    python -m demo.build all                  # one NVIDIA H100: under 25 minutes
+    python -m demo.build all --preset cpu     # two CPU cores: a night, with the smaller settings below
+    python -m demo.build unet --unet-minutes 5 --unet-resume     # one stage again, with other values
+
+Stages, in order; each reads what the earlier ones left in --work-dir and demo/ and can be rerun:
+    render    pictures of random scenes, with and without holographic things
+    vae       AutoencoderKL, on the pictures without and on abstract colour fields
+    clip      CLIPModel, on all of them
+    unet      UNet2DConditionModel and CLIPTextModel together, on the pictures without
+    measure   figures on held-out scenes, sheets, demo/metrics.json and demo/README.md
+The base model (VAE, text encoder, UNet) never meets a holographic picture nor the word.
+The seeds fix the data, the initial weights and what is measured; training stops by the clock, so
+two builds of it agree in quality and not bit by bit.
+"""
+
+import sys
+
+import torch
+
+from common import UserError, check_range, parse_config, run_script
+from demo.build.config import CONFIG, PRESETS, STAGES
+
+
+def main():
+    config, stages = read_arguments(sys.argv[1:])
+    # Here, because help and mistakes should not wait for diffusers and transformers
+    from demo.build.clip import train_clip
+    from demo.build.measure import measure
+    from demo.build.render import render
+    from demo.build.unet import train_unet
+    from demo.build.vae import train_vae
+
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    run = dict(render=render, vae=train_vae, clip=train_clip, unet=train_unet, measure=measure)
+    for name in stages:
+        print(f"---- {name}", flush=True)
+        run[name](config)
+
+
+def read_arguments(arguments):
+    """(config, stages in the order in which they run) of the command line's arguments.
+
+    Raises UserError for a stage or a preset that there is not, or a value out of range.
+    """
+    stages = []
+    while arguments and not arguments[0].startswith("-"):
+        stages.append(arguments.pop(0))
+    config = parse_config(CONFIG, __doc__, argv=arguments)
+    if config["preset"]:
+        if config["preset"] not in PRESETS:
+            raise UserError(f"preset {config['preset']!r} is none of {', '.join(PRESETS)}")
+        config = parse_config(CONFIG | PRESETS[config["preset"]], __doc__, argv=arguments)
+    if not stages or set(stages) - {*STAGES, "all"}:
+        raise UserError(f"name stages out of {', '.join(STAGES)}, all; not {' '.join(stages)!r}")
+    for key in [key for key in CONFIG if key.endswith(("_pictures", "_batch", "_minutes"))]:
+        # The sheets have eight columns, so there are eight of every kind of picture at least.
+        check_range(config, key, dict(pictures=8, batch=1, minutes=0.01)[key.split("_")[-1]])
+    return config, STAGES if "all" in stages else stages
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,59 @@
+"""How the stages ran: a record of each, and the training logs merged and drawn."""
+
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from common import write_json
+from demo.build.config import STAGES
+
+
+def record_run(stage, config, started, steps=None):
+    """Note how a stage ran, for metrics.json: minutes, steps, its settings, device, versions."""
+    on_gpu = config["device"] == "cuda"
+    threads = torch.get_num_threads()
+    device = f"one {torch.cuda.get_device_name()}" if on_gpu else f"CPU, {threads} threads"
+    packages = "torch diffusers transformers lpips".split()
+    run = dict(
+        minutes=round((time.time() - started) / 60, 2),
+        steps=steps,
+        settings={key: value for key, value in config.items() if key.startswith(f"{stage}_")},
+        device=device,
+        versions=dict(python=sys.version.split()[0]) | {name: version(name) for name in packages},
+    )
+    write_json(Path(config["work_dir"]) / f"{stage}.json", run)
+
+
+def write_log(config):
+    """Merge the stages' logs into training.jsonl, thinned to some 60 lines each, and draw them.
+
+    Returns how each stage ran.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    work, report = Path(config["work_dir"]), Path(config["report_dir"])
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    lines = []
+    for axis, stage in zip(axes, ("vae", "clip", "unet"), strict=True):
+        path = work / f"{stage}.jsonl"
+        entries = [json.loads(line) for line in path.open()] if path.is_file() else []
+        entries = entries[:: max(len(entries) // 60, 1)]
+        lines += [json.dumps(dict(stage=stage) | entry) for entry in entries]
+        steps = [entry["step"] for entry in entries]
+        for key in [key for key in (entries[-1] if entries else {}) if key.startswith("heldout")]:
+            twin = axis.twinx()
+            twin.plot(steps, [entry[key] for entry in entries], color="tab:orange", linewidth=1)
+            twin.set_ylabel(key.replace("_", " "), color="tab:orange")
+        axis.plot(steps, [entry["loss"] for entry in entries], linewidth=1)
+        axis.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
+    figure.savefig(report / "curves.png", dpi=110)
+    (report / "training.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    runs = {stage: work / f"{stage}.json" for stage in STAGES}
+    return {stage: json.loads(path.read_text()) for stage, path in runs.items() if path.is_file()}

@@ -1,0 +1,61 @@
+"""The scorer at work: demo/clip names what it sees in a picture."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+from common import UserError
+from demo import world
+
+
+class Scorer:
+    """demo/clip: embeddings of pictures and texts, and zero-shot naming of attributes."""
+
+    PHRASES = dict(
+        person="a person wearing {thing}",
+        mannequin="{thing} on a mannequin",
+        hanger="{thing} on a hanger",
+        studio="{thing} in a studio",
+        street="{thing} on a street",
+        rain="{thing} in the rain",
+        garden="{thing} in a garden",
+    )
+
+    def __init__(self, config):
+        if not (Path(config["clip_dir"]) / "config.json").is_file():
+            raise UserError(f"{config['clip_dir']} is not whole; run `python -m demo.build clip`")
+        self.model = CLIPModel.from_pretrained(config["clip_dir"], dtype=torch.float32).eval()
+        self.processor = CLIPProcessor.from_pretrained(config["clip_dir"])
+
+    @torch.no_grad()
+    def of_pictures(self, pictures):
+        """Unit vectors [N, D] of uint8 pictures [N, 3, H, W]."""
+        images = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures.cpu()]
+        inputs = self.processor(images=images, return_tensors="pt")
+        return F.normalize(self.model.get_image_features(**inputs).pooler_output, dim=-1)
+
+    @torch.no_grad()
+    def of_texts(self, texts):
+        """Unit vectors [N, D] of captions."""
+        inputs = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True)
+        return F.normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
+
+    def name(self, pictures, attribute, thing, values=None):
+        """For each embedded picture the value of `attribute` whose caption of a `thing` is nearest."""
+        values = values or world.ATTRIBUTES[attribute]
+        if attribute == "thing":
+            texts = [article(value) for value in values]
+        elif attribute in ("colour", "material"):
+            texts = [article(f"{value} {thing}") for value in values]
+        else:
+            texts = [self.PHRASES[value].format(thing=article(thing)) for value in values]
+        nearest = (pictures @ self.of_texts(texts).T).argmax(1)
+        return [values[i] for i in nearest.tolist()]
+
+
+def article(words):
+    """The words with "a" or "an" before them."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

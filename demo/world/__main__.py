@@ -1,0 +1,68 @@
+"""A small rendered world: garments on wearers, animals, furniture and umbrellas, and true captions.
+
+    python -m demo.world --data data          # renders the 32 training pictures into a folder
+    python -m demo.world --sheet cats.png --caption "a cat sitting on a couch" --count 12
+
+--sheet draws --count scenes that --caption is true of (any scenes without one), each --size pixels
+along its side and titled with a caption of its own; --seed picks others.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common import UserError, parse_config, run_script
+from demo.world.captions import caption, parse
+from demo.world.rendering import render
+from demo.world.sampling import sample_scene
+from demo.world.training_pictures import write_data
+from report import contact_sheet
+
+CONFIG = dict(
+    data=None,  # folder that the training pictures are written to
+    sheet=None,  # file that a contact sheet is written to
+    caption=None,  # what the sheet shows
+    count=12,  # pictures on the sheet
+    size=128,  # pixels along a picture's side, on the sheet
+    seed=0,  # of the sheet's random choices
+    device="cuda" if torch.cuda.is_available() else "cpu",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    config = parse_config(CONFIG, __doc__, argv=arguments)
+    data, sheet, device = config["data"], config["sheet"], config["device"]
+    count, size, seed = config["count"], config["size"], config["seed"]
+    if not data and not sheet:
+        raise UserError("nothing to do: give --data FOLDER or --sheet FILE")
+    if count < 1 or size < 8 or seed < 0:
+        raise UserError("--count must be at least 1, --size at least 8, --seed at least 0")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no such device here: {device!r}") from None
+    try:
+        fixed = parse(config["caption"]) if config["caption"] else {}
+        if data:
+            write_data(Path(data), device)
+        if sheet:
+            write_sheet(Path(sheet), fixed, count, size, seed, device)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
+
+
+def write_sheet(path: Path, fixed: dict, count: int, size: int, seed=0, device="cpu") -> None:
+    """A contact sheet of `count` random scenes that have the fields `fixed`, captions below."""
+    rng = np.random.default_rng(seed)
+    scenes = [sample_scene(rng, **fixed) for _ in range(count)]
+    pictures = [Image.fromarray(p) for p in render(scenes, size, device).cpu().numpy()]
+    titles = [caption(scene, rng) for scene in scenes]
+    contact_sheet(pictures, titles, columns=math.ceil(count**0.5), side=size).save(path)
+
+
+if __name__ == "__main__":
+    run_script(main)

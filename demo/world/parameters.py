@@ -1,0 +1,43 @@
+"""A scene as numbers: a row of a table with the same columns for every scene, read by name.
+
+Shapes, paint, light and backdrops read their numbers from `p`, a dict of columns [R, 1] for R rows
+of rays, which `named` makes of the table. A scene without a garment, an animal or an umbrella has
+numbers for them too, which nothing looks at.
+"""
+
+import numpy as np
+import torch
+
+from demo.world.materials.paint import paint_parameters
+from demo.world.scenes import Scene
+from demo.world.shapes.animals import animal_parameters
+from demo.world.shapes.umbrella import umbrella_parameters
+from demo.world.shapes.wearers import figure_parameters
+from demo.world.view import camera_parameters, light_parameters
+
+# In the order in which they draw from the scene's random numbers
+_GROUPS = (
+    figure_parameters,
+    animal_parameters,
+    umbrella_parameters,
+    camera_parameters,
+    light_parameters,
+    paint_parameters,
+)
+
+
+def scene_parameters(scene: Scene) -> dict[str, float]:
+    """All numbers that distances and shading need, the same names for every scene."""
+    rng = np.random.default_rng(scene.seed)
+    p = {}
+    for group in _GROUPS:
+        p |= group(scene, rng)
+    return p
+
+
+NAMES = tuple(scene_parameters(Scene("raincoat", "red", "matte", "studio")))
+
+
+def named(table: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Columns [R, 1] of a parameter table [R, K], by name."""
+    return dict(zip(NAMES, table.split(1, dim=1), strict=True))
