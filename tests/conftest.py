@@ -1,18 +1,25 @@
-"""What the tests share: a tiny pipeline of SD1.5's classes, a tiny CLIP, pictures, and a runner."""
+"""What the tests share: a tiny pipeline of SD1.5's classes, a tiny CLIP, pictures, and ways to run a
+script: `command` in a process of its own, `run` in a fork of this one, `call` in this one."""
 
 import contextlib
+import ctypes
 import importlib
 import io
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
 import unittest.mock
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import (
@@ -29,8 +36,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Models this small lose more by sharing a step among threads than they gain.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+torch.set_num_threads(THREADS)
 
 from common import run_script
 from demo.build.tokenizers import byte_tokenizer
@@ -113,37 +120,119 @@ def make_processed(folder, count, caption="a holographic raincoat"):
     return folder
 
 
-def run(script, *options, env=None, launcher=(sys.executable,), check=True):
-    """Run a script at the root as a user would; returns the finished process (text output)."""
+def command(script, *options, env=None, launcher=(sys.executable,), check=True):
+    """Run a script at the root as a user would, in a process of its own with one thread: some ten
+    seconds of imports. Returns the finished process (text output)."""
     done = subprocess.run(
         [*map(str, launcher), str(ROOT / script), *map(str, options)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | (env or {}),
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
     )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
+def one_thread():
+    """Compute with one thread in a fork, where those that its parent computed with do not exist."""
+    torch.set_num_threads(1)
+    with open("/proc/self/maps") as maps:  # torch and bitsandbytes each have an OpenMP of their own
+        for path in {line.split()[-1] for line in maps if "libgomp" in line}:
+            ctypes.CDLL(path).omp_set_num_threads(1)
+
+
+def forked(work, folder):
+    """Start `work` in a fork of this process, which has imported everything, and return its id.
+
+    It computes with one thread; its output goes to `folder`/out and err.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 70  # what the child ends with if it ends in none of the ways below
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if THREADS > 1:
+            one_thread()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        work()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def finish(child, folder):
+    """Wait for a fork; its end in the form of subprocess, a signal's number negative."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return subprocess.CompletedProcess(
+        [], code, (folder / "out").read_text(), (folder / "err").read_text()
+    )
+
+
+def run(script, *options, check=True):
+    """Like `command`, in a fork of this process, which has imported what the script imports."""
+
+    def work():
+        os.chdir(ROOT)
+        sys.argv = [script, *map(str, options)]
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    with tempfile.TemporaryDirectory() as folder:
+        done = finish(forked(work, Path(folder)), Path(folder))
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def call(script, *options):
-    """Like `run`, but in this process, which saves the seconds that the imports take: for runs
-    that end in an error before anything large happens."""
+    """Like `run`, but in this process, where a test may have replaced parts of a script."""
     main = importlib.import_module(script.removesuffix(".py")).main
     module = sys.modules[script.removesuffix(".py")]
     out, err, code = io.StringIO(), io.StringIO(), 0
     arguments = () if main.__code__.co_argcount == 0 else (module.CONFIG, module.__doc__)
+    handler = signal.getsignal(signal.SIGTERM)
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         unittest.mock.patch.object(sys, "argv", [script, *map(str, options)]),
+        unittest.mock.patch.dict(os.environ),
     ):
         try:
             run_script(lambda: main(*arguments))
         except SystemExit as stop:
             code = stop.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            AcceleratorState._reset_state(reset_partial_state=True)
     return subprocess.CompletedProcess([script], code, out.getvalue(), err.getvalue())
+
+
+COSINE = 1e-5  # of one: what rounding may do to a cosine, however small it is
+
+
+def assert_close(found, expected, relative=1e-4):
+    """No value is off by more than `relative` of the largest magnitude that is expected.
+
+    For two ways to compute the same, which add up in another order: what rounding then makes of a
+    value near zero, and so its relative error, depends on the CPU.
+    """
+    found, expected = (torch.as_tensor(x).detach().cpu().double() for x in (found, expected))
+    assert found.shape == expected.shape
+    off = (found - expected).abs().max() / expected.abs().max()
+    assert off <= relative, f"off by {off:.2g} of the largest magnitude, {relative:g} is allowed"
 
 
 def assert_one_line(done, *words):

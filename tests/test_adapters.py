@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import assert_close
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -51,26 +52,31 @@ def test_parameter_counts_of_the_full_size_model():
         assert count(text_encoder, 32, ("q_proj", "v_proj")) == 1_179_648
 
 
-def test_round_trip_and_equal_output_in_diffusers(trained, tiny_model, pipeline):
-    folder = trained / "lora_weights_rank_32"
+def larger(tensors):
+    """A few steps move little: so much that no rounding can be taken for it."""
+    return {k: v * 30 if "lora_B" in k else v for k, v in tensors.items()}
+
+
+def test_round_trip_and_equal_output_in_diffusers(trained, tiny_model, pipeline, tmp_path):
+    folder = rewrite(trained / "lora_weights_rank_32", tmp_path / "larger", larger)
     base = probe(pipeline)
     adapter = adapters.read_adapter(folder)
     applied = adapters.Applied(adapter, models_of(pipeline))
     ours = probe(pipeline)
-    assert not torch.equal(ours["unet"], base["unet"])
-    assert not torch.equal(ours["text_encoder"], base["text_encoder"])
+    for name, output in ours.items():
+        assert (output - base[name]).abs().max() > 0.05 * base[name].abs().max()
 
     theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     theirs.load_lora_weights(folder)
     for name, output in probe(theirs).items():
-        torch.testing.assert_close(output, ours[name], rtol=1e-5, atol=1e-6)
+        assert_close(output, ours[name])
 
     applied.set_scale(0.5)
     theirs.set_adapters(theirs.get_active_adapters(), 0.5)
     half = probe(pipeline)
     for name, output in probe(theirs).items():
-        torch.testing.assert_close(output, half[name], rtol=1e-5, atol=1e-6)
-    assert not torch.equal(half["unet"], ours["unet"])
+        assert_close(output, half[name])
+        assert (output - ours[name]).abs().max() > 0.02 * ours[name].abs().max()
 
     applied.set_scale(0)
     for name, output in probe(pipeline).items():
@@ -93,7 +99,7 @@ def test_alpha_other_than_rank_survives_the_file(tmp_path, tiny_model, pipeline)
     adapters.Applied(adapters.read_adapter(tmp_path), models_of(ours))
     for reader in (theirs, ours):
         for name, output in probe(reader).items():
-            torch.testing.assert_close(output, expected[name], rtol=1e-5, atol=1e-5)
+            assert_close(output, expected[name])
 
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])

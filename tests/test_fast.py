@@ -30,11 +30,13 @@ needs_triton = pytest.mark.skipif(fast.triton is None, reason="this torch came w
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def small_unet(dtype=torch.float32, targets=("to_q", "to_k", "to_v", "to_out.0"), **changes):
+def small_unet(
+    dtype=torch.float32, targets=("to_q", "to_k", "to_v", "to_out.0"), groups=8, **changes
+):
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
-        attention_head_dim=8, norm_num_groups=8,
+        attention_head_dim=8, norm_num_groups=groups,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **changes,
     )  # fmt: skip
@@ -68,7 +70,7 @@ def test_fused_lora_gives_pefts_outputs_and_gradients():
     unet = small_unet()
     fast.fuse_lora(unet)
     found = output_and_gradients(unet)
-    assert close(found, expected, 1e-5)
+    assert close(found, expected, 1e-4)
     assert all(gradient.abs().sum() > 0 for gradient in found)
 
 
@@ -83,7 +85,8 @@ def test_recomputing_gives_the_same_gradients():
         return train.recomputed(module, *inputs)
 
     unet.enable_gradient_checkpointing(counted)
-    assert close(output_and_gradients(unet), expected, 1e-6)
+    # Only where a gradient comes from several places may they be added up in another order.
+    assert close(output_and_gradients(unet), expected, 1e-5)
     assert calls
 
 
@@ -91,6 +94,8 @@ KERNELS = """
 import sys; sys.path[:0] = sys.argv[1:]
 import torch, torch.nn.functional as F
 import fast
+from conftest import assert_close
+from test_fast import close, output_and_gradients, small_unet
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
 for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, False), ((3, 960, 3, 3), 32, True),
@@ -100,19 +105,18 @@ for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, Fals
     found = fast.GroupNormSilu.apply(x, weight, bias, groups, 1e-5, silu)
     expected = F.group_norm(x, groups, weight, bias, 1e-5)
     expected = F.silu(expected) if silu else expected
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert_close(found, expected)
     grad = torch.randn(shape, device=device)
-    torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)),
-                               rtol=1e-4, atol=1e-4)
+    assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)))
 x = (2 * torch.randn(3, 7, 50, device=device)).requires_grad_()
 value, gate = x.chunk(2, dim=-1)
 found, expected = fast.Geglu.apply(x), value * F.gelu(gate)
-torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+assert_close(found, expected, 1e-5)
 grad = torch.randn_like(found)
-torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), rtol=1e-4, atol=1e-5)
-from test_fast import close, output_and_gradients, small_unet
+assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), 1e-5)
 for how in ({}, dict(targets=("time_emb_proj", "to_q")), dict(resnet_time_scale_shift="scale_shift"),
             dict(use_linear_projection=True)):
+    how |= dict(groups=2)  # the interpreter is slow, and goes through one after another
     expected, unet = output_and_gradients(small_unet(**how)), small_unet(**how)
     fast._rebuild(unet)
     assert close(output_and_gradients(unet), expected, 1e-4), how
@@ -379,16 +383,19 @@ def distances(one, two):
 
 def test_train_is_the_plain_loop(tiny_model, processed_data, tmp_path, new_precision):
     """On a CPU both compute in float32: flat vectors, cached latents and fused layers change
-    nothing but the order of a few sums."""
+    nothing but the order of a few sums. The recipe's decay and betas are the optimizer's own
+    defaults; with others it matters that they are handed on."""
     if DEVICE.type == "cuda":
         pytest.skip("compared in half precision below")
-    fast_run = run_of(tiny_model, processed_data, tmp_path)
-    plain = plain_run_of(tiny_model, processed_data)
+    how = dict(adam_weight_decay=10.0, adam_beta1=0.8, adam_beta2=0.95)
+    fast_run = run_of(tiny_model, processed_data, tmp_path, **how)
+    plain = plain_run_of(tiny_model, processed_data, **how)
     losses, weights = distances(plain, fast_run)
     assert losses < 1e-4
     assert weights < 0.02
-    other = run_of(tiny_model, processed_data, tmp_path / "other", unet_learning_rate=1.1e-3)
-    assert distances(plain, other)[1] > 0.05  # the bound would see a recipe that is a tenth off
+    # The bound would see a recipe that is a tenth off.
+    other = run_of(tiny_model, processed_data, tmp_path / "other", **how, unet_learning_rate=1.1e-3)
+    assert distances(plain, other)[1] > 0.05
 
 
 def test_the_model_computes_with_a_copy_and_the_vector_is_saved(

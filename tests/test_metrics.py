@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from conftest import COSINE, assert_close, picture
 from torchmetrics.functional.image.lpips import _LPIPS
 from transformers import CLIPModel, CLIPProcessor
 
@@ -31,7 +31,7 @@ def test_lpips_agrees_with_torchmetrics():
     tensors = [torch.from_numpy(np.array(i)).permute(2, 0, 1)[None] / 127.5 - 1 for i in images]
     expected = [theirs(a, b).item() for a, b in zip(tensors[:3], tensors[3:], strict=True)]
     ours = metrics.lpips_distances(images[:3], images[3:])
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    assert_close(ours, expected)
 
 
 def test_lpips_refuses_what_it_would_have_to_resize():
@@ -53,7 +53,7 @@ def test_clip_score_is_the_cosine_of_the_models_own_embeddings(clip, tiny_clip):
         out = model(**inputs)
     expected = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
     scores = metrics.clip_scores(images, prompts, clip)
-    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=COSINE)
     assert np.abs(scores).max() <= 1
 
 
@@ -61,7 +61,7 @@ def test_clip_score_does_not_depend_on_its_neighbours(clip):
     images = [picture(seed) for seed in range(3)]
     together = metrics.clip_scores(images, ["one", "a much longer prompt", "x"], clip)
     alone = metrics.clip_scores(images[1:2], ["a much longer prompt"], clip)
-    np.testing.assert_allclose(together[1], alone[0], atol=1e-6)
+    np.testing.assert_allclose(together[1], alone[0], rtol=0, atol=COSINE)
 
 
 def test_a_prompt_too_long_is_refused_not_cut(clip):
@@ -73,7 +73,7 @@ def test_concept_similarity_and_nearest():
     training = np.eye(3, dtype=np.float32)
     mirrored = np.roll(training, 1, axis=0)
     embeddings = np.array([[1, 0, 0], [0.6, 0.8, 0]], np.float32)
-    np.testing.assert_allclose(metrics.concept_similarity(embeddings, training), [1 / 3, 1.4 / 3])
+    assert_close(metrics.concept_similarity(embeddings, training), [1 / 3, 1.4 / 3], 1e-6)
     similarity, index = metrics.nearest_training(embeddings[1:], training, np.zeros((3, 3)))
     assert (similarity[0], index[0]) == (np.float32(0.8), 1)
     similarity, index = metrics.nearest_training(embeddings[1:], np.zeros((3, 3)), mirrored)

@@ -15,7 +15,6 @@ import struct
 import subprocess
 import sys
 import time
-import traceback
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,16 +22,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import (
     ROOT,
     TINY_RUN,
     assert_one_line,
     call,
+    command,
+    finish,
+    forked,
     make_processed,
     options,
     picture,
-    run,
 )
 from safetensors.torch import load_file
 
@@ -51,42 +52,6 @@ EXACT = TINY_RUN | dict(
     rank=16, alpha=16, max_steps=9, log_every=2, validate_every=4, checkpoint_every=3,
     gradient_accumulation_steps=5, validation_count=1,
 )  # fmt: skip
-
-
-def forked(work, folder):
-    """Start `work` in a fork of this process, which has imported everything, and return its id.
-
-    Its output goes to `folder`/out and err.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 70  # what the child ends with if it ends in none of the ways below
-    try:
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        work()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def finish(child, folder):
-    """Wait for a fork; its end in the form of subprocess, a signal's number negative."""
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return subprocess.CompletedProcess(
-        [], code, (folder / "out").read_text(), (folder / "err").read_text()
-    )
 
 
 def start_training(folder, config, at=None, prepare=lambda: None):
@@ -207,8 +172,8 @@ def test_a_killed_command_goes_on_bit_for_bit(exact, uninterrupted, tmp_path):
         "train.main(train.CONFIG, train.__doc__)\n"
     )
     config = options(**exact, output_dir=tmp_path)
-    assert run(wrapper, *config, check=False).returncode == -signal.SIGKILL
-    assert f"continuing {NAME} after step 3" in run("train.py", *config).stdout
+    assert command(wrapper, *config, check=False).returncode == -signal.SIGKILL
+    assert f"continuing {NAME} after step 3" in command("train.py", *config).stdout
     assert_equal_runs(tmp_path / NAME, uninterrupted)
 
 
@@ -225,7 +190,6 @@ def test_two_processes_go_on_bit_for_bit(exact, tmp_path):
             (folder / str(rank)).mkdir(parents=True, exist_ok=True)
 
             def prepare(places=places):
-                AcceleratorState._reset_state(reset_partial_state=True)
                 os.environ.update({name: str(value) for name, value in places.items()})
 
             config = exact | dict(output_dir=folder, gradient_accumulation_steps=1)
@@ -711,6 +675,31 @@ def test_overflows_are_skipped_counted_and_in_a_row_too_many(exact, tmp_path, mo
     monkeypatch.setattr(train.Accelerator, "prepare", overflowing({2, 5, 6, 7}))
     done = training(tmp_path, config | dict(seed=1))
     assert_one_line(done, "overflowed 3 times in a row", "at step 7", "images/image_")
+
+
+def test_the_loss_scaler_goes_on_where_it_was(exact, tmp_path, monkeypatch):
+    """fp16 needs a GPU, but PyTorch's scaler does not: its scale grows after every second step."""
+
+    def prepare(self, optimizer):
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+        return AcceleratedOptimizer(optimizer, scaler=self.scaler)
+
+    monkeypatch.setattr(train.Accelerator, "prepare", prepare)
+
+    def scaler_after(name, *kills):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = exact | dict(output_dir=folder, gradient_accumulation_steps=1)
+        for step in kills:
+            done = training(folder, config, {step: kill})
+            assert done.returncode == -signal.SIGKILL, done.stderr
+        return checkpoints.latest(common.unfinished(folder / NAME))[1]
+
+    whole, continued = scaler_after("whole", 7), scaler_after("continued", 4, 7)
+    assert whole["step"] == continued["step"] == 6
+    assert whole["skipped"] == 0
+    assert whole["scaler"]["scale"] == 4.0 * 2**3
+    assert continued["scaler"] == whole["scaler"]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,25 @@
 
 import ast
 import json
-import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, assert_one_line, call, make_processed, options, picture, run
+from conftest import (
+    ROOT,
+    TINY_RUN,
+    assert_close,
+    assert_one_line,
+    call,
+    command,
+    make_processed,
+    options,
+    picture,
+    run,
+)
+from diffusers import DDPMScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -122,9 +134,9 @@ def relative_difference(a, b):
 def test_two_processes_agree_with_one_of_twice_the_batch(tiny_model, processed_data, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                 "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                "--main_process_port", str(29500 + os.getpid() % 1000)]  # fmt: skip
+                "--main_process_port", "0"]  # fmt: skip
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data)
-    done = run("train.py", *options(**config, output_dir=tmp_path / "two"), launcher=launcher)
+    done = command("train.py", *options(**config, output_dir=tmp_path / "two"), launcher=launcher)
     assert done.stdout.count("2 held out") == 1  # one process speaks and writes
     train_tiny(tiny_model, processed_data, tmp_path / "one", batch_size=2)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -146,7 +158,36 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(tiny_model, process
         train_tiny(tiny_model, processed_data, tmp_path / str(size), batch_size=size)
         log = (tmp_path / str(size) / "lora_weights_rank_32" / "log.jsonl").read_text()
         found.append(json.loads(log.splitlines()[0])["validation_loss"])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_the_held_out_loss_is_of_four_timesteps_spread_over_the_schedule(
+    tiny_model, processed_data, tmp_path, monkeypatch
+):
+    """Of one alone it would say nothing of the rest: each picture's four share their noise."""
+    seen = []
+    loss = train.diffusion_loss
+
+    def recording(unet, scheduler, latents, noise, timesteps, states):
+        found = loss(unet, scheduler, latents, noise, timesteps, states)
+        if not torch.is_grad_enabled():
+            seen.append((timesteps.item(), noise.clone(), found.item()))
+        return found
+
+    monkeypatch.setattr(train, "diffusion_loss", recording)
+    done = train_tiny(tiny_model, processed_data, tmp_path, check=False, max_steps=2)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "lora_weights_rank_32" / "log.jsonl").read_text().splitlines()
+    means = [row["validation_loss"] for row in map(json.loads, log) if "validation_loss" in row]
+    assert len(means) == 2  # before the first step and after the last one
+    assert len(seen) == 2 * 8
+    for mean, probes in zip(means, (seen[:8], seen[8:]), strict=True):
+        timesteps, noises, losses = zip(*probes, strict=True)
+        assert timesteps == (125, 375, 625, 875) * 2
+        assert all(torch.equal(noises[i], noises[i // 4 * 4]) for i in range(8))
+        assert not torch.equal(noises[0], noises[4])
+        assert all(torch.equal(a, b[1]) for a, b in zip(noises, seen, strict=False))
+        assert mean == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_learning_rate_zero_is_caught_not_saved(tiny_model, processed_data, tmp_path):
@@ -179,7 +220,7 @@ def test_wandb_runs_offline_without_a_key(tiny_model, processed_data, tmp_path, 
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     home = dict(HOME=str(tmp_path), NETRC=str(tmp_path / "none"), WANDB_DIR=str(tmp_path))
-    run("train.py", *options(**config), env=home)
+    command("train.py", *options(**config), env=home)
     stored = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(stored) == 1
     content = stored[0].read_bytes()
@@ -196,6 +237,31 @@ def test_learning_rate_schedule_is_diffusers_own():
         assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_is_of_what_the_base_model_predicts(prediction):
+    """A model that predicts it exactly has none, and one that is off by one has a loss of one."""
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction)
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([10, 500, 950])
+    signal = scheduler.alphas_cumprod[timesteps].sqrt().view(3, 1, 1, 1)
+    spread = (1 - scheduler.alphas_cumprod[timesteps]).sqrt().view(3, 1, 1, 1)
+    # Salimans & Ho 2022: the velocity of a picture on its way to noise.
+    exact = noise if prediction == "epsilon" else signal * noise - spread * latents
+    texts = torch.zeros(3, 77, 32)
+
+    class Model:
+        dtype = torch.float32
+
+        def __call__(self, noisy, steps, states):
+            assert_close(noisy, signal * latents + spread * noise)
+            assert steps is timesteps
+            assert states is texts
+            return SimpleNamespace(sample=exact + torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1, 1))
+
+    losses = train.diffusion_loss(Model(), scheduler, latents, noise, timesteps, texts)
+    np.testing.assert_allclose(losses, [0, 1, 4], rtol=1e-4, atol=1e-4)
 
 
 def test_flat_parameters_are_views():
