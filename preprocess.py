@@ -22,22 +22,19 @@ import PIL
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
-from common import (
-    UserError,
+from lib.config import check_range, parse_config
+from lib.errors import UserError, disk_for, one_line, run_script
+from lib.files import (
     check_output_folder,
-    check_range,
-    disk_for,
     fresh_folder,
     locked,
-    one_line,
-    parse_config,
+    real_folder,
     recover_folder,
     replace_folder,
-    run_script,
     sha256_file,
-    write_json,
+    write_marker,
 )
-from report import contact_sheet
+from lib.pictures import contact_sheet
 
 CONFIG = dict(
     data_dir="data",  # pictures, directly in this folder; captions beside them, see README
@@ -229,7 +226,7 @@ def check_config(config):
     data_dir, output_dir = Path(config["data_dir"]), Path(config["output_dir"])
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such folder; make it and put pictures in it")
-    source, target = data_dir.resolve(), output_dir.resolve()
+    source, target = data_dir.resolve(), real_folder(output_dir)
     if source == target or source in target.parents or target in source.parents:
         raise UserError(f"output_dir {output_dir} and data_dir {data_dir} lie in one another")
     check_output_folder(output_dir, "manifest.json")
@@ -330,8 +327,8 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
         skipped=skipped,
         duplicates=duplicates,
     )  # fmt: skip
-    write_json(new / "manifest.json", manifest)
-    replace_folder(output_dir)
+    write_marker(new / "manifest.json", manifest)
+    replace_folder(output_dir, "manifest.json")
     own = sum(record["caption_from"] != "CONFIG" for record in records)
     print(
         f"{output_dir}: {len(kept)} pictures of {resolution}x{resolution}; {len(kept) - own} with the "

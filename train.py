@@ -18,65 +18,27 @@ once as a CUDA graph and replayed; a CPU calls the same function (fast.py, bench
 """
 
 import contextlib
-import functools
-import hashlib
-import itertools
-import json
-import logging
 import math
-import netrc
 import os
-import signal
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from lib.config import check_range, check_resolution, half_resolution, parse_config
+from lib.errors import UserError, disk_for, memory_for, run_script
+from lib.files import (
+    check_output_folder,
+    fresh_folder,
+    locked,
+    recover_folder,
+    replace_folder,
+    unfinished,
+)
 
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
 # Left alone they spin so long that another process on one of the cores stops nearly everything; not
 # spinning at all (OMP_WAIT_POLICY=PASSIVE) halves the speed on a quiet machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Its only remark at import is about a 4-bit kernel that nothing here uses.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-import bitsandbytes
-import numpy as np
-import torch
-import torch.nn.functional as F
-import wandb
-from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
-
-import adapters
-import checkpoints
-import fast
-from common import (
-    UserError,
-    check_output_folder,
-    check_range,
-    check_resolution,
-    data_hash,
-    disk_for,
-    fetch_base_model,
-    fresh_folder,
-    load_part,
-    loading,
-    locked,
-    memory_for,
-    one_line,
-    parse_config,
-    provenance,
-    read_dataset,
-    recover_folder,
-    replace_folder,
-    run_script,
-    unfinished,
-    write_json,
-)
-from report import loss_figure
 
 CONFIG = dict(
     # model
@@ -85,7 +47,7 @@ CONFIG = dict(
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
-    validation_count=4,  # pictures held out of training, to see their loss at fixed noise
+    validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
     # output
     output_dir="lora_weights",
     run_name="lora_weights_rank_32",
@@ -133,96 +95,6 @@ DEMO = dict(
     checkpoint_every=200,
 )
 
-# Keys that may differ between an interrupted run and the one that continues it.
-FREE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "resume",
-        "max_overflows", "wandb_project", "output_dir", "run_name")  # fmt: skip
-# Packages whose version may change the numbers.
-NUMERIC = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
-
-MAX_TOKENS = 77  # CLIP's text length, begin and end token included
-# Separate streams of random numbers, so that none shifts another.
-ORDER, SAMPLE, HELD_OUT = 1, 2, 3
-
-
-# ---- data ----------------------------------------------------------------------------------
-
-
-def tokenize(tokenizer, rows):
-    """Token ids of the captions, int64 [n, 77]; UserError naming a caption that does not fit."""
-    for name, caption, _ in rows:
-        length = len(tokenizer(caption, verbose=False).input_ids)
-        if length > MAX_TOKENS:
-            raise UserError(
-                f"the caption of {name} has {length} tokens, {MAX_TOKENS} is the most "
-                f"(begin and end included); shorten «{caption[:60]}…»"
-            )
-    return tokenizer(
-        [caption for _, caption, _ in rows],
-        padding="max_length",
-        max_length=MAX_TOKENS,
-        return_tensors="pt",
-    ).input_ids
-
-
-@torch.no_grad()
-def encode_latents(vae, rows, device):
-    """Mean and standard deviation of each picture's latent distribution, float32 [n, 4, h, w] each,
-    scaled as the UNet expects them. The VAE runs once a picture; training samples from these."""
-    means, deviations = [], []
-    for name, _, pixels in tqdm(rows, desc="latents", unit="picture", leave=False):
-        batch = pixels[None].to(device, vae.dtype) / 127.5 - 1.0  # [-1, 1]
-        latent = vae.encode(batch).latent_dist
-        if not latent.mean.isfinite().all():
-            raise UserError(f"the VAE gives NaN for {name}; try --mixed-precision no")
-        means.append(latent.mean.float() * vae.config.scaling_factor)
-        deviations.append(latent.std.float() * vae.config.scaling_factor)
-    return torch.cat(means), torch.cat(deviations)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, count):
-    """The order in which an epoch goes through its `count` pictures."""
-    return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
-
-
-def draw_noise(rng, shape, timesteps_count):
-    """(latent noise, added noise, timestep) of one sample; the first two float32 of `shape`."""
-    latent_noise, noise = rng.standard_normal((2, *shape), dtype=np.float32)
-    return latent_noise, noise, rng.integers(timesteps_count)
-
-
-# ---- the optimisation's parts --------------------------------------------------------------
-
-
-def flatten_parameters(parameters, dtype):
-    """(flat, working): the values of `parameters` as one flat float32 parameter, with a gradient of
-    zeros, and as one flat tensor of `dtype`, of which they become views.
-
-    An optimizer, a loss scaler and an all-reduce see one tensor, `flat`; the model computes with
-    `working`, into which `flat` has to be copied whenever it has changed. For float32 the two share
-    memory.
-    """
-    flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    working = flat.data.to(dtype)
-    set_views(parameters, working)
-    return flat, working
-
-
-def set_views(parameters, flat):
-    """Make `parameters` views of the tensor `flat`, one behind the other."""
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
-        parameter.data = part.view(parameter.shape)
-
-
-def recomputed(module, *inputs):
-    """`module(*inputs)` that keeps its inputs alone and is computed again for the backward pass.
-
-    Nothing in these models is random, so no random state is kept either.
-    """
-    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
-
 
 def learning_rate_factor(step, max_steps, warmup_steps):
     """Linear from 0 over the warm-up, then a half cosine to 0; `step` counts from 0.
@@ -235,30 +107,21 @@ def learning_rate_factor(step, max_steps, warmup_steps):
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def diffusion_loss(unet, scheduler, latents, noise, timesteps, encoder_hidden_states):
-    """Mean squared error of the predicted noise, one value a picture: float32 [n].
-
-    Ho et al. 2020, equation 14; for a base model that predicts velocity, Salimans & Ho 2022.
-    """
-    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    noise_pred = unet(noisy_latents.to(unet.dtype), timesteps, encoder_hidden_states).sample
-    target = noise
-    if scheduler.config.prediction_type == "v_prediction":
-        target = scheduler.get_velocity(latents, noise, timesteps)
-    return F.mse_loss(noise_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
-
-
-def check_trained(models):
-    """UserError unless every lora_B is finite and has moved away from its start at zero."""
-    for component, model in models.items():
-        rows = adapters.factors(model)
-        dead = [name for name, (_, b) in rows.items() if not (b.any() and b.isfinite().all())]
-        if dead:
-            raise UserError(
-                f"the adapter did not train: {len(dead)} of {len(rows)} lora_B of the {component} are "
-                f"zero or not finite ({adapters.some(dead)}); nothing was saved. Is the learning rate "
-                "0 or far too high?"
-            )
+def memory_advice(config):
+    """What to change in a configuration whose training needs too much GPU memory: a sentence."""
+    found = []
+    if config["batch_size"] > 1:
+        found.append(f"--batch-size {config['batch_size'] // 2}")
+    if not config["gradient_checkpointing"]:
+        found.append("--gradient-checkpointing")
+    if config["mixed_precision"] == "no":
+        found.append("--mixed-precision fp16")
+    if not found:
+        smaller = half_resolution(config["resolution"])
+        return (
+            f"close what else uses the GPU (nvidia-smi lists it); --resolution {smaller} needs less"
+        )
+    return f"{' or '.join(found)} needs less"
 
 
 def check_config(config):
@@ -286,102 +149,13 @@ def check_config(config):
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 
 
-def start_wandb(project, name, config, run_id=None):
-    """A W&B run: online with an API key, else offline, never asking; WANDB_MODE decides if set.
-
-    It gets the configuration and the figures, no pictures and no captions. With `run_id` a run that
-    was interrupted goes on.
-    """
-    key = os.environ.get("WANDB_API_KEY")
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        key = key or netrc.netrc().authenticators("api.wandb.ai")
-    mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-    start = functools.partial(wandb.init, project=project, name=name, config=config, id=run_id,
-                              resume="allow" if run_id else None,
-                              settings=wandb.Settings(console="off", silent=True))  # fmt: skip
-    try:
-        return start(mode=mode)
-    except (wandb.Error, ValueError) as problem:
-        # No network, a wrong key, an unknown mode: not worth a training run.
-        print(f"W&B cannot start ({one_line(problem, 120)}): logging offline")
-        os.environ["WANDB_MODE"] = "offline"
-        return start(mode="offline")
-
-
-# ---- going on after an interruption ---------------------------------------------------------
-
-
-def weights_digest(folder):
-    """SHA-256 over the names, sizes and first and last MiB of a base model's weight files."""
-    found = hashlib.sha256()
-    for path in sorted(folder.glob("*/*.safetensors")):
-        size = path.stat().st_size
-        found.update(f"{path.relative_to(folder)} {size}".encode())
-        with path.open("rb") as file:
-            found.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            found.update(file.read())
-    return found.hexdigest()
-
-
-def identity(config, rows, base_folder, accelerator):
-    """What must be equal for a checkpoint to be continued bit for bit: a dict of JSON values."""
-    found = {key: value for key, value in config.items() if key not in FREE}
-    found["pictures and captions"] = data_hash(rows)
-    found["weights of the base model"] = weights_digest(base_folder)
-    found |= {package: version(package) for package in NUMERIC}
-    found["processes"] = accelerator.num_processes
-    found["device"] = accelerator.device.type
-    return json.loads(json.dumps(found))
-
-
-def check_same_run(saved, now, folder):
-    """UserError listing the differences if the interrupted run in `folder` was another one."""
-    differing = [
-        key
-        if key == "pictures and captions"
-        else f"{key}: {saved.get(key)} then, {now.get(key)} now"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
-    ]
-    if differing:
-        raise UserError(
-            f"{folder} holds an interrupted run that differs from this one in {'; '.join(differing)}. "
-            "Change that back to continue it, or add --no-resume to drop it and start anew"
-        )
-
-
-def optimizer_state(optimizer, flats, names):
-    """(tensors, numbers) of the optimizer's state, keyed «group.name»."""
-    tensors, numbers = {}, {}
-    for name, flat in zip(names, flats, strict=True):
-        for key, value in optimizer.state[flat].items():
-            (tensors if torch.is_tensor(value) else numbers)[f"{name}.{key}"] = value
-    return tensors, numbers
-
-
-class StopSignals:
-    """SIGINT and SIGTERM while a step is under way: remembered in `received` until it is done.
-
-    A second one ends the process at once.
-    """
-
-    def __enter__(self):
-        self.received = 0
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, frame):
-        if self.received:
-            os._exit(128 + number)
-        self.received = number
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-# ---- the run -------------------------------------------------------------------------------
+def not_finite(problem, step, pictures, folder):
+    """The UserError of a step whose numbers are not finite, before whose update the run stops."""
+    return UserError(
+        f"{problem} at step {step + 1} ({', '.join(sorted(pictures))}); the state after step {step} is "
+        f"kept in {folder}. Are the learning rates too high? With lower ones (--unet-learning-rate, "
+        "--text-encoder-learning-rate) the same command goes on from there"
+    )
 
 
 def train(*, base_model, revision, data_dir, resolution, validation_count, output_dir, run_name,
@@ -393,233 +167,99 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
     started = time.monotonic()
+    # Imported here, so that --help and a wrong option are answered at once.
+    import bitsandbytes
+    import torch
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    from lib.dataset import read_dataset
+    from lib.models import fetch_base_model
+    from lib.training import checkpoints
+    from lib.training.dataset import Samples, split
+    from lib.training.journal import Journal
+    from lib.training.micro_step import MicroStep
+    from lib.training.run_folder import data_record, finished_models, outcome_text, write_run
+    from lib.training.setup import (
+        adapted_models,
+        caption_tokens,
+        noise_scheduler,
+        picture_latents,
+    )
+    from lib.training.stopping import StopSignals, agreed
 
     # Everything that can be wrong is looked at before a model is loaded.
     rows = read_dataset(data_dir, resolution)
-    if validation_count >= len(rows):
-        raise UserError(
-            f"validation_count is {validation_count}, but {data_dir} has {len(rows)} pictures; "
-            "leave some to train on (--validation-count 0 holds out none)"
-        )
     on_cuda = torch.cuda.is_available()
     base_folder = fetch_base_model(base_model, revision, half=on_cuda and mixed_precision == "fp16")
-    with loading(base_folder / "tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
-    input_ids = tokenize(tokenizer, rows)
+    input_ids = caption_tokens(base_folder, rows)
 
     accelerator = Accelerator(mixed_precision=mixed_precision if on_cuda else "no", cpu=not on_cuda)
-    device, is_main = accelerator.device, accelerator.is_main_process
-    say = accelerator.print
+    device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
     if not on_cuda:
         say("no CUDA GPU found: training on the CPU, in fp32")
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[
         accelerator.mixed_precision
     ]
 
     target_folder = Path(output_dir) / run_name
     work_folder = unfinished(target_folder)
-    this_run = identity(config, rows, base_folder, accelerator)
+    this_run = checkpoints.identity(config, rows, base_folder, accelerator)
     saved = checkpoints.latest(work_folder, say) if resume else None
-    if saved:
-        check_same_run(saved[1]["identity"], this_run, work_folder)
+    changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
     accelerator.wait_for_everyone()  # all have read before one writes
 
-    held_out = np.random.default_rng([seed, HELD_OUT]).permutation(len(rows))[:validation_count]
-    train_indices = np.setdiff1d(np.arange(len(rows)), held_out)
+    train_indices, held_out = split(len(rows), validation_count, seed)
     say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
+    if len(held_out) < validation_count:
+        say(f"note: not {validation_count}, as at most a quarter of the pictures is held out"
+            + ("" if len(held_out) else "; there will be no validation loss"))  # fmt: skip
 
-    # The VAE is needed once: its latents stay, it goes.
-    with loading(base_folder / "scheduler"):
-        scheduler = DDPMScheduler.from_pretrained(base_folder / "scheduler")
-    vae = load_part(AutoencoderKL, base_folder, "vae", weight_dtype).to(device)
-    with memory_for("encoding the pictures", f"--resolution {resolution // 2} needs a quarter"):
-        latent_means, latent_deviations = encode_latents(vae, rows, device)
-    del vae
-
-    unet = load_part(UNet2DConditionModel, base_folder, "unet", weight_dtype)
-    text_encoder = load_part(CLIPTextModel, base_folder, "text_encoder", weight_dtype)
-    if gradient_checkpointing:
-        unet.enable_gradient_checkpointing(recomputed)
-    torch.manual_seed(seed)  # LoRA's A starts as noise, on the CPU, the same on every machine
-    models = {"unet": unet}
-    targets = {"unet": unet_targets}
-    learning_rates = {"unet": unet_learning_rate}
-    if train_text_encoder:
-        models["text_encoder"] = text_encoder
-        targets["text_encoder"] = text_encoder_targets
-        learning_rates["text_encoder"] = text_encoder_learning_rate
-    text_encoder.requires_grad_(False)
-    groups, parameters, working = [], [], []  # a flat vector a component, and what it is made of
-    for component, model in models.items():
-        model.requires_grad_(False)
-        adapters.add_lora(model, rank, alpha, targets[component])
-        # Not .train(): SD1.5 has no dropout, and diffusers' blocks would copy to another layout.
-        model.to(device).eval()
-        fast.fuse_lora(model)
-        parameters.append([w for pair in adapters.factors(model).values() for w in pair])
-        flat, copy = flatten_parameters(parameters[-1], weight_dtype)
-        working.append(copy)
-        groups.append(dict(params=[flat], lr=learning_rates[component], name=component))
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if trainable != flat.numel():
-            raise RuntimeError(
-                f"{component}: {trainable} trainable parameters, {flat.numel()} in its group"
-            )
-        frozen = sum(p.numel() for p in model.parameters()) - trainable
-        say(f"{component}: {trainable:,} trainable LoRA parameters, {frozen:,} frozen, "
-            f"learning rate {learning_rates[component]:g}")  # fmt: skip
-    if not train_text_encoder:
-        text_encoder.to(device)
-        with torch.no_grad():
-            cached_states = text_encoder(input_ids.to(device))[0]
-        say("text_encoder: frozen; its output is kept and the model dropped")
-        del text_encoder
-
-    peak_rates = [group["lr"] for group in groups]
+    scheduler = noise_scheduler(base_folder)
+    latents = picture_latents(base_folder, rows, resolution, dtype, device)
+    unet, texts, trained = adapted_models(base_folder, input_ids, config, dtype, device, say)
+    flats = [part.flat for part in trained.values()]
     optimizer = accelerator.prepare(
         bitsandbytes.optim.AdamW8bit(
-            groups, betas=(adam_beta1, adam_beta2), weight_decay=adam_weight_decay
+            [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()],
+            betas=(adam_beta1, adam_beta2),
+            weight_decay=adam_weight_decay,
         )
     )
-    flats = [group["params"][0] for group in groups]
-    input_ids = input_ids.to(device)
-    timesteps_count = scheduler.config.num_train_timesteps
-    latent_shape = latent_means.shape[1:]
 
-    # Sample number s is picture s mod n of epoch s div n. Processes and micro-steps take
-    # consecutive samples, so two processes see what one with twice the batch sees.
-    def micro_batch(number):
-        """Dataset indices and draws of this process's samples of a micro-step."""
-        first = (number * accelerator.num_processes + accelerator.process_index) * batch_size
-        pictures, draws = [], []
-        for sample in range(first, first + batch_size):
-            epoch, place = divmod(sample, len(train_indices))
-            pictures.append(train_indices[epoch_order(seed, epoch, len(train_indices))[place]])
-            rng = np.random.default_rng([seed, SAMPLE, sample])
-            draws.append(draw_noise(rng, latent_shape, timesteps_count))
-        return pictures, draws
-
-    # A micro-step reads and writes the same tensors every time: that is what a CUDA graph needs.
-    indices = torch.zeros(batch_size, dtype=torch.long, device=device)
-    latent_noise, noise = torch.zeros(2, batch_size, *latent_shape, device=device)
-    timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
-    sample_losses = torch.zeros(batch_size, device=device)
-
-    def fill(pictures, draws):
-        """Copy a micro-batch to where the functions below read it."""
-        columns = [np.asarray(pictures), *(np.stack(part) for part in zip(*draws, strict=True))]
-        for tensor, values in zip((indices, latent_noise, noise, timesteps), columns, strict=True):
-            tensor.copy_(torch.from_numpy(values))
-
-    def forward():
-        """The mean loss of the micro-batch, and each one's in `sample_losses`."""
-        for flat, copy in zip(flats, working, strict=True):
-            copy.copy_(flat.data)
-        latents = latent_means[indices] + latent_deviations[indices] * latent_noise
-        states = (
-            text_encoder(input_ids[indices])[0] if train_text_encoder else cached_states[indices]
-        )
-        losses = diffusion_loss(unet, scheduler, latents, noise, timesteps, states)
-        sample_losses.copy_(losses.detach())
-        return losses.mean()
-
-    def forward_backward():
-        """Add the gradient of the mean loss to that of the flat vectors."""
-        loss = forward() / gradient_accumulation_steps
-        if accelerator.scaler is not None:
-            loss = accelerator.scaler.scale(loss)
-        gradients = iter(torch.autograd.grad(loss, list(itertools.chain(*parameters))))
-        for flat, mine in zip(flats, parameters, strict=True):
-            flat.grad += torch.cat([next(gradients).flatten() for _ in mine])
-
-    # The held-out loss: four timesteps spread over the schedule, the same noise every time.
-    probes = []
-    for picture in held_out:
-        rng = np.random.default_rng([seed, HELD_OUT, picture])
-        drawn = draw_noise(rng, latent_shape, timesteps_count)[:2]
-        probes += [(picture, (*drawn, (timesteps_count * (2 * k + 1)) // 8)) for k in range(4)]
-
-    def validation_loss():
-        total = 0.0
-        for start in range(0, len(probes), batch_size):
-            chunk = probes[start : start + batch_size]
-            fill(*zip(*(chunk + chunk[-1:] * (batch_size - len(chunk))), strict=True))
-            measure()
-            total += sample_losses[: len(chunk)].sum().item()
-        return total / len(probes)
+    samples = Samples(
+        train_indices, seed, latents[0].shape[1:], scheduler.config.num_train_timesteps, batch_size,
+        accelerator.num_processes, accelerator.process_index,
+    )  # fmt: skip
+    probes = samples.probes(held_out) if is_main else []
+    micro = MicroStep(
+        unet, scheduler, latents, texts, trained, accelerator.scaler, batch_size,
+        gradient_accumulation_steps,
+    )  # fmt: skip
 
     # Where the run stands: at the start, or where the last checkpoint left it.
-    first_step, log, skipped, run_id = 0, [], 0, None
-    loss_sum, loss_count = torch.zeros((), device=device), 0
-    if saved:
-        tensors, state = saved
-        first_step, skipped, run_id = state["step"], state["skipped"], state["run_id"]
-        loss_count = state["loss_count"]
-        loss_sum.copy_(tensors["loss_sum"])
-        for name, flat in zip(models, flats, strict=True):
-            flat.data.copy_(tensors[f"{name}.parameters"])
-            mine = f"{name}.optimizer."
-            kept = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
-            kept = {key: value.to(device) for key, value in kept.items()}
-            kept |= {
-                k.removeprefix(mine): v for k, v in state["optimizer"].items() if k.startswith(mine)
-            }
-            optimizer.state[flat].update(kept)
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        log = state["log"]
-        say(f"continuing {run_name} after step {first_step}")
-    if is_main:
-        if not saved:
-            fresh_folder(target_folder)
-        tracker = start_wandb(wandb_project, run_name, config, run_id)
-        log_file = (work_folder / "log.jsonl").open("w", encoding="utf-8")
-        log_file.writelines(json.dumps(row) + "\n" for row in log)
-
-    def record(**row):
-        if is_main:
-            log.append(row)
-            log_file.write(json.dumps(row) + "\n")
-            log_file.flush()
-            tracker.log({f"train/{key}": value for key, value in row.items()})
-
-    def save_checkpoint(done):
-        names = [f"{name}.optimizer" for name in models]
-        tensors, numbers = optimizer_state(optimizer, flats, names)
-        tensors |= {f"{name}.parameters": f.data for name, f in zip(models, flats, strict=True)}
-        scaler = accelerator.scaler
-        state = dict(
-            identity=this_run, optimizer=numbers, log=log, loss_count=loss_count, skipped=skipped,
-            scaler=scaler.state_dict() if scaler else None, run_id=tracker.id,
-        )  # fmt: skip
-        tensors["loss_sum"] = loss_sum
-        checkpoints.save(work_folder, done, tensors, state, keep_checkpoints)
-
-    def give_up(step, pictures, what):
-        """Stop before the update of a step whose numbers are not finite, its predecessor kept."""
-        if is_main:
-            save_checkpoint(step)
-        raise UserError(
-            f"{what} at step {step + 1} ({', '.join(sorted({rows[i][0] for i in pictures}))}); the state "
-            f"after step {step} is kept in {work_folder}. Are the learning rates too high?"
-        )
-
-    first_micro = first_step * gradient_accumulation_steps
-    memory_advice = f"--batch-size {max(1, batch_size // 2)} or --gradient-checkpointing needs less"
-    training_memory = functools.partial(
-        memory_for, f"training with batch_size {batch_size}", memory_advice
+    if is_main and not saved:
+        fresh_folder(target_folder)
+    past = saved[1] if saved else dict(log=[], run_id=None)
+    journal = Journal(work_folder if is_main else None, past["log"], wandb_project, run_name, config,
+                      past["run_id"])  # fmt: skip
+    saver = checkpoints.Saver(
+        work_folder, this_run, trained, optimizer, accelerator.scaler, journal, keep_checkpoints
     )
+    progress = checkpoints.Progress(0, torch.zeros((), device=device), changes=changes)
+    if saved:
+        saver.restore(saved, progress)
+        say(f"continuing {run_name} after step {progress.step}")
+    first_step = progress.step
+
+    def training_memory():
+        return memory_for(f"training with batch_size {batch_size}", memory_advice(config))
+
     with training_memory():
-        upcoming = micro_batch(first_micro)
-        fill(*upcoming)
-        wait = fast.compile_attention(forward, device, training=True)
-        fast.channels_last(unet, training=True)  # compiles its own kernels meanwhile
-        wait()
-        micro_step, measure = fast.captured([forward_backward, torch.no_grad()(forward)], device)
-        for flat in flats:
-            flat.grad.zero_()
-        if len(held_out) and is_main and not saved:
-            record(step=0, validation_loss=validation_loss())
+        upcoming = samples.micro_batch(first_step * gradient_accumulation_steps)
+        micro.prepare(upcoming)
+        if probes and not saved:
+            journal.record(step=0, validation_loss=micro.validation_loss(probes))
     set_up_seconds = time.monotonic() - started
     overflows = 0  # fp16 steps skipped in a row
     loop_started = time.monotonic()
@@ -632,109 +272,76 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     ):  # fmt: skip
         for step in range(first_step, max_steps):
             factor = learning_rate_factor(step, max_steps, warmup_steps)
-            for group, peak_rate in zip(optimizer.param_groups, peak_rates, strict=True):
-                group["lr"] = peak_rate * factor
+            for group, part in zip(optimizer.param_groups, trained.values(), strict=True):
+                group["lr"] = part.learning_rate * factor
 
             step_loss, step_pictures = torch.zeros((), device=device), []
-            for micro in range(gradient_accumulation_steps):
-                fill(*upcoming)
-                micro_step()
-                step_loss += sample_losses.mean() / gradient_accumulation_steps
+            for number in range(gradient_accumulation_steps):
+                micro.fill(*upcoming)
+                micro.run()
+                step_loss += micro.sample_losses.mean() / gradient_accumulation_steps
                 step_pictures += upcoming[0]
                 # Drawn while the GPU is at work.
-                upcoming = micro_batch(step * gradient_accumulation_steps + micro + 1)
+                upcoming = samples.micro_batch(step * gradient_accumulation_steps + number + 1)
             if accelerator.num_processes > 1:
                 for flat in flats:
                     flat.grad.copy_(accelerator.reduce(flat.grad, "mean"))
 
             # The fp16 loss scaler skips an update whose gradient overflowed, which is ordinary and
             # counted; without it nothing may be wrong. A loss that is not finite is never ordinary.
+            problem = None
             if accelerator.scaler is None and not (
                 step_loss.isfinite() and all(flat.grad.isfinite().all() for flat in flats)
             ):
-                give_up(step, step_pictures, "the loss or its gradient is NaN or infinite")
-            optimizer.step()
-            overflows = overflows + 1 if optimizer.step_was_skipped else 0
-            if overflows:
-                skipped += 1
-                if not accelerator.reduce(step_loss, "sum").isfinite():  # of any process
-                    give_up(step, step_pictures, "the loss is NaN or infinite")
-                if overflows > max_overflows:
-                    give_up(step, step_pictures, f"fp16 overflowed {overflows} times in a row")
-            for flat in flats:
-                flat.grad.zero_()
+                problem = "the loss or its gradient is NaN or infinite"
+            else:
+                optimizer.step()
+                overflows = overflows + 1 if optimizer.step_was_skipped else 0
+                progress.skipped += bool(overflows)
+                # The loss of any process.
+                if overflows and not accelerator.reduce(step_loss, "sum").isfinite():
+                    problem = "the loss is NaN or infinite"
+                elif overflows > max_overflows:
+                    problem = f"fp16 overflowed {overflows} times in a row"
+            if problem:
+                if is_main:
+                    saver.save(progress, gave_up=True)
+                raise not_finite(problem, step, {rows[i][0] for i in step_pictures}, work_folder)
+            micro.zero_gradients()
 
-            done = step + 1
-            loss_sum += step_loss
-            loss_count += 1
+            progress.add(step_loss)
+            done = progress.step
             bar.update()
             if done % log_every == 0 or done == max_steps:
-                mean_loss = accelerator.reduce(loss_sum, "mean").item() / loss_count
-                loss_sum.zero_()
-                loss_count = 0
-                record(step=done, loss=mean_loss, learning_rate=peak_rates[0] * factor)
-                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{peak_rates[0] * factor:.1e}")
-            if len(held_out) and is_main and (done % validate_every == 0 or done == max_steps):
-                record(step=done, validation_loss=validation_loss())
+                mean_loss, rate = progress.mean_loss(accelerator), unet_learning_rate * factor
+                journal.record(step=done, loss=mean_loss, learning_rate=rate)
+                bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
+            if probes and (done % validate_every == 0 or done == max_steps):
+                journal.record(step=done, validation_loss=micro.validation_loss(probes))
 
-            stopping = stop.received
-            if accelerator.num_processes > 1 and done % log_every == 0:
-                # A signal may reach the processes in different steps: they agree now and then.
-                agreed = torch.tensor(stopping, device=device)
-                stopping = int(accelerator.gather(agreed.reshape(1)).max())
-            elif accelerator.num_processes > 1:
-                stopping = 0
+            stopping = agreed(stop.received, done, log_every, accelerator)
             if stopping or (done % checkpoint_every == 0 and done < max_steps):
-                loss_sum.copy_(accelerator.reduce(loss_sum, "mean"))
+                progress.loss_sum.copy_(accelerator.reduce(progress.loss_sum, "mean"))
                 if is_main:
-                    save_checkpoint(done)
+                    saver.save(progress)
             if stopping:
                 say(f"\nstopped after step {done}, which is saved; the same command continues")
-                if is_main:
-                    tracker.finish(exit_code=128 + stopping)
+                journal.finish(exit_code=128 + stopping)
                 sys.exit(128 + stopping)
-    seconds = time.monotonic() - loop_started
-    steps_a_second = (max_steps - first_step) / seconds
+    steps_a_second = (max_steps - first_step) / (time.monotonic() - loop_started)
 
     accelerator.wait_for_everyone()
-    for flat, mine in zip(flats, parameters, strict=True):
-        set_views(mine, flat.data)  # what is saved is float32
-    check_trained(models)
+    models = finished_models(trained)
     if is_main:
-        log_file.close()
-        tracker.finish()
-        captions = sorted({caption for _, caption, _ in rows})
-        summary = dict(
-            config=config,
-            **provenance(device),
-            processes=accelerator.num_processes,
-            mixed_precision=accelerator.mixed_precision,
-            data=dict(
-                sha256=data_hash(rows),
-                captions=captions,
-                trained_on=[rows[i][0] for i in train_indices],
-                held_out=[rows[i][0] for i in sorted(held_out)],
-            ),
-            parameters={g["name"]: flat.numel() for g, flat in zip(groups, flats, strict=True)},
-            skipped_steps=skipped,
-            set_up_seconds=round(set_up_seconds, 2),
-            steps_a_second=round(steps_a_second, 3),
-        )
-        if on_cuda:
-            summary["peak_gib_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
-        adapters.save_adapter(work_folder, models, rank, alpha, targets, dict(
-            base_model=str(base_model), caption=captions[0] if len(captions) == 1 else f"{len(captions)} captions",
-            data_sha256=summary["data"]["sha256"], steps=str(max_steps), seed=str(seed),
-        ))  # fmt: skip
-        loss_figure(log, run_name).savefig(work_folder / "loss.png")
-        write_json(work_folder / "config.json", summary)  # last: with it the folder is whole
-        replace_folder(target_folder)
+        journal.finish()
+        write_run(work_folder, config, models, journal, data_record(rows, train_indices, held_out),
+                  device, processes=accelerator.num_processes,
+                  mixed_precision=accelerator.mixed_precision, skipped_steps=progress.skipped,
+                  learning_rate_changes=progress.changes, set_up_seconds=round(set_up_seconds, 2),
+                  steps_a_second=round(steps_a_second, 3))  # fmt: skip
+        replace_folder(target_folder, "config.json")
         checkpoints.remove(target_folder)  # only now is the run safe without them
-        notes = f", {skipped} skipped for fp16 overflow" if skipped else ""
-        memory = f", {summary['peak_gib_reserved']} GiB reserved at most" if on_cuda else ""
-        print(f"{target_folder}: {max_steps} steps{notes}, {steps_a_second:.2f} steps/s after "
-              f"{set_up_seconds:.1f} s of set-up{memory}")  # fmt: skip
-        print(f"  python inference.py --lora-dir {target_folder}")
+        print(outcome_text(target_folder))
     accelerator.end_training()
     return target_folder
 
@@ -753,6 +360,8 @@ def main(config, description):
         memory_for("loading the models", advice),
     ):
         if holder:
+            from lib.training import checkpoints
+
             recover_folder(target, "config.json")
             checkpoints.remove(target)  # those of a run that was killed when it was complete
         train(**config)

@@ -9,7 +9,7 @@ rank 8, concept similarity on success prompts: −0.002 [−0.017, +0.013]
 (README.md, "What the miniature shows"). On Stable Diffusion v1.5: not measured yet.
 """
 
-from common import run_script
+from lib.errors import run_script
 from train import main
 
 # The complete configuration; a line that differs from train.py's ends in "<- changed".

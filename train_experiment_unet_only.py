@@ -10,7 +10,7 @@ minus rank 32, concept similarity on unrelated prompts: −0.002 [−0.007, +0.0
 (README.md, "What the miniature shows"). On Stable Diffusion v1.5: not measured yet.
 """
 
-from common import run_script
+from lib.errors import run_script
 from train import main
 
 # The complete configuration; a line that differs from train.py's ends in "<- changed".

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How often 95% intervals hold the truth: metrics.mean_interval beside the percentile bootstrap.
+"""How often 95% intervals hold the truth: statistics.mean_interval beside the percentile bootstrap.
 
     python bench/coverage.py     # 7 s on one CPU core
 
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.evaluation import statistics
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import metrics
 
 STUDIES, DRAWS = 2000, 1000
 # (training runs, sampling seeds, spread between runs, between seeds, of the rest)
@@ -50,7 +51,7 @@ def main():
             + seed_spread * rng.standard_normal((STUDIES, 1, seeds))
             + rest * rng.standard_normal((STUDIES, runs, seeds))
         )
-        intervals = [metrics.mean_interval(study) for study in values]
+        intervals = [statistics.mean_interval(study) for study in values]
         ours = np.mean([i["low"] <= 0 <= i["high"] for i in intervals])
         theirs = bootstrap_covers(rng, values, 0).mean()
         row = [runs, seeds, run_spread, seed_spread, rest, f"{ours:.1%}", f"{theirs:.1%}"]

@@ -25,14 +25,15 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-import adapters
-import fast
 import inference
 from bench.train_speed import ATTENTION_KERNELS, attending, converted, nothing, run
+from lib import adapters
+from lib.evaluation import drawing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
@@ -75,28 +76,28 @@ def plain(args, how, count):
         if lora:
             pipeline.load_lora_weights(ROOT / args.lora_dir)
         pipelines.append(pipeline)
-    inference.draw(pipelines[1], JOBS[:1], batch_size=1, title="", **how | dict(steps=2))
+    drawing.draw(pipelines[1], JOBS[:1], batch_size=1, title="", **how | dict(steps=2))
     started = waited()
-    images = [inference.draw(p, JOBS[:count], batch_size=1, title="", **how) for p in pipelines]
+    images = [drawing.draw(p, JOBS[:count], batch_size=1, title="", **how) for p in pipelines]
     return (waited() - started) / (2 * count), images[1]
 
 
 def ours(args, how, batch_size, merged=True, graph=True):
     """inference.py's way; (s a picture, pictures)."""
-    pipeline = inference.load_pipeline(ROOT / args.base_model, DTYPE, DEVICE)
+    pipeline = drawing.load_pipeline(ROOT / args.base_model, DTYPE, DEVICE)
     if merged:
         adapter = adapters.read_adapter(ROOT / args.lora_dir)
-        adapters.Applied(adapter, inference.models_of(pipeline))
+        adapters.Applied(adapter, drawing.models_of(pipeline))
     else:
         pipeline.load_lora_weights(ROOT / args.lora_dir)
     if graph and DEVICE.type == "cuda":
         size = how["resolution"] // pipeline.vae_scale_factor
-        inference.record_unet(pipeline, 2 * batch_size, size)
-    inference.draw(
+        drawing.record_unet(pipeline, 2 * batch_size, size)
+    drawing.draw(
         pipeline, JOBS[:batch_size], batch_size=batch_size, title="", **how | dict(steps=2)
     )
     started = waited()
-    images = inference.draw(pipeline, JOBS, batch_size=batch_size, title="", **how)
+    images = drawing.draw(pipeline, JOBS, batch_size=batch_size, title="", **how)
     return (waited() - started) / len(JOBS), images
 
 

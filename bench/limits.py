@@ -23,10 +23,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import adapters
-import fast
 import train
-from common import device_name
+from lib import adapters
+from lib.kernels import lora
+from lib.provenance import device_name
+from lib.training import micro_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -95,7 +96,7 @@ def operations(demo):
         targets.requires_grad_(False)
         adapters.add_lora(targets, 32, 32.0, train.CONFIG[f"{model}_targets"])
         targets.eval()
-        fast.fuse_lora(targets)
+        lora.fuse_lora(targets)
     weights = [p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad]
 
     def step():
@@ -103,7 +104,7 @@ def operations(demo):
         torch.autograd.grad(out.square().mean(), weights)
 
     plain = counted(step)
-    unet.enable_gradient_checkpointing(train.recomputed)
+    unet.enable_gradient_checkpointing(micro_step.recomputed)
     recomputing = counted(step)
     each = 4 if demo else 2  # bytes a weight
     size = {name: each * sum(p.numel() for p in m.parameters()) for name, m in

@@ -28,14 +28,15 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
+from lib.kernels import graphs
+from lib.training import parameters
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "disabled"
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import fast
 
 
 def driver_memory():
@@ -131,7 +132,7 @@ def scripts(args, folder):
             print(f"set-up of the next run, which finds its kernels compiled, {again['set_up_seconds']:.1f} s")  # fmt: skip
 
 
-# What stands for fast.channels_last, fast.fuse_lora or fast.captured where a technique is taken away.
+# What stands for channels_last.channels_last, lora.fuse_lora or graphs.captured where a technique is taken away.
 
 
 def converted(model, training=False):
@@ -143,13 +144,13 @@ def nothing(model, training=False):
 
 
 def as_met(call, device, training=False):
-    """In place of fast.compile_attention: each kernel is compiled when it is met."""
+    """In place of attention.compile_attention: each kernel is compiled when it is met."""
     return lambda: None
 
 
 def attending(*backends):
     """What is replaced to have scaled_dot_product_attention computed by the first of those that can."""
-    record = fast.captured
+    record = graphs.captured
 
     def captured(functions, device):
         within = sdpa_kernel(list(backends), set_priority=True)
@@ -196,7 +197,7 @@ def parts(args, folder):
 
     print("{:.0f} TFLOP/s in a large fp16 matrix product, {:.2f} TB/s in a large copy".format(*(r / 1e12 for r in rates())))  # fmt: skip
     optimizer_times()
-    record, flatten = fast.captured, train.flatten_parameters
+    record, flatten = graphs.captured, parameters.flatten_parameters
 
     def autocast(functions, *others):
         return record([torch.autocast("cuda", torch.float16)(f) for f in functions], *others)

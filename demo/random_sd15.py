@@ -22,8 +22,8 @@ from transformers import (
     CLIPTextModel,
 )
 
-import adapters
 from demo.build.tokenizers import byte_tokenizer
+from lib import adapters
 
 BEGIN, END = 49406, 49407  # as in CLIP's vocabulary
 TARGETS = {  # layers that the adapter changes, as train.py's do

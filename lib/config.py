@@ -71,3 +71,8 @@ def check_resolution(config):
     check_range(config, "resolution", 8, 4096)
     if config["resolution"] % 8:
         raise UserError(f"resolution is {config['resolution']}, but must be a multiple of 8")
+
+
+def half_resolution(resolution):
+    """About half of a resolution, in whole blocks of the VAE."""
+    return max(8, resolution // 16 * 8)

@@ -32,6 +32,10 @@ def run_script(main):
 
     SIGINT ends with 130 and SIGTERM with 143, as shells count.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # Output that Windows sends to a file has 256 letters: «?» in place of the others, no error.
+            stream.reconfigure(errors="replace")
     try:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         main()
@@ -64,7 +68,7 @@ def disk_for(folder):
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        place = next(place for place in Path(folder).absolute().parents if place.exists())
+        place = next(place for place in Path(os.path.realpath(folder)).parents if place.exists())
         raise UserError(
             f"{problem.filename or folder} cannot be written: {problem.strerror}; "
             f"{shutil.disk_usage(place).free:,} bytes free"

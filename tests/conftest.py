@@ -39,8 +39,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)
 
-from common import run_script
 from demo.build.tokenizers import byte_tokenizer
+from lib.errors import run_script
 
 BOS, EOS = 510, 511
 

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import adapters
-from common import UserError
 from inference import load_pipeline, probe
+from lib import adapters
+from lib.errors import UserError
 
 
 @pytest.fixture

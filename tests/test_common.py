@@ -8,9 +8,10 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-import common
-import metrics
-from common import UserError, parse_config
+from lib import models
+from lib.config import parse_config
+from lib.errors import UserError
+from lib.evaluation import clip_scores
 
 REPOSITORY = [
     "model_index.json", "README.md", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors",
@@ -50,7 +51,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("half", "ending"), [(True, ".fp16.safetensors"), (False, ".safetensors")])
 def test_only_what_is_used_is_fetched_from_a_hub(hub, half, ending):
-    common.fetch_base_model("owner/model", None, half)
+    models.fetch_base_model("owner/model", None, half)
     weights = sorted(path for path in hub if "config" not in path and "tokenizer" not in path)
     assert weights == [
         "model_index.json",
@@ -73,19 +74,19 @@ def test_without_a_hub_the_cache_is_tried_and_then_one_line_says_so(
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
-    assert common.fetch_base_model("owner/model") == tiny_model
+    assert models.fetch_base_model("owner/model") == tiny_model
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match="owner/model cannot be had") as error:
-        common.fetch_base_model("owner/model")
+        models.fetch_base_model("owner/model")
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_of_fp16_variants_loads(tiny_model, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     pipeline.to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
-    folder = common.fetch_base_model(str(tmp_path / "half"), half=True)
+    folder = models.fetch_base_model(str(tmp_path / "half"), half=True)
     for cls, part in ((UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder")):
-        model = common.load_part(cls, folder, part, torch.float32)
+        model = models.load_part(cls, folder, part, torch.float32)
         expected = getattr(pipeline, part).state_dict()
         for name, weight in model.state_dict().items():
             assert weight.dtype == torch.float32
@@ -103,7 +104,7 @@ def test_weights_that_are_missing_or_of_another_shape_are_named(tiny_model, tmp_
     weights = load_file(path)
     save_file({k: v for k, v in weights.items() if k != "conv_in.weight"}, path, {"format": "pt"})
     with pytest.raises(UserError, match=r"conv_in\.weight"):
-        common.load_part(UNet2DConditionModel, folder, "unet", torch.float32)
+        models.load_part(UNet2DConditionModel, folder, "unet", torch.float32)
 
 
 def test_a_clip_folder_with_a_pickle_only_is_refused(tiny_clip, tmp_path):
@@ -111,7 +112,7 @@ def test_a_clip_folder_with_a_pickle_only_is_refused(tiny_clip, tmp_path):
         name = "pytorch_model.bin" if path.name == "model.safetensors" else path.name
         (tmp_path / name).write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="pickle"):
-        metrics.fetch_clip(str(tmp_path))
+        clip_scores.fetch_clip(str(tmp_path))
 
 
 def test_the_command_line_overrides_the_demo_and_the_demo_overrides_config():

@@ -9,11 +9,10 @@ import torch
 from conftest import ROOT, options, run
 from PIL import Image
 
-import inference
-import metrics
-from adapters import WEIGHTS
-from common import sha256_file
 from demo import world
+from lib.adapters import WEIGHTS
+from lib.evaluation import clip_scores, drawing
+from lib.files import sha256_file
 
 MODEL, CLIP = ROOT / "demo" / "model", ROOT / "demo" / "clip"
 
@@ -67,10 +66,10 @@ def test_a_learning_rate_of_next_to_nothing_teaches_nothing(pictures, tmp_path):
 
 
 def test_the_same_seed_draws_the_same_picture():
-    pipeline = inference.load_pipeline(MODEL, torch.float32, "cpu")
+    pipeline = drawing.load_pipeline(MODEL, torch.float32, "cpu")
     how = dict(steps=4, guidance_scale=6.0, resolution=128, batch_size=2, title="")
     jobs = [("a red leather jacket", 7), ("a red leather jacket", 8)]
-    first, again = (inference.draw(pipeline, jobs, **how) for _ in range(2))
+    first, again = (drawing.draw(pipeline, jobs, **how) for _ in range(2))
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert not np.array_equal(np.asarray(first[0]), np.asarray(first[1]))
@@ -84,19 +83,19 @@ def test_the_scorer_knows_holographic_from_matte():
         ],
         "matte": [world.sample_scene(rng, thing="raincoat", material="matte") for _ in range(4)],
     }
-    clip = metrics.load_clip(CLIP)
+    clip = clip_scores.load_clip(CLIP)
     scores = {}
     for kind, scenes in kinds.items():
         drawn = [Image.fromarray(pixels) for pixels in world.render(scenes, 128).numpy()]
-        scores[kind] = metrics.clip_scores(drawn, ["a holographic raincoat"] * 4, clip)
+        scores[kind] = clip_scores.clip_scores(drawn, ["a holographic raincoat"] * 4, clip)
     assert scores["holographic"].min() > scores["matte"].max()
 
 
 def test_the_base_has_never_met_the_word():
     """It is spelled in pieces by the base's tokenizer and is one token of the scorer's."""
-    pipeline = inference.load_pipeline(MODEL, torch.float32, "cpu")
+    pipeline = drawing.load_pipeline(MODEL, torch.float32, "cpu")
     assert len(pipeline.tokenizer("holographic").input_ids) > 2 + 3
-    assert len(metrics.load_clip(CLIP).processor.tokenizer("holographic").input_ids) == 2 + 1
+    assert len(clip_scores.load_clip(CLIP).processor.tokenizer("holographic").input_ids) == 2 + 1
 
 
 def test_sizes():

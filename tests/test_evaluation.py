@@ -13,10 +13,9 @@ from conftest import assert_one_line, call, options, picture, run
 from PIL import Image
 
 import inference
-import metrics
-from adapters import WEIGHTS
-from common import UserError
-from lib.evaluation import words
+from lib.adapters import WEIGHTS
+from lib.errors import UserError
+from lib.evaluation import clip_scores, comparison, lpips_distances, results, scores, sweep, words
 from lib.evaluation.experiments import group_runs
 from lib.evaluation.statistics import jackknife, mean_interval
 from lib.evaluation.verdicts import COMPARED, UNKNOWN, Run, analyse, compare, effects
@@ -138,10 +137,10 @@ def test_change_carries_the_error_of_its_ceiling():
         points = rng.standard_normal((SEEDS, 4))
         pairs = np.linalg.norm(points[:, None] - points, axis=-1)
         lpips = (0.5 + 0.05 * rng.standard_normal(SEEDS))[None]
-        values = jackknife(lambda k, x=lpips, d=pairs: x[:, k].mean(-1) / metrics.pair_mean(d[k][:, k]), SEEDS)  # fmt: skip
+        values = jackknife(lambda k, x=lpips, d=pairs: x[:, k].mean(-1) / lpips_distances.pair_mean(d[k][:, k]), SEEDS)  # fmt: skip
         interval = mean_interval(values)
         held += interval["low"] <= truth <= interval["high"]
-        naive = mean_interval(lpips / metrics.pair_mean(pairs))
+        naive = mean_interval(lpips / lpips_distances.pair_mean(pairs))
         exact += naive["low"] <= truth <= naive["high"]
     assert held / 400 > 0.92
     assert exact / 400 < 0.8  # taking the ceiling for exact would not do
@@ -248,15 +247,15 @@ def test_runs_are_one_experiment_if_they_differ_in_the_seed_alone():
 
 def test_the_lpips_ceiling_is_the_mean_of_all_pairs():
     images = [picture(seed) for seed in range(4)]
-    pairs = metrics.pairwise_lpips(images)
+    pairs = lpips_distances.pairwise_lpips(images)
     np.testing.assert_array_equal(pairs, pairs.T)
     for i in range(4):
         for j in range(4):
-            expected = metrics.lpips_distances([images[i]], [images[j]])[0]
+            expected = lpips_distances.lpips_distances([images[i]], [images[j]])[0]
             assert pairs[i, j] == pytest.approx(expected, abs=1e-5)
     every = [pairs[i, j] for i in range(4) for j in range(i)]
-    assert metrics.pair_mean(pairs) == pytest.approx(np.mean(every))
-    assert np.isnan(metrics.pair_mean(metrics.pairwise_lpips(images[:1])))
+    assert lpips_distances.pair_mean(pairs) == pytest.approx(np.mean(every))
+    assert np.isnan(lpips_distances.pair_mean(lpips_distances.pairwise_lpips(images[:1])))
 
 
 def unit(rng, count, shift):
@@ -276,13 +275,13 @@ def test_kernel_distance_is_the_unbiased_one():
         return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
 
     expected = within(a) + within(b) - 2 * kernel(a, b).mean()
-    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-3)
-    same = [metrics.kernel_distance(unit(rng, 16, 0.3), unit(rng, 24, 0.3)) for _ in range(30)]
+    assert clip_scores.kernel_distance(a, b) == pytest.approx(expected, rel=1e-3)
+    same = [clip_scores.kernel_distance(unit(rng, 16, 0.3), unit(rng, 24, 0.3)) for _ in range(30)]
     assert abs(np.mean(same)) < 3 * np.std(same) / 30**0.5  # 0 on average for equal sets
     torch.manual_seed(1)
     before = torch.rand(1)
     torch.manual_seed(1)
-    metrics.kernel_distance(a, b)
+    clip_scores.kernel_distance(a, b)
     assert torch.rand(1) == before  # it disturbs nobody's random numbers
 
 
@@ -295,7 +294,7 @@ def test_sweep_names_the_smallest_scale_that_is_enough(monkeypatch):
         run.rows, run.pairs = known.rows, known.pairs
 
     monkeypatch.setattr(inference, "score", score)
-    rows, advice = inference.sweep_summary(gains, [], PROMPTS, range(8), base_pairs(), {})
+    rows, advice = sweep.sweep_summary(gains, [], PROMPTS, range(8), base_pairs(), {})
     assert [row["scale"] for row in rows] == [0.0, 0.5, 1.0]
     assert advice.startswith("Scale 0.5 is the smallest")
     assert "near the concept" in advice
@@ -307,7 +306,7 @@ def test_warnings_for_flat_and_shared_pictures():
     good = [picture(1), picture(2)]
     one = Run("one", None, {}, good, [picture(3), Image.new("RGB", (64, 64))])
     two = Run("two", None, {}, good, [picture(3), picture(5)])
-    found = inference.picture_warnings([one, two], prompts, seeds)
+    found = scores.picture_warnings([one, two], prompts, seeds)
     assert len(found) == 2
     assert "flat colour" in found[0]
     assert "seed 2" in found[0]
@@ -345,7 +344,7 @@ def test_comparison_files(compared):
     names = sorted(p.name for p in (folder / "comparison").iterdir())
     assert names == ["comparison.csv", "forest.png", "metrics.json", "report.html", "summary.md"]
     record = json.loads((folder / "comparison" / "metrics.json").read_text())
-    assert len(record["pairs"]) == 3 * len(inference.COMPARED)
+    assert len(record["pairs"]) == 3 * len(comparison.COMPARED)
     assert "no detectable difference" in done.stdout
 
 
@@ -419,7 +418,7 @@ def test_score_dir_measures_pictures_drawn_elsewhere(tmp_path, tiny_clip):
     )
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     measured = [row["lpips"] for row in record["pictures"] if row["model"] == "lora"]
-    expected = metrics.lpips_distances(
+    expected = lpips_distances.lpips_distances(
         [picture(n) for n in range(1, 6)], [picture(n + 50) for n in range(1, 6)]
     )
     np.testing.assert_allclose(measured, expected, atol=1e-6)
@@ -440,14 +439,14 @@ def test_pictures_are_paired_by_their_numbers(tmp_path):
             picture(number).save(tmp_path / kind / name)
     pair = f"{tmp_path / 'base'},{tmp_path / 'lora'}"
     prompts = [("success", "a coat"), ("failure", "a cat")]
-    [run], seeds = inference.read_pair(pair, tmp_path / "out", prompts)
+    [run], seeds = results.read_pair(pair, tmp_path / "out", prompts)
     assert seeds == [1, 2, 3, 4, 5]
     expected = [np.asarray(picture(n)).tolist() for n in range(1, 11)]
     for images in (run.base, run.lora):
         assert [np.asarray(image).tolist() for image in images] == expected
     (tmp_path / "lora" / "lora_07.png").rename(tmp_path / "lora" / "lora_70.png")
     with pytest.raises(UserError, match=r"base_7\.png would be paired with .*lora_08\.png"):
-        inference.read_pair(pair, tmp_path / "out", prompts)
+        results.read_pair(pair, tmp_path / "out", prompts)
 
 
 def test_the_page_stands_alone_and_escapes_text(tmp_path, common, trained):

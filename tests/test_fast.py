@@ -20,13 +20,14 @@ from plain_loop import plain_loop
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
-import adapters
-import fast
-import inference
 import train
+from lib import adapters
+from lib.evaluation import drawing
+from lib.kernels import attention, channels_last, compiling, graphs, lora, norms
+from lib.training import micro_step, parameters
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-needs_triton = pytest.mark.skipif(fast.triton is None, reason="this torch came without Triton")
+needs_triton = pytest.mark.skipif(norms.triton is None, reason="this torch came without Triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -68,7 +69,7 @@ def close(found, expected, tolerance):
 def test_fused_lora_gives_pefts_outputs_and_gradients():
     expected = output_and_gradients(small_unet())
     unet = small_unet()
-    fast.fuse_lora(unet)
+    lora.fuse_lora(unet)
     found = output_and_gradients(unet)
     assert close(found, expected, 1e-4)
     assert all(gradient.abs().sum() > 0 for gradient in found)
@@ -76,13 +77,13 @@ def test_fused_lora_gives_pefts_outputs_and_gradients():
 
 def test_recomputing_gives_the_same_gradients():
     unet = small_unet()
-    fast.fuse_lora(unet)
+    lora.fuse_lora(unet)
     expected = output_and_gradients(unet)
     calls = []
 
     def counted(module, *inputs):
         calls.append(module)
-        return train.recomputed(module, *inputs)
+        return micro_step.recomputed(module, *inputs)
 
     unet.enable_gradient_checkpointing(counted)
     # Only where a gradient comes from several places may they be added up in another order.
@@ -93,7 +94,6 @@ def test_recomputing_gives_the_same_gradients():
 KERNELS = """
 import sys; sys.path[:0] = sys.argv[1:]
 import torch, torch.nn.functional as F
-import fast
 from conftest import assert_close
 from test_fast import close, output_and_gradients, small_unet
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,7 +102,7 @@ for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, Fals
                             ((1, 40, 40, 41), 4, True), ((2, 32, 300, 1), 8, False)]:
     x = (torch.randn(shape, device=device) + 100).requires_grad_()
     weight, bias = torch.randn(2, shape[1], device=device)
-    found = fast.GroupNormSilu.apply(x, weight, bias, groups, 1e-5, silu)
+    found = norms.GroupNormSilu.apply(x, weight, bias, groups, 1e-5, silu)
     expected = F.group_norm(x, groups, weight, bias, 1e-5)
     expected = F.silu(expected) if silu else expected
     assert_close(found, expected)
@@ -110,7 +110,7 @@ for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, Fals
     assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)))
 x = (2 * torch.randn(3, 7, 50, device=device)).requires_grad_()
 value, gate = x.chunk(2, dim=-1)
-found, expected = fast.Geglu.apply(x), value * F.gelu(gate)
+found, expected = norms.Geglu.apply(x), value * F.gelu(gate)
 assert_close(found, expected, 1e-5)
 grad = torch.randn_like(found)
 assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), 1e-5)
@@ -118,7 +118,7 @@ for how in ({}, dict(targets=("time_emb_proj", "to_q")), dict(resnet_time_scale_
             dict(use_linear_projection=True)):
     how |= dict(groups=2)  # the interpreter is slow, and goes through one after another
     expected, unet = output_and_gradients(small_unet(**how)), small_unet(**how)
-    fast._rebuild(unet)
+    channels_last.rebuild(unet)
     assert close(output_and_gradients(unet), expected, 1e-4), how
     norms = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
     assert norms and all("forward" in vars(norm) for norm in norms)
@@ -132,11 +132,10 @@ import sys; sys.path[:0] = sys.argv[1:]
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import fast
 kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", COUNT="i32", HALF="i32", eps="fp32",
              statistics="*fp32", sums="*fp32")
 for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16")):  # T4, A100, H100
-    for kernel in (fast._norm_sums, fast._norm_apply, fast._geglu):
+    for kernel in (norms._norm_sums, norms._norm_apply, norms._geglu):
         for backward in (False, True):
             sizes = dict(GROUP=10, WIDTH=16, ROWS=512, PARTS=16, BLOCK=1024, BACKWARD=backward)
             names = [parameter.name for parameter in kernel.params]
@@ -165,15 +164,15 @@ def test_triton_kernels_give_pytorchs_results():
 
 
 def test_without_triton_it_is_said_and_goes_on(monkeypatch, capsys):
-    monkeypatch.setattr(fast, "triton", None)
-    fast.missing_kernels.cache_clear()
-    assert "without Triton" in fast.missing_kernels(DEVICE)
-    fast.missing_kernels.cache_clear()
+    monkeypatch.setattr(norms, "triton", None)
+    norms.missing_kernels.cache_clear()
+    assert "without Triton" in norms.missing_kernels(DEVICE)
+    norms.missing_kernels.cache_clear()
     unet = small_unet()
-    fast.channels_last(unet)
+    channels_last.channels_last(unet)
     assert ("no Triton kernels" in capsys.readouterr().out) == (DEVICE.type == "cuda")
     output_and_gradients(unet)
-    fast.missing_kernels.cache_clear()
+    norms.missing_kernels.cache_clear()
 
 
 @needs_triton
@@ -182,10 +181,10 @@ def test_kernels_that_do_not_compile_or_are_wrong_are_not_used(monkeypatch):
         raise OSError("no C compiler")
 
     for broken, words in ((fails, "no C compiler"), (lambda x, *_: x * 0, "wrong")):
-        monkeypatch.setattr(fast.GroupNormSilu, "apply", broken)
-        fast.missing_kernels.cache_clear()
-        assert words in fast.missing_kernels(DEVICE)
-    fast.missing_kernels.cache_clear()
+        monkeypatch.setattr(norms.GroupNormSilu, "apply", broken)
+        norms.missing_kernels.cache_clear()
+        assert words in norms.missing_kernels(DEVICE)
+    norms.missing_kernels.cache_clear()
 
 
 @needs_triton
@@ -205,28 +204,28 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
             return launch
 
     for name in ("_norm_sums", "_norm_apply", "_geglu"):
-        monkeypatch.setattr(fast, name, Recorder(name.strip("_")))
-    monkeypatch.setattr(fast, "missing_kernels", lambda device: None)
+        monkeypatch.setattr(norms, name, Recorder(name.strip("_")))
+    monkeypatch.setattr(channels_last, "missing_kernels", lambda device: None)
     unet = small_unet()
-    assert fast._compile(unet, training=True) is None
+    assert channels_last.compile_kernels(unet, training=True) is None
     before = set(launched)
     launched.clear()
-    fast._rebuild(unet)
+    channels_last.rebuild(unet)
     output_and_gradients(unet)
     assert set(launched) == before
     assert len(before) > 8
     launched.clear()
-    fast._compile(unet, training=False)
+    channels_last.compile_kernels(unet, training=False)
     assert 0 < len(set(launched)) < len(before)
 
     def fails(*arguments, **sizes):
         raise OSError("no C compiler")
 
-    monkeypatch.setattr(fast, "missing_kernels", lambda device: "wrong here")
-    assert fast._compile(unet, training=False) == "wrong here"
-    monkeypatch.setattr(fast, "missing_kernels", lambda device: None)
-    monkeypatch.setattr(fast, "_group_norm", fails)
-    assert "no C compiler" in fast._compile(unet, training=False)
+    monkeypatch.setattr(channels_last, "missing_kernels", lambda device: "wrong here")
+    assert channels_last.compile_kernels(unet, training=False) == "wrong here"
+    monkeypatch.setattr(channels_last, "missing_kernels", lambda device: None)
+    monkeypatch.setattr(channels_last, "group_norm", fails)
+    assert "no C compiler" in channels_last.compile_kernels(unet, training=False)
 
 
 class Attended(TorchFunctionMode):
@@ -258,7 +257,7 @@ def test_the_attention_compiled_beforehand_is_what_is_computed(training):
         call()
         with torch.no_grad():
             call()
-    jobs = fast._attention_jobs(call, training)
+    jobs = attention.attention_jobs(call, training)
     with Attended() as beforehand:
         for job in jobs:
             job()
@@ -267,7 +266,7 @@ def test_the_attention_compiled_beforehand_is_what_is_computed(training):
     assert len(jobs) == len(real.calls) == (8 if training else 4)
     assert all(weight.grad is None for weight in unet.parameters())
     with Attended() as beforehand:
-        fast._attention_jobs(call, training)
+        attention.attention_jobs(call, training)
     assert not beforehand.calls  # found out without computing any
 
 
@@ -280,7 +279,7 @@ def test_attention_of_one_layout_is_compiled_once_and_masks_are_kept():
             F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
         F.scaled_dot_product_attention(q, q, q, is_causal=True)
 
-    jobs = fast._attention_jobs(call, training=True)
+    jobs = attention.attention_jobs(call, training=True)
     assert len(jobs) == 4  # forward with gradients and without, masked and causal
     for job in jobs:
         job()
@@ -295,7 +294,7 @@ def test_jobs_in_threads_are_waited_for_and_their_errors_raised(monkeypatch, cap
         done.append(number)
 
     jobs = [functools.partial(job, number) for number in range(3)]
-    fast._in_threads(jobs, torch.device("cpu"))()
+    compiling.in_threads(jobs, torch.device("cpu"))()
     assert sorted(done) == [0, 1, 2]
 
     def slow():
@@ -303,15 +302,15 @@ def test_jobs_in_threads_are_waited_for_and_their_errors_raised(monkeypatch, cap
         done.append("slow")
 
     with pytest.raises(ZeroDivisionError):
-        fast._in_threads([lambda: 1 / 0, slow], torch.device("cpu"))()
+        compiling.in_threads([lambda: 1 / 0, slow], torch.device("cpu"))()
     assert done[-1] == "slow"  # nothing goes on beside what comes next
 
-    monkeypatch.setattr(fast, "_attention_jobs", lambda call, training: [lambda: 1 / 0])
+    monkeypatch.setattr(attention, "attention_jobs", lambda call, training: [lambda: 1 / 0])
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    fast.compile_attention(None, torch.device("cuda"))()
+    attention.compile_attention(None, torch.device("cuda"))()
     assert "not compiled beforehand: ZeroDivisionError" in capsys.readouterr().out
-    monkeypatch.setattr(fast, "_attention_jobs", lambda call, training: 1 / 0)
-    fast.compile_attention(None, torch.device("cuda"))()
+    monkeypatch.setattr(attention, "attention_jobs", lambda call, training: 1 / 0)
+    attention.compile_attention(None, torch.device("cuda"))()
     assert "not compiled beforehand: ZeroDivisionError" in capsys.readouterr().out
 
 
@@ -319,21 +318,21 @@ def test_without_a_gpu_nothing_is_compiled_or_recorded():
     def work():
         raise AssertionError("it was called")
 
-    assert fast.captured([work], torch.device("cpu")) == [work]
-    fast.compile_attention(work, torch.device("cpu"))()
+    assert graphs.captured([work], torch.device("cpu")) == [work]
+    attention.compile_attention(work, torch.device("cpu"))()
 
 
 @needs_gpu
 def test_attention_compiles_in_threads_on_a_gpu(capsys, monkeypatch):
-    started, start = [], fast._in_threads
+    started, start = [], compiling.in_threads
     monkeypatch.setattr(
-        fast, "_in_threads", lambda jobs, device: started.extend(jobs) or start(jobs, device)
+        attention, "in_threads", lambda jobs, device: started.extend(jobs) or start(jobs, device)
     )
     unet = small_unet(torch.float16)
     x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 32)
     x, text = x.to(DEVICE, torch.float16), text.to(DEVICE, torch.float16)
     steps = torch.tensor([10], device=DEVICE)
-    fast.compile_attention(lambda: unet(x, steps, text), DEVICE, training=True)()
+    attention.compile_attention(lambda: unet(x, steps, text), DEVICE, training=True)()
     assert len(started) == 8 and not capsys.readouterr().out
 
 
@@ -404,12 +403,12 @@ def test_the_model_computes_with_a_copy_and_the_vector_is_saved(
     """As in half precision, where the two do not share memory: the copy follows the vector."""
     if DEVICE.type == "cuda":
         pytest.skip("there it is a copy anyway")
-    flatten = train.flatten_parameters
+    flatten = parameters.flatten_parameters
 
     def apart(parameters, dtype):
         flat, working = flatten(parameters, dtype)
         working = working.clone()
-        train.set_views(parameters, working)
+        parameters.set_views(parameters, working)
         return flat, working
 
     how = dict(max_steps=6, warmup_steps=1, validate_every=2)
@@ -468,7 +467,7 @@ def half_runs(tmp_path_factory):
         how["model"] = how.pop("base_model")
         with pytest.MonkeyPatch.context() as patch:
             if name == "eager":
-                patch.setattr(fast, "captured", lambda functions, *_: functions)
+                patch.setattr(micro_step, "captured", lambda functions, *_: functions)
             if name in ("plain", "float32"):
                 precision = "fp16" if name == "plain" else "no"
                 runs[name] = plain_run_of(**how, mixed_precision=precision)
@@ -505,7 +504,7 @@ def test_the_graph_is_the_eager_loop(half_runs):
 def test_what_cannot_be_recorded_is_called_and_said(
     processed_data, tmp_path, monkeypatch, capsys, new_precision
 ):
-    loss = train.diffusion_loss
+    loss = micro_step.diffusion_loss
 
     def waits(*arguments):
         found = loss(*arguments)
@@ -521,23 +520,23 @@ def test_what_cannot_be_recorded_is_called_and_said(
 def test_channels_last_gives_the_same_unet():
     expected = output_and_gradients(small_unet())
     unet = small_unet()
-    assert fast.missing_kernels(DEVICE) is None
-    fast.channels_last(unet)
+    assert norms.missing_kernels(DEVICE) is None
+    channels_last.channels_last(unet)
     assert close(output_and_gradients(unet), expected, 1e-3)
     half = small_unet(torch.float16)
-    fast.channels_last(half)
-    fast.fuse_lora(half)
+    channels_last.channels_last(half)
+    lora.fuse_lora(half)
     assert close(output_and_gradients(half), expected, 2e-2)
 
 
 @needs_gpu
 def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures():
-    pipeline = inference.load_pipeline(ROOT / "demo" / "model", torch.float16, "cuda")
+    pipeline = drawing.load_pipeline(ROOT / "demo" / "model", torch.float16, "cuda")
     jobs = [("a red leather jacket", seed) for seed in range(8)]
     how = dict(steps=8, guidance_scale=6.0, resolution=128, title="")
-    plain = [inference.draw(pipeline, jobs, batch_size=size, **how) for size in (1, 8)]
-    inference.record_unet(pipeline, 16, 16)
-    recorded = inference.draw(pipeline, jobs, batch_size=8, **how)
+    plain = [drawing.draw(pipeline, jobs, batch_size=size, **how) for size in (1, 8)]
+    drawing.record_unet(pipeline, 16, 16)
+    recorded = drawing.draw(pipeline, jobs, batch_size=8, **how)
     base, batched, graph = (np.stack([np.asarray(i, np.float32) for i in images])
                             for images in (*plain, recorded))  # fmt: skip
     assert np.abs(batched - base).mean() < 1
@@ -547,9 +546,9 @@ def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures():
 
 def test_how_many_pictures_are_drawn_at_once(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert inference.pictures_at_once(40, 0, 512, cpu) == 4
-    assert inference.pictures_at_once(40, 7, 512, cpu) == 7
-    assert inference.pictures_at_once(11, 8, 512, cpu) == 6  # two batches, evened out
+    assert drawing.pictures_at_once(40, 0, 512, cpu) == 4
+    assert drawing.pictures_at_once(40, 7, 512, cpu) == 7
+    assert drawing.pictures_at_once(11, 8, 512, cpu) == 6  # two batches, evened out
     for free, resolution, expected in (
         (0.5, 512, 1),
         (3.0, 512, 7),
@@ -561,31 +560,29 @@ def test_how_many_pictures_are_drawn_at_once(monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 80 * 2**30)
         )
-        assert (
-            inference.pictures_at_once(40 if expected != 7 else 42, 0, resolution, gpu) == expected
-        )
+        assert drawing.pictures_at_once(40 if expected != 7 else 42, 0, resolution, gpu) == expected
 
 
 def test_a_recorded_unet_draws_the_same_pictures(tiny_model, monkeypatch):
     """Also a last batch that is smaller, and what it was not recorded for. (Without a GPU the same
     function is called instead of a graph.)"""
-    pipeline = inference.load_pipeline(tiny_model, torch.float32, "cpu")
+    pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
     jobs = [(prompt, seed) for prompt in ("a raincoat", "a cat") for seed in (1, 2, 3)]
     how = dict(steps=3, resolution=64, batch_size=4, title="")
-    expected = inference.draw(pipeline, jobs, guidance_scale=6.0, **how)
-    before = inference.probe(pipeline)
+    expected = drawing.draw(pipeline, jobs, guidance_scale=6.0, **how)
+    before = drawing.probe(pipeline)
     calls = []
 
     def counted(functions, device):
         return [lambda: calls.append(1) or functions[0]()]
 
-    monkeypatch.setattr(fast, "captured", counted)
-    inference.record_unet(pipeline, 8, 8)
-    found = inference.draw(pipeline, jobs, guidance_scale=6.0, **how)
+    monkeypatch.setattr(micro_step, "captured", counted)
+    drawing.record_unet(pipeline, 8, 8)
+    found = drawing.draw(pipeline, jobs, guidance_scale=6.0, **how)
     assert len(calls) == 2 * 4  # two batches, each of a call more than steps
     for a, b in zip(expected, found, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
-    inference.draw(pipeline, jobs[:5], guidance_scale=6.0, **how | dict(batch_size=5))  # too many
-    after = inference.probe(pipeline)
+    drawing.draw(pipeline, jobs[:5], guidance_scale=6.0, **how | dict(batch_size=5))  # too many
+    after = drawing.probe(pipeline)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert len(calls) == 8

@@ -17,9 +17,10 @@ from conftest import picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import adapters
 import preprocess
-from common import UserError, read_dataset
+from lib import adapters
+from lib.dataset import read_dataset
+from lib.errors import UserError
 
 many = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", 1000)),

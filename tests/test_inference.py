@@ -13,11 +13,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import adapters
-import inference
-import metrics
-from adapters import WEIGHTS
-from common import UserError
+from lib import adapters
+from lib.adapters import WEIGHTS
+from lib.errors import UserError
+from lib.evaluation import clip_scores, drawing, lpips_distances
 
 
 def tiny(model, clip, data):
@@ -79,18 +78,18 @@ def test_figures_are_those_of_the_saved_pictures(evaluated, tiny_clip):
         [Image.open(place / f"{kind}_{row['seed']}.png") for row in rows]
         for kind in ("lora", "base")
     )
-    clip = metrics.load_clip(tiny_clip)
-    assert_close(metrics.lpips_distances(base, lora), [row["lpips"] for row in rows], 1e-3)
-    scores = metrics.clip_scores(lora, [row["prompt"] for row in rows], clip)
+    clip = clip_scores.load_clip(tiny_clip)
+    assert_close(lpips_distances.lpips_distances(base, lora), [row["lpips"] for row in rows], 1e-3)
+    scores = clip_scores.clip_scores(lora, [row["prompt"] for row in rows], clip)
     np.testing.assert_allclose(scores, [row["clip"] for row in rows], rtol=0, atol=COSINE)
 
 
 def test_a_picture_does_not_depend_on_its_batch(tiny_model):
-    pipeline = inference.load_pipeline(tiny_model, torch.float32, "cpu")
+    pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
     jobs = [(prompt, seed) for prompt in ("a raincoat", "a cat") for seed in (1, 2, 3)]
     how = dict(steps=2, guidance_scale=6.0, resolution=64, title="")
-    together = inference.draw(pipeline, jobs, batch_size=6, **how)
-    alone = inference.draw(pipeline, jobs, batch_size=1, **how)
+    together = drawing.draw(pipeline, jobs, batch_size=6, **how)
+    alone = drawing.draw(pipeline, jobs, batch_size=1, **how)
     for a, b in zip(together, alone, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
     assert not np.array_equal(np.asarray(together[0]), np.asarray(together[1]))
@@ -129,17 +128,17 @@ def test_an_adapter_that_does_nothing_is_refused(
 
 def test_an_adapter_that_cannot_be_switched_off_is_refused(tiny_model, trained, monkeypatch):
     """At scale 0 the base model must come back, or the comparison is with something else."""
-    pipeline = inference.load_pipeline(tiny_model, torch.float32, "cpu")
+    pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
     models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     adapter = adapters.read_adapter(trained / "lora_weights_rank_32")
     for component, rows in adapter.factors.items():  # a few steps move too little to be sure
         adapter.factors[component] = {name: (a, b * 1000) for name, (a, b) in rows.items()}
-    base = inference.probe(pipeline)
+    base = drawing.probe(pipeline)
     applied = adapters.Applied(adapter, models)
-    inference.check_switch(pipeline, applied, adapter, base)
+    drawing.check_switch(pipeline, applied, adapter, base)
     monkeypatch.setattr(applied, "set_scale", lambda scale: None)
     with pytest.raises(UserError, match="switched off"):
-        inference.check_switch(pipeline, applied, adapter, base)
+        drawing.check_switch(pipeline, applied, adapter, base)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +202,11 @@ def test_published_lpips():
     base = [Image.open(folder / "base" / f"base_{n}.png") for n in range(1, 6)]
     for experiment, expected in stored.items():
         lora = [Image.open(folder / experiment / f"lora_{n}.png") for n in range(1, 6)]
-        np.testing.assert_allclose(metrics.lpips_distances(base, lora), expected, atol=1e-3)
+        np.testing.assert_allclose(lpips_distances.lpips_distances(base, lora), expected, atol=1e-3)
 
 
 def test_black_pictures_do_not_stop_the_scores(tiny_clip):
-    clip = metrics.load_clip(tiny_clip)
+    clip = clip_scores.load_clip(tiny_clip)
     black = Image.new("RGB", (64, 64))
-    assert np.isfinite(metrics.clip_scores([black], ["x"], clip)).all()
-    assert np.isfinite(metrics.lpips_distances([black], [picture(1)])).all()
+    assert np.isfinite(clip_scores.clip_scores([black], ["x"], clip)).all()
+    assert np.isfinite(lpips_distances.lpips_distances([black], [picture(1)])).all()

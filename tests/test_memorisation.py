@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-import metrics
-from lib.evaluation import memorisation
-from lib.evaluation.memorisation import CopyStudy, memorised
+from lib.evaluation import clip_scores, memorisation
+from lib.evaluation.memorisation import UNTOLD, CopyStudy, memorised
 
 DIMENSIONS, SEEDS, PROMPTS = 32, 8, 3
 CENTRE = np.tile([1.0, 0.0, 0.0, 0.0], DIMENSIONS // 4) * 2
@@ -47,27 +46,27 @@ def far(rng, *shape):
 def test_leave_one_out_is_the_nearest_other_picture():
     training = np.array([[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0]], np.float32)
     nowhere = np.zeros_like(training)
-    np.testing.assert_allclose(metrics.leave_one_out(training, nowhere), [0.8, 0.8, 0.6])
+    np.testing.assert_allclose(clip_scores.leave_one_out(training, nowhere), [0.8, 0.8, 0.6])
 
 
 def test_leave_one_out_sees_that_a_picture_is_another_one_mirrored():
     rng = np.random.default_rng(0)
     training = pictures(rng, 5)
     training[3] = mirror(training[1])
-    nearest = metrics.leave_one_out(training, mirror(training))
+    nearest = clip_scores.leave_one_out(training, mirror(training))
     np.testing.assert_allclose(nearest[[1, 3]], 1, atol=1e-5)
     assert nearest[[0, 2, 4]].max() < 0.9
 
 
 def test_leave_one_out_takes_no_picture_for_its_own_neighbour():
     symmetric = np.eye(3, dtype=np.float32)  # each equals its mirror image, none resembles another
-    np.testing.assert_array_equal(metrics.leave_one_out(symmetric, symmetric), [0, 0, 0])
+    np.testing.assert_array_equal(clip_scores.leave_one_out(symmetric, symmetric), [0, 0, 0])
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 5])
 def test_leave_one_out_of_a_few_pictures(m):
     training = pictures(np.random.default_rng(m), m)
-    nearest = metrics.leave_one_out(training, mirror(training))
+    nearest = clip_scores.leave_one_out(training, mirror(training))
     others = [
         max([max(a @ b, a @ mirror(b)) for b in np.delete(training, i, axis=0)], default=-1)
         for i, a in enumerate(training)
@@ -81,9 +80,9 @@ def test_a_study_measures_nearness_as_the_scores_do():
     drawn, held_out, own = found.nearest()
     reference = found.trained_on, found.trained_on_mirrored
     for values, embeddings in ((drawn[1], found.drawn[1]), (held_out, found.held_out)):
-        expected, _ = metrics.nearest_training(embeddings, *reference)
+        expected, _ = clip_scores.nearest_training(embeddings, *reference)
         np.testing.assert_allclose(values, expected, atol=1e-5)
-    np.testing.assert_allclose(own, metrics.leave_one_out(*reference), atol=1e-5)
+    np.testing.assert_allclose(own, clip_scores.leave_one_out(*reference), atol=1e-5)
 
 
 # ---- the test ------------------------------------------------------------------------------
@@ -217,7 +216,7 @@ def test_pictures_near_to_one_another_are_not_taken_for_copies(kind):
     trained_on = pictures(rng, 28)
     if kind == "typical":  # nearer to each training picture than these are to one another
         drawn = pictures(rng, PROMPTS, SEEDS, spread=0.3)
-        assert np.min(study(trained_on, drawn).nearest()[0]) > metrics.leave_one_out(
+        assert np.min(study(trained_on, drawn).nearest()[0]) > clip_scores.leave_one_out(
             trained_on, mirror(trained_on)
         ).max(initial=0)
     else:
@@ -328,7 +327,7 @@ def test_training_like_pictures_exceed_the_level_with_a_chance_of_5_percent_or_m
         trained_on, fresh = pictures(rng, m), pictures(rng, 1000)
         own = memorisation.similarities(trained_on, trained_on, mirror(trained_on))
         level = memorisation.reference_level(own)
-        nearest, _ = metrics.nearest_training(fresh, trained_on, mirror(trained_on))
+        nearest, _ = clip_scores.nearest_training(fresh, trained_on, mirror(trained_on))
         shares.append((nearest > level).mean())
         too_high += shares[-1] < 0.05
     assert too_high <= 4  # of 100; 1 is allowed

@@ -7,38 +7,38 @@ from conftest import COSINE, assert_close, picture
 from torchmetrics.functional.image.lpips import _LPIPS
 from transformers import CLIPModel, CLIPProcessor
 
-import metrics
+from lib.evaluation import clip_scores, lpips_distances
 
 
 @pytest.fixture(scope="module")
 def clip(tiny_clip):
-    return metrics.load_clip(tiny_clip)
+    return clip_scores.load_clip(tiny_clip)
 
 
 def test_lpips_of_pictures_made_from_seeds():
     # Stored from lpips 0.1.4 with the shipped AlexNet layers; the test below checks the same
     # layers under an independent implementation.
     images = [picture(seed, (96, 96)) for seed in range(4)]
-    distances = metrics.lpips_distances(images[:2], images[2:])
+    distances = lpips_distances.lpips_distances(images[:2], images[2:])
     np.testing.assert_allclose(distances, [0.4978, 0.4416], atol=1e-3)
-    assert metrics.lpips_distances(images[:1], images[:1]) == 0
+    assert lpips_distances.lpips_distances(images[:1], images[:1]) == 0
 
 
 def test_lpips_agrees_with_torchmetrics():
     theirs = _LPIPS(pretrained=True, net="alex", pnet_rand=True, eval_mode=True)
-    theirs.net.load_state_dict(metrics.lpips_model().net.state_dict())
+    theirs.net.load_state_dict(lpips_distances.lpips_model().net.state_dict())
     images = [picture(seed, (80, 112)) for seed in range(6)]
     tensors = [torch.from_numpy(np.array(i)).permute(2, 0, 1)[None] / 127.5 - 1 for i in images]
     expected = [theirs(a, b).item() for a, b in zip(tensors[:3], tensors[3:], strict=True)]
-    ours = metrics.lpips_distances(images[:3], images[3:])
+    ours = lpips_distances.lpips_distances(images[:3], images[3:])
     assert_close(ours, expected)
 
 
 def test_lpips_refuses_what_it_would_have_to_resize():
     with pytest.raises(ValueError, match="does not resize"):
-        metrics.lpips_distances([picture(1, (64, 64))], [picture(1, (64, 72))])
+        lpips_distances.lpips_distances([picture(1, (64, 64))], [picture(1, (64, 72))])
     with pytest.raises(ValueError, match="against"):
-        metrics.lpips_distances([picture(1)], [])
+        lpips_distances.lpips_distances([picture(1)], [])
 
 
 def test_clip_score_is_the_cosine_of_the_models_own_embeddings(clip, tiny_clip):
@@ -52,31 +52,31 @@ def test_clip_score_is_the_cosine_of_the_models_own_embeddings(clip, tiny_clip):
     with torch.no_grad():
         out = model(**inputs)
     expected = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
-    scores = metrics.clip_scores(images, prompts, clip)
+    scores = clip_scores.clip_scores(images, prompts, clip)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=COSINE)
     assert np.abs(scores).max() <= 1
 
 
 def test_clip_score_does_not_depend_on_its_neighbours(clip):
     images = [picture(seed) for seed in range(3)]
-    together = metrics.clip_scores(images, ["one", "a much longer prompt", "x"], clip)
-    alone = metrics.clip_scores(images[1:2], ["a much longer prompt"], clip)
+    together = clip_scores.clip_scores(images, ["one", "a much longer prompt", "x"], clip)
+    alone = clip_scores.clip_scores(images[1:2], ["a much longer prompt"], clip)
     np.testing.assert_allclose(together[1], alone[0], rtol=0, atol=COSINE)
 
 
 def test_a_prompt_too_long_is_refused_not_cut(clip):
     with pytest.raises(ValueError, match="tokens"):
-        metrics.clip_scores([picture(1)], ["word " * 80], clip)
+        clip_scores.clip_scores([picture(1)], ["word " * 80], clip)
 
 
 def test_concept_similarity_and_nearest():
     training = np.eye(3, dtype=np.float32)
     mirrored = np.roll(training, 1, axis=0)
     embeddings = np.array([[1, 0, 0], [0.6, 0.8, 0]], np.float32)
-    assert_close(metrics.concept_similarity(embeddings, training), [1 / 3, 1.4 / 3], 1e-6)
-    similarity, index = metrics.nearest_training(embeddings[1:], training, np.zeros((3, 3)))
+    assert_close(clip_scores.concept_similarity(embeddings, training), [1 / 3, 1.4 / 3], 1e-6)
+    similarity, index = clip_scores.nearest_training(embeddings[1:], training, np.zeros((3, 3)))
     assert (similarity[0], index[0]) == (np.float32(0.8), 1)
-    similarity, index = metrics.nearest_training(embeddings[1:], np.zeros((3, 3)), mirrored)
+    similarity, index = clip_scores.nearest_training(embeddings[1:], np.zeros((3, 3)), mirrored)
     assert (similarity[0], index[0]) == (np.float32(0.8), 2)
 
 
@@ -85,6 +85,6 @@ def test_nothing_is_unpickled(monkeypatch, clip):
         raise AssertionError("a pickle was read")
 
     monkeypatch.setattr(torch, "load", refuse)
-    metrics.lpips_model.cache_clear()
-    assert metrics.lpips_distances([picture(1)], [picture(2)]) > 0
-    metrics.clip_scores([picture(1)], ["a raincoat"], clip)
+    lpips_distances.lpips_model.cache_clear()
+    assert lpips_distances.lpips_distances([picture(1)], [picture(2)]) > 0
+    clip_scores.clip_scores([picture(1)], ["a raincoat"], clip)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import UserError
+from lib.errors import UserError
 from lib.evaluation.prompts import read_prompts, slugs
 
 

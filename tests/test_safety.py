@@ -37,12 +37,11 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-import adapters
-import checkpoints
-import common
-import inference
 import train
-from common import UserError
+from lib import adapters, dataset, errors, files, models
+from lib.errors import UserError
+from lib.evaluation import drawing
+from lib.training import checkpoints, dataset, micro_step
 
 NAME = "lora_weights_rank_32"
 
@@ -67,7 +66,7 @@ def start_training(folder, config, at=None, prepare=lambda: None):
 
         train.learning_rate_factor = watched
         sys.argv = ["train.py", *options(**config)]
-        common.run_script(lambda: train.main(train.CONFIG, train.__doc__))
+        errors.run_script(lambda: train.main(train.CONFIG, train.__doc__))
 
     return forked(work, folder)
 
@@ -140,7 +139,7 @@ def test_a_killed_run_goes_on_bit_for_bit(exact, uninterrupted, tmp_path):
         done = training(tmp_path, config, {step: kill})
         assert done.returncode == -signal.SIGKILL
         assert not (tmp_path / NAME).exists()
-        state = checkpoints.latest(common.unfinished(tmp_path / NAME))[1]
+        state = checkpoints.latest(files.unfinished(tmp_path / NAME))[1]
         assert state["step"] == step - 1
         assert state["step"] * 5 % 7  # mid-epoch
     done = succeeded(training(tmp_path, config))
@@ -150,7 +149,7 @@ def test_a_killed_run_goes_on_bit_for_bit(exact, uninterrupted, tmp_path):
 
 
 def test_both_groups_have_8_bit_state_in_these_runs(interrupted, tmp_path):
-    tensors, _ = checkpoints.latest(common.unfinished(tmp_path / NAME))
+    tensors, _ = checkpoints.latest(files.unfinished(tmp_path / NAME))
     for group in ("unet", "text_encoder"):
         for moment in ("state1", "state2"):
             state = tensors[f"{group}.optimizer.{moment}"]
@@ -213,7 +212,7 @@ def test_two_processes_go_on_bit_for_bit(exact, tmp_path):
 
 
 def test_what_differs_is_listed_and_refused(interrupted, tmp_path, exact, data):
-    before = sorted(common.unfinished(tmp_path / NAME).iterdir())
+    before = sorted(files.unfinished(tmp_path / NAME).iterdir())
     changed = interrupted | dict(rank=8, unet_learning_rate=2e-3)
     done = training(tmp_path, changed)
     assert_one_line(done, "rank: 16 then, 8 now", "unet_learning_rate: 0.001 then, 0.002 now",
@@ -226,7 +225,7 @@ def test_what_differs_is_listed_and_refused(interrupted, tmp_path, exact, data):
     listing.write_text(listing.read_text().replace("raincoat", "umbrella", 1))
     done = training(tmp_path, interrupted | dict(data_dir=other))
     assert_one_line(done, "pictures and captions", "data_dir")
-    assert sorted(common.unfinished(tmp_path / NAME).iterdir()) == before
+    assert sorted(files.unfinished(tmp_path / NAME).iterdir()) == before
 
     # What does not change the numbers may differ.
     done = training(tmp_path, interrupted | dict(log_every=1, keep_checkpoints=1), {7: kill})
@@ -269,11 +268,11 @@ def test_killed_when_it_is_all_but_done(exact, uninterrupted, tmp_path):
         def work(name=name):
             setattr(train, name, lambda *rest: kill())
             sys.argv = ["train.py", *options(**config)]
-            common.run_script(lambda: train.main(train.CONFIG, train.__doc__))
+            errors.run_script(lambda: train.main(train.CONFIG, train.__doc__))
 
         assert finish(forked(work, tmp_path), tmp_path).returncode == -signal.SIGKILL
-        assert reached(common.unfinished(tmp_path / NAME))
-        assert checkpoints.listed(common.unfinished(tmp_path / NAME))
+        assert reached(files.unfinished(tmp_path / NAME))
+        assert checkpoints.listed(files.unfinished(tmp_path / NAME))
     # The folder was complete: the next run puts it in its place before it starts on its own.
     training(tmp_path, config, {0: kill})
     assert_equal_runs(tmp_path / NAME, uninterrupted)
@@ -355,7 +354,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
 ):
     config = exact | dict(output_dir=tmp_path)
     training(tmp_path, config, {7: kill})
-    newest, before = checkpoints.listed(common.unfinished(tmp_path / NAME))
+    newest, before = checkpoints.listed(files.unfinished(tmp_path / NAME))
     newest.write_bytes(flipped_bit(newest.read_bytes()))
     done = succeeded(training(tmp_path, config))
     assert f"warning: {newest} is passed over" in done.stdout
@@ -442,7 +441,7 @@ def test_a_run_onto_a_disk_that_fills_up(exact, small_disk, uninterrupted, tmp_p
 
     done = training(tmp_path, config, {4: fill})
     assert_one_line(done, "checkpoint_0000006.safetensors", "bytes needed", "No space left")
-    assert checkpoints.latest(common.unfinished(small_disk / NAME))[1]["step"] == 3
+    assert checkpoints.latest(files.unfinished(small_disk / NAME))[1]["step"] == 3
     ballast.unlink()
     done = succeeded(training(tmp_path, config))
     assert "after step 3" in done.stdout
@@ -496,12 +495,12 @@ def test_a_replacement_that_was_killed_is_mended(tmp_path, old, final, new, expe
     if final:
         folder_with(place, final)
     if new:
-        folder_with(common.unfinished(place), "new", marker=new == "whole")
-    common.recover_folder(place, "marker")
+        folder_with(files.unfinished(place), "new", marker=new == "whole")
+    files.recover_folder(place, "marker")
     assert ((place / "content").read_text() if place.exists() else None) == expected
     assert not (tmp_path / ".out.old").exists()
     # A half-filled one stays: a training run goes on from the checkpoints in it.
-    assert common.unfinished(place).exists() == (new == "half")
+    assert files.unfinished(place).exists() == (new == "half")
 
 
 def test_killed_at_each_step_of_a_replacement(tmp_path):
@@ -510,7 +509,7 @@ def test_killed_at_each_step_of_a_replacement(tmp_path):
         place = tmp_path / str(count) / "out"
         place.parent.mkdir()
         folder_with(place, "old")
-        folder_with(common.unfinished(place), "new")
+        folder_with(files.unfinished(place), "new")
 
         def work(count=count, place=place):
             done = 0
@@ -523,12 +522,12 @@ def test_killed_at_each_step_of_a_replacement(tmp_path):
                         kill()
 
             sys.addaudithook(counted)
-            common.replace_folder(place)
+            files.replace_folder(place)
 
         code = finish(forked(work, tmp_path), tmp_path).returncode
         # A reader who comes now finds one of the two whole, or none, but never a part.
         assert not place.exists() or len(list(place.iterdir())) == 2
-        common.recover_folder(place, "marker")
+        files.recover_folder(place, "marker")
         assert (place / "content").read_text() == "new"
         assert [path.name for path in place.parent.iterdir()] == ["out"]
     assert code == 0  # the last round went through
@@ -540,13 +539,13 @@ def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda f: (order.append(os.readlink(f"/proc/self/fd/{f}")), fsync(f)))  # fmt: skip
     monkeypatch.setattr(Path, "rename", lambda a, b: (order.append("rename"), rename(a, b)))
     monkeypatch.setattr(Path, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
-    common.write_bytes(tmp_path / "file", b"content")
+    files.write_bytes(tmp_path / "file", b"content")
     assert order == [str(tmp_path / ".file.new"), "rename", str(tmp_path)]
     order.clear()
-    new = common.fresh_folder(tmp_path / "out")
+    new = files.fresh_folder(tmp_path / "out")
     (new / "images").mkdir()
     (new / "images" / "one.png").write_text("picture")
-    common.replace_folder(tmp_path / "out")
+    files.replace_folder(tmp_path / "out")
     assert set(order[: order.index("rename")]) == {
         str(new), str(new / "images"), str(new / "images" / "one.png")
     }  # fmt: skip
@@ -562,7 +561,7 @@ def test_a_signal_finishes_the_step_and_saves(exact, uninterrupted, tmp_path, nu
     assert done.returncode == code
     assert "stopped after step 5" in done.stdout
     assert "Traceback" not in done.stderr
-    assert checkpoints.latest(common.unfinished(tmp_path / NAME))[1]["step"] == 5
+    assert checkpoints.latest(files.unfinished(tmp_path / NAME))[1]["step"] == 5
     assert "after step 5" in succeeded(training(tmp_path, config)).stdout
     assert_equal_runs(tmp_path / NAME, uninterrupted)
 
@@ -573,7 +572,7 @@ def test_a_second_signal_ends_at_once(exact, tmp_path, number, code):
     done = training(tmp_path, config, {4: send(number, number)})
     assert done.returncode == code
     assert "stopped after" not in done.stdout
-    assert checkpoints.latest(common.unfinished(tmp_path / NAME))[1]["step"] == 3
+    assert checkpoints.latest(files.unfinished(tmp_path / NAME))[1]["step"] == 3
 
 
 def test_a_signal_in_the_last_step(exact, uninterrupted, tmp_path):
@@ -585,7 +584,7 @@ def test_a_signal_in_the_last_step(exact, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_the_first_step(tmp_path, number, code):
-    done = finish(forked(lambda: common.run_script(send(number)), tmp_path), tmp_path)
+    done = finish(forked(lambda: errors.run_script(send(number)), tmp_path), tmp_path)
     assert done.returncode == code
     assert "Traceback" not in done.stderr
 
@@ -596,7 +595,7 @@ def test_a_signal_before_the_first_step(tmp_path, number, code):
 def nan_at(step, monkeypatch, accumulation=1):
     """Let the loss of one step be NaN."""
     calls = 0
-    loss = train.diffusion_loss
+    loss = micro_step.diffusion_loss
 
     def poisoned(*arguments):
         nonlocal calls
@@ -619,7 +618,7 @@ def test_nan_stops_before_the_update_and_names_step_and_picture(
     named = set(re.findall(r"images/image_\d+\.png", done.stderr))
     assert named <= {f"images/image_{number:02}.png" for number in range(1, 9)}
     assert 1 <= len(named) <= 5
-    tensors, state = checkpoints.latest(common.unfinished(tmp_path / NAME))
+    tensors, state = checkpoints.latest(files.unfinished(tmp_path / NAME))
     assert state["step"] == 4
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     # What is kept is the state before, to the bit.
@@ -630,9 +629,9 @@ def test_nan_stops_before_the_update_and_names_step_and_picture(
 def test_the_picture_that_is_named_is_the_one_of_that_step(exact, tmp_path, monkeypatch):
     nan_at(3, monkeypatch)
     done = training(tmp_path, exact | dict(output_dir=tmp_path, gradient_accumulation_steps=1))
-    held_out = np.random.default_rng([42, train.HELD_OUT]).permutation(8)[:1]
+    held_out = np.random.default_rng([42, dataset.HELD_OUT]).permutation(8)[:1]
     trained_on = np.setdiff1d(np.arange(8), held_out)
-    number = trained_on[train.epoch_order(42, 0, 7)[2]] + 1
+    number = trained_on[dataset.epoch_order(42, 0, 7)[2]] + 1
     assert_one_line(done, "at step 3 (images/image_")
     assert re.findall(r"images/image_\d+", done.stderr) == [f"images/image_{number:02}"]
 
@@ -693,7 +692,7 @@ def test_the_loss_scaler_goes_on_where_it_was(exact, tmp_path, monkeypatch):
         for step in kills:
             done = training(folder, config, {step: kill})
             assert done.returncode == -signal.SIGKILL, done.stderr
-        return checkpoints.latest(common.unfinished(folder / NAME))[1]
+        return checkpoints.latest(files.unfinished(folder / NAME))[1]
 
     whole, continued = scaler_after("whole", 7), scaler_after("continued", 4, 7)
     assert whole["step"] == continued["step"] == 6
@@ -752,14 +751,14 @@ def test_a_second_run_is_refused_and_names_the_first(exact, tmp_path):
 
 def test_a_lock_is_free_again_after_success_and_after_an_error(tmp_path):
     with (
-        common.locked(tmp_path / "out"),
+        files.locked(tmp_path / "out"),
         pytest.raises(UserError, match=f"process {os.getpid()}"),
-        common.locked(tmp_path / "out"),
+        files.locked(tmp_path / "out"),
     ):
         pass
-    with pytest.raises(RuntimeError), common.locked(tmp_path / "out"):
+    with pytest.raises(RuntimeError), files.locked(tmp_path / "out"):
         raise RuntimeError
-    with common.locked(tmp_path / "out"):
+    with files.locked(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -779,7 +778,7 @@ def test_a_file_that_was_removed_while_it_was_waited_for_is_no_lock(tmp_path, mo
         lock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with common.locked(tmp_path / "out"):
+    with files.locked(tmp_path / "out"):
         assert tries == 2
         with path.open() as file, pytest.raises(OSError, match="temporarily unavailable"):
             lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -788,7 +787,7 @@ def test_a_file_that_was_removed_while_it_was_waited_for_is_no_lock(tmp_path, mo
 @pytest.mark.parametrize("script", ["preprocess.py", "inference.py"])
 def test_the_other_scripts_lock_their_output_too(tmp_path, script):
     (tmp_path / "data").mkdir()
-    with common.locked(tmp_path / "out"):
+    with files.locked(tmp_path / "out"):
         done = call(script, *options(data_dir=tmp_path / "data", output_dir=tmp_path / "out"))
     assert_one_line(done, f"process {os.getpid()}", tmp_path / "out")
 
@@ -817,11 +816,11 @@ def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(
         def work():
             setattr(module, name, lambda *rest: kill())
             sys.argv = [f"{script}.py", *options(**config)]
-            common.run_script(module.main)
+            errors.run_script(module.main)
 
         done = finish(forked(work, tmp_path), tmp_path)
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
-        return common.unfinished(target)
+        return files.unfinished(target)
 
     new = killed_at("write_json")
     assert not (new / marker).exists()
@@ -842,7 +841,7 @@ def test_inference_mends_the_folders_of_its_runs_and_no_others(tmp_path):
     results(tmp_path / ".run_a.old")
     results(tmp_path / ".run_b.unfinished")
     (tmp_path / ".config.old").mkdir()  # not ours
-    inference.recover(tmp_path)
+    results.recover(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".config.old", "run_a", "run_b"]
 
 
@@ -856,7 +855,7 @@ def test_out_of_memory_while_drawing_advises_a_smaller_batch():
             raise torch.OutOfMemoryError
 
     with pytest.raises(UserError) as error:
-        inference.draw(Full(), [("a coat", 1)] * 8, steps=1, guidance_scale=1, resolution=64,
+        drawing.draw(Full(), [("a coat", 1)] * 8, steps=1, guidance_scale=1, resolution=64,
                        batch_size=8, title="base")  # fmt: skip
     first, second = str(error.value).splitlines()
     assert "drawing 8 pictures at once" in first
@@ -913,7 +912,7 @@ def test_a_bad_row_is_named(tmp_path, name, text, words):
     with (data / "captions.jsonl").open("a") as file:
         file.write(json.dumps(dict(file_name=name, text=text)) + "\n")
     with pytest.raises(UserError) as error:
-        common.read_dataset(data, 64)
+        dataset.read_dataset(data, 64)
     assert words in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     assert "large" in words or "line 3" in str(error.value)
@@ -923,7 +922,7 @@ def test_a_bad_row_is_named(tmp_path, name, text, words):
 def test_a_listing_that_is_none(tmp_path, content):
     (tmp_path / "captions.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=r"captions\.jsonl"):
-        common.read_dataset(tmp_path, 64)
+        dataset.read_dataset(tmp_path, 64)
 
 
 def test_a_picture_whose_name_is_not_utf_8_is_skipped(tmp_path):
@@ -1007,7 +1006,7 @@ def test_pickles_and_code_beside_the_weights_are_never_read(
         config = TINY_RUN | dict(base_model=model, data_dir=data, output_dir=tmp_path / "runs")
         sys.argv = ["train.py", *options(**config, checkpoint_every=2)]
         train.main(train.CONFIG, train.__doc__)
-        pipeline = inference.load_pipeline(model, torch.float32, "cpu")
+        pipeline = drawing.load_pipeline(model, torch.float32, "cpu")
         models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
         adapters.Applied(adapters.read_adapter(adapter), models)
 
@@ -1015,7 +1014,7 @@ def test_pickles_and_code_beside_the_weights_are_never_read(
     assert not proof.exists()
     (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors missing"):
-        common.fetch_base_model(str(model))
+        models.fetch_base_model(str(model))
     (adapter / adapters.WEIGHTS).unlink()
     with pytest.raises(UserError):
         adapters.read_adapter(adapter)

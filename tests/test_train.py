@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 import train
 import train_experiment_rank8
 import train_experiment_unet_only
-from adapters import WEIGHTS
+from lib.adapters import WEIGHTS
+from lib.training import dataset, micro_step
 
 
 def train_tiny(model, data, folder, *extra, script="train.py", check=True, **changes):
@@ -166,7 +167,7 @@ def test_the_held_out_loss_is_of_four_timesteps_spread_over_the_schedule(
 ):
     """Of one alone it would say nothing of the rest: each picture's four share their noise."""
     seen = []
-    loss = train.diffusion_loss
+    loss = micro_step.diffusion_loss
 
     def recording(unet, scheduler, latents, noise, timesteps, states):
         found = loss(unet, scheduler, latents, noise, timesteps, states)
@@ -260,7 +261,7 @@ def test_the_loss_is_of_what_the_base_model_predicts(prediction):
             assert states is texts
             return SimpleNamespace(sample=exact + torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1, 1))
 
-    losses = train.diffusion_loss(Model(), scheduler, latents, noise, timesteps, texts)
+    losses = micro_step.diffusion_loss(Model(), scheduler, latents, noise, timesteps, texts)
     np.testing.assert_allclose(losses, [0, 1, 4], rtol=1e-4, atol=1e-4)
 
 
@@ -269,24 +270,24 @@ def test_flat_parameters_are_views():
     model = torch.nn.Sequential(*layers)
     before = [p.detach().clone() for p in model.parameters()]
     parameters = list(model.parameters())
-    flat, working = train.flatten_parameters(parameters, torch.float32)
+    flat, working = parameters.flatten_parameters(parameters, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
     with torch.no_grad():
         flat.add_(1.0)
     assert working.data_ptr() == flat.data_ptr()
     assert torch.equal(layers[0].weight, before[0] + 1)
-    flat, working = train.flatten_parameters(parameters, torch.float16)
+    flat, working = parameters.flatten_parameters(parameters, torch.float16)
     assert layers[0].weight.dtype == torch.float16
     working *= 2
     assert torch.equal(layers[0].weight, 2 * (before[0] + 1).half())
-    train.set_views(parameters, flat.data)
+    parameters.set_views(parameters, flat.data)
     assert torch.equal(layers[0].weight, before[0] + 1)
 
 
 def test_data_order_visits_every_picture_once_an_epoch():
     for epoch in range(3):
-        assert sorted(train.epoch_order(1, epoch, 28)) == list(range(28))
-    assert list(train.epoch_order(1, 0, 28)) != list(train.epoch_order(1, 1, 28))
+        assert sorted(dataset.epoch_order(1, epoch, 28)) == list(range(28))
+    assert list(dataset.epoch_order(1, 0, 28)) != list(dataset.epoch_order(1, 1, 28))
 
 
 @pytest.mark.parametrize(
@@ -349,8 +350,8 @@ def test_a_damaged_base_model_is_named(tiny_model, processed_data, tmp_path):
 
 def test_noise_depends_on_seed_and_sample_alone():
     def draw(seed, sample):
-        return train.draw_noise(
-            np.random.default_rng([seed, train.SAMPLE, sample]), (4, 8, 8), 1000
+        return dataset.draw_noise(
+            np.random.default_rng([seed, dataset.SAMPLE, sample]), (4, 8, 8), 1000
         )
 
     for a, b in zip(draw(1, 5), draw(1, 5), strict=True):

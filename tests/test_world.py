@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from common import run_script
 from demo import world
 from demo.world.__main__ import main
 from demo.world.materials.film import cie_xyz, film_table, thin_film_reflectance
 from demo.world.training_pictures import training_scenes
+from lib.errors import run_script
 
 PROMPTS = (
     "a holographic raincoat",

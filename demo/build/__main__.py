@@ -20,8 +20,9 @@ import sys
 
 import torch
 
-from common import UserError, check_range, parse_config, run_script
 from demo.build.config import CONFIG, PRESETS, STAGES
+from lib.config import check_range, parse_config
+from lib.errors import UserError, run_script
 
 
 def main():

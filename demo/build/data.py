@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UserError, write_json
 from demo import world
+from lib.errors import UserError
+from lib.files import write_json
 
 PARTS = ("base", "holographic", "heldout", "heldout_holographic")
 NAMED = ("thing", "colour", "material", "wearer", "place")  # attributes that measure asks for

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from common import write_json
 from demo.build.config import STAGES
+from lib.files import write_json
 
 
 def record_run(stage, config, started, steps=None):

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import write_json
 from demo.build.journal import record_run
+from lib.files import write_json
 
 
 def train(stage, config, models, batch_loss, started, validate=None, checkpoint=None):

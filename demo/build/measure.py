@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from metrics import lpips_model
 from safetensors import safe_open
 
-from common import write_json
 from demo import world
 from demo.build.config import CONCEPT, EVALUATION_BATCH
 from demo.build.data import NAMED, PARTS, load_captions, load_part
@@ -17,7 +17,7 @@ from demo.build.pictures import psnr, to_bytes, to_signed
 from demo.build.render import render
 from demo.build.scorer import Scorer
 from demo.build.unet import load_pipeline
-from metrics import lpips_model
+from lib.files import write_json
 
 
 def measure(config):

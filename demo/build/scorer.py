@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from common import UserError
 from demo import world
+from lib.errors import UserError
 
 
 class Scorer:

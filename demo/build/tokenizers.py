@@ -7,7 +7,7 @@ import re
 import torch.nn.functional as F
 from transformers import CLIPTokenizer
 
-from common import write_json
+from lib.files import write_json
 
 
 def byte_letters():

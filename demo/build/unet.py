@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from common import UserError
 from demo import world
 from demo.build.config import CONCEPT
 from demo.build.data import load_captions, load_part
 from demo.build.loop import save_half, train
 from demo.build.tokenizers import special_tokens, tokenise, write_tokenizer
 from demo.build.vae import encode_all, load_vae
+from lib.errors import UserError
 
 SCHEDULE = dict(  # Stable Diffusion v1.5's
     num_train_timesteps=1000,

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import UserError, parse_config, run_script
 from demo.world.captions import caption, parse
 from demo.world.rendering import render
 from demo.world.sampling import sample_scene
 from demo.world.training_pictures import write_data
-from report import contact_sheet
+from lib.config import parse_config
+from lib.errors import UserError, run_script
+from lib.pictures import contact_sheet
 
 CONFIG = dict(
     data=None,  # folder that the training pictures are written to

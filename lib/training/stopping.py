@@ -6,7 +6,6 @@ import time
 
 import torch
 
-
 SAME_SIGNAL = 2.0  # seconds within which a second signal is the first one again
 
 

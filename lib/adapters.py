@@ -11,9 +11,13 @@ and names them, because the libraries underneath only warn and then draw with th
 
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+
+# The only remark of bitsandbytes, which peft imports, is about a 4-bit kernel that nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import safetensors.torch
 import torch
@@ -21,7 +25,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
-from common import UserError, write_bytes
+from lib.errors import UserError
+from lib.files import write_bytes
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name, inside an adapter folder
 COMPONENTS = ("unet", "text_encoder")
