@@ -81,7 +81,7 @@ def disk_for(folder):
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        place = next(place for place in Path(folder).absolute().parents if place.exists())
+        place = next(place for place in Path(os.path.realpath(folder)).parents if place.exists())
         raise UserError(
             f"{problem.filename or folder} cannot be written: {problem.strerror}; "
             f"{shutil.disk_usage(place).free:,} bytes free"
@@ -344,23 +344,47 @@ def data_hash(rows):
 # ---- files --------------------------------------------------------------------------------
 
 
+def real_folder(path):
+    """The absolute `path` with all links followed: a folder is made and replaced where it really
+    lies, on that disk, and a link to it stays a link.
+
+    A link may point to a folder that is still to be made in one that exists; UserError naming the
+    link if it points to nothing of the kind.
+    """
+    path = Path(path).absolute()
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            goal = Path(os.path.realpath(place))
+            if goal.is_symlink() or not goal.parent.is_dir():
+                raise UserError(
+                    f"{place} is a link to {os.readlink(place)}, where no folder can be made; "
+                    "mend the link, or name another output folder"
+                )
+    return Path(os.path.realpath(path))
+
+
 def check_output_folder(folder, marker):
     """Raise UserError unless `folder` can be written and may be replaced.
 
     A folder that exists and holds files must hold `marker` too, the file by which an earlier
     output of the same script is known; anything else is a person's own and stays.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder for the output")
+    folder, real = Path(folder), real_folder(folder)
+    if real.exists() and not real.is_dir():
+        what = f"a link to the file {real}" if folder.is_symlink() else "a file"
+        raise UserError(f"{folder} is {what}; name a folder for the output")
+    if os.path.ismount(real):
+        raise UserError(
+            f"{folder} is where a disk is mounted, which cannot be replaced; name a folder in it"
+        )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise UserError(
             f"{folder} holds files that this script did not write (it has no {marker}); "
             "name another output folder, or move them away"
         )
-    parent = next(place for place in folder.absolute().parents if place.exists())
+    parent = next(place for place in real.parents if place.exists())
     try:
-        probe = parent / f".{folder.name}.probe{os.getpid()}"
+        probe = parent / f".{real.name}.probe{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
     except OSError as problem:
@@ -368,8 +392,10 @@ def check_output_folder(folder, marker):
 
 
 def beside(final, ending):
-    """The hidden path beside the folder `final` that is named after it and ends in `ending`."""
-    final = Path(final).absolute()  # so that "." has a name
+    """The hidden path beside the real folder of `final` that is named after it and ends in `ending`."""
+    final = real_folder(final)
+    if not final.name:
+        raise UserError(f"{final} is where a disk is mounted; name a folder in it")
     return final.with_name(f".{final.name}.{ending}")
 
 
@@ -380,7 +406,7 @@ def unfinished(final):
 
 def replace_folder(final):
     """Put the finished folder `unfinished(final)` in the place of `final`, which goes only then."""
-    final = Path(final)
+    final = real_folder(final)
     for path in (*unfinished(final).rglob("*"), unfinished(final)):
         flush(path)
     old = beside(final, "old")
@@ -397,7 +423,7 @@ def recover_folder(final, marker):
     `marker` is the file that is written last: with it the new folder is whole and takes its place;
     without it, where `final` is missing, the old one comes back.
     """
-    final = Path(final)
+    final = real_folder(final)
     old = beside(final, "old")
     if old.is_dir() and not final.exists():
         old.rename(final)

@@ -1024,10 +1024,14 @@ def write_csv(path, rows):
 def recover(output_dir):
     """Mend what a killed run left, in `output_dir` itself and in the folders of its runs."""
     recover_folder(output_dir, MARKER)
+    links = [path for path in output_dir.glob("*") if path.is_symlink()]
     for ending in (".old", ".unfinished"):
         for left in sorted(output_dir.glob(f".*{ending}/{MARKER}")):
             name = left.parent.name.removeprefix(".").removesuffix(ending)
             recover_folder(output_dir / name, MARKER)
+        for real in map(Path, sorted(map(os.path.realpath, links))):
+            if (real.with_name(f".{real.name}{ending}") / MARKER).is_file():
+                recover_folder(real, MARKER)
 
 
 def main():

@@ -31,6 +31,7 @@ from common import (
     locked,
     one_line,
     parse_config,
+    real_folder,
     recover_folder,
     replace_folder,
     run_script,
@@ -229,7 +230,7 @@ def check_config(config):
     data_dir, output_dir = Path(config["data_dir"]), Path(config["output_dir"])
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such folder; make it and put pictures in it")
-    source, target = data_dir.resolve(), output_dir.resolve()
+    source, target = data_dir.resolve(), real_folder(output_dir)
     if source == target or source in target.parents or target in source.parents:
         raise UserError(f"output_dir {output_dir} and data_dir {data_dir} lie in one another")
     check_output_folder(output_dir, "manifest.json")
