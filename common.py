@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
@@ -367,7 +368,7 @@ def check_output_folder(folder, marker):
     """Raise UserError unless `folder` can be written and may be replaced.
 
     A folder that exists and holds files must hold `marker` too, the file by which an earlier
-    output of the same script is known; anything else is a person's own and stays.
+    output of the same script is known; any other is a person's own.
     """
     folder, real = Path(folder), real_folder(folder)
     if real.exists() and not real.is_dir():
@@ -377,9 +378,9 @@ def check_output_folder(folder, marker):
         raise UserError(
             f"{folder} is where a disk is mounted, which cannot be replaced; name a folder in it"
         )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+    if real.is_dir() and any(real.iterdir()) and written_files(real, marker) is None:
         raise UserError(
-            f"{folder} holds files that this script did not write (it has no {marker}); "
+            f"{folder} holds files that this script did not write (it has no {marker} of its own); "
             "name another output folder, or move them away"
         )
     parent = next(place for place in real.parents if place.exists())
@@ -404,17 +405,100 @@ def unfinished(final):
     return beside(final, "unfinished")
 
 
-def replace_folder(final):
-    """Put the finished folder `unfinished(final)` in the place of `final`, which goes only then."""
+# The files of an output whose marker does not list them, because an earlier version wrote it.
+UNLISTED = {
+    "manifest.json": ("captions.jsonl", "contact_sheet.png", "images/image_*.png"),
+    "config.json": ("log.jsonl", "loss.png", "pytorch_lora_weights.safetensors"),
+    "metrics.json": (
+        "metrics.csv", "summary.md", "report.html", "comparison_all.png", "success_cases.png",
+        "failure_cases.png", "sweep.png", "sweep_pictures.png", "forest.png", "comparison.csv",
+        "images/*/base_*.png", "images/*/lora_*.png",
+    ),
+}  # fmt: skip
+
+
+def write_marker(path, record):
+    """Write `record` (a dict with a key "config") and the names of all files in its folder as the JSON
+    file `path`: with it the folder is an output that is whole, and may be replaced some day."""
+    folder = Path(path).parent
+    written = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    write_json(path, record | {"files_written": sorted(written | {Path(path).name})})
+
+
+def written_files(folder, marker):
+    """What this project wrote into the output `folder`, the only files in it that may ever be removed:
+    a set of names relative to it, or None if it holds no `marker` of ours."""
+    try:
+        record = json.loads((folder / marker).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or "config" not in record:
+        return None
+    if isinstance(record.get("files_written"), list):
+        return {marker, *map(str, record["files_written"])}
+    if not {"versions", "pillow"} & record.keys():
+        return None
+    found = (path for pattern in UNLISTED.get(marker, ()) for path in folder.glob(pattern))
+    return {marker, *(path.relative_to(folder).as_posix() for path in found)}
+
+
+def replace_folder(final, marker):
+    """Put the finished folder `unfinished(final)` in the place of `final`. Of the folder that was there,
+    the files that its `marker` lists go, once the new one is in its place; all else moves over."""
     final = real_folder(final)
-    for path in (*unfinished(final).rglob("*"), unfinished(final)):
+    new, old = unfinished(final), beside(final, "old")
+    for path in (*new.rglob("*"), new):
         flush(path)
-    old = beside(final, "old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    unfinished(final).rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    clear_away(old, final, marker)
+    try:
+        if final.exists():
+            final.rename(old)
+        new.rename(final)
+    except OSError as problem:  # on Windows: a file in it is open in another program
+        raise UserError(
+            f"{final} cannot be replaced: {problem.strerror}. The new output is whole, in {new}: close what "
+            "uses the old one and run the command again, which begins with putting it in its place"
+        ) from None
+    clear_away(old, final, marker)
+
+
+def clear_away(old, final, marker):
+    """Remove the folder `old`, an earlier output that `final` has replaced: first all that this
+    project did not write moves to `final`, then what it did write goes, the list of it last."""
+    if not old.is_dir():
+        return
+    written = written_files(old, marker) or set()
+    try:
+        move_others(old, final, written)
+        for path in sorted(old.rglob("*"), reverse=True):  # a folder comes behind what is in it
+            name = path.relative_to(old).as_posix()
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            elif name in written - {marker}:
+                path.unlink()
+        (old / marker).unlink(missing_ok=True)
+        old.rmdir()
+    except OSError as problem:
+        print(f"note: {old}, the output before this one, cannot be cleared away yet: {problem}")
+
+
+def move_others(source, target, written, inside=""):
+    """Move what is in the folder `source` and not among the names `written` to the folder `target`,
+    beside what is there; `inside` is where in the output `source` lies, with a slash at its end."""
+    for path in sorted(source.iterdir()):
+        name, goal = f"{inside}{path.name}", target / path.name
+        is_folder = path.is_dir() and not path.is_symlink()
+        ours = any(file.startswith(f"{name}/") for file in written)
+        if is_folder and (ours or goal.is_dir()):
+            move_others(path, goal, written, f"{name}/")
+        elif is_folder or name not in written:
+            numbers = itertools.count(1)
+            while os.path.lexists(goal):
+                goal = target / f"{path.name}.kept{next(numbers)}"
+            if goal.name != path.name:
+                print(f"note: your {name} is kept as {goal}")
+            target.mkdir(parents=True, exist_ok=True)
+            path.rename(goal)
 
 
 def recover_folder(final, marker):
@@ -428,8 +512,8 @@ def recover_folder(final, marker):
     if old.is_dir() and not final.exists():
         old.rename(final)
     if (unfinished(final) / marker).is_file():
-        replace_folder(final)
-    shutil.rmtree(old, ignore_errors=True)
+        replace_folder(final, marker)
+    clear_away(old, final, marker)
 
 
 def fresh_folder(final):

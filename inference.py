@@ -66,7 +66,7 @@ from common import (
     recover_folder,
     replace_folder,
     run_script,
-    write_json,
+    write_marker,
 )
 
 CONFIG = dict(
@@ -994,8 +994,8 @@ def write_run(run, summary, shown):
     )
     page = report.run_page(run, summary, shown, new)
     (new / "report.html").write_text(page, encoding="utf-8")
-    write_json(new / MARKER, record)  # last: with it the folder is whole
-    replace_folder(run.target)
+    write_marker(new / MARKER, record)  # last: with it the folder is whole
+    replace_folder(run.target, MARKER)
 
 
 def write_comparison(target, groups, summaries, pairs, shown):
@@ -1010,8 +1010,8 @@ def write_comparison(target, groups, summaries, pairs, shown):
     (new / "summary.md").write_text(f"# Comparison\n\n{text}\n", encoding="utf-8")
     page = report.comparison_page(groups, summaries, pairs, shown, new)
     (new / "report.html").write_text(page, encoding="utf-8")
-    write_json(new / MARKER, record)
-    replace_folder(target)
+    write_marker(new / MARKER, record)
+    replace_folder(target, MARKER)
 
 
 def write_csv(path, rows):

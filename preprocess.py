@@ -36,7 +36,7 @@ from common import (
     replace_folder,
     run_script,
     sha256_file,
-    write_json,
+    write_marker,
 )
 from report import contact_sheet
 
@@ -331,8 +331,8 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
         skipped=skipped,
         duplicates=duplicates,
     )  # fmt: skip
-    write_json(new / "manifest.json", manifest)
-    replace_folder(output_dir)
+    write_marker(new / "manifest.json", manifest)
+    replace_folder(output_dir, "manifest.json")
     own = sum(record["caption_from"] != "CONFIG" for record in records)
     print(
         f"{output_dir}: {len(kept)} pictures of {resolution}x{resolution}; {len(kept) - own} with the "

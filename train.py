@@ -74,7 +74,7 @@ from common import (
     replace_folder,
     run_script,
     unfinished,
-    write_json,
+    write_marker,
 )
 from report import loss_figure
 
@@ -727,8 +727,8 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             data_sha256=summary["data"]["sha256"], steps=str(max_steps), seed=str(seed),
         ))  # fmt: skip
         loss_figure(log, run_name).savefig(work_folder / "loss.png")
-        write_json(work_folder / "config.json", summary)  # last: with it the folder is whole
-        replace_folder(target_folder)
+        write_marker(work_folder / "config.json", summary)  # last: with it the folder is whole
+        replace_folder(target_folder, "config.json")
         checkpoints.remove(target_folder)  # only now is the run safe without them
         notes = f", {skipped} skipped for fp16 overflow" if skipped else ""
         memory = f", {summary['peak_gib_reserved']} GiB reserved at most" if on_cuda else ""

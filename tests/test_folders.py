@@ -1,11 +1,13 @@
 """Output folders: links, files that are a person's own, locks, and other systems' rules."""
 
+import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import TINY_RUN, assert_one_line, call, make_processed, options, picture
-from test_safety import succeeded
+from test_safety import finish, forked, kill, succeeded
 
 import common
 import inference
@@ -90,7 +92,7 @@ def test_a_folder_in_a_linked_one_is_written_through_the_link(tmp_path):
     common.check_output_folder(tmp_path / "link" / "run", "marker")
     new = common.fresh_folder(tmp_path / "link" / "run")
     assert new == tmp_path / "real" / ".run.unfinished"
-    common.replace_folder(tmp_path / "link" / "run")
+    common.replace_folder(tmp_path / "link" / "run", "marker")
     assert (tmp_path / "real" / "run").is_dir()
 
 
@@ -113,3 +115,147 @@ def test_where_a_disk_is_mounted_nothing_can_be_replaced(tmp_path, monkeypatch):
     common.check_output_folder(tmp_path / "disk" / "run", "marker")
     with pytest.raises(UserError, match="mounted"):
         common.unfinished("/")
+
+
+# ---- what a person keeps in an output folder ---------------------------------------------------
+
+
+def keep_things_in(folder):
+    """Files of a person's own in an output folder; returns {name: content}."""
+    mine = {
+        "notes.txt": "mine",
+        "images/notes.txt": "beside ours",
+        "other_run/metrics.json": "{}",
+        "other_run/images/a-coat/base_42.png": "of another run",
+        "images/of mine/image_01.png": "in a folder of mine",
+    }
+    for name, content in mine.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    (folder / "empty").mkdir()
+    (folder / "link").symlink_to("notes.txt")
+    (folder / "to_folder").symlink_to(folder.parent)
+    return mine
+
+
+def assert_kept(folder, mine):
+    for name, content in mine.items():
+        assert (folder / name).read_text() == content, name
+    assert (folder / "empty").is_dir()
+    assert (folder / "link").readlink() == Path("notes.txt")
+    assert (folder / "to_folder").readlink() == folder.parent
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["", "of an earlier version"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_only_what_a_script_wrote_is_replaced(commands, tmp_path, script, listed):
+    folder = tmp_path / "out"
+    config = commands[script] | to(script, folder)
+    succeeded(call(script, *options(**config)))
+    marker = folder / MARKERS[script]
+    ours = json.loads(marker.read_text())["files_written"]
+    assert sorted(ours) == sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+    if not listed:
+        record = json.loads(marker.read_text())
+        del record["files_written"]
+        marker.write_text(json.dumps(record))
+    before = {name: (folder / name).stat().st_mtime_ns for name in ours}
+    mine = keep_things_in(folder)
+    succeeded(call(script, *options(**config)))
+    assert_kept(folder, mine)
+    assert all((folder / name).stat().st_mtime_ns > before[name] for name in ours)
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*ours, *mine, "link"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_no_longer_written_goes_and_a_name_that_is_taken_is_kept_beside(tmp_path, capsys):
+    def write(*names):
+        new = common.fresh_folder(tmp_path / "out")
+        for name in names:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_text("ours")
+        common.write_marker(new / "marker", {"config": {}})
+        common.replace_folder(tmp_path / "out", "marker")
+
+    write("images/a/1.png", "images/b/1.png", "sweep.png")
+    (tmp_path / "out" / "images" / "a" / "mine").write_text("mine")
+    (tmp_path / "out" / "images" / "c").write_text("mine")
+    (tmp_path / "out" / "forest.png").write_text("mine")
+    write("images/a/2.png", "images/c/1.png", "forest.png")
+    found = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert found == [
+        "out/forest.png", "out/forest.png.kept1", "out/images/a/2.png", "out/images/a/mine",
+        "out/images/c.kept1", "out/images/c/1.png", "out/marker",
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "forest.png.kept1").read_text() == "mine"
+    assert f"your forest.png is kept as {tmp_path / 'out' / 'forest.png.kept1'}" in (
+        capsys.readouterr().out
+    )
+    assert not (tmp_path / "out" / "images" / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "null", '{"model_type": "clip"}', '{"files_written": ["mine"]}', '{"config": 1}'],
+)  # fmt: skip
+def test_a_folder_with_a_file_of_that_name_is_still_a_persons_own(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="did not write"):
+        common.check_output_folder(tmp_path, "config.json")
+
+
+def test_a_list_cannot_name_files_elsewhere(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    record = {"config": {}, "files_written": ["../mine", str(tmp_path / "mine"), ".", "marker"]}
+    (folder / "marker").write_text(json.dumps(record))
+    common.write_marker(common.fresh_folder(folder) / "marker", {"config": {}})
+    common.replace_folder(folder, "marker")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_killed_at_each_step_of_a_replacement_a_persons_files_are_kept(tmp_path):
+    """Killed at its first, second, … system call that changes the folders, and once more in the
+    recovery: nothing of a person's is lost, and nothing of ours is left."""
+    code = None
+    for count in range(40):
+        place = tmp_path / str(count) / "out"
+        for folder, word in ((place, "old"), (common.unfinished(place), "new")):
+            (folder / "images").mkdir(parents=True)
+            for name in ("content", "images/1.png", f"images/{word}.png"):
+                (folder / name).write_text(word)
+            common.write_marker(folder / "marker", {"config": {}})
+        mine = keep_things_in(place)
+
+        def interrupted(work, count=count):
+            def act():
+                done = 0
+
+                def counted(event, arguments):
+                    nonlocal done
+                    if event in ("os.rename", "os.remove", "os.rmdir"):
+                        done += 1
+                        if done > count:
+                            kill()
+
+                sys.addaudithook(counted)
+                work()
+
+            return finish(forked(act, tmp_path), tmp_path).returncode
+
+        code = interrupted(lambda place=place: common.replace_folder(place, "marker"))
+        interrupted(lambda place=place: common.recover_folder(place, "marker"), 2)
+        common.recover_folder(place, "marker")
+        assert_kept(place, mine)
+        ours = sorted(path.name for path in (place / "images").iterdir() if path.is_file())
+        assert ours == ["1.png", "new.png", "notes.txt"]
+        assert (place / "content").read_text() == "new"
+        assert [path.name for path in place.parent.iterdir()] == ["out"]
+        if code == 0:
+            break
+    assert code == 0
+    assert count > 10

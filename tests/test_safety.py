@@ -297,7 +297,7 @@ def test_killed_when_it_is_all_but_done(exact, uninterrupted, tmp_path):
     config = exact | dict(output_dir=tmp_path)
     moments = {
         "loss_figure": lambda work: (work / adapters.WEIGHTS).exists(),
-        "write_json": lambda work: (work / "loss.png").exists(),
+        "write_marker": lambda work: (work / "loss.png").exists(),
         "replace_folder": lambda work: (work / "config.json").exists(),
     }
     for name, reached in moments.items():
@@ -501,7 +501,7 @@ def folder_with(path, word, marker=True):
     path.mkdir()
     (path / "content").write_text(word)
     if marker:
-        (path / "marker").write_text("whole")
+        common.write_marker(path / "marker", {"config": {}})
 
 
 @pytest.mark.parametrize(
@@ -559,7 +559,7 @@ def test_killed_at_each_step_of_a_replacement(tmp_path):
                         kill()
 
             sys.addaudithook(counted)
-            common.replace_folder(place)
+            common.replace_folder(place, "marker")
 
         code = finish(forked(work, tmp_path), tmp_path).returncode
         # A reader who comes now finds one of the two whole, or none, but never a part.
@@ -582,7 +582,7 @@ def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
     new = common.fresh_folder(tmp_path / "out")
     (new / "images").mkdir()
     (new / "images" / "one.png").write_text("picture")
-    common.replace_folder(tmp_path / "out")
+    common.replace_folder(tmp_path / "out", "marker")
     assert set(order[: order.index("rename")]) == {
         str(new), str(new / "images"), str(new / "images" / "one.png")
     }  # fmt: skip
@@ -834,7 +834,7 @@ def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
         return common.unfinished(target)
 
-    new = killed_at("write_json")
+    new = killed_at("write_marker")
     assert not (new / marker).exists()
     assert all((new / name).stat().st_size for name in others)
     new = killed_at("replace_folder")
