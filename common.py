@@ -4,7 +4,6 @@ base-model folders, and output folders that are replaced whole or not at all."""
 import argparse
 import contextlib
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import itertools
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 
 # The scripts show bars of their own work; the libraries' bars for reading a file only blink.
@@ -526,45 +526,50 @@ def fresh_folder(final):
 
 @contextlib.contextmanager
 def locked(final):
-    """Hold the output folder `final` against a second run; UserError naming the run that has it.
+    """Hold the output folder `final` against a second run; UserError naming the run that has it, or
+    saying that its file system cannot lock.
 
     The lock is the operating system's, on a file beside the folder: it goes with its process,
-    however that ends.
+    however that ends. Who holds it stands in a second file: on Windows a locked one cannot be read.
     """
-    path = beside(final, "lock")
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
-        except OSError as problem:
-            raise UserError(f"{path.parent} cannot be written: {problem.strerror}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            file.close()
-            raise UserError(
-                f"{final} is being written by {owner}; wait for it or stop it"
-            ) from None
-        # The one before may have removed the file between our opening and locking it.
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                break
-        file.close()
+    path, holder = beside(final, "lock"), beside(final, "lock.holder")
+    lock = FileLock(path, timeout=0.1, poll_interval=0.02, fallback_to_soft=False)
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name})")
-        file.flush()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        try:
+            owner = holder.read_text(encoding="utf-8")
+        except OSError:
+            owner = "another process"
+        raise UserError(f"{final} is being written by {owner}; wait for it or stop it") from None
+    except OSError as problem:
+        raise UserError(
+            f"{path} cannot be locked: {problem.strerror or problem}; where that is because the file system "
+            "knows no locks, name an output folder on another one"
+        ) from None
+    try:
+        owner = f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name})"
+        write_bytes(holder, owner.encode())
         yield
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
+        holder.unlink(missing_ok=True)
+        # Before it is free: one who waits for a file that is gone begins again. On Windows, where an
+        # open file cannot be removed, the lock does it itself.
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 def flush(path):
-    """Wait until a file or folder is on the disk itself, where a power cut leaves it."""
-    opened = os.open(path, os.O_RDONLY)
+    """Wait until a file or folder is on the disk itself, where a power cut leaves it. (On Windows
+    folders cannot be opened, and files only to write.)"""
+    try:
+        opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(opened)
     finally:

@@ -1,5 +1,7 @@
 """Output folders: links, files that are a person's own, locks, and other systems' rules."""
 
+import errno
+import fcntl
 import json
 import os
 import sys
@@ -259,3 +261,46 @@ def test_killed_at_each_step_of_a_replacement_a_persons_files_are_kept(tmp_path)
             break
     assert code == 0
     assert count > 10
+
+
+# ---- locks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_said_and_not_taken_for_another_run(
+    tmp_path, monkeypatch, number
+):
+    def refuse(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / "data").mkdir()
+    folders = dict(data_dir=tmp_path / "data", output_dir=tmp_path / "out")
+    done = call("preprocess.py", *options(**folders))
+    assert_one_line(done, f"{tmp_path / '.out.lock'} cannot be locked", os.strerror(number))
+    assert "being written" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_holds_the_lock_of_many_who_come_at_once(tmp_path):
+    """Each of eight processes comes 30 times; the file on which they meet goes and comes with them."""
+
+    def work():
+        for _ in range(30):
+            try:
+                with common.locked(tmp_path / "out"):
+                    (tmp_path / "inside").mkdir()  # fails if another one is there
+                    (tmp_path / "inside").rmdir()
+                    print("had it")
+            except UserError as error:
+                print(error)
+
+    places = [tmp_path / str(number) for number in range(8)]
+    for place in places:
+        place.mkdir()
+    children = [forked(work, place) for place in places]
+    ended = [succeeded(finish(*pair)) for pair in zip(children, places, strict=True)]
+    assert sum("had it" in done.stdout for done in ended) > 1
+    lines = {line for done in ended for line in done.stdout.splitlines()}
+    assert all(line == "had it" or "is being written by" in line for line in lines)
+    assert not list(tmp_path.glob(".*"))
