@@ -52,6 +52,10 @@ def run_script(main):
 
     SIGINT ends with 130 and SIGTERM with 143, as shells count.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # Output that Windows sends to a file has 256 letters: «?» in place of the others, no error.
+            stream.reconfigure(errors="replace")
     try:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         main()

@@ -4,12 +4,13 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, assert_one_line, call, make_processed, options, picture
-from test_safety import finish, forked, kill, succeeded
+from conftest import TINY_RUN, assert_one_line, call, make_processed, options, picture, run
+from test_safety import finish, folder_with, forked, kill, succeeded, training
 
 import common
 import inference
@@ -304,3 +305,77 @@ def test_one_holds_the_lock_of_many_who_come_at_once(tmp_path):
     lines = {line for done in ended for line in done.stdout.splitlines()}
     assert all(line == "had it" or "is being written by" in line for line in lines)
     assert not list(tmp_path.glob(".*"))
+
+
+# ---- Windows -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows what a process holds open")
+def test_the_scripts_run_without_posix_modules_and_under_windows_rules(commands, sources, tmp_path):
+    """All three twice, the second time over the first's output, with an interrupted run to go on
+    from: see as_on_windows.py."""
+    interrupted = commands["train.py"] | dict(
+        output_dir=tmp_path, run_name="run", max_steps=4, checkpoint_every=1, keep_checkpoints=1
+    )
+    assert training(tmp_path, interrupted, {2: kill}).returncode == -signal.SIGKILL
+    # Without fcntl filelock takes a file that is there for a lock. (Windows itself has real ones.)
+    (tmp_path / ".run.lock").unlink()
+    drawing = commands["inference.py"] | dict(lora_dir=tmp_path / "run", output_dir=tmp_path / "results")  # fmt: skip
+    preparing = commands["preprocess.py"] | dict(output_dir=tmp_path / "processed")
+    words = []
+    for _ in range(2):
+        for script, config in (
+            ("preprocess.py", preparing),
+            ("train.py", interrupted),
+            ("inference.py", drawing),
+        ):
+            words += [script, *options(**config), ","]
+    # What is printed holds letters that a Windows console's file may not know.
+    done = run("tests/as_on_windows.py", *words[:-1], env={"PYTHONIOENCODING": "ascii"})
+    assert "after step 2" in done.stdout
+    assert done.stdout.count("4 steps") == 2
+    assert "note:" not in done.stdout.replace("note: without a CLIP model", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "results", "processed", "out", "err"}  # fmt: skip
+    assert (tmp_path / "results" / "metrics.json").is_file()
+
+
+def test_a_folder_that_is_in_use_is_named_and_nothing_is_lost(tmp_path, monkeypatch):
+    """Windows renames no folder while a file in it is open."""
+    folder_with(tmp_path / "out", "old")
+    folder_with(common.unfinished(tmp_path / "out"), "new")
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name == "out":
+            raise PermissionError(13, "The process cannot access the file")
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", refuse)
+        with pytest.raises(UserError, match="cannot be replaced: The process cannot") as error:
+            common.replace_folder(tmp_path / "out", "marker")
+    assert str(common.unfinished(tmp_path / "out")) in str(error.value)
+    assert (tmp_path / "out" / "content").read_text() == "old"
+    common.recover_folder(tmp_path / "out", "marker")
+    assert (tmp_path / "out" / "content").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_output_that_is_in_use_goes_later(tmp_path, monkeypatch, capsys):
+    folder_with(tmp_path / "out", "old")
+    folder_with(common.unfinished(tmp_path / "out"), "new")
+    unlink = Path.unlink
+
+    def refuse(self, **named):
+        if self.name == "content":
+            raise PermissionError(13, "The process cannot access the file")
+        unlink(self, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        common.replace_folder(tmp_path / "out", "marker")
+    assert "cannot be cleared away yet" in capsys.readouterr().out
+    assert (tmp_path / "out" / "content").read_text() == "new"
+    common.recover_folder(tmp_path / "out", "marker")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "content").read_text() == "new"
