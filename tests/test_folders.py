@@ -333,7 +333,7 @@ def test_the_scripts_run_without_posix_modules_and_under_windows_rules(commands,
     # What is printed holds letters that a Windows console's file may not know.
     done = run("tests/as_on_windows.py", *words[:-1], env={"PYTHONIOENCODING": "ascii"})
     assert "after step 2" in done.stdout
-    assert done.stdout.count("4 steps") == 2
+    assert done.stdout.count("run: 4 steps, ") == 2
     assert "note:" not in done.stdout.replace("note: without a CLIP model", "")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "results", "processed", "out", "err"}  # fmt: skip
     assert (tmp_path / "results" / "metrics.json").is_file()
