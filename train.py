@@ -85,7 +85,7 @@ CONFIG = dict(
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
-    validation_count=4,  # pictures held out of training, to see their loss at fixed noise
+    validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
     # output
     output_dir="lora_weights",
     run_name="lora_weights_rank_32",
@@ -177,6 +177,23 @@ def encode_latents(vae, rows, device):
         means.append(latent.mean.float() * vae.config.scaling_factor)
         deviations.append(latent.std.float() * vae.config.scaling_factor)
     return torch.cat(means), torch.cat(deviations)
+
+
+@torch.no_grad()
+def encode_captions(text_encoder, input_ids, at_once=64):
+    """(states, which): the text encoder's output for each different row of the token ids [n, 77], of its
+    type [different ones, 77, width], and the number of each row's in it, int64 [n]; both on its device.
+
+    So many run at once: all captions of a large data set together would need more memory than training.
+    """
+    different, which = input_ids.to(text_encoder.device).unique(dim=0, return_inverse=True)
+    states = [text_encoder(ids)[0] for ids in different.split(at_once)]
+    return torch.cat(states), which
+
+
+def held_out_count(asked, pictures):
+    """How many of so many pictures to hold out: as many as asked for, at most a quarter of them."""
+    return min(asked, pictures // 4)
 
 
 @functools.lru_cache(maxsize=2)
@@ -396,11 +413,6 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     # Everything that can be wrong is looked at before a model is loaded.
     rows = read_dataset(data_dir, resolution)
-    if validation_count >= len(rows):
-        raise UserError(
-            f"validation_count is {validation_count}, but {data_dir} has {len(rows)} pictures; "
-            "leave some to train on (--validation-count 0 holds out none)"
-        )
     on_cuda = torch.cuda.is_available()
     base_folder = fetch_base_model(base_model, revision, half=on_cuda and mixed_precision == "fp16")
     with loading(base_folder / "tokenizer"):
@@ -424,9 +436,13 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         check_same_run(saved[1]["identity"], this_run, work_folder)
     accelerator.wait_for_everyone()  # all have read before one writes
 
-    held_out = np.random.default_rng([seed, HELD_OUT]).permutation(len(rows))[:validation_count]
+    held_out = np.random.default_rng([seed, HELD_OUT]).permutation(len(rows))
+    held_out = held_out[: held_out_count(validation_count, len(rows))]
     train_indices = np.setdiff1d(np.arange(len(rows)), held_out)
     say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
+    if len(held_out) < validation_count:
+        say(f"note: not {validation_count}, as at most a quarter of the pictures is held out"
+            + ("" if len(held_out) else "; there will be no validation loss"))  # fmt: skip
 
     # The VAE is needed once: its latents stay, it goes.
     with loading(base_folder / "scheduler"):
@@ -470,8 +486,9 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             f"learning rate {learning_rates[component]:g}")  # fmt: skip
     if not train_text_encoder:
         text_encoder.to(device)
-        with torch.no_grad():
-            cached_states = text_encoder(input_ids.to(device))[0]
+        advice = "close what else uses the GPU (nvidia-smi lists it), or give the pictures fewer different captions"
+        with memory_for("encoding the captions", advice):
+            cached_states, caption_of = encode_captions(text_encoder, input_ids)
         say("text_encoder: frozen; its output is kept and the model dropped")
         del text_encoder
 
@@ -516,9 +533,10 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         for flat, copy in zip(flats, working, strict=True):
             copy.copy_(flat.data)
         latents = latent_means[indices] + latent_deviations[indices] * latent_noise
-        states = (
-            text_encoder(input_ids[indices])[0] if train_text_encoder else cached_states[indices]
-        )
+        if train_text_encoder:
+            states = text_encoder(input_ids[indices])[0]
+        else:
+            states = cached_states[caption_of[indices]]
         losses = diffusion_loss(unet, scheduler, latents, noise, timesteps, states)
         sample_losses.copy_(losses.detach())
         return losses.mean()

@@ -720,6 +720,7 @@ def test_overflows_are_skipped_counted_and_in_a_row_too_many(exact, tmp_path, mo
         ("diffusion_loss", "training with batch_size 4", "--batch-size 2"),
         ("draw_noise", "training with batch_size 4", "--gradient-checkpointing"),
         ("load_part", "loading the models", "nvidia-smi"),
+        ("encode_captions", "encoding the captions", "fewer different captions"),
     ],
 )
 def test_out_of_memory_says_what_was_done_and_what_to_change(
@@ -729,8 +730,10 @@ def test_out_of_memory_says_what_was_done_and_what_to_change(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(train, place, full)
-    validation_count = 0 if place == "draw_noise" else 2
-    config = exact | dict(output_dir=tmp_path, batch_size=4, validation_count=validation_count)
+    config = exact | dict(
+        output_dir=tmp_path, batch_size=4, validation_count=0 if place == "draw_noise" else 2,
+        train_text_encoder=place != "encode_captions", gradient_checkpointing=False,
+    )  # fmt: skip
     done = training(tmp_path, config)
     assert_one_line(done, doing)
     after = done.stderr[done.stderr.index("error: ") :].splitlines()
