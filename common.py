@@ -159,6 +159,11 @@ def check_resolution(config):
         raise UserError(f"resolution is {config['resolution']}, but must be a multiple of 8")
 
 
+def half_resolution(resolution):
+    """About half of a resolution, in whole blocks of the VAE."""
+    return max(8, resolution // 16 * 8)
+
+
 # ---- models -------------------------------------------------------------------------------
 
 
@@ -617,6 +622,15 @@ def provenance(device):
     """Package versions, git commit and device, for the files that a run leaves behind."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["python"] = sys.version.split()[0]
+    return {
+        "versions": versions,
+        "commit": code_commit(),
+        "device": device_name(device),
+    }
+
+
+def code_commit():
+    """The git commit of this code, with "-dirty" where files differ from it, or None."""
     try:
         commit = subprocess.run(
             ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"],
@@ -624,12 +638,8 @@ def provenance(device):
             text=True,
         ).stdout.strip()
     except OSError:  # no git here
-        commit = ""
-    return {
-        "versions": versions,
-        "commit": commit or None,
-        "device": device_name(device),
-    }
+        return None
+    return commit or None
 
 
 def device_name(device):

@@ -56,6 +56,7 @@ from common import (
     disk_for,
     fetch_base_model,
     fresh_folder,
+    half_resolution,
     load_part,
     loading,
     locked,
@@ -243,9 +244,14 @@ def record_unet(pipeline, samples, size):
     unet.forward = forward
 
 
-def drawing_memory(batch_size):
-    """What to say when the GPU's memory is too small for so many pictures."""
-    advice = f"--batch-size {max(1, batch_size // 2)} needs less"
+def drawing_memory(batch_size, resolution):
+    """What to say when the GPU's memory is too small for so many pictures of that size."""
+    smaller = (
+        f"--batch-size {batch_size // 2}"
+        if batch_size > 1
+        else f"--resolution {half_resolution(resolution)}"
+    )
+    advice = f"close what else uses the GPU (nvidia-smi lists it); {smaller} needs less"
     return memory_for(f"drawing {batch_size} pictures at once", advice)
 
 
@@ -260,7 +266,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
     size = resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, size, size)
     with (
-        drawing_memory(batch_size),
+        drawing_memory(batch_size, resolution),
         tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False) as bar,
     ):
         for start in range(0, len(jobs), batch_size):
@@ -825,7 +831,7 @@ def draw_runs(config, plan, pipeline, prompts, seeds):
     )
     if pipeline.device.type == "cuda":
         samples = how["batch_size"] * (2 if config["guidance_scale"] > 1 else 1)
-        with drawing_memory(how["batch_size"]):
+        with drawing_memory(how["batch_size"], config["resolution"]):
             record_unet(pipeline, samples, config["resolution"] // pipeline.vae_scale_factor)
     base = draw(pipeline, jobs, **how, title="base")
     runs, scales = [], config["lora_scales"]

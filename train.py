@@ -58,10 +58,12 @@ from common import (
     check_output_folder,
     check_range,
     check_resolution,
+    code_commit,
     data_hash,
     disk_for,
     fetch_base_model,
     fresh_folder,
+    half_resolution,
     load_part,
     loading,
     locked,
@@ -136,9 +138,12 @@ DEMO = dict(
 # Keys that may differ between an interrupted run and the one that continues it.
 FREE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "resume",
         "max_overflows", "wandb_project", "output_dir", "run_name")  # fmt: skip
+# Those of a run that stopped at numbers that are not finite: they may be the reason.
+LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
 # Packages whose version may change the numbers.
 NUMERIC = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 
+SAME_SIGNAL = 2.0  # seconds within which a second signal is the first one again
 MAX_TOKENS = 77  # CLIP's text length, begin and end token included
 # Separate streams of random numbers, so that none shifts another.
 ORDER, SAMPLE, HELD_OUT = 1, 2, 3
@@ -278,6 +283,23 @@ def check_trained(models):
             )
 
 
+def memory_advice(config):
+    """What to change in a configuration whose training needs too much GPU memory: a sentence."""
+    found = []
+    if config["batch_size"] > 1:
+        found.append(f"--batch-size {config['batch_size'] // 2}")
+    if not config["gradient_checkpointing"]:
+        found.append("--gradient-checkpointing")
+    if config["mixed_precision"] == "no":
+        found.append("--mixed-precision fp16")
+    if not found:
+        smaller = half_resolution(config["resolution"])
+        return (
+            f"close what else uses the GPU (nvidia-smi lists it); --resolution {smaller} needs less"
+        )
+    return f"{' or '.join(found)} needs less"
+
+
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
     for key in "rank max_steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
@@ -352,20 +374,30 @@ def identity(config, rows, base_folder, accelerator):
     return json.loads(json.dumps(found))
 
 
-def check_same_run(saved, now, folder):
-    """UserError listing the differences if the interrupted run in `folder` was another one."""
-    differing = [
-        key
-        if key == "pictures and captions"
-        else f"{key}: {saved.get(key)} then, {now.get(key)} now"
+def check_same_run(state, now, folder):
+    """{key: (then, now)} of what the interrupted run in `folder`, whose checkpoint holds `state`, did
+    otherwise and may: its learning rates, if it stopped at numbers that are not finite.
+
+    UserError listing the differences if it was another run.
+    """
+    saved = state["identity"]
+    may = LEARNING_RATES if state.get("gave_up") else ()
+    differing = {
+        key: (saved.get(key), now.get(key))
         for key in sorted(saved.keys() | now.keys())
         if saved.get(key) != now.get(key)
+    }
+    refused = [
+        key if key == "pictures and captions" else f"{key}: {then} then, {new} now"
+        for key, (then, new) in differing.items()
+        if key not in may
     ]
-    if differing:
+    if refused:
         raise UserError(
-            f"{folder} holds an interrupted run that differs from this one in {'; '.join(differing)}. "
+            f"{folder} holds an interrupted run that differs from this one in {'; '.join(refused)}. "
             "Change that back to continue it, or add --no-resume to drop it and start anew"
         )
+    return differing
 
 
 def optimizer_state(optimizer, flats, names):
@@ -380,18 +412,20 @@ def optimizer_state(optimizer, flats, names):
 class StopSignals:
     """SIGINT and SIGTERM while a step is under way: remembered in `received` until it is done.
 
-    A second one ends the process at once.
+    A second one ends the process at once, unless it comes within SAME_SIGNAL seconds: what signals a
+    launcher and its workers alike reaches a worker twice, as the launcher hands it on.
     """
 
     def __enter__(self):
-        self.received = 0
+        self.received, self.since = 0, None
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number, frame):
-        if self.received:
+        if not self.received:
+            self.received, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > SAME_SIGNAL:
             os._exit(128 + number)
-        self.received = number
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -432,8 +466,24 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     work_folder = unfinished(target_folder)
     this_run = identity(config, rows, base_folder, accelerator)
     saved = checkpoints.latest(work_folder, say) if resume else None
+    commit = code_commit()
+    changes = []  # of the learning rates, after numbers that were not finite
     if saved:
-        check_same_run(saved[1]["identity"], this_run, work_folder)
+        state = saved[1]
+        changes = state.get("changes", [])
+        changed = check_same_run(state, this_run, work_folder)
+        if changed:
+            changes = [*changes, dict(after_step=state["step"], **changed)]
+            say(
+                "\n".join(
+                    f"{key}: {new} from now on, {then} before"
+                    for key, (then, new) in changed.items()
+                )
+            )
+        if state.get("commit") and commit and state["commit"] != commit:
+            say(
+                f"note: the code's commit was {state['commit']} when this run was interrupted, it is {commit} now"
+            )
     accelerator.wait_for_everyone()  # all have read before one writes
 
     held_out = np.random.default_rng([seed, HELD_OUT]).permutation(len(rows))
@@ -448,7 +498,8 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     with loading(base_folder / "scheduler"):
         scheduler = DDPMScheduler.from_pretrained(base_folder / "scheduler")
     vae = load_part(AutoencoderKL, base_folder, "vae", weight_dtype).to(device)
-    with memory_for("encoding the pictures", f"--resolution {resolution // 2} needs a quarter"):
+    advice = f"--resolution {half_resolution(resolution)} needs a quarter"
+    with memory_for("encoding the pictures", advice):
         latent_means, latent_deviations = encode_latents(vae, rows, device)
     del vae
 
@@ -601,14 +652,15 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             log_file.flush()
             tracker.log({f"train/{key}": value for key, value in row.items()})
 
-    def save_checkpoint(done):
+    def save_checkpoint(done, gave_up=False):
         names = [f"{name}.optimizer" for name in models]
         tensors, numbers = optimizer_state(optimizer, flats, names)
         tensors |= {f"{name}.parameters": f.data for name, f in zip(models, flats, strict=True)}
         scaler = accelerator.scaler
         state = dict(
             identity=this_run, optimizer=numbers, log=log, loss_count=loss_count, skipped=skipped,
-            scaler=scaler.state_dict() if scaler else None, run_id=tracker.id,
+            scaler=scaler.state_dict() if scaler else None, run_id=tracker.id, gave_up=gave_up,
+            changes=changes, commit=commit,
         )  # fmt: skip
         tensors["loss_sum"] = loss_sum
         checkpoints.save(work_folder, done, tensors, state, keep_checkpoints)
@@ -616,16 +668,16 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     def give_up(step, pictures, what):
         """Stop before the update of a step whose numbers are not finite, its predecessor kept."""
         if is_main:
-            save_checkpoint(step)
+            save_checkpoint(step, gave_up=True)
         raise UserError(
             f"{what} at step {step + 1} ({', '.join(sorted({rows[i][0] for i in pictures}))}); the state "
-            f"after step {step} is kept in {work_folder}. Are the learning rates too high?"
+            f"after step {step} is kept in {work_folder}. Are the learning rates too high? With lower ones "
+            "(--unet-learning-rate, --text-encoder-learning-rate) the same command goes on from there"
         )
 
     first_micro = first_step * gradient_accumulation_steps
-    memory_advice = f"--batch-size {max(1, batch_size // 2)} or --gradient-checkpointing needs less"
     training_memory = functools.partial(
-        memory_for, f"training with batch_size {batch_size}", memory_advice
+        memory_for, f"training with batch_size {batch_size}", memory_advice(config)
     )
     with training_memory():
         upcoming = micro_batch(first_micro)
@@ -735,6 +787,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             ),
             parameters={g["name"]: flat.numel() for g, flat in zip(groups, flats, strict=True)},
             skipped_steps=skipped,
+            learning_rate_changes=changes,
             set_up_seconds=round(set_up_seconds, 2),
             steps_a_second=round(steps_a_second, 3),
         )

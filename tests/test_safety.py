@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -604,7 +605,8 @@ def test_a_signal_finishes_the_step_and_saves(exact, uninterrupted, tmp_path, nu
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_at_once(exact, tmp_path, number, code):
+def test_a_second_signal_ends_at_once(exact, tmp_path, monkeypatch, number, code):
+    monkeypatch.setattr(train, "SAME_SIGNAL", 0)
     config = exact | dict(output_dir=tmp_path)
     done = training(tmp_path, config, {4: send(number, number)})
     assert done.returncode == code
@@ -1040,3 +1042,115 @@ def test_pickles_and_code_beside_the_weights_are_never_read(
     assert not proof.exists()
     torch.load(pickles[0], weights_only=False)  # the trap itself works
     assert proof.exists()
+
+
+# ---- signals that come twice, and runs that go on otherwise --------------------------------------
+
+
+def test_a_signal_that_is_repeated_at_once_is_the_same_one(exact, tmp_path):
+    config = exact | dict(output_dir=tmp_path)
+    done = training(tmp_path, config, {4: send(signal.SIGTERM, signal.SIGTERM)})
+    assert done.returncode == 143
+    assert "stopped after step 5" in done.stdout
+    assert checkpoints.latest(common.unfinished(tmp_path / NAME))[1]["step"] == 5
+
+
+def test_a_signal_to_a_launcher_and_its_workers_alike_saves(exact, tmp_path):
+    """As a batch system sends it: the launcher hands it on, so that the workers get it twice, both
+    times in the same long step."""
+    config = exact | dict(
+        output_dir=tmp_path, gradient_accumulation_steps=80, max_steps=1000, checkpoint_every=900, log_every=1,
+        validation_count=0,
+    )  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    started = subprocess.Popen(
+        [*launcher, ROOT / "train.py", *options(**config)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = common.unfinished(tmp_path / NAME) / "log.jsonl"
+
+    def workers():  # in process groups of their own
+        return psutil.Process(started.pid).children(recursive=True)
+
+    try:
+        while started.poll() is None and not (log.exists() and '"step": 1,' in log.read_text()):
+            time.sleep(0.05)
+        for process in [*workers(), psutil.Process(started.pid)]:
+            process.send_signal(signal.SIGTERM)
+        out, err = started.communicate(timeout=120)
+    finally:
+        for process in workers() if started.poll() is None else []:
+            process.kill()
+        started.kill()
+    stopped = re.search(r"stopped after step (\d+), which is saved", out)
+    assert stopped, out + err
+    found = checkpoints.latest(common.unfinished(tmp_path / NAME))
+    assert found[1]["step"] == int(stopped[1])
+
+
+def test_after_nan_a_run_goes_on_with_other_learning_rates(exact, tmp_path, monkeypatch):
+    config = exact | dict(output_dir=tmp_path)
+    with monkeypatch.context() as patched:
+        nan_at(5, patched, accumulation=5)
+        done = training(tmp_path, config)
+    assert_one_line(done, "after step 4 is kept", "--unet-learning-rate")
+    # Nothing else may differ.
+    other = config | dict(unet_learning_rate=2e-4)
+    assert_one_line(training(tmp_path, other | dict(rank=8)), "rank: 16 then, 8 now")
+    done = training(tmp_path, other, {7: kill})
+    assert "unet_learning_rate: 0.0002 from now on, 0.001 before" in done.stdout
+    assert "after step 4" in done.stdout
+    # From then on it is a run like any other, of these rates.
+    assert_one_line(training(tmp_path, config), "unet_learning_rate: 0.0002 then, 0.001 now")
+    done = succeeded(training(tmp_path, other))
+    assert "from now on" not in done.stdout
+    summary = json.loads((tmp_path / NAME / "config.json").read_text())
+    assert summary["learning_rate_changes"] == [
+        dict(after_step=4, unet_learning_rate=[0.001, 0.0002])
+    ]
+    assert summary["config"]["unet_learning_rate"] == 0.0002
+    rows = [json.loads(line) for line in (tmp_path / NAME / "log.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
+    for step, peak in ((4, 1e-3), (6, 2e-4)):
+        factor = train.learning_rate_factor(step - 1, exact["max_steps"], exact["warmup_steps"])
+        assert rates[step] == pytest.approx(peak * factor)
+
+
+def test_another_commit_of_the_code_is_a_note(interrupted, tmp_path, monkeypatch):
+    assert "note: the code's commit" not in training(tmp_path, interrupted, {4: kill}).stdout
+    monkeypatch.setattr(train, "code_commit", lambda: "0123abc")
+    done = succeeded(training(tmp_path, interrupted))
+    assert "note: the code's commit was" in done.stdout
+    assert "it is 0123abc now" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(batch_size=4, gradient_checkpointing=False), ["--batch-size 2", "--gradient-checkpointing"]),
+        (dict(batch_size=4), ["--batch-size 2"]),
+        (dict(gradient_checkpointing=False), ["--gradient-checkpointing"]),
+        (dict(mixed_precision="no"), ["--mixed-precision"]),
+        (dict(), ["nvidia-smi", "--resolution 256"]),
+        (dict(resolution=520), ["--resolution 256"]),
+    ],
+)  # fmt: skip
+def test_memory_advice_names_only_what_would_help(change, named):
+    advice = train.memory_advice(train.CONFIG | dict(batch_size=1) | change)
+    assert all(option in advice for option in named)
+    assert sorted(re.findall("--[a-z-]+", advice)) == sorted(
+        word.split()[0] for word in named if word.startswith("--")
+    )
+
+
+def test_drawing_one_picture_at_once_advises_a_smaller_one():
+    for batch_size, option in ((2, "--batch-size 1"), (1, "--resolution 256")):
+        with pytest.raises(UserError) as error, inference.drawing_memory(batch_size, 512):
+            raise torch.OutOfMemoryError
+        assert re.findall("--[a-z-]+ [0-9]+", str(error.value)) == [option]

@@ -2,7 +2,7 @@
 
 import ast
 import json
-import os
+import socket
 import sys
 
 import numpy as np
@@ -121,9 +121,11 @@ def relative_difference(a, b):
 
 
 def test_two_processes_agree_with_one_of_twice_the_batch(tiny_model, processed_data, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                 "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                "--main_process_port", str(29500 + os.getpid() % 1000)]  # fmt: skip
+                "--main_process_port", str(port)]  # fmt: skip
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data)
     done = run("train.py", *options(**config, output_dir=tmp_path / "two"), launcher=launcher)
     assert done.stdout.count("2 held out") == 1  # one process speaks and writes
