@@ -170,7 +170,8 @@ def load_pipeline(folder, dtype, device):
     with loading(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     with loading(folder / "scheduler"):
-        scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
+        # As Stable Diffusion's own configurations say; those saved by another scheduler do not.
+        scheduler = PNDMScheduler.from_pretrained(folder / "scheduler", skip_prk_steps=True)
     # Timesteps stay on the CPU: read from the GPU, each would wait until it has finished its work.
     scheduler.set_timesteps = lambda steps, device=None: PNDMScheduler.set_timesteps(
         scheduler, steps
@@ -228,18 +229,23 @@ def record_unet(pipeline, samples, size):
     states = torch.zeros(
         samples, tokens, unet.config.cross_attention_dim, device=device, dtype=unet.dtype
     )
-    timestep = torch.zeros((), dtype=torch.long, device=device)
-    (predict,) = fast.captured([lambda: plain(latents, timestep, states).sample], device)
+    when = torch.zeros((), dtype=torch.long, device=device)
+    (predict,) = fast.captured([lambda: plain(latents, when, states).sample], device)
 
-    def forward(sample, t, encoder_hidden_states, return_dict=True, **others):
-        count = len(sample)
+    def is_recorded(sample, timestep, encoder_hidden_states):
         shapes = sample.shape[1:], encoder_hidden_states.shape[1:]
-        if return_dict or count > samples or shapes != (latents.shape[1:], states.shape[1:]):
-            return plain(sample, t, encoder_hidden_states, return_dict=return_dict, **others)
-        latents[:count].copy_(sample)
-        states[:count].copy_(encoder_hidden_states)
-        timestep.copy_(t)
-        return (predict()[:count].clone(),)  # the next replay writes over it
+        same = len(sample) <= samples and shapes == (latents.shape[1:], states.shape[1:])
+        return same and torch.is_tensor(timestep) and timestep.ndim == 0
+
+    def forward(sample, timestep, encoder_hidden_states, *rest, return_dict=True, **others):
+        inputs = sample, timestep, encoder_hidden_states
+        more = (*rest, *others.values())
+        if return_dict or any(value is not None for value in more) or not is_recorded(*inputs):
+            return plain(*inputs, *rest, return_dict=return_dict, **others)
+        latents[: len(sample)].copy_(sample)
+        states[: len(sample)].copy_(encoder_hidden_states)
+        when.copy_(timestep)
+        return (predict()[: len(sample)].clone(),)  # the next replay writes over it
 
     unet.forward = forward
 
