@@ -176,10 +176,10 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     from lib.dataset import read_dataset
     from lib.models import fetch_base_model
     from lib.training import checkpoints
-    from lib.training.dataset import Samples, split
     from lib.training.journal import Journal
     from lib.training.micro_step import MicroStep
     from lib.training.run_folder import data_record, finished_models, outcome_text, write_run
+    from lib.training.samples import Samples, split
     from lib.training.setup import (
         adapted_models,
         caption_tokens,

@@ -21,7 +21,7 @@ CONFIG = dict(
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
-    validation_count=4,  # pictures held out of training, to see their loss at fixed noise
+    validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
     # output
     output_dir="lora_weights",
     run_name="lora_weights_unet_only",  # <- changed

@@ -117,7 +117,7 @@ def main():
     fresh()
     study = plain(args, how, 2 if on_cuda else 4)
     row("the study's way", *study, None)
-    # (name, how ours() is called, what is replaced in fast.py)
+    # (name, how ours() is called, what is replaced in drawing.py)
     variants = [("ours, 8 at once", dict(batch_size=8), {})]
     variants += [(f"{size} at once", dict(batch_size=size), {})
                  for size in ((1, 4, 16) if on_cuda else (1, 4))]  # fmt: skip
@@ -133,7 +133,7 @@ def main():
     reference = None
     for name, options, replaced in variants:
         fresh()
-        with patch.multiple(fast, **replaced) if replaced else contextlib.nullcontext():
+        with patch.multiple(drawing, **replaced) if replaced else contextlib.nullcontext():
             seconds, images = ours(args, how, **options)
         row(name, seconds, images, reference)
         if reference is None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from lib.kernels import graphs
-from lib.training import parameters
+from lib.training import micro_step, parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -215,32 +215,32 @@ def parts(args, folder):
 
     recomputing, small = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
     unet_only = dict(train_text_encoder=False)
-    # (name, what differs in the configuration, what is replaced in fast.py, in train.py)
+    # (name, what differs in the configuration, what is replaced in micro_step.py or parameters.py)
     variants = [
-        ("train.py, with checkpointing", recomputing, {}, {}),
-        ("rank 8, with checkpointing", recomputing | small, {}, {}),
-        ("UNet only, with checkpointing", recomputing | unet_only, {}, {}),
-        ("train.py without checkpointing", {}, {}, {}),
-        ("rank 8 without", small, {}, {}),
-        ("UNet only without", unet_only, {}, {}),
-        ("- CUDA graph", {}, dict(captured=called), {}),
-        ("- fused LoRA layers (PEFT's)", {}, dict(fuse_lora=nothing), {}),
-        ("- fused LoRA layers, fp16 copy (autocast)", {}, dict(fuse_lora=nothing, captured=autocast),
-         dict(flatten_parameters=lambda weights, dtype: flatten(weights, torch.float32))),
-        ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted), {}),
-        ("- Triton kernels, channels-last", {}, dict(channels_last=nothing), {}),
-        ("- all of these", {}, dict(channels_last=nothing, fuse_lora=nothing, captured=called), {}),
+        ("train.py, with checkpointing", recomputing, {}),
+        ("rank 8, with checkpointing", recomputing | small, {}),
+        ("UNet only, with checkpointing", recomputing | unet_only, {}),
+        ("train.py without checkpointing", {}, {}),
+        ("rank 8 without", small, {}),
+        ("UNet only without", unet_only, {}),
+        ("- CUDA graph", {}, dict(captured=called)),
+        ("- fused LoRA layers (PEFT's)", {}, dict(fuse_lora=nothing)),
+        ("- fused LoRA layers, fp16 copy (autocast)", {}, dict(fuse_lora=nothing, captured=autocast,
+         flatten_parameters=lambda weights, dtype: flatten(weights, torch.float32))),
+        ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted)),
+        ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
+        ("- all of these", {}, dict(channels_last=nothing, fuse_lora=nothing, captured=called)),
     ]  # fmt: skip
     if args.others:
-        variants += [(name, {}, attending(*backends), {})
+        variants += [(name, {}, attending(*backends))
                      for name, backends in ATTENTION_KERNELS.items()]  # fmt: skip
         variants.append(
-            ("cuDNN's search for the fastest convolutions", {}, dict(captured=searched), {})
+            ("cuDNN's search for the fastest convolutions", {}, dict(captured=searched))
         )
         variants.append(("torch.compile of the blocks in place of fused layers and Triton kernels", {},
-                         dict(fuse_lora=compiled, channels_last=converted, compile_attention=as_met), {}))  # fmt: skip
+                         dict(fuse_lora=compiled, channels_last=converted, compile_attention=as_met)))  # fmt: skip
     print("| | ms/step | steps/s | GiB reserved | GiB, driver | set-up s |\n|---|--:|--:|--:|--:|--:|", flush=True)  # fmt: skip
-    for name, differs, replaced, replaced_in_train in variants:
+    for name, differs, replaced in variants:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -250,9 +250,9 @@ def parts(args, folder):
             gradient_checkpointing=False, max_steps=steps, warmup_steps=10, validation_count=0,
         ) | differs  # fmt: skip
         with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
-            for module, changes in ((fast, replaced), (train, replaced_in_train)):
-                for key, value in changes.items():
-                    stack.enter_context(patch.object(module, key, value))
+            for key, value in replaced.items():
+                module = micro_step if hasattr(micro_step, key) else parameters
+                stack.enter_context(patch.object(module, key, value))
             memory = stack.enter_context(watched())
             try:
                 train.train(**config)

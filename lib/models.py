@@ -1,6 +1,7 @@
 """Base models: fetched from the hub or found in a folder, checked, and loaded part by part."""
 
 import contextlib
+import json
 from pathlib import Path
 
 import transformers
@@ -18,33 +19,102 @@ def fetch_base_model(name, revision=None, half=False):
 
     From the hub only what is used is fetched: UNet, VAE, text encoder, tokenizer and scheduler,
     as safetensors, in half precision where `half` is set and the repository has such a variant.
-    Raises UserError, naming the model and what to do, when it is not there or not whole.
+    Raises UserError, naming the model and what to do, when it is not there, not whole or of another
+    kind; for the last no weights are fetched.
     """
     parts = {
         "unet": "diffusion_pytorch_model",
         "vae": "diffusion_pytorch_model",
         "text_encoder": "model",
     }
-    folder = fetch_model(name, revision, [f"{p}/{stem}" for p, stem in parts.items()], half,
-                         ["model_index.json", "*/*.json", "tokenizer/merges.txt"])  # fmt: skip
+    configs = ["model_index.json", "*/*.json", "tokenizer/merges.txt"]
+    folder = fetch_model(name, revision, [], half, configs)
     needed = ["model_index.json", "scheduler/scheduler_config.json"]
     needed += [f"{part}/config.json" for part in parts]
+    # Without its vocabulary the tokenizer would load, and read every word as unknown.
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        needed += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
     missing = [path for path in needed if not (folder / path).is_file()]
+    if not missing:
+        check_base_model(folder)
+        weights = [f"{part}/{stem}" for part, stem in parts.items()]
+        folder = fetch_model(name, revision, weights, half, configs)
     missing += [
         f"{part}/{stem}.safetensors"
         for part, stem in parts.items()
         if not weight_files(folder / part, stem)
     ]
-    # Without its vocabulary the tokenizer would load, and read every word as unknown.
-    if not (folder / "tokenizer" / "tokenizer.json").is_file():
-        words = ("tokenizer/vocab.json", "tokenizer/merges.txt")
-        missing += [path for path in words if not (folder / path).is_file()]
     if missing:
         raise UserError(
             f"base model {name}: {', '.join(missing)} missing; it must be a folder in diffusers' "
             "layout with safetensors weights, such as pipeline.save_pretrained() writes"
         )
     return folder
+
+
+# What the configuration files of a base model may state; what they leave out is the first of each.
+SUPPORTED = {
+    "model_index.json": {
+        "text_encoder_2": (None, [None, None]),  # Stable Diffusion XL
+        "image_encoder": (None, [None, None]),
+    },
+    "unet/config.json": {
+        "_class_name": ("UNet2DConditionModel",),
+        "in_channels": (4,),  # inpainting: 9, depth: 5, editing: 8
+        "out_channels": (4,),
+        "addition_embed_type": (None,),  # Stable Diffusion XL
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "encoder_hid_dim": (None,),
+        "time_cond_proj_dim": (None,),  # distilled with its guidance, as latent consistency models
+    },
+    "vae/config.json": {
+        "_class_name": ("AutoencoderKL",),
+        "in_channels": (3,),
+        "out_channels": (3,),
+        "latent_channels": (4,),
+    },
+    "text_encoder/config.json": {
+        "model_type": ("clip_text_model",),
+        "max_position_embeddings": (77,),
+    },
+    "scheduler/scheduler_config.json": {
+        "prediction_type": ("epsilon", "v_prediction"),
+        "rescale_betas_zero_snr": (False, None),  # the scheduler that draws has no such noise
+    },
+}
+
+
+def check_base_model(folder):
+    """UserError naming the configuration file and the key, unless the base model in `folder` is a Stable
+    Diffusion of version 1 or 2 for text to image, whether it predicts noise or velocity."""
+
+    def refuse(path, what):
+        raise UserError(f"{folder / path}: {what}; supported are Stable Diffusion 1.x and 2.x for text to "
+                        "image, predicting noise (epsilon) or velocity (v_prediction)")  # fmt: skip
+
+    stated = {}
+    for path, keys in SUPPORTED.items():
+        try:
+            stated[path] = json.loads((folder / path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as problem:
+            raise UserError(
+                f"{folder / path} cannot be read as JSON: {one_line(problem, 100)}"
+            ) from None
+        if not isinstance(stated[path], dict):
+            raise UserError(f"{folder / path} holds no JSON object")
+        for key, allowed in keys.items():
+            value = stated[path].get(key, allowed[0])
+            if value not in allowed:
+                refuse(path, f"{key} is {one_line(json.dumps(value), 60)}")
+    width = stated["text_encoder/config.json"].get("hidden_size", 512)
+    expected = stated["unet/config.json"].get("cross_attention_dim", 1280)
+    if expected != width:
+        what = f"cross_attention_dim is {expected}, but the text encoder's hidden_size is {width}"
+        refuse("unet/config.json", what)
+    blocks = stated["vae/config.json"].get("block_out_channels", [64])
+    if not isinstance(blocks, list) or len(blocks) != 4:
+        refuse("vae/config.json", f"block_out_channels is {blocks}, but must be 4 numbers")
 
 
 def fetch_model(name, revision, stems, half, others):

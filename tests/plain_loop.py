@@ -32,7 +32,7 @@ from lib.config import parse_config
 from lib.dataset import read_dataset
 from lib.errors import run_script
 from lib.models import fetch_base_model, load_part
-from lib.training import dataset
+from lib.training import samples
 
 WARM_UP = 20  # steps whose time does not count
 
@@ -51,7 +51,7 @@ def plain_loop(config, one_vector=False):
     )
     device = accelerator.device
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    input_ids = dataset.tokenize(tokenizer, rows).to(device)
+    input_ids = samples.tokenize(tokenizer, rows).to(device)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     vae = load_part(AutoencoderKL, folder, "vae", torch.float32).to(device)
     unet = load_part(UNet2DConditionModel, folder, "unet", torch.float32)
@@ -84,7 +84,7 @@ def plain_loop(config, one_vector=False):
     )
     rates = [group["lr"] for group in groups]
 
-    held_out = np.random.default_rng([config["seed"], dataset.HELD_OUT]).permutation(len(rows))
+    held_out = np.random.default_rng([config["seed"], samples.HELD_OUT]).permutation(len(rows))
     pictures = np.setdiff1d(np.arange(len(rows)), held_out[: config["validation_count"]])
     losses, seconds = [], []
     for step in tqdm(range(config["max_steps"]), desc="plain loop", unit="step"):
@@ -93,11 +93,11 @@ def plain_loop(config, one_vector=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         epoch, place = divmod(step, len(pictures))
-        picture = pictures[dataset.epoch_order(config["seed"], epoch, len(pictures))[place]]
+        picture = pictures[samples.epoch_order(config["seed"], epoch, len(pictures))[place]]
         pixels = rows[picture][2][None].to(device).float() / 127.5 - 1.0
-        rng = np.random.default_rng([config["seed"], dataset.SAMPLE, step])
+        rng = np.random.default_rng([config["seed"], samples.SAMPLE, step])
         shape = (vae.config.latent_channels, *(size // 8 for size in pixels.shape[2:]))
-        latent_noise, noise, timestep = dataset.draw_noise(
+        latent_noise, noise, timestep = samples.draw_noise(
             rng, shape, scheduler.config.num_train_timesteps
         )
         latent_noise, noise = (torch.from_numpy(n)[None].to(device) for n in (latent_noise, noise))

@@ -12,13 +12,16 @@ import torch
 from conftest import assert_one_line, call, options, picture, run
 from PIL import Image
 
-import inference
 from lib.adapters import WEIGHTS
 from lib.errors import UserError
-from lib.evaluation import clip_scores, comparison, lpips_distances, results, scores, sweep, words
+from lib.evaluation import clip_scores, lpips_distances, results, scores, sweep, words
+from lib.evaluation.comparison import COMPARED, compare
+from lib.evaluation.effects import effects
 from lib.evaluation.experiments import group_runs
+from lib.evaluation.memorisation import UNTOLD
+from lib.evaluation.scores import Run
 from lib.evaluation.statistics import jackknife, mean_interval
-from lib.evaluation.verdicts import COMPARED, UNKNOWN, Run, analyse, compare, effects
+from lib.evaluation.verdicts import analyse
 
 PROMPTS = [("success", "a raincoat"), ("near", "a yellow coat"), ("failure", "a cat")]
 MARGINS = dict(concept_similarity=0.02, clip=0.02, change=0.05, variety=0.25)
@@ -86,13 +89,13 @@ def test_nothing_done_is_a_claim_that_can_be_won():
         (dict(concept=0.1, clip=-0.1), "learned", "no"),
         # The mean of the CLIP difference is allowed, its bound is not known well enough: on average
         # nothing was lost, but the interval reaches far below the margin.
-        (dict(concept=0.1, clip_noise=0.15), "learned", UNKNOWN),
-        (dict(concept=0.1, noise=0.3), "learned", UNKNOWN),
+        (dict(concept=0.1, clip_noise=0.15), "learned", UNTOLD),
+        (dict(concept=0.1, noise=0.3), "learned", UNTOLD),
         (dict(near=0.1), "neighbours kept", "no"),
-        (dict(near=0.02, noise=0.05), "neighbours kept", UNKNOWN),
+        (dict(near=0.02, noise=0.05), "neighbours kept", UNTOLD),
         (dict(cat=0.1), "contaminated", "yes"),
         (dict(cat=-0.1), "contaminated", "no"),
-        (dict(noise=0.2), "contaminated", UNKNOWN),
+        (dict(noise=0.2), "contaminated", UNTOLD),
         (dict(variety=0.3), "collapsed", "yes"),
         (dict(variety=0.9), "collapsed", "no"),
     ],
@@ -110,7 +113,7 @@ def test_verdicts_say_what_is_there_and_nothing_else(changes, question, answer):
 def test_what_cannot_be_told_says_what_would_decide_it():
     runs = [fake_run(f"u{i}", seed=i, cat=0.02, noise=0.05) for i in range(3)]
     verdict = next(v for v in analysed(*runs)["verdicts"] if v["question"] == "contaminated")
-    assert verdict["answer"] == UNKNOWN
+    assert verdict["answer"] == UNTOLD
     assert re.search(r"A difference of 0\.\d+ would have been found", verdict["text"])
     assert re.search(
         r"with \d+ training runs the margin of 0\.02 could be decided", verdict["text"]
@@ -158,7 +161,7 @@ def test_several_training_runs_are_the_outer_level():
     """Runs that disagree widely say less than one of them alone pretends."""
     runs = [fake_run(f"r_seed{i}", concept=c, seed=i) for i, c in enumerate((0.3, -0.1, 0.05))]
     assert answers(runs[0])["learned"] == "yes"
-    assert answers(*runs)["learned"] == UNKNOWN
+    assert answers(*runs)["learned"] == UNTOLD
     summary = analysed(*runs)
     assert summary["categories"]["success"]["concept_similarity"]["runs"] == 3
     assert "3 training runs" in words.spread_text(summary)
@@ -285,16 +288,10 @@ def test_kernel_distance_is_the_unbiased_one():
     assert torch.rand(1) == before  # it disturbs nobody's random numbers
 
 
-def test_sweep_names_the_smallest_scale_that_is_enough(monkeypatch):
+def test_sweep_names_the_smallest_scale_that_is_enough():
     gains = {0.0: 0.0, 0.5: 0.095, 1.0: 0.1}
     fakes = {s: fake_run(f"s{s}", concept=g, noise=1e-4) for s, g in gains.items()}
-
-    def score(run, *rest, **more):
-        known = fakes[float(run.name.removeprefix("scale "))]
-        run.rows, run.pairs = known.rows, known.pairs
-
-    monkeypatch.setattr(inference, "score", score)
-    rows, advice = sweep.sweep_summary(gains, [], PROMPTS, range(8), base_pairs(), {})
+    rows, advice = sweep.sweep_summary(fakes, PROMPTS, base_pairs()).values()
     assert [row["scale"] for row in rows] == [0.0, 0.5, 1.0]
     assert advice.startswith("Scale 0.5 is the smallest")
     assert "near the concept" in advice
@@ -344,7 +341,7 @@ def test_comparison_files(compared):
     names = sorted(p.name for p in (folder / "comparison").iterdir())
     assert names == ["comparison.csv", "forest.png", "metrics.json", "report.html", "summary.md"]
     record = json.loads((folder / "comparison" / "metrics.json").read_text())
-    assert len(record["pairs"]) == 3 * len(comparison.COMPARED)
+    assert len(record["pairs"]) == 3 * len(COMPARED)
     assert "no detectable difference" in done.stdout
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -405,15 +406,15 @@ def test_the_model_computes_with_a_copy_and_the_vector_is_saved(
         pytest.skip("there it is a copy anyway")
     flatten = parameters.flatten_parameters
 
-    def apart(parameters, dtype):
-        flat, working = flatten(parameters, dtype)
+    def apart(weights, dtype):
+        flat, working = flatten(weights, dtype)
         working = working.clone()
-        parameters.set_views(parameters, working)
+        parameters.set_views(weights, working)
         return flat, working
 
     how = dict(max_steps=6, warmup_steps=1, validate_every=2)
     shared = run_of(tiny_model, processed_data, tmp_path / "shared", **how)
-    monkeypatch.setattr(train, "flatten_parameters", apart)
+    monkeypatch.setattr(parameters, "flatten_parameters", apart)
     _, weights = run_of(tiny_model, processed_data, tmp_path / "apart", **how)
     assert all(torch.equal(weights[name], weight) for name, weight in shared[1].items())
     # The losses too, those of the held-out pictures after an update included.
@@ -431,12 +432,12 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(
     """Their size too, to which AdamW is blind."""
     seen = []
 
-    class Recording(train.bitsandbytes.optim.AdamW8bit):
+    class Recording(bitsandbytes.optim.AdamW8bit):
         def step(self, closure=None):
             seen.append([group["params"][0].grad.clone() for group in self.param_groups])
             return super().step(closure)
 
-    monkeypatch.setattr(train.bitsandbytes.optim, "AdamW8bit", Recording)
+    monkeypatch.setattr(bitsandbytes.optim, "AdamW8bit", Recording)
     how = dict(max_steps=1, warmup_steps=0, mixed_precision="no")
     run_of(tiny_model, processed_data, tmp_path, gradient_accumulation_steps=3, **how)
     run_of(tiny_model, processed_data, tmp_path, batch_size=3, **how)
@@ -511,7 +512,7 @@ def test_what_cannot_be_recorded_is_called_and_said(
         found.sum().item()  # not allowed while recording
         return found
 
-    monkeypatch.setattr(train, "diffusion_loss", waits)
+    monkeypatch.setattr(micro_step, "diffusion_loss", waits)
     run_of(HALF["base_model"], processed_data, tmp_path, max_steps=6)
     assert "cannot be recorded as a CUDA graph" in capsys.readouterr().out
 

@@ -19,7 +19,9 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -40,8 +42,8 @@ from safetensors.torch import load_file
 import train
 from lib import adapters, dataset, errors, files, models
 from lib.errors import UserError
-from lib.evaluation import drawing
-from lib.training import checkpoints, dataset, micro_step
+from lib.evaluation import drawing, results
+from lib.training import checkpoints, micro_step, run_folder, samples, stopping
 
 NAME = "lora_weights_rank_32"
 
@@ -237,7 +239,7 @@ def test_what_differs_is_listed_and_refused(interrupted, tmp_path, exact, data):
 
 
 def test_a_changed_package_is_refused(interrupted, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "version", lambda package: "0.0.1")
+    monkeypatch.setattr(checkpoints, "version", lambda package: "0.0.1")
     assert_one_line(training(tmp_path, interrupted), "torch: ", "then, 0.0.1 now")
 
 
@@ -259,14 +261,14 @@ def test_killed_when_it_is_all_but_done(exact, uninterrupted, tmp_path):
     """After the last step and before the folder is renamed nothing is lost either."""
     config = exact | dict(output_dir=tmp_path)
     moments = {
-        "loss_figure": lambda work: (work / adapters.WEIGHTS).exists(),
-        "write_json": lambda work: (work / "loss.png").exists(),
-        "replace_folder": lambda work: (work / "config.json").exists(),
+        (run_folder, "loss_figure"): lambda work: (work / adapters.WEIGHTS).exists(),
+        (run_folder, "write_marker"): lambda work: (work / "loss.png").exists(),
+        (train, "replace_folder"): lambda work: (work / "config.json").exists(),
     }
-    for name, reached in moments.items():
+    for place, reached in moments.items():
 
-        def work(name=name):
-            setattr(train, name, lambda *rest: kill())
+        def work(place=place):
+            setattr(*place, lambda *rest: kill())
             sys.argv = ["train.py", *options(**config)]
             errors.run_script(lambda: train.main(train.CONFIG, train.__doc__))
 
@@ -464,7 +466,7 @@ def folder_with(path, word, marker=True):
     path.mkdir()
     (path / "content").write_text(word)
     if marker:
-        (path / "marker").write_text("whole")
+        files.write_marker(path / "marker", {"config": {}})
 
 
 @pytest.mark.parametrize(
@@ -522,7 +524,7 @@ def test_killed_at_each_step_of_a_replacement(tmp_path):
                         kill()
 
             sys.addaudithook(counted)
-            files.replace_folder(place)
+            files.replace_folder(place, "marker")
 
         code = finish(forked(work, tmp_path), tmp_path).returncode
         # A reader who comes now finds one of the two whole, or none, but never a part.
@@ -545,7 +547,7 @@ def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
     new = files.fresh_folder(tmp_path / "out")
     (new / "images").mkdir()
     (new / "images" / "one.png").write_text("picture")
-    files.replace_folder(tmp_path / "out")
+    files.replace_folder(tmp_path / "out", "marker")
     assert set(order[: order.index("rename")]) == {
         str(new), str(new / "images"), str(new / "images" / "one.png")
     }  # fmt: skip
@@ -567,7 +569,8 @@ def test_a_signal_finishes_the_step_and_saves(exact, uninterrupted, tmp_path, nu
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_at_once(exact, tmp_path, number, code):
+def test_a_second_signal_ends_at_once(exact, tmp_path, monkeypatch, number, code):
+    monkeypatch.setattr(stopping, "SAME_SIGNAL", 0)
     config = exact | dict(output_dir=tmp_path)
     done = training(tmp_path, config, {4: send(number, number)})
     assert done.returncode == code
@@ -604,7 +607,7 @@ def nan_at(step, monkeypatch, accumulation=1):
         found = loss(*arguments)
         return found * float("nan") if calls == step * accumulation else found
 
-    monkeypatch.setattr(train, "diffusion_loss", poisoned)
+    monkeypatch.setattr(micro_step, "diffusion_loss", poisoned)
 
 
 def test_nan_stops_before_the_update_and_names_step_and_picture(
@@ -629,9 +632,9 @@ def test_nan_stops_before_the_update_and_names_step_and_picture(
 def test_the_picture_that_is_named_is_the_one_of_that_step(exact, tmp_path, monkeypatch):
     nan_at(3, monkeypatch)
     done = training(tmp_path, exact | dict(output_dir=tmp_path, gradient_accumulation_steps=1))
-    held_out = np.random.default_rng([42, dataset.HELD_OUT]).permutation(8)[:1]
+    held_out = np.random.default_rng([42, samples.HELD_OUT]).permutation(8)[:1]
     trained_on = np.setdiff1d(np.arange(8), held_out)
-    number = trained_on[dataset.epoch_order(42, 0, 7)[2]] + 1
+    number = trained_on[samples.epoch_order(42, 0, 7)[2]] + 1
     assert_one_line(done, "at step 3 (images/image_")
     assert re.findall(r"images/image_\d+", done.stderr) == [f"images/image_{number:02}"]
 
@@ -667,11 +670,11 @@ def test_overflows_are_skipped_counted_and_in_a_row_too_many(exact, tmp_path, mo
         return prepare
 
     config = exact | dict(output_dir=tmp_path, gradient_accumulation_steps=1, max_overflows=2)
-    monkeypatch.setattr(train.Accelerator, "prepare", overflowing({2, 3, 5, 6}))
+    monkeypatch.setattr(accelerate.Accelerator, "prepare", overflowing({2, 3, 5, 6}))
     done = succeeded(training(tmp_path, config))
     assert "4 skipped for fp16 overflow" in done.stdout
     assert json.loads((tmp_path / NAME / "config.json").read_text())["skipped_steps"] == 4
-    monkeypatch.setattr(train.Accelerator, "prepare", overflowing({2, 5, 6, 7}))
+    monkeypatch.setattr(accelerate.Accelerator, "prepare", overflowing({2, 5, 6, 7}))
     done = training(tmp_path, config | dict(seed=1))
     assert_one_line(done, "overflowed 3 times in a row", "at step 7", "images/image_")
 
@@ -683,7 +686,7 @@ def test_the_loss_scaler_goes_on_where_it_was(exact, tmp_path, monkeypatch):
         self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
         return AcceleratedOptimizer(optimizer, scaler=self.scaler)
 
-    monkeypatch.setattr(train.Accelerator, "prepare", prepare)
+    monkeypatch.setattr(accelerate.Accelerator, "prepare", prepare)
 
     def scaler_after(name, *kills):
         folder = tmp_path / name
@@ -704,10 +707,11 @@ def test_the_loss_scaler_goes_on_where_it_was(exact, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "doing", "advice"),
     [
-        ("encode_latents", "encoding the pictures", "--resolution 32"),
-        ("diffusion_loss", "training with batch_size 4", "--batch-size 2"),
-        ("draw_noise", "training with batch_size 4", "--gradient-checkpointing"),
-        ("load_part", "loading the models", "nvidia-smi"),
+        ("setup.encode_latents", "encoding the pictures", "--resolution 32"),
+        ("micro_step.diffusion_loss", "training with batch_size 4", "--batch-size 2"),
+        ("samples.draw_noise", "training with batch_size 4", "--gradient-checkpointing"),
+        ("setup.load_part", "loading the models", "nvidia-smi"),
+        ("setup.encode_captions", "encoding the captions", "fewer different captions"),
     ],
 )
 def test_out_of_memory_says_what_was_done_and_what_to_change(
@@ -716,9 +720,11 @@ def test_out_of_memory_says_what_was_done_and_what_to_change(
     def full(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr(train, place, full)
-    validation_count = 0 if place == "draw_noise" else 2
-    config = exact | dict(output_dir=tmp_path, batch_size=4, validation_count=validation_count)
+    monkeypatch.setattr(f"lib.training.{place}", full)
+    config = exact | dict(
+        output_dir=tmp_path, batch_size=4, validation_count=0 if place == "samples.draw_noise" else 2,
+        train_text_encoder=place != "setup.encode_captions", gradient_checkpointing=False,
+    )  # fmt: skip
     done = training(tmp_path, config)
     assert_one_line(done, doing)
     after = done.stderr[done.stderr.index("error: ") :].splitlines()
@@ -797,6 +803,7 @@ def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(
     tiny_model, uninterrupted, tmp_path, script
 ):
     module = importlib.import_module(script)
+    writer = results if script == "inference" else module
     (tmp_path / "data").mkdir()
     picture(1).save(tmp_path / "data" / "one.png")
     (tmp_path / "prompts.txt").write_text("a coat\n")
@@ -814,7 +821,7 @@ def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(
 
     def killed_at(name):
         def work():
-            setattr(module, name, lambda *rest: kill())
+            setattr(writer, name, lambda *rest: kill())
             sys.argv = [f"{script}.py", *options(**config)]
             errors.run_script(module.main)
 
@@ -822,7 +829,7 @@ def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
         return files.unfinished(target)
 
-    new = killed_at("write_json")
+    new = killed_at("write_marker")
     assert not (new / marker).exists()
     assert all((new / name).stat().st_size for name in others)
     new = killed_at("replace_folder")
@@ -1025,3 +1032,115 @@ def test_pickles_and_code_beside_the_weights_are_never_read(
     assert not proof.exists()
     torch.load(pickles[0], weights_only=False)  # the trap itself works
     assert proof.exists()
+
+
+# ---- signals that come twice, and runs that go on otherwise --------------------------------------
+
+
+def test_a_signal_that_is_repeated_at_once_is_the_same_one(exact, tmp_path):
+    config = exact | dict(output_dir=tmp_path)
+    done = training(tmp_path, config, {4: send(signal.SIGTERM, signal.SIGTERM)})
+    assert done.returncode == 143
+    assert "stopped after step 5" in done.stdout
+    assert checkpoints.latest(files.unfinished(tmp_path / NAME))[1]["step"] == 5
+
+
+def test_a_signal_to_a_launcher_and_its_workers_alike_saves(exact, tmp_path):
+    """As a batch system sends it: the launcher hands it on, so that the workers get it twice, both
+    times in the same long step."""
+    config = exact | dict(
+        output_dir=tmp_path, gradient_accumulation_steps=80, max_steps=1000, checkpoint_every=900, log_every=1,
+        validation_count=0,
+    )  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    started = subprocess.Popen(
+        [*launcher, ROOT / "train.py", *options(**config)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = files.unfinished(tmp_path / NAME) / "log.jsonl"
+
+    def workers():  # in process groups of their own
+        return psutil.Process(started.pid).children(recursive=True)
+
+    try:
+        while started.poll() is None and not (log.exists() and '"step": 1,' in log.read_text()):
+            time.sleep(0.05)
+        for process in [*workers(), psutil.Process(started.pid)]:
+            process.send_signal(signal.SIGTERM)
+        out, err = started.communicate(timeout=120)
+    finally:
+        for process in workers() if started.poll() is None else []:
+            process.kill()
+        started.kill()
+    stopped = re.search(r"stopped after step (\d+), which is saved", out)
+    assert stopped, out + err
+    found = checkpoints.latest(files.unfinished(tmp_path / NAME))
+    assert found[1]["step"] == int(stopped[1])
+
+
+def test_after_nan_a_run_goes_on_with_other_learning_rates(exact, tmp_path, monkeypatch):
+    config = exact | dict(output_dir=tmp_path)
+    with monkeypatch.context() as patched:
+        nan_at(5, patched, accumulation=5)
+        done = training(tmp_path, config)
+    assert_one_line(done, "after step 4 is kept", "--unet-learning-rate")
+    # Nothing else may differ.
+    other = config | dict(unet_learning_rate=2e-4)
+    assert_one_line(training(tmp_path, other | dict(rank=8)), "rank: 16 then, 8 now")
+    done = training(tmp_path, other, {7: kill})
+    assert "unet_learning_rate: 0.0002 from now on, 0.001 before" in done.stdout
+    assert "after step 4" in done.stdout
+    # From then on it is a run like any other, of these rates.
+    assert_one_line(training(tmp_path, config), "unet_learning_rate: 0.0002 then, 0.001 now")
+    done = succeeded(training(tmp_path, other))
+    assert "from now on" not in done.stdout
+    summary = json.loads((tmp_path / NAME / "config.json").read_text())
+    assert summary["learning_rate_changes"] == [
+        dict(after_step=4, unet_learning_rate=[0.001, 0.0002])
+    ]
+    assert summary["config"]["unet_learning_rate"] == 0.0002
+    rows = [json.loads(line) for line in (tmp_path / NAME / "log.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
+    for step, peak in ((4, 1e-3), (6, 2e-4)):
+        factor = train.learning_rate_factor(step - 1, exact["max_steps"], exact["warmup_steps"])
+        assert rates[step] == pytest.approx(peak * factor)
+
+
+def test_another_commit_of_the_code_is_a_note(interrupted, tmp_path, monkeypatch):
+    assert "note: the code's commit" not in training(tmp_path, interrupted, {4: kill}).stdout
+    monkeypatch.setattr(checkpoints, "code_commit", lambda: "0123abc")
+    done = succeeded(training(tmp_path, interrupted))
+    assert "note: the code's commit was" in done.stdout
+    assert "it is 0123abc now" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(batch_size=4, gradient_checkpointing=False), ["--batch-size 2", "--gradient-checkpointing"]),
+        (dict(batch_size=4), ["--batch-size 2"]),
+        (dict(gradient_checkpointing=False), ["--gradient-checkpointing"]),
+        (dict(mixed_precision="no"), ["--mixed-precision"]),
+        (dict(), ["nvidia-smi", "--resolution 256"]),
+        (dict(resolution=520), ["--resolution 256"]),
+    ],
+)  # fmt: skip
+def test_memory_advice_names_only_what_would_help(change, named):
+    advice = train.memory_advice(train.CONFIG | dict(batch_size=1) | change)
+    assert all(option in advice for option in named)
+    assert sorted(re.findall("--[a-z-]+", advice)) == sorted(
+        word.split()[0] for word in named if word.startswith("--")
+    )
+
+
+def test_drawing_one_picture_at_once_advises_a_smaller_one():
+    for batch_size, option in ((2, "--batch-size 1"), (1, "--resolution 256")):
+        with pytest.raises(UserError) as error, drawing.drawing_memory(batch_size, 512):
+            raise torch.OutOfMemoryError
+        assert re.findall("--[a-z-]+ [0-9]+", str(error.value)) == [option]

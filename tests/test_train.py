@@ -24,12 +24,13 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import CLIPTextModel
 
 import train
 import train_experiment_rank8
 import train_experiment_unet_only
 from lib.adapters import WEIGHTS
-from lib.training import dataset, micro_step
+from lib.training import micro_step, samples
 
 
 def train_tiny(model, data, folder, *extra, script="train.py", check=True, **changes):
@@ -175,7 +176,7 @@ def test_the_held_out_loss_is_of_four_timesteps_spread_over_the_schedule(
             seen.append((timesteps.item(), noise.clone(), found.item()))
         return found
 
-    monkeypatch.setattr(train, "diffusion_loss", recording)
+    monkeypatch.setattr(micro_step, "diffusion_loss", recording)
     done = train_tiny(tiny_model, processed_data, tmp_path, check=False, max_steps=2)
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "lora_weights_rank_32" / "log.jsonl").read_text().splitlines()
@@ -286,8 +287,8 @@ def test_flat_parameters_are_views():
 
 def test_data_order_visits_every_picture_once_an_epoch():
     for epoch in range(3):
-        assert sorted(dataset.epoch_order(1, epoch, 28)) == list(range(28))
-    assert list(dataset.epoch_order(1, 0, 28)) != list(dataset.epoch_order(1, 1, 28))
+        assert sorted(samples.epoch_order(1, epoch, 28)) == list(range(28))
+    assert list(samples.epoch_order(1, 0, 28)) != list(samples.epoch_order(1, 1, 28))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,6 @@ def test_data_order_visits_every_picture_once_an_epoch():
         (dict(data_dir="/nowhere/at/all"), "preprocess.py"),
         (dict(warmup_steps=6), "warmup_steps"),
         (dict(rank=0), "rank is 0"),
-        (dict(validation_count=8), "validation_count"),
         (dict(mixed_precision="fp8"), "mixed_precision"),
         (dict(resolution=60), "multiple of 8"),
         (dict(run_name="../elsewhere"), "run_name"),
@@ -350,8 +350,8 @@ def test_a_damaged_base_model_is_named(tiny_model, processed_data, tmp_path):
 
 def test_noise_depends_on_seed_and_sample_alone():
     def draw(seed, sample):
-        return dataset.draw_noise(
-            np.random.default_rng([seed, dataset.SAMPLE, sample]), (4, 8, 8), 1000
+        return samples.draw_noise(
+            np.random.default_rng([seed, samples.SAMPLE, sample]), (4, 8, 8), 1000
         )
 
     for a, b in zip(draw(1, 5), draw(1, 5), strict=True):
@@ -361,3 +361,65 @@ def test_noise_depends_on_seed_and_sample_alone():
     many = np.concatenate([draw(1, sample)[1].ravel() for sample in range(200)])
     assert abs(many.mean()) < 0.02
     assert abs(many.std() - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("pictures", "asked", "expected"),
+    [(1, 4, 0), (2, 4, 0), (3, 4, 0), (5, 4, 1), (8, 4, 2), (16, 4, 4), (32, 4, 4), (32, 0, 0), (8, 9, 2)],
+)  # fmt: skip
+def test_at_most_a_quarter_is_held_out(pictures, asked, expected):
+    assert samples.held_out_count(asked, pictures) == expected
+
+
+@pytest.mark.parametrize(
+    ("pictures", "held_out", "words"), [(3, 0, "no validation loss"), (5, 1, "at most a quarter")]
+)
+def test_five_pictures_train_on_four(tiny_model, tmp_path, pictures, held_out, words):
+    """At the default of four held out."""
+    data = make_processed(tmp_path / "data", pictures)
+    done = train_tiny(
+        tiny_model, data, tmp_path, check=False, max_steps=2, validation_count=train.CONFIG["validation_count"]
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{pictures - held_out} pictures to train on, {held_out} held out" in done.stdout
+    assert "note: not 4" in done.stdout
+    assert words in done.stdout
+    log = (tmp_path / "lora_weights_rank_32" / "log.jsonl").read_text()
+    assert ("validation_loss" in log) == bool(held_out)
+
+
+def test_a_frozen_text_encoder_reads_each_caption_once_and_a_few_at_a_time(tiny_model):
+    encoder = CLIPTextModel.from_pretrained(tiny_model / "text_encoder").eval()
+    captions = [[510, *([number % 7 + 1] * 3), *([511] * 73)] for number in range(30)]
+    input_ids = torch.tensor(captions)
+    seen = []
+    encoder.register_forward_pre_hook(
+        lambda module, inputs, named: seen.append((named.get("input_ids", *inputs)).shape[0]),
+        with_kwargs=True,
+    )
+    states, which = samples.encode_captions(encoder, input_ids, at_once=3)
+    assert sorted(seen) == [1, 3, 3]  # the seven different ones
+    assert states.shape == (7, 77, 32)
+    assert not states.requires_grad
+    with torch.no_grad():
+        expected = encoder(input_ids)[0]
+    torch.testing.assert_close(states[which], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_text_encoder_gives_each_picture_its_own_caption(tiny_model, tmp_path):
+    """Before the first update both ways to run it give the same loss."""
+    data = make_processed(tmp_path / "data", 8)
+    listing = data / "captions.jsonl"
+    rows = [json.loads(line) for line in listing.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["text"] = "xyz"[number % 3] * (number // 2 + 1)
+    listing.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for trained in (True, False):
+        folder = tmp_path / str(trained)
+        train_tiny(
+            tiny_model, data, folder, check=False, max_steps=2, train_text_encoder=trained
+        )  # fmt: skip
+        log = (folder / "lora_weights_rank_32" / "log.jsonl").read_text()
+        found.append(json.loads(log.splitlines()[0])["validation_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lib import adapters
+from lib.config import half_resolution
 from lib.errors import UserError, memory_for
 from lib.evaluation.experiments import describe
 from lib.evaluation.prompts import check_prompt_lengths
@@ -25,7 +26,8 @@ def load_pipeline(folder, dtype, device):
     with loading(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     with loading(folder / "scheduler"):
-        scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
+        # As Stable Diffusion's own configurations say; those saved by another scheduler do not.
+        scheduler = PNDMScheduler.from_pretrained(folder / "scheduler", skip_prk_steps=True)
     # Timesteps stay on the CPU: read from the GPU, each would wait until it has finished its work.
     scheduler.set_timesteps = lambda steps, device=None: PNDMScheduler.set_timesteps(
         scheduler, steps
@@ -74,7 +76,7 @@ def pictures_at_once(jobs, asked, resolution, device):
 @torch.no_grad()
 def record_unet(pipeline, samples, size):
     """Let the UNet predict up to `samples` latents of size x size at once by a CUDA graph, which
-    always computes that many; others as before."""
+    always computes that many. Every other call goes to the UNet itself."""
     unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
     plain, device = unet.forward, unet.device
     latents = torch.zeros(
@@ -83,25 +85,35 @@ def record_unet(pipeline, samples, size):
     states = torch.zeros(
         samples, tokens, unet.config.cross_attention_dim, device=device, dtype=unet.dtype
     )
-    timestep = torch.zeros((), dtype=torch.long, device=device)
-    (predict,) = captured([lambda: plain(latents, timestep, states).sample], device)
+    when = torch.zeros((), dtype=torch.long, device=device)
+    (predict,) = captured([lambda: plain(latents, when, states).sample], device)
 
-    def forward(sample, t, encoder_hidden_states, return_dict=True, **others):
-        count = len(sample)
+    def is_recorded(sample, timestep, encoder_hidden_states):
         shapes = sample.shape[1:], encoder_hidden_states.shape[1:]
-        if return_dict or count > samples or shapes != (latents.shape[1:], states.shape[1:]):
-            return plain(sample, t, encoder_hidden_states, return_dict=return_dict, **others)
-        latents[:count].copy_(sample)
-        states[:count].copy_(encoder_hidden_states)
-        timestep.copy_(t)
-        return (predict()[:count].clone(),)  # the next replay writes over it
+        same = len(sample) <= samples and shapes == (latents.shape[1:], states.shape[1:])
+        return same and torch.is_tensor(timestep) and timestep.ndim == 0
+
+    def forward(sample, timestep, encoder_hidden_states, *rest, return_dict=True, **others):
+        inputs = sample, timestep, encoder_hidden_states
+        more = (*rest, *others.values())
+        if return_dict or any(value is not None for value in more) or not is_recorded(*inputs):
+            return plain(*inputs, *rest, return_dict=return_dict, **others)
+        latents[: len(sample)].copy_(sample)
+        states[: len(sample)].copy_(encoder_hidden_states)
+        when.copy_(timestep)
+        return (predict()[: len(sample)].clone(),)  # the next replay writes over it
 
     unet.forward = forward
 
 
-def drawing_memory(batch_size):
-    """What to say when the GPU's memory is too small for so many pictures."""
-    advice = f"--batch-size {max(1, batch_size // 2)} needs less"
+def drawing_memory(batch_size, resolution):
+    """What to say when the GPU's memory is too small for so many pictures of that size."""
+    smaller = (
+        f"--batch-size {batch_size // 2}"
+        if batch_size > 1
+        else f"--resolution {half_resolution(resolution)}"
+    )
+    advice = f"close what else uses the GPU (nvidia-smi lists it); {smaller} needs less"
     return memory_for(f"drawing {batch_size} pictures at once", advice)
 
 
@@ -116,7 +128,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
     size = resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, size, size)
     with (
-        drawing_memory(batch_size),
+        drawing_memory(batch_size, resolution),
         tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False) as bar,
     ):
         for start in range(0, len(jobs), batch_size):
@@ -219,7 +231,7 @@ def draw_runs(config, plan, pipeline, prompts, seeds):
     )
     if pipeline.device.type == "cuda":
         samples = how["batch_size"] * (2 if config["guidance_scale"] > 1 else 1)
-        with drawing_memory(how["batch_size"]):
+        with drawing_memory(how["batch_size"], config["resolution"]):
             record_unet(pipeline, samples, config["resolution"] // pipeline.vae_scale_factor)
     base = draw(pipeline, jobs, **how, title="base")
     runs, scales = [], config["lora_scales"]

@@ -73,7 +73,8 @@ def read(path):
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copies: the file's own memory would keep it open, and on Windows from being removed.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         state = json.loads(header["state"])
         intact = digest(tensors, header["state"]) == header["sha256"]
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as problem:

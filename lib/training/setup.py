@@ -7,9 +7,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lib.config import half_resolution
 from lib.errors import memory_for
 from lib.models import load_part, loading
-from lib.training.dataset import encode_captions, encode_latents, tokenize
 from lib.training.micro_step import recomputed
 from lib.training.parameters import add_lora_parameters
+from lib.training.samples import encode_captions, encode_latents, tokenize
 
 
 def caption_tokens(base_folder, rows):
