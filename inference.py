@@ -68,6 +68,7 @@ from common import (
     run_script,
     write_json,
 )
+from lib.evaluation import statistics
 
 CONFIG = dict(
     # what is evaluated
@@ -424,7 +425,7 @@ def analyse(runs, prompts, ceilings, threshold, clip_margin):
     for index, (category, prompt) in enumerate(prompts):
         row = dict(category=category, prompt=prompt, lpips_ceiling=float(ceilings[index]))
         for key, values in found.items():
-            row[key] = metrics.mean_interval(values[:, index])
+            row[key] = statistics.mean_interval(values[:, index])
         for key in ("clip", "concept_similarity"):
             for model in ("base", "lora"):
                 if key in found:
@@ -435,7 +436,7 @@ def analyse(runs, prompts, ceilings, threshold, clip_margin):
     for category in categories:
         members = [i for i, (name, _) in enumerate(prompts) if name == category]
         totals[category] = {
-            key: metrics.mean_interval(values[:, members].mean(axis=1))
+            key: statistics.mean_interval(values[:, members].mean(axis=1))
             for key, values in found.items()
         }
         for name in (
@@ -451,14 +452,14 @@ def analyse(runs, prompts, ceilings, threshold, clip_margin):
     tested = [
         totals[c][k] for c in categories for k in ("concept_similarity", "clip") if k in found
     ]
-    for interval, p in zip(tested, metrics.holm([t["p"] for t in tested]), strict=True):
+    for interval, p in zip(tested, statistics.holm([t["p"] for t in tested]), strict=True):
         interval["p_holm"] = float(p)
 
     summary = dict(runs=[run.name for run in runs], prompts=table, categories=totals)
     if threshold is not None and "success" in totals:
         nearest = np.stack([grid(run, "nearest_similarity", "lora", prompts) for run in runs])
         nearest = nearest[:, [i for i, (name, _) in enumerate(prompts) if name == "success"]]
-        copies = metrics.share_interval(nearest > threshold)
+        copies = statistics.share_interval(nearest > threshold)
         summary["memorised"] = dict(share=copies, threshold=float(threshold), pictures=nearest.size)
     summary["verdicts"] = verdicts(summary, clip_margin)
     return summary
@@ -555,8 +556,8 @@ def compare(groups, prompts, ceilings):
                 values = (two[key] - one[key])[:, members].mean(axis=1)
                 rows.append(dict(first=first, second=second, metric=key, category=category,
                                  paired_by_training_seed=bool(shared),
-                                 **metrics.mean_interval(values)))  # fmt: skip
-    for row, p in zip(rows, metrics.holm([row["p"] for row in rows]), strict=True):
+                                 **statistics.mean_interval(values)))  # fmt: skip
+    for row, p in zip(rows, statistics.holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = float(p)
         row["answer"] = {True: "higher", False: "lower", None: "no detectable difference"}[
             difference(row)
@@ -584,7 +585,7 @@ def sweep_summary(pictures, base, prompts, seeds, ceilings, scoring):
         ):
             members = [i for i, (name, _) in enumerate(prompts) if name == category]
             if key in found and members:
-                row[key] = metrics.mean_interval(found[key][:, members].mean(axis=1))
+                row[key] = statistics.mean_interval(found[key][:, members].mean(axis=1))
         rows.append(row)
     if not all("concept_similarity" in row and "change" in row for row in rows):
         return rows, "Concept or preservation was not measured, so no scale is suggested."

@@ -1,4 +1,4 @@
-"""The scores, over lists of PIL pictures, and their intervals; each function works on its own.
+"""The scores, over lists of PIL pictures; each function works on its own.
 
 CLIP scores are cosines in float32, neither clamped nor scaled by 100. LPIPS is AlexNet v0.1 of the
 `lpips` package (Zhang et al. 2018, https://arxiv.org/abs/1801.03924) on pictures in [-1, 1] at
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from safetensors.torch import load_file
-from scipy import stats
 from transformers import CLIPModel, CLIPProcessor
 
 from common import ROOT, UserError, fetch_model, one_line
@@ -190,72 +189,3 @@ def leave_one_out(training, mirrored):
     cosines = np.maximum(training @ training.T, training @ mirrored.T)
     np.fill_diagonal(cosines, -1)
     return cosines.max(axis=1)
-
-
-# ---- statistics ----------------------------------------------------------------------------
-
-
-def mean_interval(values, level=0.95):
-    """Mean of `values` [runs, seeds] with its confidence interval and two-sided p-value against 0.
-
-    Training runs and sampling seeds are crossed: every run draws the same seeds. The interval is
-    the one of the two-way random-effects model (Searle, Casella & McCulloch 1992, chapter 4): the
-    variance of the grand mean is (MS_runs + MS_seeds - MS_residual) / (runs * seeds), never less
-    than either mean square gives alone, with Satterthwaite's degrees of freedom. With one run only
-    the seeds vary, and it is Student's interval over them; with one seed, over the runs.
-
-    Why not the percentile bootstrap over prompts, seeds and runs: with 2 prompts, 3 runs or 8 seeds
-    there is too little to draw from. Its 95% intervals held the truth in 76% to 99% of simulated
-    studies of this size, these in 93% to 98% (`python bench/coverage.py`).
-
-    Returns a dict: mean, low, high, p, runs, seeds. With a single value the interval is unknown
-    (NaN), and p is 1.
-    """
-    values = np.asarray(values, np.float64)
-    runs, seeds = values.shape
-    mean = values.mean()
-    by_run, by_seed = values.mean(axis=1), values.mean(axis=0)
-    squares = []  # (mean square, degrees of freedom) of each factor that varies
-    if runs > 1:
-        squares.append((seeds * by_run.var(ddof=1), runs - 1))
-    if seeds > 1:
-        squares.append((runs * by_seed.var(ddof=1), seeds - 1))
-    if not squares:
-        return dict(mean=float(mean), low=np.nan, high=np.nan, p=1.0, runs=runs, seeds=seeds)
-    square, freedom = max(squares)
-    if len(squares) == 2:
-        residual = values - by_run[:, None] - by_seed + mean
-        residual_freedom = (runs - 1) * (seeds - 1)
-        residual_square = (residual**2).sum() / residual_freedom
-        total = squares[0][0] + squares[1][0] - residual_square
-        if total > square:
-            terms = [*squares, (residual_square, residual_freedom)]
-            square, freedom = total, total**2 / sum(ms**2 / df for ms, df in terms)
-    error = np.sqrt(square / values.size)
-    half = stats.t.ppf(0.5 + level / 2, freedom) * error
-    # Where every value is the same it is certain, whether it is 0 or not.
-    p = 2 * stats.t.sf(abs(mean) / error, freedom) if error > 0 else float(mean == 0)
-    return dict(mean=float(mean), low=float(mean - half), high=float(mean + half), p=float(p),
-                runs=runs, seeds=seeds)  # fmt: skip
-
-
-def holm(p_values):
-    """p-values corrected for testing several at once (Holm 1979), in the order given."""
-    p_values = np.asarray(p_values, float)
-    order = np.argsort(p_values)
-    scaled = p_values[order] * np.arange(len(p_values), 0, -1)
-    corrected = np.empty_like(p_values)
-    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
-    return corrected
-
-
-def share_interval(hits):
-    """Share of true values in `hits` [runs, prompts, seeds] with its 95% interval: a dict.
-
-    The wider of two: Wilson's, which takes every picture for independent, and `mean_interval` over
-    runs and seeds, which does not, but is empty where all values are equal.
-    """
-    crossed = mean_interval(hits.mean(axis=1))
-    wilson = stats.binomtest(int(hits.sum()), hits.size).proportion_ci(0.95, method="wilson")
-    return dict(mean=float(hits.mean()), low=max(0.0, float(np.fmin(wilson.low, crossed["low"]))),
-                high=min(1.0, float(np.fmax(wilson.high, crossed["high"]))))  # fmt: skip

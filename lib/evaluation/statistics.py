@@ -1,0 +1,180 @@
+"""What a study of several training runs and sampling seeds can claim: intervals, tests, power.
+
+`values` is always an array [runs, seeds] of one figure, say the change of the concept similarity:
+every training run drew the same seeds, so runs and seeds are crossed random factors,
+
+    value[i, j] = mean + run[i] + seed[j] + rest[i, j],
+
+each of the three normal with a spread of its own, and each cell holds one value. The sums of squares
+of runs, seeds and rest are then independent of the mean of all values and of one another, each its
+expected mean square times a chi-square, and the variance of that mean is
+
+    (expected mean square of runs + of seeds - of rest) / (runs * seeds).
+
+No exact interval exists for such a sum. Here it is the generalised one (Weerahandi, "Generalized
+confidence intervals", JASA 88, 1993; "Exact Statistical Methods for Data Analysis", 1995): each sum
+of squares is divided by a chi-square draw of its own,
+
+    V* = max(SS_runs / chi2_runs + SS_seeds / chi2_seeds - SS_rest / chi2_rest,
+             SS_rest / chi2_rest) / (runs * seeds),
+
+the maximum because the rest's part is always there, and the mean is normal around the truth with
+the variance V*: a true mean beyond the distance d on one side has the generalised p-value
+E[Phi(-d / sqrt(V*))], the expectation over the draws of chi2. Interval, p-value and equivalence all
+come from this one function of d, so they cannot contradict one another. Where only one factor varies
+(one run, or one seed) it is Student's distribution itself.
+
+The expectation is taken over a fixed set of points (Sobol's, crowded where chi2 is small, because
+there the long tails of few runs come from), so that the same pictures give the same figures.
+"""
+
+import functools
+
+import numpy as np
+from scipy import special, stats
+from scipy.stats import qmc
+
+POINTS = 2**11  # of the expectation over chi2
+
+
+@functools.lru_cache(maxsize=64)
+def chi_square_points(runs, seeds):
+    """(1 / chi2 [3, points] of runs, seeds and rest, weights [points]) of the expectation over chi2."""
+    places = qmc.Sobol(3, scramble=False).random(POINTS).T + 0.5 / POINTS
+    # The share of draws below a point is its place cubed: a third of the points lies below 4%.
+    weights = np.prod(places**2, axis=0)
+    freedom = [[runs - 1], [seeds - 1], [(runs - 1) * (seeds - 1)]]
+    return 1 / stats.chi2.ppf(places**3, freedom), weights / weights.sum()
+
+
+def sums_of_squares(values):
+    """Sums of squares of runs, seeds and rest, [studies, 3], of `values` [studies, runs, seeds]."""
+    _, runs, seeds = values.shape
+    # Against the first value, so that equal values give 0, not what their mean is rounded by.
+    values = values - values[:, :1, :1]
+    mean = values.mean(axis=(1, 2), keepdims=True)
+    by_run = values.mean(axis=2, keepdims=True) - mean
+    by_seed = values.mean(axis=1, keepdims=True) - mean
+    rest = values - mean - by_run - by_seed
+    parts = (seeds * by_run**2, runs * by_seed**2, rest**2)
+    squares = np.stack([part.sum(axis=(1, 2)) for part in parts], axis=1)
+    if min(runs, seeds) == 1:
+        squares[:, 2] = 0  # nothing is left but rounding
+    return squares
+
+
+def inverse_errors(squares, runs, seeds):
+    """(1 / sqrt(V*) [studies, points], weights [points]) for sums of squares [studies, 3]."""
+    inverse, weights = chi_square_points(runs, seeds)
+    by_runs, by_seeds, rest = (squares[:, [factor]] * inverse[factor] for factor in range(3))
+    variance = np.maximum(by_runs + by_seeds - rest, rest) / (runs * seeds)
+    return 1 / np.sqrt(variance), weights
+
+
+def students_error(squares, runs, seeds):
+    """(standard error [studies], degrees of freedom) where one factor alone varies."""
+    freedom = runs * seeds - 1
+    return np.sqrt(squares.sum(axis=1) / (freedom * runs * seeds)), freedom
+
+
+def upper_tails(distances, squares, runs, seeds):
+    """Generalised one-sided p-value, [studies], of a truth that lies `distances` [studies] away.
+
+    `squares` [studies, 3], from `sums_of_squares`, not all 0.
+    """
+    if min(runs, seeds) == 1:
+        error, freedom = students_error(squares, runs, seeds)
+        return stats.t.sf(distances / error, freedom)
+    inverse, weights = inverse_errors(squares, runs, seeds)
+    return special.ndtr(-distances[:, None] * inverse) @ weights
+
+
+def half_widths(squares, runs, seeds, tail):
+    """The distance, [studies], whose one-sided p-value is `tail` (below 0.5): `upper_tails` inverted."""
+    if min(runs, seeds) == 1:
+        error, freedom = students_error(squares, runs, seeds)
+        return stats.t.isf(tail, freedom) * error
+    inverse, weights = inverse_errors(squares, runs, seeds)
+    distances = special.ndtri(1 - tail) / (inverse @ weights)
+    for _ in range(100):  # Newton's method on the logarithms of both; six or seven steps
+        scaled = distances[:, None] * inverse
+        found = special.ndtr(-scaled) @ weights
+        slope = (scaled * np.exp(-(scaled**2) / 2)) @ weights / np.sqrt(2 * np.pi)
+        step = np.clip(np.log(found / tail) * found / slope, -1, 1)
+        distances = distances * np.exp(step)
+        if np.abs(step).max() < 1e-13:
+            return distances
+    raise RuntimeError(f"no interval found for sums of squares {squares[np.abs(step).argmax()]}")
+
+
+def one_study(values):
+    """(mean, sums of squares [1, 3], runs, seeds) of `values` [runs, seeds]."""
+    values = np.asarray(values, np.float64)
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"finite values [runs, seeds] are needed, not {values.shape}: {values}")
+    first = values[0, 0]  # the mean of equal values is that value, not what summing rounds it to
+    return first + (values - first).mean(), sums_of_squares(values[None]), *values.shape
+
+
+def mean_interval(values, level=0.95):
+    """Mean of `values` [runs, seeds] with its confidence interval and two-sided p-value against 0.
+
+    The generalised interval of the two-way random model, see above; with one run only the seeds
+    vary, and it is Student's interval over them (it then speaks of that run alone); with one seed,
+    over the runs. p < 1 - level exactly where the interval leaves out 0.
+
+    Returns a dict: mean, low, high, p, runs, seeds. With a single value the interval is unknown
+    (NaN), and p is 1; where all values are equal it is certain, and p is 0 or 1.
+    """
+    mean, squares, runs, seeds = one_study(values)
+    if runs * seeds == 1:
+        half, p = np.nan, 1.0
+    elif not squares.any():
+        half, p = 0.0, float(mean == 0)
+    else:
+        half = half_widths(squares, runs, seeds, (1 - level) / 2)[0]
+        p = 2 * upper_tails(np.abs([mean]), squares, runs, seeds)[0]
+    return dict(mean=float(mean), low=float(mean - half), high=float(mean + half), p=float(p),
+                runs=runs, seeds=seeds)  # fmt: skip
+
+
+def equivalence(values, margin):
+    """Whether the mean of `values` [runs, seeds] lies within ±`margin`: a dict of low, high and p.
+
+    Two one-sided tests (Schuirmann 1987, https://doi.org/10.1007/BF01068419) under the distribution
+    of `mean_interval`: p is the larger of their p-values, below 0.05 exactly where the 90% interval
+    [low, high] lies inside the margin. With a single value the interval is NaN and p is 1.
+    """
+    if not margin > 0:
+        raise ValueError(f"a margin above 0 is needed, not {margin}")
+    interval = mean_interval(values, level=0.9)
+    mean, squares, runs, seeds = one_study(values)
+    if runs * seeds == 1:
+        p = 1.0
+    elif not squares.any():
+        p = float(abs(mean) >= margin)
+    else:
+        p = upper_tails(np.array([margin - abs(mean)]), squares, runs, seeds)[0]
+    return dict(low=interval["low"], high=interval["high"], p=float(p))
+
+
+def holm(p_values):
+    """p-values corrected for testing several at once (Holm 1979), in the order given."""
+    p_values = np.asarray(p_values, float)
+    order = np.argsort(p_values)
+    scaled = p_values[order] * np.arange(len(p_values), 0, -1)
+    corrected = np.empty_like(p_values)
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return corrected
+
+
+def share_interval(hits):
+    """Share of true values in `hits` [runs, prompts, seeds] with its 95% interval: a dict.
+
+    The wider of two: Wilson's, which takes every picture for independent, and `mean_interval` over
+    runs and seeds, which does not, but is empty where all values are equal.
+    """
+    crossed = mean_interval(hits.mean(axis=1))
+    wilson = stats.binomtest(int(hits.sum()), hits.size).proportion_ci(0.95, method="wilson")
+    return dict(mean=float(hits.mean()), low=max(0.0, float(np.fmin(wilson.low, crossed["low"]))),
+                high=min(1.0, float(np.fmax(wilson.high, crossed["high"]))))  # fmt: skip
