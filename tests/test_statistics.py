@@ -54,9 +54,9 @@ def test_95_percent_intervals_hold_a_known_difference(runs, seeds, run_noise, se
 @pytest.mark.parametrize("level", [0.9, 0.997])
 def test_other_levels_hold_as_well(level):
     """The correction for 15 tests asks for 99.7%, equivalence for 90%."""
-    trials = simulate(np.random.default_rng(4), 4000, 3, 8, 1, 0.3, 0.3)
+    trials = simulate(np.random.default_rng(4), 2000, 3, 8, 1, 0.3, 0.3)
     missed = 1 - covered(trials, 0, level).mean()
-    assert missed <= (1 - level) + 1.65 * np.sqrt(level * (1 - level) / 4000)
+    assert missed <= (1 - level) + 1.65 * np.sqrt(level * (1 - level) / 2000)
 
 
 def test_one_study_is_measured_as_a_batch_is():
@@ -148,9 +148,9 @@ def test_equivalence_is_schuirmanns_for_one_run():
 
 @pytest.mark.parametrize("runs", [2, 3, 5])
 def test_a_difference_of_the_margin_is_rarely_called_equivalent(runs):
-    trials = simulate(np.random.default_rng(7), 4000, runs, 8, 1, 0.3, 0.3, effect=3.0)
+    trials = simulate(np.random.default_rng(7), 2000, runs, 8, 1, 0.3, 0.3, effect=3.0)
     wrong = (one_sided(trials, 3.0 - np.abs(trials.mean(axis=(1, 2)))) < 0.05).mean()
-    assert wrong <= 0.05 + 1.65 * np.sqrt(0.05 * 0.95 / 4000)
+    assert wrong <= 0.05 + 1.65 * np.sqrt(0.05 * 0.95 / 2000)
 
 
 @settings(max_examples=50, deadline=None, database=None)
@@ -206,3 +206,80 @@ def test_a_share_is_no_surer_than_its_runs_agree():
     assert wide["high"] - wide["low"] > narrow["high"] - narrow["low"]
     nothing = statistics.share_interval(np.zeros((1, 2, 8), bool))
     assert nothing["low"] == 0 < nothing["high"] < 0.3
+
+
+# ---- what a study could have found ---------------------------------------------------------
+
+
+def imagined(variances, shape, effect=0.0, trials=2000):
+    """Drawn studies [trials, runs, seeds] with these variances of runs, seeds and rest."""
+    return simulate(np.random.default_rng(8), trials, *shape, *np.sqrt(variances), effect)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 15])
+def test_the_smallest_detectable_difference_of_one_run_is_students(alpha):
+    values = np.random.default_rng(9).standard_normal((1, 8))
+    difference = statistics.smallest_detectable(values, alpha)
+    # The spread with which half of all studies come out as widely spread as this one.
+    spread = np.sqrt(values.var() * 8 / stats.chi2.median(7))
+    beyond = stats.t.isf(alpha / 2, 7)
+    power = stats.nct.sf(beyond, 7, difference * np.sqrt(8) / spread)
+    assert power == pytest.approx(0.8, abs=0.005)
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5])
+def test_the_smallest_detectable_difference_is_found_in_80_percent(runs):
+    values = simulate(np.random.default_rng(10), 1, runs, 8, 1, 0.5, 0.5)[0]
+    difference = statistics.smallest_detectable(values)
+    variances = statistics.estimated_variances(statistics.sums_of_squares(values[None])[0], runs, 8)
+    trials = imagined(variances, values.shape, difference)
+    assert (~covered(trials, 0)).mean() == pytest.approx(0.8, abs=0.03)
+    assert statistics.smallest_detectable(7 * values + 3) == pytest.approx(7 * difference)
+
+
+def test_variances_are_estimated_too_low_as_often_as_too_high():
+    variances = np.square((1.0, 1.0, 0.3))
+    trials = imagined(variances, (3, 8))
+    found = [
+        statistics.estimated_variances(squares, 3, 8)
+        for squares in statistics.sums_of_squares(trials)
+    ]
+    np.testing.assert_allclose((found > variances).mean(axis=0), 0.5, atol=0.05)
+
+
+def test_runs_to_decide_is_the_smallest_number_that_decides_in_80_percent():
+    values = simulate(np.random.default_rng(11), 1, 5, 8, 1, 0.3, 0.3)[0]
+    variances = statistics.estimated_variances(statistics.sums_of_squares(values[None])[0], 5, 8)
+    number = statistics.runs_to_decide(values, 1.2)
+    shares = []
+    for runs in (number - 1, number):
+        trials = imagined(variances, (runs, 8))
+        distances = 1.2 - np.abs(trials.mean(axis=(1, 2)))
+        shares.append((one_sided(trials, distances) < 0.05).mean())
+    assert 3 <= number <= 30
+    assert shares[0] < 0.81 and shares[1] > 0.78
+    assert statistics.runs_to_decide(values, 1.2, alpha=0.01) > number
+    assert statistics.runs_to_decide(values, 2.4) < number
+    assert statistics.runs_to_decide(values, 1e3) == 2
+
+
+def test_no_number_of_runs_makes_up_for_seeds_that_vary():
+    values = simulate(np.random.default_rng(12), 1, 5, 8, 0.1, 1, 0.1)[0]
+    assert statistics.runs_to_decide(values, 0.3) is None
+    assert statistics.runs_to_decide(values, 3.0) is not None
+
+
+def test_what_cannot_be_known_is_not_promised():
+    one_run = np.random.default_rng(13).standard_normal((1, 8))
+    assert statistics.runs_to_decide(one_run, 1e3) is None
+    assert statistics.runs_to_decide([[0.5]], 1e3) is None
+    assert np.isnan(statistics.smallest_detectable([[0.5]]))
+    assert statistics.smallest_detectable(np.ones((3, 8))) == 0
+    assert statistics.runs_to_decide(np.ones((3, 8)), 0.1) == 2
+
+
+@pytest.mark.parametrize("margin", [0, -1, np.nan])
+def test_a_margin_that_is_none_is_refused(margin):
+    for question in (statistics.equivalence, statistics.runs_to_decide):
+        with pytest.raises(ValueError, match="margin above 0"):
+            question(np.zeros((3, 8)), margin)
