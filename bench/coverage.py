@@ -1,62 +1,406 @@
 #!/usr/bin/env python3
-"""How often 95% intervals hold the truth: statistics.mean_interval beside the percentile bootstrap.
+"""Whether lib/evaluation/statistics.py keeps its promises, by simulation.
 
-    python bench/coverage.py     # 7 s on one CPU core
+    python bench/coverage.py                       # 6.5 minutes on two busy CPU cores
+    python bench/coverage.py --cells coverage.csv  # and a row for each of the 945 cells
 
-Simulated studies of the sizes that this project runs: training runs and sampling seeds with crossed
-random effects of known spread. The bootstrap resamples runs and seeds, 1,000 draws a study.
+Five tables: how often 95% intervals hold the truth and how wide they are, over training runs, sampling
+seeds and the spreads of runs, seeds and rest; the same for the rules that they replaced; how often
+a family of tests finds something where nothing is; and how often what `smallest_detectable` and
+`runs_to_decide` name is really found. The last line says whether every bound is kept, as does the
+exit status.
+
+With one training run the truth is that run's own mean, which is what its interval speaks of.
+
+A cell at exactly 95% would fall below 94.5% now and then by the luck of 10,000 draws. So the first
+table takes luck out where it can (Rao-Blackwell): given the sums of squares of a study, which give
+the interval its width, the mean is still normal around the truth with the true variance, for in
+this model they are independent; each study counts with the exact chance that its interval holds
+the truth. The sums are drawn as a Latin hypercube, and are the same for every spread. All other
+tables but the last draw values and count.
+
+Seven and a half million intervals are read from a table: the width is proportional to the
+size of the root sums of squares, so that their direction alone needs to be tabulated. How far it is from
+statistics.half_widths is measured as well, and printed.
 """
 
+import argparse
+import csv
+import functools
+import itertools
+import multiprocessing
+import os
 import sys
+import time
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a process a core
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
+from scipy import interpolate, optimize, special, stats
+from scipy.stats import qmc
+from tqdm import tqdm
 
 from lib.evaluation import statistics
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+STUDIES = 10_000
+RUNS, SEEDS, SPREADS = (1, 2, 3, 5, 10), (4, 8, 16), (0, 0.3, 1, 3)
+GRID = 65  # directions each way in the table of widths
+LEAST_COVERAGE, MOST_FOUND = 0.945, 0.055
+WIDEST = {5: 1.7, 10: 1.5}  # median width over the width if the spreads were known, 8 seeds or more
 
-STUDIES, DRAWS = 2000, 1000
-# (training runs, sampling seeds, spread between runs, between seeds, of the rest)
-SETTINGS = (
-    (1, 8, 0, 0, 1),
+# Spreads of runs, seeds and rest for families of tests, and for power.
+FAMILY_SPREADS = ((1, 0.3, 0.3), (1, 1, 1), (0.3, 1, 1), (0, 0, 1))
+PAIRS, METRICS = ((0, 1), (0, 2), (1, 2)), 5  # `compare` with three experiments: 15 tests
+POWER_STUDIES = 101  # whose answers are looked at
+# (runs, seeds, spread of runs, of seeds, of the rest) where other rules are shown beside.
+BESIDE = (
     (1, 8, 0, 1, 1),
-    (3, 8, 0, 0, 1),
+    (2, 8, 1, 0.3, 0.3),
     (3, 8, 0, 1, 1),
-    (3, 8, 1, 0, 1),
-    (3, 8, 1, 1, 1),
     (3, 8, 1, 0.3, 0.3),
+    (5, 8, 1, 0.3, 0.3),
     (5, 8, 1, 1, 1),
 )
+BOOTSTRAP_DRAWS = 1000
 
 
-def bootstrap_covers(rng, values, truth):
-    """Whether the percentile bootstrap's interval of each study [n, runs, seeds] holds `truth`."""
+# ---- studies -------------------------------------------------------------------------------
+
+
+def simulate(rng, shape, spreads):
+    """Values [*shape] (…, runs, seeds) around 0 with crossed random effects."""
+    runs, seeds, rest = spreads
+    return (
+        runs * rng.standard_normal((*shape[:-1], 1))
+        + seeds * rng.standard_normal((*shape[:-2], 1, shape[-1]))
+        + rest * rng.standard_normal(shape)
+    )
+
+
+def expected_squares(runs, seeds, spreads):
+    """(expected mean squares [3], standard deviation of the mean around the truth)."""
+    of_runs, of_seeds, rest = np.square(spreads)
+    if runs == 1:  # that run's own mean is the truth, and rest cannot be told from seeds
+        return np.array([0, of_seeds + rest, 0]), np.sqrt((of_seeds + rest) / seeds)
+    error = np.sqrt(of_runs / runs + of_seeds / seeds + rest / (runs * seeds))
+    return np.array([seeds * of_runs + rest, runs * of_seeds + rest, rest]), error
+
+
+def chi_squares(runs, seeds, count):
+    """Chi-square draws [count, 3] of runs, seeds and rest, a Latin hypercube."""
+    freedom = np.array([runs - 1, seeds - 1, (runs - 1) * (seeds - 1)])
+    places = qmc.LatinHypercube(3, rng=np.random.default_rng([runs, seeds])).random(count)
+    return np.where(freedom > 0, stats.chi2.ppf(places, np.maximum(freedom, 1)), 0)
+
+
+def with_squares(rng, squares, runs, seeds):
+    """Values [n, runs, seeds] around 0 whose sums of squares are `squares` [n, 3]."""
+    noise = rng.standard_normal((len(squares), runs, seeds))
+    noise -= noise.mean(axis=(1, 2), keepdims=True)
+    by_run, by_seed = noise.mean(axis=2, keepdims=True), noise.mean(axis=1, keepdims=True)
+    scale = np.sqrt(squares / statistics.sums_of_squares(noise))[:, :, None, None]
+    rest = noise - by_run - by_seed
+    return scale[:, 0] * by_run + scale[:, 1] * by_seed + scale[:, 2] * rest
+
+
+@functools.cache
+def width_table(runs, seeds, tail):
+    """A function like statistics.half_widths for these sizes, squares [n, 3] to [n], but fast."""
+    if runs == 1:
+        return lambda squares: statistics.half_widths(squares, runs, seeds, tail)
+    # Crowded at both ends, where a part that is small itself has the long tail of few runs.
+    steps = np.linspace(0, 1, GRID)
+    angles = np.pi / 2 * steps**3 / (steps**3 + (1 - steps) ** 3)
+    across, up = (grid.ravel() for grid in np.meshgrid(angles, angles, indexing="ij"))
+    roots = np.stack([np.cos(up) * np.cos(across), np.cos(up) * np.sin(across), np.sin(up)], axis=1)
+    widths = statistics.half_widths(roots**2, runs, seeds, tail).reshape(GRID, GRID)
+    spline = interpolate.RectBivariateSpline(steps, steps, np.log(widths))
+
+    def place(opposite, adjacent):
+        angle = np.arctan2(opposite, adjacent)
+        return angle ** (1 / 3) / (angle ** (1 / 3) + (np.pi / 2 - angle) ** (1 / 3))
+
+    def widths_of(squares):
+        of_runs, of_seeds, rest = np.sqrt(squares).T
+        level = np.hypot(of_runs, of_seeds)
+        found = np.exp(spline.ev(place(of_seeds, of_runs), place(rest, level)))
+        return found * np.hypot(level, rest)
+
+    return widths_of
+
+
+# ---- rules that were replaced --------------------------------------------------------------
+
+
+def larger_square_interval(values):
+    """(standard error [n], degrees of freedom [n]) by the larger of two mean squares.
+
+    The variance of the mean is (MS_runs + MS_seeds - MS_rest) / (runs * seeds) with Satterthwaite's
+    degrees of freedom, or the larger mean square alone, with its own, where that is larger.
+    """
     _, runs, seeds = values.shape
-    means = np.empty((DRAWS, len(values)))
-    for draw in range(DRAWS):
+    squares = statistics.sums_of_squares(values)
+    freedom = np.array([runs - 1, seeds - 1, (runs - 1) * (seeds - 1)])
+    squares = squares / np.maximum(freedom, 1)
+    larger = squares[:, :2].argmax(axis=1)
+    square, freedoms = np.take_along_axis(squares, larger[:, None], 1)[:, 0], freedom[larger]
+    if min(runs, seeds) > 1:
+        total = squares @ [1, 1, -1]
+        use = total > square
+        satterthwaite = total**2 / (squares**2 / freedom).sum(axis=1)
+        square, freedoms = np.where(use, total, square), np.where(use, satterthwaite, freedoms)
+    return np.sqrt(square / (runs * seeds)), freedoms
+
+
+def larger_square_misses(values, alpha):
+    """Whether that rule's interval leaves out 0, [n]."""
+    error, freedom = larger_square_interval(values)
+    return np.abs(values.mean(axis=(1, 2))) > stats.t.isf(alpha / 2, freedom) * error
+
+
+def bootstrap_misses(rng, values):
+    """Whether the 95% percentile bootstrap's interval, over runs and seeds, leaves out 0, [n]."""
+    _, runs, seeds = values.shape
+    means = np.empty((BOOTSTRAP_DRAWS, len(values)))
+    for draw in range(BOOTSTRAP_DRAWS):
         chosen_runs, chosen_seeds = rng.integers(runs, size=runs), rng.integers(seeds, size=seeds)
         means[draw] = values[:, chosen_runs][:, :, chosen_seeds].mean(axis=(1, 2))
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    return (low <= truth) & (truth <= high)
+    return (low > 0) | (high < 0)
+
+
+# ---- what is measured ----------------------------------------------------------------------
+
+
+def measure_cells(runs, seeds):
+    """A row for each of the spreads: coverage, width, and error rates of other levels."""
+    draws = chi_squares(runs, seeds, STUDIES)
+    tables = {tail: width_table(runs, seeds, tail) for tail in (0.025, 0.05, 0.05 / 30)}
+    # How far the tables are from what they stand for.
+    sample = draws[:200] * np.random.default_rng(0).choice(SPREADS, (200, 3)) ** 2
+    sample = sample[sample.any(axis=1)]
+    off = max(
+        np.abs(table(sample) / statistics.half_widths(sample, runs, seeds, tail) - 1).max()
+        for tail, table in tables.items()
+    )
+    rows = []
+    for spreads in itertools.product(SPREADS, repeat=3):
+        if not any(spreads):
+            continue
+        expected, error = expected_squares(runs, seeds, spreads)
+        row = dict(runs=runs, seeds=seeds, spread_runs=spreads[0], spread_seeds=spreads[1],
+                   spread_rest=spreads[2], coverage=1.0, median_width=np.nan,
+                   missed_in_15=0.0, wrongly_equivalent=0.0, table_off=off)  # fmt: skip
+        if error > 0:  # otherwise every value is the truth itself
+            scaled = {tail: table(expected * draws) / error for tail, table in tables.items()}
+            missed = {tail: special.ndtr(-width).mean() for tail, width in scaled.items()}
+            row |= dict(
+                coverage=1 - 2 * missed[0.025],
+                median_width=np.median(scaled[0.025]) / special.ndtri(0.975),
+                missed_in_15=2 * missed[0.05 / 30],
+                # At a difference of exactly the margin; a narrow margin makes it rarer still.
+                wrongly_equivalent=missed[0.05],
+            )
+        rows.append(row)
+    return rows
+
+
+def measure_family(kind, runs, spreads):
+    """Share of families of null tests, 8 seeds, that find something: this rule, the one before.
+
+    Holm's correction finds something where the smallest p is below 0.05 over the number of tests.
+    `kind` is that number for tests of one experiment, or "compare" for three experiments in pairs
+    on the same training and sampling seeds.
+    """
+    rng = np.random.default_rng([runs, *(int(10 * s) for s in spreads)])
+    if kind == "compare":
+        values = simulate(rng, (STUDIES, 3, METRICS, runs, 8), spreads)
+        values = np.stack([values[:, b] - values[:, a] for a, b in PAIRS], axis=1)
+    else:
+        values = simulate(rng, (STUDIES, kind, runs, 8), spreads)
+    tests = int(np.prod(values.shape[1:-2]))
+    flat = values.reshape(-1, runs, 8)
+    widths = width_table(runs, 8, 0.05 / tests / 2)(statistics.sums_of_squares(flat))
+    found = np.abs(flat.mean(axis=(1, 2))) > widths
+    before = larger_square_misses(flat, 0.05 / tests)
+    shares = [each.reshape(STUDIES, tests).any(axis=1).mean() for each in (found, before)]
+    return dict(
+        kind=kind, tests=tests, runs=runs, spreads=spreads, found=shares[0], before=shares[1]
+    )
+
+
+def measure_beside(runs, seeds, *spreads):
+    """Coverage of three rules over drawn values."""
+    rng = np.random.default_rng([runs, seeds])
+    values = simulate(rng, (STUDIES, runs, seeds), spreads)
+    tails = statistics.upper_tails(
+        np.abs(values.mean(axis=(1, 2))), statistics.sums_of_squares(values), runs, seeds
+    )
+    return dict(runs=runs, seeds=seeds, spreads=spreads, ours=np.mean(2 * tails >= 0.05),
+                before=1 - larger_square_misses(values, 0.05).mean(),
+                bootstrap=1 - bootstrap_misses(rng, values).mean())  # fmt: skip
+
+
+def measure_power(runs, spreads):
+    """What studies of 8 seeds say they could find, and how often that is found: a dict.
+
+    The margin is the one that ten runs decide with 80% power in truth.
+    """
+
+    def repeated(number, tail):
+        """(half-widths of 2,000 studies over the error, that error)."""
+        expected, error = expected_squares(number, 8, spreads)
+        squares = expected * chi_squares(number, 8, 2000)
+        return statistics.half_widths(squares, number, 8, tail) / error, error
+
+    def decided(margin, width, error):
+        return np.maximum(2 * special.ndtr(margin / error - width) - 1, 0).mean()
+
+    squares = expected_squares(runs, 8, spreads)[0] * chi_squares(runs, 8, POWER_STUDIES)
+    values = with_squares(np.random.default_rng(runs), squares, runs, 8)
+    width, error = repeated(runs, 0.025)
+    differences = np.array([statistics.smallest_detectable(study) for study in values])
+    scaled = np.array([np.median(differences), *differences])[:, None] / error
+    power = (special.ndtr(scaled - width) + special.ndtr(-scaled - width)).mean(axis=1)
+    width, error = repeated(10, 0.05)
+    most = 10 * width.max() * error
+    margin = optimize.brentq(lambda margin: decided(margin, width, error) - 0.8, 0, most)
+    numbers = [statistics.runs_to_decide(study, margin) for study in values]
+    none = np.mean([number is None for number in numbers])
+    number = int(np.median([number or statistics.MOST_RUNS for number in numbers]))
+    return dict(runs=runs, spreads=spreads, difference=np.median(differences), found=power[0],
+                found_mean=power[1:].mean(), margin=margin, number=number,
+                none=none,
+                decided=decided(margin, *repeated(number, 0.05)))  # fmt: skip
+
+
+# ---- tables --------------------------------------------------------------------------------
+
+
+def print_table(title, columns, rows):
+    """A Markdown table; `rows` are lists of texts."""
+    print(f"\n{title}\n")
+    for row in (columns, ["--:"] * len(columns), *rows):
+        print("| " + " | ".join(row) + " |")
+
+
+def spread_text(spreads):
+    """runs / seeds / rest"""
+    return " / ".join(f"{spread:g}" for spread in spreads)
+
+
+def of_row(row):
+    return spread_text((row["spread_runs"], row["spread_seeds"], row["spread_rest"]))
+
+
+def print_cells(cells):
+    """The first table, a line for each number of runs and seeds; returns what is out of bounds."""
+    lines, wrong = [], []
+    for (runs, seeds), group in itertools.groupby(cells, lambda row: (row["runs"], row["seeds"])):
+        group = list(group)
+        least = min(group, key=lambda row: row["coverage"])
+        widest = max(group, key=lambda row: np.nan_to_num(row["median_width"]))
+        bound = WIDEST.get(runs) if seeds >= 8 else None
+        equivalent = max(row["wrongly_equivalent"] for row in group)
+        lines.append([str(runs), str(seeds), f"{least['coverage']:.2%}",
+                      f"{max(row['coverage'] for row in group):.1%}",
+                      f"{widest['median_width']:.2f}", of_row(widest), f"{bound or ''}",
+                      f"{max(row['missed_in_15'] for row in group):.3%}", f"{equivalent:.2%}"])  # fmt: skip
+        where = f"{runs} runs x {seeds} seeds"
+        if least["coverage"] < LEAST_COVERAGE:
+            wrong.append(f"{where}: covers {least['coverage']:.2%} at {of_row(least)}")
+        if bound and widest["median_width"] > bound:
+            wrong.append(f"{where}: {widest['median_width']:.2f} times as wide at {of_row(widest)}")
+        if equivalent > MOST_FOUND:
+            wrong.append(f"{where}: wrongly equivalent in {equivalent:.2%}")
+    print_table(
+        f"95% intervals, the worst of {len(SPREADS) ** 3 - 1} spreads ({STUDIES:,} studies each): least and "
+        "greatest coverage; median width over the width if the spreads were known; misses of the "
+        "99.67% interval (the first of 15 tests); a difference of the margin called equivalent.",
+        ["runs", "seeds", "covers at least", "at most", "width at most", "at spreads (runs / seeds / rest)",
+         "allowed", "99.67% misses at most", "wrongly equivalent at most"], lines)  # fmt: skip
+    off = max(row["table_off"] for row in cells)
+    print(f"\n(The widths were read from tables; they are off by {off:.2%} at most.)")
+    return wrong
+
+
+def print_families(families):
+    """The table of null tests; returns what is out of bounds."""
+    kinds = {4: "4 tests of one experiment", 6: "6 tests of one experiment",
+             "compare": "15 comparisons of three experiments"}  # fmt: skip
+    lines = []
+    for (kind, runs), group in itertools.groupby(families, lambda f: (f["kind"], f["runs"])):
+        shares = [f"{f['found']:.1%} ({f['before']:.1%})" for f in group]
+        lines.append([kinds[kind], str(runs), *shares])
+    print_table(
+        f"Share of {STUDIES:,} families of null tests (Holm, 5%) that find something, by the spreads of runs / "
+        "seeds / rest, 8 seeds; in brackets with the larger mean square.",
+        ["tests", "runs", *map(spread_text, FAMILY_SPREADS)], lines)  # fmt: skip
+    return [
+        f"{kinds[f['kind']]}, {f['runs']} runs, {spread_text(f['spreads'])}: {f['found']:.2%} find something"
+        for f in families
+        if f["found"] > MOST_FOUND
+    ]
+
+
+def print_beside(rows):
+    print_table(
+        f"Coverage of 95% intervals beside those that they replaced, {STUDIES:,} drawn studies.",
+        ["runs", "seeds", "spreads (runs / seeds / rest)", "generalised", "larger mean square",
+         "percentile bootstrap"],
+        [[str(r["runs"]), str(r["seeds"]), spread_text(r["spreads"]), f"{r['ours']:.1%}",
+          f"{r['before']:.1%}", f"{r['bootstrap']:.1%}"] for r in rows])  # fmt: skip
+
+
+def print_power(rows):
+    print_table(
+        f"Promised 80%: the median answer of {POWER_STUDIES} studies (8 seeds), and how often it is found in truth.",
+        ["runs", "spreads (runs / seeds / rest)", "smallest detectable", "found", "mean over studies",
+         "margin", "runs to decide", "decided", "no number"],
+        [[str(r["runs"]), spread_text(r["spreads"]), f"{r['difference']:.2f}", f"{r['found']:.0%}",
+          f"{r['found_mean']:.0%}", f"{r['margin']:.2f}", str(r["number"]), f"{r['decided']:.0%}",
+          f"{r['none']:.0%}"] for r in rows])  # fmt: skip
+
+
+def work(job):
+    measure, arguments = job
+    return measure, measure(*arguments)
+
+
+def write_cells(path, cells):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(cells[0]))
+        writer.writeheader()
+        writer.writerows(cells)
 
 
 def main():
-    rng = np.random.default_rng(0)
-    print("| runs | seeds | spread: runs | seeds | rest | this project | percentile bootstrap |")
-    print("|--:|--:|--:|--:|--:|--:|--:|")
-    for runs, seeds, run_spread, seed_spread, rest in SETTINGS:
-        values = (
-            run_spread * rng.standard_normal((STUDIES, runs, 1))
-            + seed_spread * rng.standard_normal((STUDIES, 1, seeds))
-            + rest * rng.standard_normal((STUDIES, runs, seeds))
-        )
-        intervals = [statistics.mean_interval(study) for study in values]
-        ours = np.mean([i["low"] <= 0 <= i["high"] for i in intervals])
-        theirs = bootstrap_covers(rng, values, 0).mean()
-        row = [runs, seeds, run_spread, seed_spread, rest, f"{ours:.1%}", f"{theirs:.1%}"]
-        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", metavar="FILE", help="also write a row for each cell, as CSV")
+    path = parser.parse_args().cells
+    started = time.perf_counter()
+    families = itertools.product((4, 6, "compare"), (2, 3, 5), FAMILY_SPREADS)
+    jobs = [(measure_cells, size) for size in itertools.product(RUNS, SEEDS)]
+    jobs += [(measure_family, family) for family in families]
+    jobs += [(measure_beside, setting) for setting in BESIDE]
+    jobs += [(measure_power, p) for p in itertools.product((3, 5), FAMILY_SPREADS[:3])]
+    found = {}
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        for measure, result in tqdm(pool.imap(work, jobs), total=len(jobs), desc="simulating"):
+            found.setdefault(measure.__name__, []).append(result)
+    cells = [row for rows in found["measure_cells"] for row in rows]
+    if path:
+        write_cells(path, cells)
+    wrong = print_cells(cells) + print_families(found["measure_family"])
+    print_beside(found["measure_beside"])
+    print_power(found["measure_power"])
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{len(cells)} cells, {minutes:.1f} minutes on {os.cpu_count()} CPU cores.")
+    print("\n".join(["Out of bounds:", *wrong]) if wrong else "Every bound is kept.")
+    return bool(wrong)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
