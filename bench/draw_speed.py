@@ -32,7 +32,7 @@ from diffusers import StableDiffusionPipeline
 
 import inference
 from bench.train_speed import ATTENTION_KERNELS, attending, converted, nothing, run
-from lib import adapters
+from lib import adapter_files, adapters
 from lib.evaluation import drawing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +86,7 @@ def ours(args, how, batch_size, merged=True, graph=True):
     """inference.py's way; (s a picture, pictures)."""
     pipeline = drawing.load_pipeline(ROOT / args.base_model, DTYPE, DEVICE)
     if merged:
-        adapter = adapters.read_adapter(ROOT / args.lora_dir)
+        adapter = adapter_files.read_adapter(ROOT / args.lora_dir)
         adapters.Applied(adapter, drawing.models_of(pipeline))
     else:
         pipeline.load_lora_weights(ROOT / args.lora_dir)

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from demo.build.tokenizers import byte_tokenizer
-from lib import adapters
+from lib import adapter_files, adapters
 
 BEGIN, END = 49406, 49407  # as in CLIP's vocabulary
 TARGETS = {  # layers that the adapter changes, as train.py's do
@@ -72,7 +72,7 @@ def main():
         for _, b in adapters.factors(model).values():
             torch.nn.init.normal_(b.data, std=0.02)
     (folder / "adapter").mkdir(exist_ok=True)
-    adapters.save_adapter(
+    adapter_files.save_adapter(
         folder / "adapter", models, 32, 32.0, TARGETS, {"base_model": str(folder)}
     )
 

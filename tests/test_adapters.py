@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from inference import load_pipeline, probe
-from lib import adapters
+from lib import adapter_files, adapters
 from lib.errors import UserError
+from lib.evaluation.drawing import load_pipeline, probe
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def models_of(pipeline):
 def rewrite(folder, target, change):
     """A copy of an adapter folder whose tensors went through `change` (a dict to a dict)."""
     shutil.copytree(folder, target)
-    path = target / adapters.WEIGHTS
+    path = target / adapter_files.WEIGHTS
     with safe_open(path, "pt") as file:
         header = file.metadata()
     save_file(change(load_file(path)), path, metadata=header)
@@ -60,7 +60,7 @@ def larger(tensors):
 def test_round_trip_and_equal_output_in_diffusers(trained, tiny_model, pipeline, tmp_path):
     folder = rewrite(trained / "lora_weights_rank_32", tmp_path / "larger", larger)
     base = probe(pipeline)
-    adapter = adapters.read_adapter(folder)
+    adapter = adapter_files.read_adapter(folder)
     applied = adapters.Applied(adapter, models_of(pipeline))
     ours = probe(pipeline)
     for name, output in ours.items():
@@ -91,12 +91,12 @@ def test_alpha_other_than_rank_survives_the_file(tmp_path, tiny_model, pipeline)
             torch.nn.init.normal_(b.data)
     expected = probe(pipeline)
     targets = {"unet": ["to_q"], "text_encoder": ["q_proj"]}
-    adapters.save_adapter(tmp_path, models, 4, 2.0, targets, {"caption": "x"})
-    assert adapters.read_adapter(tmp_path).alpha == {"unet": 2.0, "text_encoder": 2.0}
+    adapter_files.save_adapter(tmp_path, models, 4, 2.0, targets, {"caption": "x"})
+    assert adapter_files.read_adapter(tmp_path).alpha == {"unet": 2.0, "text_encoder": 2.0}
     theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     theirs.load_lora_weights(tmp_path)
     ours = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
-    adapters.Applied(adapters.read_adapter(tmp_path), models_of(ours))
+    adapters.Applied(adapter_files.read_adapter(tmp_path), models_of(ours))
     for reader in (theirs, ours):
         for name, output in probe(reader).items():
             assert_close(output, expected[name])
@@ -106,7 +106,7 @@ def test_alpha_other_than_rank_survives_the_file(tmp_path, tiny_model, pipeline)
 @pytest.mark.parametrize("at_root", [True, False])
 def test_published_peft_layout(tmp_path, trained, pipeline, prefix, at_root):
     """PEFT folders, with and without the `text_model.` level, give the same as our own file."""
-    tensors = load_file(trained / "lora_weights_rank_32" / adapters.WEIGHTS)
+    tensors = load_file(trained / "lora_weights_rank_32" / adapter_files.WEIGHTS)
     for component in ["text_encoder"] if at_root else ["unet", "text_encoder"]:
         place = tmp_path if at_root else tmp_path / component
         place.mkdir(exist_ok=True)
@@ -127,8 +127,8 @@ def test_published_peft_layout(tmp_path, trained, pipeline, prefix, at_root):
         )
         config = dict(peft_type="LORA", r=4, lora_alpha=4, target_modules=names)
         (place / "adapter_config.json").write_text(json.dumps(config))
-    published = adapters.read_adapter(tmp_path)
-    ours = adapters.read_adapter(trained / "lora_weights_rank_32")
+    published = adapter_files.read_adapter(tmp_path)
+    ours = adapter_files.read_adapter(trained / "lora_weights_rank_32")
     if not at_root:
         assert adapters.fingerprint(published) == adapters.fingerprint(ours)
     applied = adapters.Applied(ours, models_of(pipeline))
@@ -191,42 +191,42 @@ def unknown_key(tensors):
 def test_a_wrong_file_is_refused_and_named(tmp_path, trained, pipeline, change, words):
     wrong = rewrite(trained / "lora_weights_rank_32", tmp_path / "wrong", change)
     with pytest.raises(UserError, match=words) as error:
-        adapters.Applied(adapters.read_adapter(wrong), models_of(pipeline))
+        adapters.Applied(adapter_files.read_adapter(wrong), models_of(pipeline))
     assert str(wrong) in str(error.value)
 
 
 def test_damaged_files(tmp_path, trained):
-    source = trained / "lora_weights_rank_32" / adapters.WEIGHTS
+    source = trained / "lora_weights_rank_32" / adapter_files.WEIGHTS
     for name, content in (
         ("cut", source.read_bytes()[:500]),
         ("zero", b"\0" * 900),
         ("text", b"hello"),
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / adapters.WEIGHTS).write_bytes(content)
+        (tmp_path / name / adapter_files.WEIGHTS).write_bytes(content)
         with pytest.raises(UserError, match="safetensors"):
-            adapters.read_adapter(tmp_path / name)
+            adapter_files.read_adapter(tmp_path / name)
 
 
 def test_find_adapters(trained, tmp_path):
-    found = [name for name, _ in adapters.find_adapters(trained)]
+    found = [name for name, _ in adapter_files.find_adapters(trained)]
     assert found == ["lora_weights_rank8", "lora_weights_rank_32", "lora_weights_unet_only"]
-    one = adapters.find_adapters(trained / "lora_weights_rank8")
+    one = adapter_files.find_adapters(trained / "lora_weights_rank8")
     assert [name for name, _ in one] == ["lora_weights_rank8"]
     with pytest.raises(UserError, match="no adapter in it"):
-        adapters.find_adapters(tmp_path)
+        adapter_files.find_adapters(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
-        adapters.find_adapters(tmp_path / "none")
+        adapter_files.find_adapters(tmp_path / "none")
 
 
 def test_fingerprint_tells_adapters_apart_and_copies_not(tmp_path, trained):
     prints = {
-        adapters.fingerprint(adapters.read_adapter(path))
-        for _, path in adapters.find_adapters(trained)
+        adapters.fingerprint(adapter_files.read_adapter(path))
+        for _, path in adapter_files.find_adapters(trained)
     }
     assert len(prints) == 3
     copy = rewrite(trained / "lora_weights_rank8", tmp_path / "copy", lambda tensors: tensors)
-    assert adapters.fingerprint(adapters.read_adapter(copy)) in prints
+    assert adapters.fingerprint(adapter_files.read_adapter(copy)) in prints
 
 
 def test_a_target_that_matches_nothing(pipeline):

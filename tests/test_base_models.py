@@ -7,14 +7,14 @@ import signal
 import huggingface_hub
 import pytest
 import torch
-from bench.random_sd15 import byte_tokenizer
 from conftest import BOS, TEXT, TINY_RUN, assert_one_line, call, make_processed, options
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from test_safety import assert_equal_runs, kill, succeeded, training
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lib import adapters, models
+from demo.random_sd15 import byte_tokenizer
+from lib import adapter_files, models
 from lib.errors import UserError
 from lib.evaluation import drawing
 
@@ -96,7 +96,7 @@ def test_a_supported_model_is_trained_resumed_and_drawn(
     # diffusers finds a place for every layer of the adapter.
     pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipeline.load_lora_weights(tmp_path / "whole" / NAME)
-    layers = [key for key in load_file(tmp_path / "whole" / NAME / adapters.WEIGHTS) if "lora_A" in key]  # fmt: skip
+    layers = [key for key in load_file(tmp_path / "whole" / NAME / adapter_files.WEIGHTS) if "lora_A" in key]  # fmt: skip
     found = [n for part in (pipeline.unet, pipeline.text_encoder) for n, _ in part.named_parameters() if "lora_A" in n]  # fmt: skip
     assert len(found) == len(layers)
 

@@ -10,7 +10,7 @@ from conftest import ROOT, options, run
 from PIL import Image
 
 from demo import world
-from lib.adapters import WEIGHTS
+from lib.adapter_files import WEIGHTS
 from lib.evaluation import clip_scores, drawing
 from lib.files import sha256_file
 

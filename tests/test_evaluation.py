@@ -12,7 +12,7 @@ import torch
 from conftest import assert_one_line, call, options, picture, run
 from PIL import Image
 
-from lib.adapters import WEIGHTS
+from lib.adapter_files import WEIGHTS
 from lib.errors import UserError
 from lib.evaluation import clip_scores, lpips_distances, results, scores, sweep, words
 from lib.evaluation.comparison import COMPARED, compare

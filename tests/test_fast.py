@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
 import train
-from lib import adapters
+from lib import adapter_files, adapters
 from lib.evaluation import drawing
 from lib.kernels import attention, channels_last, compiling, graphs, lora, norms
 from lib.training import micro_step, parameters
@@ -351,7 +351,7 @@ def run_of(model, data, folder, **changes):
     train.train(**config)
     folder = folder / config["run_name"]
     rows = [json.loads(line) for line in (folder / "log.jsonl").open()]
-    weights = load_file(folder / adapters.WEIGHTS)
+    weights = load_file(folder / adapter_files.WEIGHTS)
     weights = {k.replace(".lora_", ".").removesuffix(".weight").replace("text_model.", ""): w for k, w in weights.items()}  # fmt: skip
     return [row["loss"] for row in rows if "loss" in row], weights
 

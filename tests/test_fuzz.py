@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import preprocess
-from lib import adapters
+from lib import adapter_files, adapters
 from lib.dataset import read_dataset
 from lib.errors import UserError
 
@@ -161,13 +161,13 @@ VALID = adapter_bytes(
 def read(folder):
     """The adapter in `folder`, checked to be a whole one, or None where it was refused."""
     try:
-        adapter = adapters.read_adapter(folder)
+        adapter = adapter_files.read_adapter(folder)
     except UserError as error:
         check_line(error, folder)
         return None
     assert adapter.factors
     for part, layers in adapter.factors.items():
-        assert part in adapters.COMPONENTS
+        assert part in adapter_files.COMPONENTS
         assert 0 < float(adapter.alpha[part]) <= 1e6
         for a, b in layers.values():
             assert a.dtype == b.dtype == torch.float32
@@ -182,7 +182,7 @@ def read(folder):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz") / "adapter"
     folder.mkdir()
-    (folder / adapters.WEIGHTS).write_bytes(VALID)
+    (folder / adapter_files.WEIGHTS).write_bytes(VALID)
     assert set(read(folder).factors) == {"unet", "text_encoder"}
     return folder
 
@@ -190,7 +190,7 @@ def folder(tmp_path_factory):
 @many
 @given(mutated([VALID]) | st.binary(max_size=200))
 def test_adapter_bytes(folder, content):
-    (folder / adapters.WEIGHTS).write_bytes(content)
+    (folder / adapter_files.WEIGHTS).write_bytes(content)
     read(folder)
 
 
@@ -218,7 +218,7 @@ def edited_headers(draw):
 @many
 @given(edited_headers())
 def test_adapter_headers(folder, content):
-    (folder / adapters.WEIGHTS).write_bytes(content)
+    (folder / adapter_files.WEIGHTS).write_bytes(content)
     read(folder)
 
 
@@ -260,7 +260,7 @@ header_values = st.text(max_size=30) | (json_values | st.fixed_dictionaries(
     st.dictionaries(st.sampled_from(["lora_adapter_metadata", "rank", "seed"]), header_values),
 )
 def test_adapter_contents(folder, content, header):
-    (folder / adapters.WEIGHTS).write_bytes(adapter_bytes(content, header))
+    (folder / adapter_files.WEIGHTS).write_bytes(adapter_bytes(content, header))
     read(folder)
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib import adapters
-from lib.adapters import WEIGHTS
+from lib import adapter_files, adapters
+from lib.adapter_files import WEIGHTS
 from lib.errors import UserError
 from lib.evaluation import clip_scores, drawing, lpips_distances
 
@@ -130,7 +130,7 @@ def test_an_adapter_that_cannot_be_switched_off_is_refused(tiny_model, trained, 
     """At scale 0 the base model must come back, or the comparison is with something else."""
     pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
     models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-    adapter = adapters.read_adapter(trained / "lora_weights_rank_32")
+    adapter = adapter_files.read_adapter(trained / "lora_weights_rank_32")
     for component, rows in adapter.factors.items():  # a few steps move too little to be sure
         adapter.factors[component] = {name: (a, b * 1000) for name, (a, b) in rows.items()}
     base = drawing.probe(pipeline)

@@ -40,7 +40,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 import train
-from lib import adapters, dataset, errors, files, models
+from lib import adapter_files, adapters, dataset, errors, files, models
 from lib.errors import UserError
 from lib.evaluation import drawing, results
 from lib.training import checkpoints, micro_step, run_folder, samples, stopping
@@ -97,7 +97,7 @@ def succeeded(done):
 
 def assert_equal_runs(a, b):
     """Two finished run folders hold the same weights, bit for bit, and the same log."""
-    ours, theirs = load_file(a / adapters.WEIGHTS), load_file(b / adapters.WEIGHTS)
+    ours, theirs = load_file(a / adapter_files.WEIGHTS), load_file(b / adapter_files.WEIGHTS)
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         assert torch.equal(tensor, theirs[key]), key
@@ -246,13 +246,13 @@ def test_a_changed_package_is_refused(interrupted, tmp_path, monkeypatch):
 def test_a_finished_run_trains_anew_and_stays_until_then(exact, tmp_path):
     config = exact | dict(output_dir=tmp_path, max_steps=4, gradient_accumulation_steps=1)
     succeeded(training(tmp_path, config))
-    first = load_file(tmp_path / NAME / adapters.WEIGHTS)
+    first = load_file(tmp_path / NAME / adapter_files.WEIGHTS)
     again = config | dict(seed=7)
     assert training(tmp_path, again, {3: kill}).returncode == -signal.SIGKILL
-    kept = load_file(tmp_path / NAME / adapters.WEIGHTS)
+    kept = load_file(tmp_path / NAME / adapter_files.WEIGHTS)
     assert all(torch.equal(first[key], kept[key]) for key in first)
     assert "continuing" in succeeded(training(tmp_path, again)).stdout
-    new = load_file(tmp_path / NAME / adapters.WEIGHTS)
+    new = load_file(tmp_path / NAME / adapter_files.WEIGHTS)
     assert not all(torch.equal(first[key], new[key]) for key in first)
     assert "continuing" not in succeeded(training(tmp_path, again)).stdout
 
@@ -261,7 +261,7 @@ def test_killed_when_it_is_all_but_done(exact, uninterrupted, tmp_path):
     """After the last step and before the folder is renamed nothing is lost either."""
     config = exact | dict(output_dir=tmp_path)
     moments = {
-        (run_folder, "loss_figure"): lambda work: (work / adapters.WEIGHTS).exists(),
+        (run_folder, "loss_figure"): lambda work: (work / adapter_files.WEIGHTS).exists(),
         (run_folder, "write_marker"): lambda work: (work / "loss.png").exists(),
         (train, "replace_folder"): lambda work: (work / "config.json").exists(),
     }
@@ -1015,20 +1015,20 @@ def test_pickles_and_code_beside_the_weights_are_never_read(
         train.main(train.CONFIG, train.__doc__)
         pipeline = drawing.load_pipeline(model, torch.float32, "cpu")
         models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        adapters.Applied(adapters.read_adapter(adapter), models)
+        adapters.Applied(adapter_files.read_adapter(adapter), models)
 
     succeeded(finish(forked(work, tmp_path), tmp_path))
     assert not proof.exists()
     (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors missing"):
         models.fetch_base_model(str(model))
-    (adapter / adapters.WEIGHTS).unlink()
+    (adapter / adapter_files.WEIGHTS).unlink()
     with pytest.raises(UserError):
-        adapters.read_adapter(adapter)
+        adapter_files.read_adapter(adapter)
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     torch.save(Evil(proof), adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
-        adapters.read_adapter(adapter)
+        adapter_files.read_adapter(adapter)
     assert not proof.exists()
     torch.load(pickles[0], weights_only=False)  # the trap itself works
     assert proof.exists()

@@ -197,17 +197,6 @@ def test_holm():
     np.testing.assert_allclose(statistics.holm([0.01, 0.04, 0.03, 0.5]), [0.04, 0.09, 0.09, 0.5])
 
 
-def test_a_share_is_no_surer_than_its_runs_agree():
-    agreeing = np.zeros((3, 2, 8), bool)
-    agreeing[:, 0, :3] = True  # the same three seeds in every run
-    one_run = np.zeros((3, 2, 8), bool)
-    one_run[0, :, :5] = True  # about as many hits, all in one run
-    narrow, wide = statistics.share_interval(agreeing), statistics.share_interval(one_run)
-    assert wide["high"] - wide["low"] > narrow["high"] - narrow["low"]
-    nothing = statistics.share_interval(np.zeros((1, 2, 8), bool))
-    assert nothing["low"] == 0 < nothing["high"] < 0.3
-
-
 # ---- what a study could have found ---------------------------------------------------------
 
 

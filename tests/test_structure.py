@@ -11,7 +11,7 @@ from conftest import ROOT
 SCRIPTS = {"preprocess", "train", "inference"} | {
     path.stem for path in ROOT.glob("train_experiment_*.py")
 }
-LONGEST_FILE, LONGEST_FUNCTION = 350, 80
+LONGEST_FILE, LONGEST_SCRIPT, LONGEST_FUNCTION = 350, 400, 80
 # Told from top to bottom: the optimisation loop, and an evaluation.
 LONG_FUNCTIONS = {"train.py:train": 170, "inference.py:evaluate": 100}
 
@@ -102,7 +102,7 @@ def test_no_file_imports_itself_through_others():
 @pytest.mark.parametrize("name", sorted(n for n in KNOWN if within(n, "lib", "demo", *SCRIPTS)))
 def test_files_and_functions_are_short_enough_to_read(name):
     text = KNOWN[name].read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= LONGEST_FILE
+    assert len(text.splitlines()) <= (LONGEST_SCRIPT if name in SCRIPTS else LONGEST_FILE)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             label = f"{KNOWN[name].relative_to(ROOT).as_posix()}:{node.name}"

@@ -29,7 +29,7 @@ from transformers import CLIPTextModel
 import train
 import train_experiment_rank8
 import train_experiment_unet_only
-from lib.adapters import WEIGHTS
+from lib.adapter_files import WEIGHTS
 from lib.training import micro_step, samples
 
 

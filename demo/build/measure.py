@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from metrics import lpips_model
 from safetensors import safe_open
 
 from demo import world
@@ -17,6 +16,7 @@ from demo.build.pictures import psnr, to_bytes, to_signed
 from demo.build.render import render
 from demo.build.scorer import Scorer
 from demo.build.unet import load_pipeline
+from lib.evaluation.lpips_distances import lpips_model
 from lib.files import write_json
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from metrics import lpips_model
 
 from demo.build.config import EVALUATION_BATCH
 from demo.build.data import load_part
 from demo.build.loop import save_half, train
 from demo.build.pictures import flip_some, psnr, to_signed, uniform
 from lib.errors import UserError
+from lib.evaluation.lpips_distances import lpips_model
 
 
 def train_vae(config):

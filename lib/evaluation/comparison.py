@@ -63,5 +63,5 @@ def compare(groups, prompts, base_pairs, margins):
             if same < 0.05:
                 row["answer"] = "equivalent"
         if row["answer"] == "undecided":
-            row["decides"] = deciding_text(values, row["margin"])
+            row["decides"] = deciding_text(values, row["margin"], len(rows))
     return rows

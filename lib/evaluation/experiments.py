@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from lib import adapters
+from lib import adapter_files, adapters
 from lib.errors import UserError
 from lib.evaluation.scores import Run
 from lib.files import check_output_folder
@@ -25,7 +25,7 @@ WITHOUT_EFFECT = (
 
 def plan_runs(config, device):
     """What will be drawn: ([(name, Adapter, target folder)], base-model folder), all checked."""
-    found = adapters.find_adapters(config["lora_dir"])
+    found = adapter_files.find_adapters(config["lora_dir"])
     output_dir, base_model = Path(config["output_dir"]), config["base_model"]
     targets = [output_dir / name if len(found) > 1 else output_dir for name, _ in found]
     for target in [*targets, *([output_dir / "comparison"] if len(found) > 1 else [])]:
@@ -33,7 +33,7 @@ def plan_runs(config, device):
     for left in sorted(Path(config["lora_dir"]).glob("*/config.json")):
         if len(found) > 1 and left.parent.name not in [name for name, _ in found]:
             print(f"note: {left.parent} is a run without its weights, and is passed over")
-    read = [(name, adapters.read_adapter(path)) for name, path in found]
+    read = [(name, adapter_files.read_adapter(path)) for name, path in found]
     described = [Run(name, None, describe(adapter), [], []) for name, adapter in read]
     check_fingerprints([(run.name, run.adapter["fingerprint"]) for run in described])
     group_runs(described)

@@ -175,21 +175,6 @@ def holm(p_values):
     return corrected
 
 
-def share_interval(hits):
-    """Share of true values in `hits` [runs, prompts, seeds] with its 95% interval: a dict.
-
-    The wider of two: Wilson's, which takes every picture for independent, and `mean_interval` over
-    runs and seeds, which does not, but is empty where all values are equal.
-    """
-    crossed = mean_interval(hits.mean(axis=1))
-    wilson = stats.binomtest(int(hits.sum()), hits.size).proportion_ci(0.95, method="wilson")
-    return dict(mean=float(hits.mean()), low=max(0.0, float(np.fmin(wilson.low, crossed["low"]))),
-                high=min(1.0, float(np.fmax(wilson.high, crossed["high"]))))  # fmt: skip
-
-
-# ---- what a study could have found ----------------------------------------------------------
-
-
 def estimated_variances(squares, runs, seeds):
     """Variances [3] of runs, seeds and rest that the sums of squares [3] of one study speak for.
 

@@ -77,6 +77,7 @@ class Line:
     yes: tuple
     no: tuple
     answer: bool = None  # None: cannot be told
+    tests: int = 1  # how many are decided together
 
     def p(self, side, at):
         """p-value of the claim that the mean lies on this side of `at`."""
@@ -92,6 +93,8 @@ def decide(lines):
 
     A mean may lie above 0 for certain and still within the margin: then it is negligible.
     """
+    for line in lines:
+        line.tests = len(lines)
     for side, answer in (("yes", True), ("no", False)):
         corrected = holm([line.p(*getattr(line, side)) for line in lines])
         for line, p in zip(lines, corrected, strict=True):
@@ -142,19 +145,22 @@ def answer_word(answer):
     return {True: "yes", False: "no", None: UNTOLD}[answer]
 
 
-def deciding_text(values, margin):
-    """What would decide a difference that cannot be told, as a sentence."""
+def deciding_text(values, margin, tests=1):
+    """What would decide a difference, one of `tests`, that cannot be told: a sentence or two."""
     runs = len(values)
     if values.size == 1:
         return "One picture a prompt and one training run decide nothing."
-    least = f"A difference of {smallest_detectable(values):.3f} would have been found in four of five repetitions"
+    least = smallest_detectable(values, 0.05 / tests)
+    text = f"A difference of {least:.3f} would have been found in four of five repetitions"
     if runs < FEWEST_RUNS:
-        word = {1: "one training run does", 2: "two training runs do"}[runs]
-        return f"{least}; {word} not show how much training runs differ, five would."
-    needed = runs_to_decide(values, margin)
+        few = {1: "one training run does", 2: "two training runs do"}[runs]
+        return f"{text}; {few} not show how much training runs differ, five would."
+    needed = runs_to_decide(values, margin, 0.05 / tests)
     if needed is None:
-        return f"{least}; more sampling seeds are needed to decide about a margin of {margin:g}."
-    return f"{least}; with {needed} training runs the margin of {margin:g} could be decided."
+        return f"{text}; a margin of {margin:g} takes more sampling seeds than {values.shape[1]}."
+    if needed <= runs:
+        return f"{text}; the mean lies too near the margin of {margin:g} for {runs} training runs."
+    return f"{text}; with {needed} training runs the margin of {margin:g} could be decided."
 
 
 def learned(lines, success, margins):
@@ -177,10 +183,10 @@ def learned(lines, success, margins):
     else:
         answer = None
         if concept.answer is None:
-            end = deciding_text(concept.values, margins["concept_similarity"])
+            end = deciding_text(concept.values, margins["concept_similarity"], concept.tests)
         else:
             end = ("It looks more like them; whether the match with the prompt fell by the margin cannot be told. "
-                   + deciding_text(clip.values, margins["clip"]))  # fmt: skip
+                   + deciding_text(clip.values, margins["clip"], clip.tests))  # fmt: skip
     return dict(question="learned", answer=answer_word(answer), text=text + end)
 
 
@@ -197,7 +203,7 @@ def moved_toward(line, total, margins, question):
     end = {
         True: "The concept bleeds into them." if kept else "The adapter contaminates them.",
         False: "They do not move toward the training pictures by the margin.",
-    }.get(line.answer) or deciding_text(line.values, margin)
+    }.get(line.answer) or deciding_text(line.values, margin, line.tests)
     answer = line.answer if not kept or line.answer is None else not line.answer
     return dict(question=question, answer=answer_word(answer), text=f"{text}. {end}")
 
@@ -208,4 +214,4 @@ def collapsed(line, variety, margins):
             f"as much as the base model's (collapsed below {1 - margins['variety']:g}). ")  # fmt: skip
     end = {True: "They lost more of their variety than the margin.", False: "They stay varied."}
     return dict(question="collapsed", answer=answer_word(line.answer),
-                text=text + (end.get(line.answer) or deciding_text(line.values, margins["variety"])))  # fmt: skip
+                text=text + (end.get(line.answer) or deciding_text(line.values, margins["variety"], line.tests)))  # fmt: skip

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from lib import adapters
+from lib import adapter_files, adapters
 from lib.dataset import data_hash
 from lib.errors import UserError
 from lib.files import write_marker
@@ -57,7 +57,7 @@ def write_run(folder, config, models, journal, data, device, **figures):
     captions = data["captions"]
     caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
     targets = {name: config[f"{name}_targets"] for name in models}
-    adapters.save_adapter(folder, models, config["rank"], config["alpha"], targets, dict(
+    adapter_files.save_adapter(folder, models, config["rank"], config["alpha"], targets, dict(
         base_model=str(config["base_model"]), caption=caption, data_sha256=data["sha256"],
         steps=str(config["max_steps"]), seed=str(config["seed"]),
     ))  # fmt: skip
