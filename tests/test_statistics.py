@@ -44,11 +44,10 @@ def covered(values, truth, level=0.95):
     ],
 )
 def test_95_percent_intervals_hold_a_known_difference(runs, seeds, run_noise, seed_noise, noise):
-    trials = simulate(
-        np.random.default_rng(0), 2000, runs, seeds, run_noise, seed_noise, noise, effect=0.7
-    )
-    # 94.5%, and what chance allows over 2,000; too wide would be no achievement either.
-    assert 0.945 - 1.65 * np.sqrt(0.05 * 0.95 / 2000) <= covered(trials, 0.7).mean() <= 0.98
+    rng = np.random.default_rng(0)
+    trials = simulate(rng, 5000, runs, seeds, run_noise, seed_noise, noise, effect=0.7)
+    # 95%, and what chance allows over 5,000; too wide would be no achievement either.
+    assert 0.95 - 1.65 * np.sqrt(0.05 * 0.95 / 5000) <= covered(trials, 0.7).mean() <= 0.98
 
 
 @pytest.mark.parametrize("level", [0.9, 0.997])
@@ -57,6 +56,27 @@ def test_other_levels_hold_as_well(level):
     trials = simulate(np.random.default_rng(4), 2000, 3, 8, 1, 0.3, 0.3)
     missed = 1 - covered(trials, 0, level).mean()
     assert missed <= (1 - level) + 1.65 * np.sqrt(level * (1 - level) / 2000)
+
+
+@pytest.mark.parametrize(("runs", "bound"), [(5, 1.7), (10, 1.5)])
+@pytest.mark.parametrize("noises", [(1, 0.3, 0.3), (0, 0, 1), (0.3, 1, 1)])
+def test_intervals_are_not_much_wider_than_if_the_spreads_were_known(runs, bound, noises):
+    values = simulate(np.random.default_rng(14), 300, runs, 8, *noises)
+    half = statistics.half_widths(statistics.sums_of_squares(values), runs, 8, 0.025)
+    error = np.sqrt(noises[0] ** 2 / runs + noises[1] ** 2 / 8 + noises[2] ** 2 / (8 * runs))
+    assert 1 <= np.median(half) / (1.96 * error) <= bound
+
+
+@pytest.mark.parametrize("squares", [(5, 1, 1), (0.5, 6, 8), (0.1, 0.1, 20), (8, 30, 10)])
+def test_the_p_value_is_the_formulas(squares):
+    """V* of the module's first page, over a million draws in place of the fixed points."""
+    draws = np.random.default_rng(15).chisquare([2, 7, 14], (1_000_000, 3))
+    by_runs, by_seeds, rest = (np.array(squares) / draws).T
+    variance = np.maximum(by_runs + by_seeds - rest, rest) / (3 * 8)
+    squares = np.array([squares], float)
+    for tail in (0.025, 0.0017):
+        distance = statistics.half_widths(squares, 3, 8, tail)
+        assert stats.norm.sf(distance / np.sqrt(variance)).mean() == pytest.approx(tail, rel=0.03)
 
 
 def test_one_study_is_measured_as_a_batch_is():
@@ -239,16 +259,16 @@ def test_variances_are_estimated_too_low_as_often_as_too_high():
 def test_runs_to_decide_is_the_smallest_number_that_decides_in_80_percent():
     values = simulate(np.random.default_rng(11), 1, 5, 8, 1, 0.3, 0.3)[0]
     variances = statistics.estimated_variances(statistics.sums_of_squares(values[None])[0], 5, 8)
-    number = statistics.runs_to_decide(values, 1.2)
+    number = statistics.runs_to_decide(values, 0.7)
     shares = []
     for runs in (number - 1, number):
         trials = imagined(variances, (runs, 8))
-        distances = 1.2 - np.abs(trials.mean(axis=(1, 2)))
+        distances = 0.7 - np.abs(trials.mean(axis=(1, 2)))
         shares.append((one_sided(trials, distances) < 0.05).mean())
-    assert 3 <= number <= 30
+    assert 10 <= number <= 100
     assert shares[0] < 0.81 and shares[1] > 0.78
-    assert statistics.runs_to_decide(values, 1.2, alpha=0.01) > number
-    assert statistics.runs_to_decide(values, 2.4) < number
+    assert statistics.runs_to_decide(values, 0.7, alpha=0.01) > number
+    assert statistics.runs_to_decide(values, 1.4) < number
     assert statistics.runs_to_decide(values, 1e3) == 2
 
 
