@@ -236,17 +236,59 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
                duplicate_colour, strict):  # fmt: skip
     """Write the training set of `data_dir` to `output_dir`; return the manifest (a dict)."""
     data_dir, output_dir = Path(data_dir), Path(output_dir)
+    names = picture_names(data_dir)
+    captions = read_captions(data_dir, names)
+    pictures, skipped = read_pictures(data_dir, names, resolution, max_megapixels)
+    kept, duplicates = without_duplicates(pictures, data_dir, duplicate_bits, duplicate_colour)
+    report_counts(len(names), kept, skipped, duplicates, data_dir, resolution)
+    if not kept:
+        raise UserError(
+            f"{data_dir}: no usable picture in it; put JPEG, PNG, WebP or AVIF files there"
+        )
+    if strict and (skipped or duplicates):
+        raise UserError(
+            f"--strict: {len(skipped)} skipped and {len(duplicates)} duplicate pictures, named above; "
+            "nothing was written"
+        )
+
+    new = fresh_folder(output_dir)
+    records = write_pictures(new, kept, captions, caption)
+    sheet = contact_sheet([p["image"] for p in kept], [p["source"] for p in kept])
+    sheet.save(new / "contact_sheet.png")
+    manifest = dict(
+        config=dict(caption=caption, resolution=resolution, max_megapixels=max_megapixels,
+                    duplicate_bits=duplicate_bits, duplicate_colour=duplicate_colour),
+        pillow=PIL.__version__,
+        pictures=records,
+        skipped=skipped,
+        duplicates=duplicates,
+    )  # fmt: skip
+    write_marker(new / "manifest.json", manifest)
+    replace_folder(output_dir, "manifest.json")
+    own = sum(record["caption_from"] != "CONFIG" for record in records)
+    print(
+        f"{output_dir}: {len(kept)} pictures of {resolution}x{resolution}; {len(kept) - own} with the "
+        f"caption «{caption}», {own} with their own. Look at {output_dir / 'contact_sheet.png'}"
+    )
+    return manifest
+
+
+def picture_names(data_dir):
+    """The sorted names of what may be a picture in `data_dir`: no captions, no hidden files."""
     names = sorted(path.name for path in data_dir.iterdir())
     stems = {Path(name).stem for name in names if not name.endswith(".txt")}
-    names = [
+    return [
         name
         for name in names
         if not IGNORED.fullmatch(name)
         and name not in CAPTION_FILES
         and not (name.endswith(".txt") and Path(name).stem in stems)
     ]
-    captions = read_captions(data_dir, names)
 
+
+def read_pictures(data_dir, names, resolution, max_megapixels):
+    """(pictures, skipped): a dict for each file of `names`, its square `image` and what is known of it;
+    and source and reason of each that cannot be used."""
     pictures, skipped = [], []
     for name in tqdm(names, desc="reading", unit="picture", leave=False):
         path = data_dir / name
@@ -268,8 +310,12 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
             source=name, sha256=sha256_file(path), **info, done=done, enlarged=smaller < resolution,
             pixels=image.width * image.height, image=square(image, resolution), **fingerprint(image),
         ))  # fmt: skip
+    return pictures, skipped
 
-    # The better of two duplicates is the one with more pixels, then the larger file.
+
+def without_duplicates(pictures, data_dir, duplicate_bits, duplicate_colour):
+    """(kept, duplicates), by their sources' names: of two that are nearly the same the better one is
+    kept, which is the one with more pixels, then the larger file."""
     kept, duplicates = [], []
     by_quality = sorted(
         pictures,
@@ -293,48 +339,28 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
             ))  # fmt: skip
     kept.sort(key=lambda picture: picture["source"])
     duplicates.sort(key=lambda row: row["source"])
+    return kept, duplicates
 
-    report_counts(len(names), kept, skipped, duplicates, data_dir, resolution)
-    if not kept:
-        raise UserError(
-            f"{data_dir}: no usable picture in it; put JPEG, PNG, WebP or AVIF files there"
-        )
-    if strict and (skipped or duplicates):
-        raise UserError(
-            f"--strict: {len(skipped)} skipped and {len(duplicates)} duplicate pictures, named above; "
-            "nothing was written"
-        )
 
-    new = fresh_folder(output_dir)
-    (new / "images").mkdir()
-    digits = max(2, len(str(len(kept))))
+def write_pictures(folder, pictures, captions, caption):
+    """Write images/ and captions.jsonl into `folder`; return what the manifest says of each picture.
+
+    `captions` is {source: (text, where it is from)}, `caption` the text of every other picture.
+    """
+    (folder / "images").mkdir()
+    digits = max(2, len(str(len(pictures))))
     rows, records = [], []
-    for number, picture in enumerate(tqdm(kept, desc="writing", unit="picture", leave=False), 1):
+    for number, picture in enumerate(
+        tqdm(pictures, desc="writing", unit="picture", leave=False), 1
+    ):
         file_name = f"images/image_{number:0{digits}}.png"
-        picture["image"].save(new / file_name)
+        picture["image"].save(folder / file_name)
         text, caption_from = captions.get(picture["source"], (caption, "CONFIG"))
         rows.append(json.dumps(dict(file_name=file_name, text=text), ensure_ascii=False))
         record = {k: picture[k] for k in "source sha256 format mode width height done".split()}
         records.append(dict(file_name=file_name, text=text, caption_from=caption_from) | record)
-    (new / "captions.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    sheet = contact_sheet([p["image"] for p in kept], [p["source"] for p in kept])
-    sheet.save(new / "contact_sheet.png")
-    manifest = dict(
-        config=dict(caption=caption, resolution=resolution, max_megapixels=max_megapixels,
-                    duplicate_bits=duplicate_bits, duplicate_colour=duplicate_colour),
-        pillow=PIL.__version__,
-        pictures=records,
-        skipped=skipped,
-        duplicates=duplicates,
-    )  # fmt: skip
-    write_marker(new / "manifest.json", manifest)
-    replace_folder(output_dir, "manifest.json")
-    own = sum(record["caption_from"] != "CONFIG" for record in records)
-    print(
-        f"{output_dir}: {len(kept)} pictures of {resolution}x{resolution}; {len(kept) - own} with the "
-        f"caption «{caption}», {own} with their own. Look at {output_dir / 'contact_sheet.png'}"
-    )
-    return manifest
+    (folder / "captions.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return records
 
 
 def report_counts(read, kept, skipped, duplicates, data_dir, resolution):

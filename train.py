@@ -124,6 +124,11 @@ def memory_advice(config):
     return f"{' or '.join(found)} needs less"
 
 
+def training_memory(config):
+    """What to say when the GPU's memory is too small for the training."""
+    return memory_for(f"training with batch_size {config['batch_size']}", memory_advice(config))
+
+
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
     for key in "rank max_steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
@@ -175,24 +180,18 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     from lib.dataset import read_dataset
     from lib.models import fetch_base_model
-    from lib.training import checkpoints
+    from lib.training import checkpoints, setup
     from lib.training.journal import Journal
     from lib.training.micro_step import MicroStep
     from lib.training.run_folder import data_record, finished_models, outcome_text, write_run
     from lib.training.samples import Samples, split
-    from lib.training.setup import (
-        adapted_models,
-        caption_tokens,
-        noise_scheduler,
-        picture_latents,
-    )
     from lib.training.stopping import StopSignals, agreed
 
     # Everything that can be wrong is looked at before a model is loaded.
     rows = read_dataset(data_dir, resolution)
     on_cuda = torch.cuda.is_available()
     base_folder = fetch_base_model(base_model, revision, half=on_cuda and mixed_precision == "fp16")
-    input_ids = caption_tokens(base_folder, rows)
+    input_ids = setup.caption_tokens(base_folder, rows)
 
     accelerator = Accelerator(mixed_precision=mixed_precision if on_cuda else "no", cpu=not on_cuda)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
@@ -215,9 +214,9 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         say(f"note: not {validation_count}, as at most a quarter of the pictures is held out"
             + ("" if len(held_out) else "; there will be no validation loss"))  # fmt: skip
 
-    scheduler = noise_scheduler(base_folder)
-    latents = picture_latents(base_folder, rows, resolution, dtype, device)
-    unet, texts, trained = adapted_models(base_folder, input_ids, config, dtype, device, say)
+    scheduler = setup.noise_scheduler(base_folder)
+    latents = setup.picture_latents(base_folder, rows, resolution, dtype, device)
+    unet, texts, trained = setup.adapted_models(base_folder, input_ids, config, dtype, device, say)
     flats = [part.flat for part in trained.values()]
     optimizer = accelerator.prepare(
         bitsandbytes.optim.AdamW8bit(
@@ -252,10 +251,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         say(f"continuing {run_name} after step {progress.step}")
     first_step = progress.step
 
-    def training_memory():
-        return memory_for(f"training with batch_size {batch_size}", memory_advice(config))
-
-    with training_memory():
+    with training_memory(config):
         upcoming = samples.micro_batch(first_step * gradient_accumulation_steps)
         micro.prepare(upcoming)
         if probes and not saved:
@@ -266,7 +262,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     with (
         StopSignals() as stop,
-        training_memory(),
+        training_memory(config),
         tqdm(total=max_steps, initial=first_step, desc=run_name, unit="step",
              disable=not is_main) as bar,
     ):  # fmt: skip

@@ -22,7 +22,7 @@ def parse_config(config, description, demo=None, argv=None):
     """
     spec = sys.modules["__main__"].__spec__  # of a module that was started with -m
     parser = _Parser(
-        prog=f"-m {spec.name}" if spec else Path(sys.argv[0]).name,
+        prog=f"-m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name,
         description=description,
         usage="python %(prog)s [--option VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,

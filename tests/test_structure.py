@@ -13,7 +13,7 @@ SCRIPTS = {"preprocess", "train", "inference"} | {
 }
 LONGEST_FILE, LONGEST_SCRIPT, LONGEST_FUNCTION = 350, 400, 80
 # Told from top to bottom: the optimisation loop, and an evaluation.
-LONG_FUNCTIONS = {"train.py:train": 170, "inference.py:evaluate": 100}
+LONG_FUNCTIONS = {"train.py:train": 180, "inference.py:evaluate": 100}
 
 
 def modules():
