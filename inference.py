@@ -53,6 +53,7 @@ CONFIG = dict(
     clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
     change_margin=0.05,  # a twentieth of the way to another picture of the same prompt
     variety_margin=0.25,  # of the base's variety over the seeds; less than the rest is collapsed
+    copy_margin=1 / 3,  # of success pictures may be near-copies; 8 seeds cannot rule out fewer
     # other ways to run
     lora_scales=(1.0,),  # others: also draw with so much of the adapter, and chart the trade-off
     rescore=False,  # measure the pictures saved in output_dir again, drawing none
@@ -88,8 +89,8 @@ def check_config(config):
     for key in ("seeds", "steps"):
         check_range(config, key, 1)
     check_range(config, "batch_size", 0)
-    for key in ("concept_margin", "clip_margin", "change_margin", "variety_margin"):
-        check_range(config, key, 1e-6, 1)
+    for key in ("concept_margin", "clip_margin", "change_margin", "variety_margin", "copy_margin"):
+        check_range(config, key, 1e-6, 1 - 1e-6)
     check_range(config, "seed", 0, 2**62)
     check_range(config, "guidance_scale", 0, 100)
     check_resolution(config)
@@ -101,7 +102,7 @@ def check_config(config):
 
 def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, seeds, seed, steps,
              guidance_scale, resolution, batch_size, clip_model, clip_revision, concept_margin,
-             clip_margin, change_margin, variety_margin, lora_scales, rescore, score_dir):  # fmt: skip
+             clip_margin, change_margin, variety_margin, copy_margin, lora_scales, rescore, score_dir):  # fmt: skip
     """Evaluate each adapter in `lora_dir` against the base model; return the output folders.
 
     With `rescore` or `score_dir` the pictures are read, not drawn.
@@ -124,7 +125,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     if clip_model != CONFIG["clip_model"] and clip_revision == CONFIG["clip_revision"]:
         config["clip_revision"] = None  # the default revision is one of the default model
     margins = dict(concept_similarity=concept_margin, clip=clip_margin, change=change_margin,
-                   variety=variety_margin)  # fmt: skip
+                   variety=variety_margin, copies=copy_margin)  # fmt: skip
 
     # What to evaluate. Everything that can be wrong is looked at before a model is loaded, the scorer
     # before the pictures are drawn.

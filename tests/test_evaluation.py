@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import assert_one_line, call, options, picture, run
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lib.adapter_files import WEIGHTS
 from lib.errors import UserError
@@ -111,7 +113,7 @@ def test_verdicts_say_what_is_there_and_nothing_else(changes, question, answer):
 
 
 def test_what_cannot_be_told_says_what_would_decide_it():
-    runs = [fake_run(f"u{i}", seed=i, cat=0.02, noise=0.05) for i in range(3)]
+    runs = [fake_run(f"u{i}", seed=i, cat=0.01, noise=0.05) for i in range(3)]
     verdict = next(v for v in analysed(*runs)["verdicts"] if v["question"] == "contaminated")
     assert verdict["answer"] == UNTOLD
     assert re.search(r"A difference of 0\.\d+ would have been found", verdict["text"])
@@ -341,8 +343,10 @@ def test_comparison_files(compared):
     names = sorted(p.name for p in (folder / "comparison").iterdir())
     assert names == ["comparison.csv", "forest.png", "metrics.json", "report.html", "summary.md"]
     record = json.loads((folder / "comparison" / "metrics.json").read_text())
-    assert len(record["pairs"]) == 3 * len(COMPARED)
-    assert "no detectable difference" in done.stdout
+    # Two seeds are too few for change and variety.
+    measured = [key for key, _ in COMPARED if key in ("clip", "concept_similarity")]
+    assert len(record["pairs"]) == 3 * len(measured)
+    assert "undecided" in done.stdout
 
 
 def test_rescore_gives_the_same_figures(compared, tmp_path, common):
@@ -361,8 +365,16 @@ def test_rescore_gives_the_same_figures(compared, tmp_path, common):
 
 def test_two_training_seeds_of_one_experiment_alone(tmp_path, common, trained, processed_data):
     weights = tmp_path / "weights"
-    for seed, source in ((1, "lora_weights_rank_32"), (2, "lora_weights_unet_only")):
-        shutil.copytree(trained / source, weights / f"mine_seed{seed}")
+    for seed, change in ((1, 1.0), (2, 0.5)):
+        folder = weights / f"mine_seed{seed}"
+        shutil.copytree(trained / "lora_weights_rank_32", folder)
+        record = json.loads((folder / "config.json").read_text())
+        record["config"]["seed"] = seed
+        (folder / "config.json").write_text(json.dumps(record))
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            header = file.metadata() | {"seed": str(seed)}
+        tensors = {key: change * value for key, value in load_file(folder / WEIGHTS).items()}
+        save_file(tensors, folder / WEIGHTS, metadata=header)
     config = common | dict(lora_dir=weights, output_dir=tmp_path / "out", seeds=2)
     done = call("inference.py", *options(**config))
     assert done.returncode == 0, done.stderr

@@ -96,6 +96,7 @@ KERNELS = """
 import sys; sys.path[:0] = sys.argv[1:]
 import torch, torch.nn.functional as F
 from conftest import assert_close
+from lib.kernels import channels_last, norms
 from test_fast import close, output_and_gradients, small_unet
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
@@ -121,8 +122,8 @@ for how in ({}, dict(targets=("time_emb_proj", "to_q")), dict(resnet_time_scale_
     expected, unet = output_and_gradients(small_unet(**how)), small_unet(**how)
     channels_last.rebuild(unet)
     assert close(output_and_gradients(unet), expected, 1e-4), how
-    norms = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
-    assert norms and all("forward" in vars(norm) for norm in norms)
+    layers = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert layers and all("forward" in vars(layer) for layer in layers)
     assert list(unet.state_dict()) and not any("time_emb_proj.1" in name for name in unet.state_dict())
 print("all equal")
 """
@@ -133,6 +134,7 @@ import sys; sys.path[:0] = sys.argv[1:]
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from lib.kernels import norms
 kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", COUNT="i32", HALF="i32", eps="fp32",
              statistics="*fp32", sums="*fp32")
 for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16")):  # T4, A100, H100
@@ -577,7 +579,7 @@ def test_a_recorded_unet_draws_the_same_pictures(tiny_model, monkeypatch):
     def counted(functions, device):
         return [lambda: calls.append(1) or functions[0]()]
 
-    monkeypatch.setattr(micro_step, "captured", counted)
+    monkeypatch.setattr(drawing, "captured", counted)
     drawing.record_unet(pipeline, 8, 8)
     found = drawing.draw(pipeline, jobs, guidance_scale=6.0, **how)
     assert len(calls) == 2 * 4  # two batches, each of a call more than steps

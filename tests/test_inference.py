@@ -43,12 +43,12 @@ def test_what_an_evaluation_leaves(evaluated):
     one = folder / "lora_weights_rank8"
     assert sorted(p.name for p in one.iterdir()) == [
         "comparison_all.png", "failure_cases.png", "images", "metrics.csv", "metrics.json",
-        "report.html", "success_cases.png", "summary.md",
+        "near_cases.png", "report.html", "success_cases.png", "summary.md",
     ]  # fmt: skip
     pictures = sorted(p.name for p in (one / "images" / "a-red-leather-jacket").iterdir())
     assert pictures == ["base_42.png", "base_43.png", "lora_42.png", "lora_43.png"]
     rows = list(csv.DictReader((one / "metrics.csv").open()))
-    assert len(rows) == 5 * 2 * 2
+    assert len(rows) == 7 * 2 * 2
     summary = json.loads((one / "metrics.json").read_text())
     assert summary["config"]["steps"] == 2
     assert summary["adapter"]["rank"] == {"text_encoder": 2, "unet": 2}

@@ -42,7 +42,8 @@ from safetensors.torch import load_file
 import train
 from lib import adapter_files, adapters, dataset, errors, files, models
 from lib.errors import UserError
-from lib.evaluation import drawing, results
+from lib.evaluation import drawing
+from lib.evaluation.results import recover
 from lib.training import checkpoints, micro_step, run_folder, samples, stopping
 
 NAME = "lora_weights_rank_32"
@@ -803,7 +804,7 @@ def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(
     tiny_model, uninterrupted, tmp_path, script
 ):
     module = importlib.import_module(script)
-    writer = results if script == "inference" else module
+    writer = importlib.import_module("lib.evaluation.results") if script == "inference" else module
     (tmp_path / "data").mkdir()
     picture(1).save(tmp_path / "data" / "one.png")
     (tmp_path / "prompts.txt").write_text("a coat\n")
@@ -848,7 +849,7 @@ def test_inference_mends_the_folders_of_its_runs_and_no_others(tmp_path):
     results(tmp_path / ".run_a.old")
     results(tmp_path / ".run_b.unfinished")
     (tmp_path / ".config.old").mkdir()  # not ours
-    results.recover(tmp_path)
+    recover(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".config.old", "run_a", "run_b"]
 
 

@@ -270,18 +270,18 @@ def test_flat_parameters_are_views():
     layers = [torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)]
     model = torch.nn.Sequential(*layers)
     before = [p.detach().clone() for p in model.parameters()]
-    parameters = list(model.parameters())
-    flat, working = parameters.flatten_parameters(parameters, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    weights = list(model.parameters())
+    flat, working = parameters.flatten_parameters(weights, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
     with torch.no_grad():
         flat.add_(1.0)
     assert working.data_ptr() == flat.data_ptr()
     assert torch.equal(layers[0].weight, before[0] + 1)
-    flat, working = parameters.flatten_parameters(parameters, torch.float16)
+    flat, working = parameters.flatten_parameters(weights, torch.float16)
     assert layers[0].weight.dtype == torch.float16
     working *= 2
     assert torch.equal(layers[0].weight, 2 * (before[0] + 1).half())
-    parameters.set_views(parameters, flat.data)
+    parameters.set_views(weights, flat.data)
     assert torch.equal(layers[0].weight, before[0] + 1)
 
 

@@ -26,7 +26,8 @@ seed, both of which are near to one another as well; a relabelling does.
 
 The p-values of the prompts and runs depend on one another, also because they share training
 pictures (Bates et al. 2023), so they are combined by what holds under any dependence: Bonferroni's
-rule. Twice their mean and e times their geometric mean (Vovk & Wang 2020) found fewer copies.
+rule. Twice their mean and e times their geometric mean (Vovk & Wang 2020) find more copies where
+all pictures of a seed are nearly the same, and far fewer elsewhere.
 
 **The bound** (`reference_level`, `highest_share`). A "no" needs more than a p-value that is not
 small: the share of near-copies must be bounded. The level above which a picture counts as a

@@ -69,7 +69,7 @@ def read_saved(output_dir, config):
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
     # How they were drawn is theirs, how they are scored is asked for now.
     scoring = ("clip_model", "clip_revision", "concept_margin", "clip_margin", "change_margin",
-               "variety_margin", "data_dir", "output_dir", "rescore")  # fmt: skip
+               "variety_margin", "copy_margin", "data_dir", "output_dir", "rescore")  # fmt: skip
     return runs, config | saved["config"] | {k: config[k] for k in scoring}, prompts, seeds
 
 

@@ -60,7 +60,9 @@ def analyse(runs, prompts, base_pairs, margins, training=None):
                    categories=totals, margins=margins)  # fmt: skip
     success = members(prompts, "success")
     if training is not None and success and summary["seeds"] > 1:
-        summary["memorised"] = memorised([copy_study(run, success, training) for run in runs])
+        summary["memorised"] = memorised(
+            [copy_study(run, success, training) for run in runs], margins["copies"]
+        )
     summary["verdicts"] = verdicts(found, prompts, summary)
     return summary
 
