@@ -28,7 +28,7 @@ demo: .venv/installed
 	@echo "  $(CURDIR)/results/demo_rank32/report.html"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -16,6 +16,9 @@ import traceback
 import unittest.mock
 from pathlib import Path
 
+# As the scripts do before they import torch: its threads, where there are several, spin only briefly.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import pytest
 import torch

@@ -87,8 +87,8 @@ def test_recomputing_gives_the_same_gradients():
         return micro_step.recomputed(module, *inputs)
 
     unet.enable_gradient_checkpointing(counted)
-    # Only where a gradient comes from several places may they be added up in another order.
-    assert close(output_and_gradients(unet), expected, 1e-5)
+    # A GPU adds up some gradients in any order.
+    assert close(output_and_gradients(unet), expected, 1e-5 if DEVICE.type == "cuda" else 0)
     assert calls
 
 
