@@ -108,7 +108,6 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     With `rescore` or `score_dir` the pictures are read, not drawn.
     """
     config = dict(locals())
-    started = time.monotonic()
     # Imported here, so that --help and a wrong option are answered at once.
     import torch
 
@@ -121,6 +120,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     from lib.evaluation.verdicts import analyse
     from lib.provenance import provenance
 
+    started = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if clip_model != CONFIG["clip_model"] and clip_revision == CONFIG["clip_revision"]:
         config["clip_revision"] = None  # the default revision is one of the default model

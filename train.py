@@ -171,7 +171,6 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
           max_overflows, seed, log_every, validate_every, wandb_project):  # fmt: skip
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
-    started = time.monotonic()
     # Imported here, so that --help and a wrong option are answered at once.
     import bitsandbytes
     import torch
@@ -187,6 +186,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     from lib.training.samples import Samples, split
     from lib.training.stopping import StopSignals, agreed
 
+    started = time.monotonic()
     # Everything that can be wrong is looked at before a model is loaded.
     rows = read_dataset(data_dir, resolution)
     on_cuda = torch.cuda.is_available()

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, assert_one_line, call, make_processed, options, picture
+from conftest import TINY_RUN, assert_one_line, call, command, make_processed, options, picture
 from test_safety import finish, folder_with, forked, kill, succeeded, training
 
 from lib import files

@@ -30,7 +30,7 @@ import train
 import train_experiment_rank8
 import train_experiment_unet_only
 from lib.adapter_files import WEIGHTS
-from lib.training import micro_step, samples
+from lib.training import micro_step, parameters, samples
 
 
 def train_tiny(model, data, folder, *extra, script="train.py", check=True, **changes):

@@ -50,6 +50,9 @@ def flatten_parameters(parameters, dtype):
     zeros, and as one flat tensor of `dtype`, of which they become views.
 
     `flat` has to be copied into `working` whenever it has changed. For float32 the two share memory.
+
+    A departure from a parameter a matrix: bitsandbytes keeps the optimizer's state of tensors of fewer
+    than 4,096 elements in 32 bits, and in the vector they get 8 (bench/optimizer_state.py).
     """
     flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
     flat.grad = torch.zeros_like(flat)
