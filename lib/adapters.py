@@ -10,13 +10,9 @@ and names them, because the libraries underneath only warn and then draw with th
 """
 
 import hashlib
-import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# The only remark of bitsandbytes, which peft imports, is about a 4-bit kernel that nothing here uses.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model

@@ -120,7 +120,8 @@ def test_what_cannot_be_told_says_what_would_decide_it():
     assert re.search(
         r"with \d+ training runs the margin of 0\.02 could be decided", verdict["text"]
     )
-    alone = next(v for v in analysed(runs[0])["verdicts"] if v["question"] == "contaminated")
+    one = analysed(fake_run("one", cat=0.015, noise=0.03))
+    alone = next(v for v in one["verdicts"] if v["question"] == "contaminated")
     assert "one training run does not show how much training runs differ" in alone["text"]
 
 

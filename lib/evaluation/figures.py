@@ -96,7 +96,8 @@ def sweep_figure(rows, title):
             axes.annotate(
                 f"{row['scale']:g}", (px, py), textcoords="offset points", xytext=(6, -12)
             )
-    axes.legend(frameon=False, loc="lower right")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, loc="lower right")
     axes.set(title=f"{title}: how much of the adapter (the numbers are its scales)",
              xlabel="other prompts moved: LPIPS to the base, as a share of its ceiling",
              ylabel="concept similarity gained on success prompts")  # fmt: skip
