@@ -52,7 +52,8 @@ WIDEST = {5: 1.7, 10: 1.5}  # median width over the width if the spreads were kn
 
 # Spreads of runs, seeds and rest for families of tests, and for power.
 FAMILY_SPREADS = ((1, 0.3, 0.3), (1, 1, 1), (0.3, 1, 1), (0, 0, 1))
-PAIRS, METRICS = ((0, 1), (0, 2), (1, 2)), 5  # `compare` with three experiments: 15 tests
+PAIRS, METRICS = ((0, 1), (0, 2), (1, 2)), 7  # `compare` with three experiments
+COMPARISONS = len(PAIRS) * METRICS
 POWER_STUDIES = 101  # whose answers are looked at
 # (runs, seeds, spread of runs, of seeds, of the rest) where other rules are shown beside.
 BESIDE = (
@@ -177,7 +178,9 @@ def bootstrap_misses(rng, values):
 def measure_cells(runs, seeds):
     """A row for each of the spreads: coverage, width, and error rates of other levels."""
     draws = chi_squares(runs, seeds, STUDIES)
-    tables = {tail: width_table(runs, seeds, tail) for tail in (0.025, 0.05, 0.05 / 30)}
+    tables = {
+        tail: width_table(runs, seeds, tail) for tail in (0.025, 0.05, 0.05 / (2 * COMPARISONS))
+    }
     # How far the tables are from what they stand for.
     sample = draws[:200] * np.random.default_rng(0).choice(SPREADS, (200, 3)) ** 2
     sample = sample[sample.any(axis=1)]
@@ -192,14 +195,14 @@ def measure_cells(runs, seeds):
         expected, error = expected_squares(runs, seeds, spreads)
         row = dict(runs=runs, seeds=seeds, spread_runs=spreads[0], spread_seeds=spreads[1],
                    spread_rest=spreads[2], coverage=1.0, median_width=np.nan,
-                   missed_in_15=0.0, wrongly_equivalent=0.0, table_off=off)  # fmt: skip
+                   missed_in_first=0.0, wrongly_equivalent=0.0, table_off=off)  # fmt: skip
         if error > 0:  # otherwise every value is the truth itself
             scaled = {tail: table(expected * draws) / error for tail, table in tables.items()}
             missed = {tail: special.ndtr(-width).mean() for tail, width in scaled.items()}
             row |= dict(
                 coverage=1 - 2 * missed[0.025],
                 median_width=np.median(scaled[0.025]) / special.ndtri(0.975),
-                missed_in_15=2 * missed[0.05 / 30],
+                missed_in_first=2 * missed[0.05 / (2 * COMPARISONS)],
                 # At a difference of exactly the margin; a narrow margin makes it rarer still.
                 wrongly_equivalent=missed[0.05],
             )
@@ -307,7 +310,7 @@ def print_cells(cells):
         lines.append([str(runs), str(seeds), f"{least['coverage']:.2%}",
                       f"{max(row['coverage'] for row in group):.1%}",
                       f"{widest['median_width']:.2f}", of_row(widest), f"{bound or ''}",
-                      f"{max(row['missed_in_15'] for row in group):.3%}", f"{equivalent:.2%}"])  # fmt: skip
+                      f"{max(row['missed_in_first'] for row in group):.3%}", f"{equivalent:.2%}"])  # fmt: skip
         where = f"{runs} runs x {seeds} seeds"
         if least["coverage"] < LEAST_COVERAGE:
             wrong.append(f"{where}: covers {least['coverage']:.2%} at {of_row(least)}")
@@ -318,9 +321,9 @@ def print_cells(cells):
     print_table(
         f"95% intervals, the worst of {len(SPREADS) ** 3 - 1} spreads ({STUDIES:,} studies each): least and "
         "greatest coverage; median width over the width if the spreads were known; misses of the "
-        "99.67% interval (the first of 15 tests); a difference of the margin called equivalent.",
+        f"interval at the first step of Holm over {COMPARISONS} tests; a difference of the margin called equivalent.",
         ["runs", "seeds", "covers at least", "at most", "width at most", "at spreads (runs / seeds / rest)",
-         "allowed", "99.67% misses at most", "wrongly equivalent at most"], lines)  # fmt: skip
+         "allowed", "that one misses at most", "wrongly equivalent at most"], lines)  # fmt: skip
     off = max(row["table_off"] for row in cells)
     print(f"\n(The widths were read from tables; they are off by {off:.2%} at most.)")
     return wrong
@@ -329,7 +332,7 @@ def print_cells(cells):
 def print_families(families):
     """The table of null tests; returns what is out of bounds."""
     kinds = {4: "4 tests of one experiment", 6: "6 tests of one experiment",
-             "compare": "15 comparisons of three experiments"}  # fmt: skip
+             "compare": f"{COMPARISONS} comparisons of three experiments"}  # fmt: skip
     lines = []
     for (kind, runs), group in itertools.groupby(families, lambda f: (f["kind"], f["runs"])):
         shares = [f"{f['found']:.1%} ({f['before']:.1%})" for f in group]

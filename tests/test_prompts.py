@@ -47,6 +47,12 @@ def test_prompts_that_look_alike_have_folders_of_their_own(prompts):
     assert len(set(slugs([("success", prompt) for prompt in prompts]))) == len(prompts)
 
 
+def test_no_folder_is_called_as_a_device_of_windows():
+    assert slugs([("success", "Con"), ("failure", "aux"), ("near", "con")]) == [
+        "con-1", "aux-2", "con-3",
+    ]  # fmt: skip
+
+
 @given(st.lists(st.text(alphabet="ab -123猫!", max_size=70), max_size=12))
 def test_no_two_prompts_share_a_folder(prompts):
     names = slugs([("success", prompt) for prompt in prompts])

@@ -10,6 +10,14 @@ from pathlib import Path
 from lib.errors import UserError
 
 CATEGORIES = ("success", "near", "failure")
+# Names that Windows keeps for devices; no folder can have them.
+DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10)),
+}
 
 
 def read_prompts(path):
@@ -64,7 +72,7 @@ def slugs(prompts):
     for number, (_, prompt) in enumerate(prompts, 1):
         plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "prompt"
         name = plain
-        while name in names:
+        while name in names or name in DEVICES:
             name = f"{plain}-{number}"
             number += 1
         names.append(name)
