@@ -35,7 +35,9 @@ def sources(tmp_path_factory):
 @pytest.fixture(scope="module")
 def commands(tiny_model, sources):
     """{script: what it is called with, beside the output folder}."""
-    training = TINY_RUN | dict(base_model=tiny_model, data_dir=sources / "processed", max_steps=2)
+    training = TINY_RUN | dict(
+        base_model=tiny_model, data_dir=sources / "processed", max_steps=2, validation_count=1
+    )
     succeeded(call("train.py", *options(**training, output_dir=sources, run_name="adapter")))
     return {
         "preprocess.py": dict(data_dir=sources / "data", resolution=64),
