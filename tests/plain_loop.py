@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """The published study's training settings as a plain loop: what train.py's numbers and its speed are
-compared with, by tests/test_fast.py and bench/train_speed.py.
+compared with, by tests/test_kernels.py and bench/train_speed.py.
 
     python tests/plain_loop.py --base-model FOLDER --max-steps 80
     python tests/plain_loop.py --demo --max-steps 80

@@ -97,7 +97,7 @@ import sys; sys.path[:0] = sys.argv[1:]
 import torch, torch.nn.functional as F
 from conftest import assert_close
 from lib.kernels import channels_last, norms
-from test_fast import close, output_and_gradients, small_unet
+from test_kernels import close, output_and_gradients, small_unet
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
 for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, False), ((3, 960, 3, 3), 32, True),
