@@ -7,7 +7,9 @@ BIN := .venv/bin
 help:
 	@echo "make demo    set up, then run the whole job on the embedded miniature model (CPU, minutes)"
 	@echo "make test    set up, then run every test (CPU, no network beyond the packages)"
-	@echo "make lint    check format and style; make format mends them"
+	@echo "make lint    check format and style"
+	@echo "make format  mend format and style"
+	@echo "make clean   remove the virtual environment and processed_data/"
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
