@@ -96,6 +96,10 @@ def check_config(config):
     check_resolution(config)
     if config["rescore"] and config["score_dir"]:
         raise UserError("rescore and score_dir exclude one another; give one of them")
+    if not (config["rescore"] or config["score_dir"] or Path(config["lora_dir"]).is_dir()):
+        raise UserError(
+            f"{config['lora_dir']}: no such folder; train an adapter first (python train.py)"
+        )
     if not config["lora_scales"] or not all(0 <= s <= 10 for s in config["lora_scales"]):
         raise UserError(f"lora_scales is {config['lora_scales']}, but must be numbers from 0 to 10")
 
@@ -113,9 +117,15 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
 
     from lib.evaluation import results
     from lib.evaluation.comparison import compare
-    from lib.evaluation.effects import FEWEST_SEEDS
-    from lib.evaluation.experiments import group_runs, plan_runs
-    from lib.evaluation.scores import load_scorer, picture_warnings, prompt_pairs, score_runs
+    from lib.evaluation.effects import no_change_reason
+    from lib.evaluation.runs import group_runs, plan_runs
+    from lib.evaluation.scores import (
+        load_scorer,
+        note_other_pictures,
+        picture_warnings,
+        prompt_pairs,
+        score_runs,
+    )
     from lib.evaluation.sweep import sweep_summary
     from lib.evaluation.verdicts import analyse
     from lib.provenance import provenance
@@ -140,6 +150,8 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     elif not rescore:
         plan = plan_runs(config, device)
     clip, training = load_scorer(config, prompts, device)
+    if rescore:
+        note_other_pictures(runs, training, data_dir)
     loaded = time.monotonic()
 
     # Draw.
@@ -164,9 +176,8 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     warnings = picture_warnings(runs, prompts, seeds)
     for warning in warnings:
         print(f"warning: {warning}")
-    if len(seeds) < FEWEST_SEEDS:
-        print(f"note: {len(seeds)} seeds a prompt are too few for the LPIPS ceiling, so change and variety "
-              f"are not computed; they need {FEWEST_SEEDS}")  # fmt: skip
+    if reason := no_change_reason(base_pairs):
+        print(f"note: {reason}")
     shown = dict(prompts=prompts, seeds=seeds, warnings=warnings, provenance=provenance(device),
                  config=config, training=training)  # fmt: skip
     judged = (prompts, base_pairs, margins, training)

@@ -14,7 +14,7 @@ signal, a crash or a power cut, goes on from its last checkpoint when the same c
 Latents are computed once, noise and timesteps derive from (seed, sample number), and the LoRA
 parameters of a group are one flat vector: one optimizer kernel, one check for overflow and, on
 several GPUs, one all-reduce of one tensor. On a GPU a micro-step, forward and backward, is recorded
-once as a CUDA graph and replayed; a CPU calls the same function (fast.py, bench/README.md).
+once as a CUDA graph and replayed; a CPU calls the same function (lib/kernels/, bench/README.md).
 """
 
 import contextlib
@@ -140,6 +140,9 @@ def check_config(config):
     for key in ("adam_beta1", "adam_beta2"):
         check_range(config, key, 0, 1 - 1e-9)
     check_resolution(config)
+    listing = Path(config["data_dir"]) / "captions.jsonl"
+    if not listing.is_file():
+        raise UserError(f"{listing}: no such file; run python preprocess.py first")
     if config["warmup_steps"] >= config["max_steps"]:
         raise UserError(
             f"warmup_steps is {config['warmup_steps']}, but must be below max_steps "

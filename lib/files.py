@@ -90,7 +90,8 @@ UNLISTED = {
 
 def write_marker(path, record):
     """Write `record` (a dict with a key "config") and the names of all files in its folder as the JSON
-    file `path`: with it the folder is an output that is whole, and may be replaced some day."""
+    file `path`: with it the folder is an output that is whole, and may be replaced some day. (Some, such as
+    checkpoints, may be gone by then.)"""
     folder = Path(path).parent
     written = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     write_json(path, record | {"files_written": sorted(written | {Path(path).name})})

@@ -187,6 +187,6 @@ def load_part(cls, folder, part, dtype, **options):
         wrong = missing or [str(key) for key in report["mismatched_keys"]]
         raise UserError(
             f"{folder / part}: {len(wrong)} weights are missing or of another shape, such as "
-            f"{wrong[0]}; the folder is damaged or not a Stable Diffusion v1 model"
+            f"{wrong[0]}; the folder is damaged or not a Stable Diffusion 1.x or 2.x model"
         )
     return model

@@ -1,5 +1,6 @@
 """The statistics, verdicts and guards: what may be claimed, and what must stop a claim."""
 
+import csv
 import json
 import re
 import shutil
@@ -18,9 +19,9 @@ from lib.adapter_files import WEIGHTS
 from lib.errors import UserError
 from lib.evaluation import clip_scores, lpips_distances, results, scores, sweep, words
 from lib.evaluation.comparison import COMPARED, compare
-from lib.evaluation.effects import effects
-from lib.evaluation.experiments import group_runs
+from lib.evaluation.effects import effects, no_change_reason
 from lib.evaluation.memorisation import UNTOLD
+from lib.evaluation.runs import group_runs
 from lib.evaluation.scores import Run
 from lib.evaluation.statistics import jackknife, mean_interval
 from lib.evaluation.verdicts import analyse
@@ -116,13 +117,13 @@ def test_what_cannot_be_told_says_what_would_decide_it():
     runs = [fake_run(f"u{i}", seed=i, cat=c, noise=0.005) for i, c in enumerate((0.0, 0.03, 0.0))]
     verdict = next(v for v in analysed(*runs)["verdicts"] if v["question"] == "contaminated")
     assert verdict["answer"] == UNTOLD
-    assert re.search(r"A difference of 0\.\d+ would have been found", verdict["text"])
+    assert re.search(r"A change by about 0\.\d+ would have been found", verdict["text"])
     assert re.search(
-        r"with \d+ training runs the margin of 0\.02 could be decided", verdict["text"]
+        r"with about \d+ training runs the margin of 0\.02 could be decided", verdict["text"]
     )
     one = analysed(fake_run("one", cat=0.015, noise=0.03))
     alone = next(v for v in one["verdicts"] if v["question"] == "contaminated")
-    assert "one training run does not show how much training runs differ" in alone["text"]
+    assert "more sampling seeds than 8 decide about this run" in alone["text"]
 
 
 def test_a_change_is_a_share_of_its_own_prompts_ceiling():
@@ -152,12 +153,22 @@ def test_change_carries_the_error_of_its_ceiling():
     assert exact / 400 < 0.8  # taking the ceiling for exact would not do
 
 
-def test_too_few_seeds_give_no_change(monkeypatch):
+def test_too_few_seeds_give_no_change():
     run = fake_run("few")
     run.rows = [row for row in run.rows if row["seed"] < 3]
-    found = effects([run], PROMPTS, base_pairs()[:, :3, :3])
-    assert "change" not in found
-    assert "variety" not in found
+    few = base_pairs()[:, :3, :3]
+    assert {"change", "variety"}.isdisjoint(effects([run], PROMPTS, few))
+    assert "3 seeds a prompt" in no_change_reason(few)
+
+
+def test_base_pictures_that_are_all_the_same_give_no_change_and_no_traceback():
+    """A base model that draws black pictures in half precision is reported, not divided by."""
+    flat = base_pairs()
+    flat[1] = 0
+    assert "all the same" in no_change_reason(flat)
+    summary = analyse([fake_run("flat")], PROMPTS, flat, MARGINS)
+    assert "change" not in summary["prompts"][0]
+    assert words.summary_text(summary)
 
 
 def test_several_training_runs_are_the_outer_level():
@@ -208,7 +219,7 @@ def test_runs_are_paired_by_their_training_seed_not_their_order():
 
 
 def test_fewer_than_three_training_runs_claim_nothing():
-    for count, word in ((1, "one training run does"), (2, "two training runs do")):
+    for count, word in ((1, "One training run cannot tell"), (2, "Two training runs cannot tell")):
         groups = {
             name: [
                 fake_run(f"{name}{i}", concept=c, seed=i, noise=1e-3 * (i + 1))
@@ -249,6 +260,59 @@ def test_runs_are_one_experiment_if_they_differ_in_the_seed_alone():
         group_runs([configured("a_seed1"), configured("a_seed2", seed=2, rank=4, max_steps=9)])
     with pytest.raises(UserError, match=r"a_seed1 and other .* same seed \(1\)"):
         group_runs([configured("a_seed1"), configured("other")])
+
+
+def test_what_would_group_wrongly_is_refused_or_kept_apart():
+    bare = Run("a", None, {"metadata": {}, "training": None}, [], [])
+    groups = group_runs([bare, configured("a_seed1"), configured("a_seed2", seed=2)])
+    assert [[run.name for run in group] for group in groups.values()] == [
+        ["a"], ["a_seed1", "a_seed2"],
+    ]  # fmt: skip
+    # One name, two configurations, of which another experiment has the second.
+    with pytest.raises(UserError, match="b_seed1 and b_seed2 .* differ in rank"):
+        group_runs([
+            configured("a_seed1"), configured("b_seed1", seed=3, rank=4), configured("b_seed2", seed=2),
+        ])  # fmt: skip
+    # A run that went on at another learning rate is no seed of the one that did not.
+    changed = configured("c", seed=2, learning_rate_changes=[{"after_step": 3}])
+    assert list(group_runs([configured("a_seed1"), changed])) == ["a", "c"]
+
+
+def test_a_comparison_is_a_table_whatever_its_answers_are(tmp_path):
+    """The first row decided, a later one not: both have the same columns."""
+    groups = {
+        name: [
+            fake_run(f"{name}{i}", concept=c, seed=i, near=0.05 * i * (name == "two"))
+            for i in range(3)
+        ]
+        for name, c in (("one", 0.3), ("two", 0.0))
+    }
+    rows = compare(groups, PROMPTS, base_pairs(), MARGINS)
+    assert {row["answer"] for row in rows} >= {"lower", "undecided"}
+    results.write_csv(tmp_path / "comparison.csv", [results.flattened(row) for row in rows])
+    written = list(csv.DictReader((tmp_path / "comparison.csv").open()))
+    assert [row["answer"] for row in written] == [row["answer"] for row in rows]
+    assert float(written[0]["equivalence_low"]) < float(written[0]["equivalence_high"])
+
+
+def test_experiments_with_unlike_verdicts_stand_side_by_side():
+    summaries = {"one": analysed(fake_run("one")), "two": analysed(fake_run("two"))}
+    summaries["two"]["verdicts"] = []
+    table = words.comparison_table(summaries)
+    assert ["learned?", "no", "–"] in table
+    assert words.comparison_table(dict(reversed(summaries.items())))[-1][1] == "–"
+
+
+def test_runs_without_a_partner_are_named():
+    groups = {
+        "one": [fake_run(f"one{i}", seed=i) for i in (1, 2, 3)],
+        "two": [fake_run(f"two{i}", seed=i) for i in (3, 4, 5)],
+    }
+    rows = compare(groups, PROMPTS, base_pairs(), MARGINS)
+    assert rows[0]["left_out"] == ["one1", "one2", "two4", "two5"]
+    note = words.pair_note(rows)
+    assert "one1, one2, two4, two5" in note
+    assert "fewer than three training runs nothing is claimed" in note
 
 
 def test_the_lpips_ceiling_is_the_mean_of_all_pairs():

@@ -7,7 +7,7 @@ from conftest import COSINE, assert_close, picture
 from torchmetrics.functional.image.lpips import _LPIPS
 from transformers import CLIPModel, CLIPProcessor
 
-from lib.evaluation import clip_scores, lpips_distances
+from lib.evaluation import clip_scores, lpips_distances, memorisation, scores, verdicts
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +88,40 @@ def test_nothing_is_unpickled(monkeypatch, clip):
     lpips_distances.lpips_model.cache_clear()
     assert lpips_distances.lpips_distances([picture(1)], [picture(2)]) > 0
     clip_scores.clip_scores([picture(1)], ["a raincoat"], clip)
+
+
+def training_set(count, sha256="x"):
+    rng = np.random.default_rng(0)
+    embeddings = rng.standard_normal((count, 8)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    names = [f"images/image_{number:02}.png" for number in range(count)]
+    return scores.TrainingSet(names, [], sha256, embeddings, embeddings[:, ::-1].copy())
+
+
+def test_held_out_pictures_are_those_of_the_runs_own_data():
+    """Every data set names its pictures alike: another set's held-out names say nothing here."""
+    training = training_set(4)
+    adapter = dict(held_out=["images/image_01.png"], metadata=dict(data_sha256="x"))
+    assert training.trained_on(adapter) == [0, 2, 3]
+    assert training.trained_on(adapter | dict(metadata=dict(data_sha256="other"))) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_few_training_pictures_are_no_traceback(count):
+    prompts = [("success", "a coat"), ("failure", "a cat")]
+    rng = np.random.default_rng(1)
+    drawn = rng.standard_normal((2, 4, 8)).astype(np.float32)
+    drawn /= np.linalg.norm(drawn, axis=2, keepdims=True)
+    rows = [
+        dict(prompt=prompt, category=category, seed=seed, model=model, clip=0.3 + 0.01 * seed,
+             lpips=0.3, concept_similarity=0.4 + 0.01 * seed)
+        for category, prompt in prompts for seed in range(4) for model in ("base", "lora")
+    ]  # fmt: skip
+    pairs = np.ones((2, 4, 4)) - np.eye(4)
+    run = scores.Run("run", None, {}, [], [], rows=rows, pairs=pairs)
+    run.embeddings = dict(base=drawn, lora=drawn[:, ::-1], lora_mirrored=drawn)
+    margins = dict(concept_similarity=0.02, clip=0.02, change=0.05, variety=0.25, copies=1 / 3)
+    summary = verdicts.analyse([run], prompts, pairs, margins, training_set(count))
+    answers = {v["question"]: v["answer"] for v in summary["verdicts"]}
+    assert answers["memorised"] == memorisation.UNTOLD
+    assert ("kernel_distance" in summary["categories"]["success"]) == (count > 1)

@@ -118,6 +118,22 @@ def test_every_file_says_what_it_is_for():
 HEAVY = ("torch", "diffusers", "transformers", "bitsandbytes", "matplotlib", "wandb", "scipy")
 
 
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [("train", ["--data-dir", "/nowhere"]), ("inference", ["--lora-dir", "/nowhere"]),
+     ("preprocess", ["--data-dir", "/nowhere"])],
+)  # fmt: skip
+def test_a_missing_folder_is_named_before_anything_heavy_is_imported(script, options):
+    code = (
+        f"import sys, runpy\nsys.argv = ['{script}.py', *{options}]\n"
+        f"try:\n    runpy.run_path('{script}.py', run_name='__main__')\nexcept SystemExit as stop:\n"
+        f"    print('heavy:', stop.code, *[n for n in {HEAVY} if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "/nowhere" in done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: 1", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_options_are_answered_before_anything_heavy_is_imported(script):
     """--help and a wrong option need neither torch nor a second of anybody's time."""

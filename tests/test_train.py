@@ -44,14 +44,18 @@ def weights(folder, name="lora_weights_rank_32"):
     return load_file(folder / name / WEIGHTS)
 
 
+# What each experiment changes, and nothing else.
+DECLARED = {
+    train_experiment_rank8: dict(run_name="lora_weights_rank8", rank=8, alpha=8.0),
+    train_experiment_unet_only: dict(run_name="lora_weights_unet_only", train_text_encoder=False),
+}
+
+
 def test_experiments_differ_in_the_declared_keys_only():
-    declared = {
-        train_experiment_rank8: dict(run_name="lora_weights_rank8", rank=8, alpha=8.0),
-        train_experiment_unet_only: dict(
-            run_name="lora_weights_unet_only", train_text_encoder=False
-        ),
+    assert {script.__name__ for script in DECLARED} == {
+        path.stem for path in ROOT.glob("train_experiment_*.py")
     }
-    for script, expected in declared.items():
+    for script, expected in DECLARED.items():
         assert list(script.CONFIG) == list(train.CONFIG)
         differing = {k: v for k, v in script.CONFIG.items() if v != train.CONFIG[k]}
         assert differing == expected

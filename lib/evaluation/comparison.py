@@ -5,7 +5,7 @@ import itertools
 from lib.evaluation.effects import effects
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import equivalence, holm, mean_interval
-from lib.evaluation.verdicts import FEWEST_RUNS, deciding_text
+from lib.evaluation.verdicts import FEWEST_RUNS, TOO_FEW_RUNS, deciding_text
 
 # What two experiments are compared by, and where.
 COMPARED = (
@@ -21,14 +21,15 @@ COMPARED = (
 
 def paired(a, b):
     """The runs of two experiments in pairs: by their training seed, where both have it, else in
-    their order; and whether they are paired by seed."""
+    their order; whether they are paired by seed; and the names of those that found no partner."""
+    every = {run.name for run in (*a, *b)}
     seeds = [{run.training_seed for run in group} - {None} for group in (a, b)]
     shared = sorted(seeds[0] & seeds[1])
     if shared:
         a, b = ([next(r for r in g if r.training_seed == s) for s in shared] for g in (a, b))
     else:
         a, b = a[: len(b)], b[: len(a)]
-    return a, b, bool(shared)
+    return a, b, bool(shared), sorted(every - {run.name for run in (*a, *b)})
 
 
 def compare(groups, prompts, base_pairs, margins):
@@ -42,7 +43,7 @@ def compare(groups, prompts, base_pairs, margins):
     """
     rows, arrays = [], []
     for (first, a), (second, b) in itertools.combinations(groups.items(), 2):
-        a, b, by_seed = paired(a, b)
+        a, b, by_seed, left_out = paired(a, b)
         one, two = (effects(group, prompts, base_pairs) for group in (a, b))
         for key, category in COMPARED:
             chosen = members(prompts, category)
@@ -51,7 +52,7 @@ def compare(groups, prompts, base_pairs, margins):
                 margin = margins[key]
                 arrays.append(values)
                 rows.append(dict(first=first, second=second, metric=key, category=category,
-                                 paired_by_training_seed=by_seed, margin=margin,
+                                 paired_by_training_seed=by_seed, left_out=left_out, margin=margin,
                                  **mean_interval(values), equivalence=equivalence(values, margin)))  # fmt: skip
     for row, values, p, same in zip(rows, arrays, holm([row["p"] for row in rows]),
                                     holm([row["equivalence"]["p"] for row in rows]), strict=True):  # fmt: skip
@@ -63,5 +64,7 @@ def compare(groups, prompts, base_pairs, margins):
             if same < 0.05:
                 row["answer"] = "equivalent"
         if row["answer"] == "undecided":
-            row["decides"] = deciding_text(values, row["margin"], len(rows))
+            few = TOO_FEW_RUNS.get(row["runs"])
+            text = few[0].upper() + few[1:] if few else ""
+            row["decides"] = text or deciding_text(values, row["margin"], len(rows))
     return rows

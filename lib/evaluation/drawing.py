@@ -11,9 +11,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lib import adapters
 from lib.config import half_resolution
 from lib.errors import UserError, memory_for
-from lib.evaluation.experiments import describe
 from lib.evaluation.prompts import check_prompt_lengths
-from lib.evaluation.scores import Run
+from lib.evaluation.scores import note_other_pictures
 from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last
 from lib.kernels.graphs import captured
@@ -91,7 +90,8 @@ def record_unet(pipeline, samples, size):
     def is_recorded(sample, timestep, encoder_hidden_states):
         shapes = sample.shape[1:], encoder_hidden_states.shape[1:]
         same = len(sample) <= samples and shapes == (latents.shape[1:], states.shape[1:])
-        return same and torch.is_tensor(timestep) and timestep.ndim == 0
+        whole = torch.is_tensor(timestep) and not timestep.is_floating_point()
+        return same and whole and timestep.ndim == 0
 
     def forward(sample, timestep, encoder_hidden_states, *rest, return_dict=True, **others):
         inputs = sample, timestep, encoder_hidden_states
@@ -194,12 +194,7 @@ def check_switch(pipeline, applied, adapter, base_probe):
 def ready_pipeline(config, plan, prompts, training, device):
     """The base model, ready to draw; every adapter was tried on it and taken out again."""
     planned, folder = plan
-    for name, adapter, _ in planned:
-        known = adapter.metadata.get("data_sha256")
-        if training and known and known != training.sha256:
-            print(
-                f"note: {name} was trained on other pictures (or sizes) than {config['data_dir']}"
-            )
+    note_other_pictures([run for run, _ in planned], training, config["data_dir"])
     pipeline = load_pipeline(
         folder, torch.float16 if device.type == "cuda" else torch.float32, device
     )
@@ -209,7 +204,7 @@ def ready_pipeline(config, plan, prompts, training, device):
     sizes = 16, config["resolution"] // pipeline.vae_scale_factor
     compile_attention(lambda: [probe(pipeline, size) for size in sizes], device)()
     base_probe = probe(pipeline)
-    for _, adapter, _ in planned:  # before the long part: does each fit, and does it do anything?
+    for _, adapter in planned:  # before the long part: does each fit, and does it do anything?
         applied = adapters.Applied(adapter, models_of(pipeline))
         check_switch(pipeline, applied, adapter, base_probe)
         applied.set_scale(0)
@@ -223,7 +218,7 @@ def models_of(pipeline):
 
 
 def draw_runs(config, plan, pipeline, prompts, seeds):
-    """Draw the base model's pictures once and every adapter's: a list of Run."""
+    """Draw the base model's pictures once and every adapter's, into the planned runs; return these."""
     jobs = [(prompt, s) for _, prompt in prompts for s in seeds]
     how = {k: config[k] for k in ("steps", "guidance_scale", "resolution")}
     how["batch_size"] = pictures_at_once(
@@ -234,16 +229,16 @@ def draw_runs(config, plan, pipeline, prompts, seeds):
         with drawing_memory(how["batch_size"], config["resolution"]):
             record_unet(pipeline, samples, config["resolution"] // pipeline.vae_scale_factor)
     base = draw(pipeline, jobs, **how, title="base")
-    runs, scales = [], config["lora_scales"]
-    for name, adapter, target in plan[0]:
+    scales = config["lora_scales"]
+    for run, adapter in plan[0]:
         applied = adapters.Applied(adapter, models_of(pipeline))
         drawn = {0.0: base}
         for scale in sorted({1.0, *scales} - {0.0}):
             applied.set_scale(scale)
-            title = name if scale == 1 else f"{name} at {scale:g}"
+            title = run.name if scale == 1 else f"{run.name} at {scale:g}"
             drawn[scale] = draw(pipeline, jobs, **how, title=title)
         applied.set_scale(0)
         del applied  # with its copies of the weights
-        scaled = {scale: drawn[scale] for scale in scales} if set(scales) != {1.0} else {}
-        runs.append(Run(name, target, describe(adapter), base, drawn[1.0], scaled))
-    return runs
+        run.base, run.lora = base, drawn[1.0]
+        run.scaled = {scale: drawn[scale] for scale in scales} if set(scales) != {1.0} else {}
+    return [run for run, _ in plan[0]]

@@ -17,6 +17,18 @@ def grid(run, key, model, prompts):
     return np.array(values, np.float64).reshape(len(prompts), -1)
 
 
+def no_change_reason(base_pairs):
+    """Why change and variety cannot be had from `base_pairs`, a sentence, or None if they can."""
+    seeds = base_pairs.shape[-1]
+    if seeds < FEWEST_SEEDS:
+        few = f"{seeds} seed{'s' if seeds > 1 else ''} a prompt"
+        return f"{few} give no LPIPS ceiling to speak of: change and variety need {FEWEST_SEEDS}"
+    without = [np.delete(np.arange(seeds), seed) for seed in range(seeds)]
+    if min(pair_mean(base_pairs[:, kept][:, :, kept]).min() for kept in without) <= 0:
+        return "base pictures of one prompt are all the same, so change and variety have no scale"
+    return None
+
+
 def effects(runs, prompts, base_pairs):
     """What the adapters of one experiment changed, arrays [runs, prompts, seeds].
 
@@ -24,8 +36,8 @@ def effects(runs, prompts, base_pairs):
     ceiling, the LPIPS between base pictures of that prompt at different seeds (`base_pairs`,
     [prompts, seeds, seeds]). variety: the LPIPS between LoRA pictures at different seeds as a share
     of the same ceiling. Those two are ratios of means over the seeds, so their values are the
-    jackknife's, which carry the ceiling's own error; they need FEWEST_SEEDS. Scores that were not
-    computed are left out.
+    jackknife's, which carry the ceiling's own error. What was not computed, or cannot be
+    (`no_change_reason`), is left out.
     """
     found = {"lpips": np.stack([grid(run, "lpips", "lora", prompts) for run in runs])}
     for key in ("clip", "concept_similarity"):
@@ -34,8 +46,7 @@ def effects(runs, prompts, base_pairs):
                 [grid(run, key, "lora", prompts) - grid(run, key, "base", prompts) for run in runs]
             )
     seeds = found["lpips"].shape[2]
-    if seeds >= FEWEST_SEEDS:
-        lora_pairs = np.stack([run.pairs for run in runs])
+    if no_change_reason(base_pairs) is None:
 
         def ceiling(kept):
             return pair_mean(base_pairs[:, kept][:, :, kept])
@@ -46,7 +57,10 @@ def effects(runs, prompts, base_pairs):
         def variety(kept):
             return pair_mean(lora_pairs[:, :, kept][:, :, :, kept]) / ceiling(kept)
 
-        found |= {"change": jackknife(change, seeds), "variety": jackknife(variety, seeds)}
+        found["change"] = jackknife(change, seeds)
+        if all(run.pairs is not None for run in runs):
+            lora_pairs = np.stack([run.pairs for run in runs])
+            found["variety"] = jackknife(variety, seeds)
     return found
 
 
@@ -75,7 +89,7 @@ def kernel_distances(runs, chosen, training):
 
 def copy_study(run, chosen, training):
     """What memorisation.py judges a run by: its success pictures, `chosen`, and its own training set."""
-    trained = training.trained_on(run.adapter.get("held_out", ()))
+    trained = training.trained_on(run.adapter)
     held_out = [i for i in range(len(training.names)) if i not in trained]
     return CopyStudy(
         trained_on=training.embeddings[trained],

@@ -107,6 +107,7 @@ def run_page(run, summary, shown, folder):
         title=run.name,
         verdicts=coloured(summary["verdicts"]),
         warnings=shown["warnings"],
+        no_verdicts=words.NO_VERDICTS,
         spread=words.spread_text(summary),
         table=words.summary_table(summary),
         kernel=words.kernel_table(summary),
@@ -141,6 +142,7 @@ def comparison_page(groups, summaries, pairs, shown):
     return TEMPLATES.get_template("comparison.html").render(
         title="Experiments compared",
         warnings=shown["warnings"],
+        no_verdicts=words.NO_VERDICTS,
         table=words.comparison_table(summaries),
         experiments=experiments,
         sentences=[words.pair_sentence(row) for row in pairs],

@@ -11,8 +11,8 @@ from PIL import Image
 
 from lib.errors import UserError
 from lib.evaluation import figures, pages, words
-from lib.evaluation.experiments import MARKER, check_fingerprints
 from lib.evaluation.prompts import CATEGORIES, slugs
+from lib.evaluation.runs import MARKER, check_fingerprints
 from lib.evaluation.scores import Run
 from lib.files import (
     check_output_folder,
@@ -51,6 +51,9 @@ def read_saved(output_dir, config):
             run = Run(saved["run"], folder, saved["adapter"], [], [])
         except (ValueError, KeyError, TypeError, OSError) as problem:
             raise UserError(f"{folder / 'metrics.json'} cannot be read: {problem}") from None
+        if "held_out" not in run.adapter and run.adapter:
+            print(f"note: {folder} was written before configurations were kept with the results: it counts as "
+                  "an experiment of its own, and which pictures it held out is not known")  # fmt: skip
         how = {key: saved["config"].get(key) for key in DRAWN_WITH}
         if drawn not in (None, (prompts, seeds, how)):
             raise UserError(
@@ -85,7 +88,9 @@ def picture_paths(folder, prompts, seeds, kinds=("base", "lora")):
 
 def natural_order(path):
     """A sort key of file names by which 2 comes before 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name.lower())]
+    return [
+        int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name.lower())
+    ]
 
 
 def read_pair(score_dir, output_dir, prompts):
@@ -166,14 +171,12 @@ def write_run(run, summary, shown):
     record = dict(run=run.name, config=shown["config"], **shown["provenance"], adapter=run.adapter,
                   warnings=shown["warnings"], summary=summary, pictures=run.rows)  # fmt: skip
     write_csv(new / "metrics.csv", run.rows)
-    (new / "summary.md").write_text(
-        f"# {run.name}\n\n{words.summary_text(summary)}\n", encoding="utf-8"
-    )
+    text = words.summary_text(summary)
+    (new / "summary.md").write_text(f"# {run.name}\n\n{text}\n", encoding="utf-8")
     page = pages.run_page(run, summary, shown, new)
     (new / "report.html").write_text(page, encoding="utf-8")
     write_marker(new / MARKER, record)  # last: with it the folder is whole
     replace_folder(run.target, MARKER)
-    text = words.summary_text(summary)
     print(f"\n{run.name}\n{text}\n\nopen {run.target / 'report.html'}")
 
 
@@ -182,7 +185,7 @@ def write_comparison(target, groups, summaries, pairs, shown):
     new = fresh_folder(target)
     if pairs:  # several experiments; several runs of one have nothing to compare
         figures.forest_figure(pairs).savefig(new / "forest.png")
-        write_csv(new / "comparison.csv", pairs)
+        write_csv(new / "comparison.csv", [flattened(row) for row in pairs])
     record = dict(experiments=summaries, pairs=pairs, config=shown["config"], **shown["provenance"],
                   warnings=shown["warnings"])  # fmt: skip
     text = words.comparison_text(summaries, pairs)
@@ -192,6 +195,13 @@ def write_comparison(target, groups, summaries, pairs, shown):
     write_marker(new / MARKER, record)
     replace_folder(target, MARKER)
     print(f"\ncomparison\n{text}\n\nopen {target / 'report.html'}")
+
+
+def flattened(pair):
+    """A comparison as one row of a table: its equivalence in columns of its own."""
+    row = pair | {f"equivalence_{key}": value for key, value in pair["equivalence"].items()}
+    row |= dict(left_out=", ".join(pair["left_out"]), decides=pair.get("decides", ""))
+    return {key: value for key, value in row.items() if key != "equivalence"}
 
 
 def write_csv(path, rows):

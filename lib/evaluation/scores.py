@@ -42,7 +42,7 @@ class Run:
     @property
     def training_seed(self):
         seed = self.adapter.get("metadata", {}).get("seed")
-        return None if seed is None else int(seed)
+        return int(seed) if str(seed).isdecimal() else None
 
 
 @dataclass
@@ -55,9 +55,14 @@ class TrainingSet:
     embeddings: np.ndarray  # [m, d]
     mirrored: np.ndarray  # of the mirrored pictures
 
-    def trained_on(self, held_out):
-        """Indices of the pictures less those named in `held_out`, a run's own."""
-        return [i for i, name in enumerate(self.names) if name not in set(held_out)]
+    def is_of(self, adapter):
+        """Whether these are the pictures that `adapter`, as `describe` gives it, was trained on."""
+        return adapter.get("metadata", {}).get("data_sha256") in (None, self.sha256)
+
+    def trained_on(self, adapter):
+        """Indices of the pictures less those that the adapter's run held out."""
+        held_out = set(adapter.get("held_out", ())) if self.is_of(adapter) else set()
+        return [i for i, name in enumerate(self.names) if name not in held_out]
 
 
 def load_scorer(config, prompts, device):
@@ -80,6 +85,14 @@ def load_scorer(config, prompts, device):
     return clip, TrainingSet([name for name, *_ in rows], pictures, data_hash(rows), *embeddings)
 
 
+def note_other_pictures(runs, training, data_dir):
+    """Say which adapters were trained on other pictures than those of the TrainingSet."""
+    for run in runs:
+        if training and not training.is_of(run.adapter):
+            print(f"note: {run.name} was trained on other pictures (or sizes) than {data_dir}; "
+                  "what it held out is not known here")  # fmt: skip
+
+
 def picture_scores(images, texts, clip, training):
     """(rows, embeddings): clip and concept_similarity of each picture in a dict, and the pictures'
     CLIP embeddings [n, d]. `texts` are the pictures' prompts. What cannot be had without a Clip or a
@@ -98,12 +111,12 @@ def picture_scores(images, texts, clip, training):
     return rows, embeddings
 
 
-def nearest_rows(embeddings, training, held_out):
-    """For each picture its nearest_similarity and nearest_picture among those that were trained on:
-    dicts, of None without a TrainingSet."""
+def nearest_rows(count, embeddings, training, adapter):
+    """For each of `count` pictures its nearest_similarity and nearest_picture among those that the
+    adapter was trained on: dicts, of None without a TrainingSet."""
     if not training:
-        return [dict(nearest_similarity=None, nearest_picture=None) for _ in embeddings]
-    trained = training.trained_on(held_out)
+        return [dict(nearest_similarity=None, nearest_picture=None) for _ in range(count)]
+    trained = training.trained_on(adapter)
     nearest, which = nearest_training(
         embeddings, training.embeddings[trained], training.mirrored[trained]
     )
@@ -113,22 +126,24 @@ def nearest_rows(embeddings, training, held_out):
     ]
 
 
-def score(run, prompts, seeds, clip, training, device, base_scores):
-    """Fill `run.rows` (a dict a picture, base and LoRA of each prompt and seed in turn), `run.pairs`
-    and `run.embeddings`. `base_scores` is picture_scores of the base pictures, which runs share."""
+def score(run, prompts, seeds, clip, training, device, base_scores, pictures_only=False):
+    """Fill `run.rows` (a dict a picture, base and LoRA of each prompt and seed in turn) and, unless
+    `pictures_only`, what concerns several: `run.pairs` and `run.embeddings`. `base_scores` is
+    picture_scores of the base pictures, which runs share."""
     jobs = [(category, prompt, seed) for category, prompt in prompts for seed in seeds]
     distances = lpips_distances(run.base, run.lora, device)
     scored = picture_scores(run.lora, [prompt for _, prompt, _ in jobs], clip, training)
-    held_out = run.adapter.get("held_out", ())
     models = []
     for rows, embeddings in (base_scores, scored):
-        nearest = nearest_rows(rows if embeddings is None else embeddings, training, held_out)
+        nearest = nearest_rows(len(rows), embeddings, training, run.adapter)
         models.append([row | near for row, near in zip(rows, nearest, strict=True)])
     run.rows = []
     for i, (category, prompt, seed) in enumerate(jobs):
         job = dict(prompt=prompt, category=category, seed=seed)
         run.rows.append(job | dict(model="base", lpips=None) | models[0][i])
         run.rows.append(job | dict(model="lora", lpips=float(distances[i])) | models[1][i])
+    if pictures_only:
+        return
     run.pairs = prompt_pairs(run.lora, len(seeds), device)
     if training:
         shape = len(prompts), len(seeds), -1
@@ -146,8 +161,10 @@ def score_runs(runs, prompts, seeds, clip, training, device):
         scoring = prompts, seeds, clip, training, device, base_scores
         score(run, *scoring)
         for scale, images in sorted(run.scaled.items()):
-            run.sweep[scale] = Run(f"{run.name} at {scale:g}", None, run.adapter, run.base, images)
-            score(run.sweep[scale], *scoring)
+            part = Run(f"{run.name} at {scale:g}", None, run.adapter, run.base, images)
+            run.sweep[scale] = run if scale == 1 else part
+            if scale != 1:
+                score(part, *scoring, pictures_only=True)
 
 
 def prompt_pairs(images, count, device):

@@ -1,8 +1,8 @@
 """How much of the adapter: the concept gained against other prompts moved, over its scale."""
 
+from lib.evaluation.effects import effects
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import mean_interval
-from lib.evaluation.verdicts import effects
 
 # What the sweep over the adapter's scale shows.
 SWEPT = (

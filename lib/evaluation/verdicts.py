@@ -3,8 +3,8 @@
 A claim needs its interval on one side of a line. An effect is there if its 95% interval leaves out
 0, and it is negligible if its 90% interval stays within the margin that CONFIG fixes for it (two
 one-sided tests, Schuirmann 1987); where the interval holds both, the answer is that it cannot be
-told. Claims that are tested together are corrected for their number (Holm 1979), effects among
-themselves and negligible ones among themselves.
+told. Claims that are tested together are corrected for their number (Holm 1979): those that make a
+yes among themselves, those that make a no among themselves.
 
 Everything is paired by prompt and seed. Prompts are the ones that are named; training runs and
 sampling seeds are random and crossed (see statistics.py).
@@ -23,6 +23,10 @@ from lib.evaluation.words import interval_text
 
 # Two training runs differ by one number; nothing useful can be said of others from it.
 FEWEST_RUNS = 3
+TOO_FEW_RUNS = {
+    1: "one training run cannot tell how much training runs differ; five would.",
+    2: "two training runs cannot tell how much training runs differ; five would.",
+}
 
 
 def analyse(runs, prompts, base_pairs, margins, training=None):
@@ -54,7 +58,7 @@ def analyse(runs, prompts, base_pairs, margins, training=None):
             for key in table[0]:
                 if key.startswith(("base_", "lora_")):
                     total[key] = float(np.mean([table[i][key] for i in chosen]))
-            if training is not None and "change" in found:
+            if training is not None and len(training.names) > 1 and "change" in found:
                 total["kernel_distance"] = kernel_distances(runs, chosen, training.embeddings)
     summary = dict(runs=[run.name for run in runs], seeds=found["lpips"].shape[2], prompts=table,
                    categories=totals, margins=margins)  # fmt: skip
@@ -148,21 +152,22 @@ def answer_word(answer):
 
 
 def deciding_text(values, margin, tests=1):
-    """What would decide a difference, one of `tests`, that cannot be told: a sentence or two."""
-    runs = len(values)
+    """What would decide about the mean of `values`, one of `tests`: a sentence or two."""
+    runs, seeds = values.shape
     if values.size == 1:
         return "One picture a prompt and one training run decide nothing."
     least = smallest_detectable(values, 0.05 / tests)
-    text = f"A difference of {least:.3f} would have been found in four of five repetitions"
+    text = f"A change by about {least:.3f} would have been found in four of five repetitions"
+    if runs == 1:
+        return f"{text}; more sampling seeds than {seeds} decide about this run."
     if runs < FEWEST_RUNS:
-        few = {1: "one training run does", 2: "two training runs do"}[runs]
-        return f"{text}; {few} not show how much training runs differ, five would."
+        return f"{text}; {TOO_FEW_RUNS[runs]}"
     needed = runs_to_decide(values, margin, 0.05 / tests)
     if needed is None:
-        return f"{text}; a margin of {margin:g} takes more sampling seeds than {values.shape[1]}."
+        return f"{text}; a margin of {margin:g} takes more sampling seeds than {seeds}."
     if needed <= runs:
         return f"{text}; the mean lies too near the margin of {margin:g} for {runs} training runs."
-    return f"{text}; with {needed} training runs the margin of {margin:g} could be decided."
+    return f"{text}; with about {needed} training runs the margin of {margin:g} could be decided."
 
 
 def learned(lines, success, margins):
@@ -174,8 +179,12 @@ def learned(lines, success, margins):
     if False in (concept.answer, clip.answer):
         answer = False
         if concept.answer is False:
-            fell = success["concept_similarity"]["high"] < 0
-            end = "It moved away from them." if fell else "It did not come nearer to them."
+            moved = success["concept_similarity"]
+            end = "It did not come nearer to them."
+            if moved["high"] < 0:
+                end = "It moved away from them."
+            elif moved["low"] > 0:
+                end = "It came nearer to them, but by less than the margin."
         else:
             end = "It looks more like them, but the match with the prompt fell by more than the margin."
             if not concept.answer:
@@ -197,7 +206,7 @@ def moved_toward(line, total, margins, question):
     kept = question == "neighbours kept"
     prompts = "prompts near the concept" if kept else "unrelated prompts"
     margin = margins["concept_similarity"]
-    text = (f"On {prompts} that similarity changed by {interval_text(total['concept_similarity'])} "
+    text = (f"On {prompts} the similarity to the training pictures changed by {interval_text(total['concept_similarity'])} "
             f"(negligible below {margin:g})")  # fmt: skip
     if "change" in total:
         text += (f"; the pictures moved, in any direction, {interval_text(total['change'], sign=False)} of the "

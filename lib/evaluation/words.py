@@ -2,6 +2,7 @@
 
 import math
 
+NO_VERDICTS = "No verdicts: they need a CLIP model, the training pictures and several seeds."
 NAMES = {
     "clip": "CLIP score",
     "concept_similarity": "concept similarity",
@@ -18,10 +19,6 @@ def interval_text(interval, sign=True):
         return form.replace("3", "4").format(interval["mean"]).replace("-", "−")
     mean, low, high = (form.format(interval[k]).replace("-", "−") for k in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
-
-
-def p_text(p):
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def spread_text(summary):
@@ -96,7 +93,7 @@ def markdown_table(rows):
 def verdict_text(summary):
     """The verdicts of one run or experiment as a Markdown list."""
     lines = [f"- **{v['question']}: {v['answer']}.** {v['text']}" for v in summary["verdicts"]]
-    return "\n".join(lines or ["No verdicts: they need a CLIP model and the training pictures."])
+    return "\n".join(lines or [NO_VERDICTS])
 
 
 def summary_text(summary):
@@ -133,14 +130,16 @@ def comparison_table(summaries):
     for category in first["categories"]:
         for key, sign in (("concept_similarity", True), ("clip", True), ("change", False),
                           ("variety", False)):  # fmt: skip
-            if key in first["categories"][category] and (key != "variety" or category == "success"):
+            if all(key in s["categories"].get(category, {}) for s in summaries.values()) and (
+                key != "variety" or category == "success"
+            ):
                 cells = [
                     interval_text(s["categories"][category][key], sign) for s in summaries.values()
                 ]
                 rows.append([f"{NAMES[key]}, {category} prompts", *cells])
-    for index, verdict in enumerate(first["verdicts"]):
-        cells = [s["verdicts"][index]["answer"] for s in summaries.values()]
-        rows.append([f"{verdict['question']}?", *cells])
+    answers = [{v["question"]: v["answer"] for v in s["verdicts"]} for s in summaries.values()]
+    for question in dict.fromkeys(question for found in answers for question in found):
+        rows.append([f"{question}?", *(found.get(question, "–") for found in answers)])
     return [["", *summaries], *rows]
 
 
@@ -170,8 +169,16 @@ def pair_note(pairs):
     note = (f"95% intervals. Higher or lower: the interval leaves out 0; equivalent: the 90% interval lies "
             f"within the margin (two one-sided tests); both after Holm's correction over these {len(pairs)} "
             "comparisons. ")  # fmt: skip
-    runs = "/".join(str(number) for number in sorted({row["runs"] for row in pairs}))
-    note += f"{runs} training runs each, "
+    counts = sorted({row["runs"] for row in pairs})
+    note += f"{'/'.join(map(str, counts))} training run{'s' if counts[-1] > 1 else ''} each, "
     if all(row["paired_by_training_seed"] for row in pairs):
-        return note + "paired by their training seed."
-    return note + "paired in their order where they share no training seed."
+        note += "paired by their training seed."
+    else:
+        note += "paired in their order where they share no training seed."
+    if counts[0] < 3:
+        note += (" With fewer than three training runs nothing is claimed: they do not show how much "
+                 "training runs differ.")  # fmt: skip
+    left_out = sorted({name for row in pairs for name in row["left_out"]})
+    if left_out:
+        note += f" Not compared, without a partner of their training seed: {', '.join(left_out)}."
+    return note

@@ -206,6 +206,7 @@ class Saver:
         self.folder, self.this_run, self.keep = folder, this_run, keep
         self.trained, self.optimizer, self.scaler = trained, optimizer, scaler
         self.journal = journal
+        self.commit = code_commit()  # of the code that was loaded, whatever is checked out later
 
     def save(self, progress, gave_up=False):
         """Write the checkpoint of `progress`; `gave_up` if the next step's numbers are not finite."""
@@ -218,7 +219,7 @@ class Saver:
             identity=self.this_run, optimizer=numbers, log=self.journal.rows,
             loss_count=progress.loss_count, skipped=progress.skipped,
             scaler=self.scaler.state_dict() if self.scaler else None, run_id=self.journal.run_id,
-            gave_up=gave_up, changes=progress.changes, commit=code_commit(),
+            gave_up=gave_up, changes=progress.changes, commit=self.commit,
         )  # fmt: skip
         save(self.folder, progress.step, tensors, state, self.keep)
 

@@ -1,4 +1,5 @@
-"""Which adapters are training runs of one experiment, and which are one and the same.
+"""Which adapters are evaluated: what will be drawn, which are training runs of one experiment, and
+which are one and the same.
 
 Runs belong together if their configurations (config.json, which train.py writes beside an adapter)
 differ in the training seed alone, whatever they are called.
@@ -24,7 +25,7 @@ WITHOUT_EFFECT = (
 
 
 def plan_runs(config, device):
-    """What will be drawn: ([(name, Adapter, target folder)], base-model folder), all checked."""
+    """What will be drawn: ([(Run, Adapter)], base-model folder), all checked; the runs have no pictures."""
     found = adapter_files.find_adapters(config["lora_dir"])
     output_dir, base_model = Path(config["output_dir"]), config["base_model"]
     targets = [output_dir / name if len(found) > 1 else output_dir for name, _ in found]
@@ -34,9 +35,12 @@ def plan_runs(config, device):
         if len(found) > 1 and left.parent.name not in [name for name, _ in found]:
             print(f"note: {left.parent} is a run without its weights, and is passed over")
     read = [(name, adapter_files.read_adapter(path)) for name, path in found]
-    described = [Run(name, None, describe(adapter), [], []) for name, adapter in read]
-    check_fingerprints([(run.name, run.adapter["fingerprint"]) for run in described])
-    group_runs(described)
+    runs = [
+        Run(name, target, describe(adapter), [], [])
+        for (name, adapter), target in zip(read, targets, strict=True)
+    ]
+    check_fingerprints([(run.name, run.adapter["fingerprint"]) for run in runs])
+    group_runs(runs)
     if device.type == "cpu":
         print("no CUDA GPU found: drawing on the CPU, in fp32")
     for name, adapter in read:
@@ -44,7 +48,7 @@ def plan_runs(config, device):
         if known and known != base_model:
             print(f"note: {name} was trained on {known}, here it is drawn with {base_model}")
     folder = fetch_base_model(base_model, config["revision"], half=device.type == "cuda")
-    return [(*pair, target) for pair, target in zip(read, targets, strict=True)], folder
+    return [(run, adapter) for run, (_, adapter) in zip(runs, read, strict=True)], folder
 
 
 def describe(adapter):
@@ -61,8 +65,16 @@ def describe(adapter):
     if record.is_file():
         try:
             written = json.loads(record.read_text(encoding="utf-8"))
+            if "config" not in written:
+                print(f"note: {record} is not train.py's, and is passed over")
+                return found
             config, data = written["config"], written["data"]
-            found["training"] = dict(config, data_sha256=data["sha256"])
+            # What was computed in, over how many processes, and rates changed on the way count too.
+            found["training"] = dict(
+                config, data_sha256=data["sha256"], processes=written.get("processes"),
+                mixed_precision=written.get("mixed_precision"),
+                learning_rate_changes=written.get("learning_rate_changes") or [],
+            )  # fmt: skip
             found["held_out"] = list(data["held_out"])
             found["metadata"] = {"seed": str(config["seed"])} | metadata
         except (ValueError, KeyError, TypeError, OSError) as problem:
@@ -76,31 +88,27 @@ def describe(adapter):
 def group_runs(runs):
     """{experiment: [Run]}: runs whose configurations differ in the seed alone are one experiment.
 
-    It is called as the runs are, less an ending _seed<N>. A run without config.json is an experiment
-    of its own. Raises UserError, naming the keys, for two runs of one seed and configuration, and for
-    runs of one experiment's name whose configurations differ.
+    It is called as its first run is, less an ending _seed<N>. A run without config.json is an
+    experiment of its own. Raises UserError, naming the keys, for two runs of one seed and
+    configuration, and for runs of one experiment's name whose configurations differ.
     """
-    groups, settings = {}, {}
+    groups, first_of_name = {}, {}
     for run in runs:
         name = re.sub(r"_seed\d+$", "", run.name)
-        training = run.adapter.get("training")
-        if training is None:
+        settings = experiment_settings(run)
+        if settings is None:
             groups[run.name] = [run]
             continue
-        relevant = {k: v for k, v in training.items() if k not in WITHOUT_EFFECT}
-        known = next((title for title, other in settings.items() if other == relevant), None)
-        if known is None and name in settings:
-            differing = sorted(
-                key
-                for key in relevant.keys() | settings[name].keys()
-                if relevant.get(key) != settings[name].get(key)
-            )
+        other = first_of_name.setdefault(name, run)
+        known = experiment_settings(other)
+        differing = sorted(k for k in settings | known if settings.get(k) != known.get(k))
+        if differing:
             raise UserError(
-                f"{groups[name][0].name} and {run.name} are named as runs of one experiment, but differ "
-                f"in {', '.join(differing)}; rename one of them"
+                f"{other.name} and {run.name} are named as runs of one experiment, but differ in "
+                f"{', '.join(differing)}; rename one of them"
             )
-        group = groups.setdefault(known or name, [])
-        settings.setdefault(known or name, relevant)
+        same = [group for group in groups.values() if experiment_settings(group[0]) == settings]
+        group = same[0] if same else groups.setdefault(name if name not in groups else run.name, [])
         twin = next((other for other in group if other.training_seed == run.training_seed), None)
         if twin:
             raise UserError(
@@ -109,6 +117,12 @@ def group_runs(runs):
             )
         group.append(run)
     return groups
+
+
+def experiment_settings(run):
+    """What the seeds of one experiment have in common, or None for a run without config.json."""
+    training = run.adapter.get("training")
+    return training and {k: v for k, v in training.items() if k not in WITHOUT_EFFECT}
 
 
 def check_fingerprints(found):
