@@ -794,8 +794,11 @@ def test_a_file_that_was_removed_while_it_was_waited_for_is_no_lock(tmp_path, mo
 @pytest.mark.parametrize("script", ["preprocess.py", "inference.py"])
 def test_the_other_scripts_lock_their_output_too(tmp_path, script):
     (tmp_path / "data").mkdir()
+    config = dict(data_dir=tmp_path / "data", output_dir=tmp_path / "out")
+    if script == "inference.py":
+        config |= dict(lora_dir=tmp_path)
     with files.locked(tmp_path / "out"):
-        done = call(script, *options(data_dir=tmp_path / "data", output_dir=tmp_path / "out"))
+        done = call(script, *options(**config))
     assert_one_line(done, f"process {os.getpid()}", tmp_path / "out")
 
 
