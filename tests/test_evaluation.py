@@ -295,6 +295,13 @@ def test_a_comparison_is_a_table_whatever_its_answers_are(tmp_path):
     assert float(written[0]["equivalence_low"]) < float(written[0]["equivalence_high"])
 
 
+def test_the_published_prompts_keep_their_table():
+    table = words.study_table(analysed(fake_run("s")))
+    assert table[0] == ["Prompt", "Base CLIP", "LoRA CLIP", "LPIPS"]
+    assert [row[0] for row in table[1:]] == ["a raincoat (success)", "a cat (failure)"]
+    assert "| a cat (failure) |" in words.summary_text(analysed(fake_run("s")))
+
+
 def test_experiments_with_unlike_verdicts_stand_side_by_side():
     summaries = {"one": analysed(fake_run("one")), "two": analysed(fake_run("two"))}
     summaries["two"]["verdicts"] = []

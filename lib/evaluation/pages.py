@@ -110,7 +110,7 @@ def run_page(run, summary, shown, folder):
         no_verdicts=words.NO_VERDICTS,
         spread=words.spread_text(summary),
         table=words.summary_table(summary),
-        kernel=words.kernel_table(summary),
+        tables=[words.kernel_table(summary), words.study_table(summary)],
         prompts=prompts,
         distribution=figure_uri(distribution_figure(run, shown["prompts"])),
         sweep=sweep,

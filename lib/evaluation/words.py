@@ -71,6 +71,18 @@ def summary_table(summary):
     return [[name for name, _ in columns]] + [[cell(row) for _, cell in columns] for row in rows]
 
 
+def study_table(summary):
+    """Success and failure prompts in the published study's own columns, or None without a CLIP score."""
+    rows = [row for row in summary["prompts"] if row["category"] != "near"]
+    if not rows or "clip" not in rows[0]:
+        return None
+    return [["Prompt", "Base CLIP", "LoRA CLIP", "LPIPS"]] + [
+        [f"{row['prompt']} ({row['category']})", f"{row['base_clip']:.4f}", f"{row['lora_clip']:.4f}",
+         f"{row['lpips']['mean']:.4f}"]
+        for row in rows
+    ]  # fmt: skip
+
+
 def kernel_table(summary):
     """Kernel distances to the training pictures as rows of text, or None where they are missing."""
     found = {k: t["kernel_distance"] for k, t in summary["categories"].items() if "kernel_distance" in t}  # fmt: skip
@@ -99,8 +111,9 @@ def verdict_text(summary):
 def summary_text(summary):
     """Verdicts and tables of one run or experiment, as Markdown."""
     parts = [verdict_text(summary), spread_text(summary), markdown_table(summary_table(summary))]
-    if kernel := kernel_table(summary):
-        parts.append(markdown_table(kernel))
+    for table in (kernel_table(summary), study_table(summary)):
+        if table:
+            parts.append(markdown_table(table))
     if "sweep" in summary:
         parts += [markdown_table(sweep_table(summary["sweep"]["rows"])), summary["sweep"]["advice"]]
     return "\n\n".join(parts)
