@@ -55,6 +55,14 @@ TEXT = dict(
 )  # fmt: skip
 
 
+def tiny_vae():
+    """A VAE with random weights: halves three times, 4 latent channels, as Stable Diffusion's."""
+    return AutoencoderKL(
+        sample_size=64, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A Stable Diffusion folder with random weights whose pictures are a few pixels wide."""
@@ -66,10 +74,7 @@ def tiny_model(tmp_path_factory):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    vae = AutoencoderKL(
-        sample_size=64, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+    vae = tiny_vae()
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
         skip_prk_steps=True, set_alpha_to_one=False,
