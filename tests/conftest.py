@@ -167,6 +167,9 @@ def forked(work, folder):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Here, while there is one thread: a fork makes torch's pool anew at its first use, and several
+        # threads that load a model at once may find none ("Invalid thread pool").
+        torch.set_num_threads(THREADS)
         if THREADS > 1:
             one_thread()
         AcceleratorState._reset_state(reset_partial_state=True)
