@@ -8,7 +8,11 @@ import math
 from lib.evaluation.words import NAMES, interval_text
 
 # The verdicts that rest on the similarity to the training pictures, and on which prompts.
-SIMILARITY_OF = {"learned": "success", "neighbours kept": "near", "contaminated": "failure"}
+SIMILARITY_OF = {
+    "learned": ("success", "prompts that ask for it"),
+    "neighbours kept": ("near", "prompts close to it"),
+    "contaminated": ("failure", "unrelated prompts"),
+}
 
 
 def placed(rows):
@@ -41,30 +45,43 @@ def placed(rows):
     return found
 
 
-def verdict_bars(summary):
-    """{question: row}: the interval that each verdict rests on, with a label and the figures. Those of
-    the three kinds of prompts share one scale, so that they show how much of the concept went where."""
+def verdict_bars(summaries):
+    """{question: {experiment: row}}: the interval that each verdict rests on, with a label and the
+    figures. `summaries` is {experiment: summary}.
+
+    A question has one scale for all experiments, and the three that rest on the similarity share
+    one, so that it shows how much of the concept went where.
+    """
+    rows = [dict(row, name=name) for name, summary in summaries.items() for row in rows_of(summary)]
+    found = {}
+    for scale in dict.fromkeys(row["scale"] for row in rows):
+        for row in placed([row for row in rows if row["scale"] == scale]):
+            found.setdefault(row["question"], {})[row["name"]] = row
+    return found
+
+
+def rows_of(summary):
+    """The rows of `verdict_bars` for one summary, not yet placed; equal `scale`s share a scale."""
     margins, totals = summary["margins"], summary["categories"]
-    similarity, others = [], []
-    for question, category in SIMILARITY_OF.items():
+    rows = []
+    for question, (category, who) in SIMILARITY_OF.items():
         moved = totals.get(category, {}).get("concept_similarity")
         if moved:
             margin = margins["concept_similarity"]
-            label = f"{category} prompts, similarity to the training pictures, LoRA minus base"
-            similarity.append(dict(question=question, label=label, band=(-margin, margin),
-                                   text=interval_text(moved), **ends(moved)))  # fmt: skip
+            rows.append(dict(question=question, scale="similarity", band=(-margin, margin),
+                             label=f"similarity to the training pictures gained, {who}",
+                             text=interval_text(moved), **ends(moved)))  # fmt: skip
     copies = summary.get("memorised")
     if copies and copies["share"] is not None:
-        others.append(dict(question="memorised", label="share of near-copies, up to its upper bound",
-                           text=f"{copies['share']:.0%}, at most {copies['high']:.0%}",
-                           mean=copies["share"], low=copies["share"], high=copies["high"],
-                           band=(0, copies["margin"])))  # fmt: skip
+        share, high = copies["share"], copies["high"]
+        rows.append(dict(question="memorised", scale="copies", band=(0, copies["margin"]),
+                         label="share of near-copies, up to its upper bound",
+                         text=f"{share:.0%}, at most {high:.0%}", mean=share, low=share, high=high))  # fmt: skip
     if varied := totals.get("success", {}).get("variety"):
-        others.append(dict(question="collapsed", label="variety over the seeds, as a share of the base's",
-                           text=interval_text(varied, sign=False), band=(1 - margins["variety"], 1),
-                           **ends(varied)))  # fmt: skip
-    rows = placed(similarity) + [placed([row])[0] for row in others]
-    return {row["question"]: row for row in rows}
+        rows.append(dict(question="collapsed", scale="variety", band=(1 - margins["variety"], 1),
+                         label="variety over the seeds, as a share of the base model's",
+                         text=interval_text(varied, sign=False), **ends(varied)))  # fmt: skip
+    return rows
 
 
 def ends(interval):

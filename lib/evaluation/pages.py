@@ -50,23 +50,29 @@ def kind(question, answer):
     return "good" if answer == WANTED[question] else "bad"
 
 
-def judged(summary, concept):
-    """The verdicts with what a page adds: `kind`, `sentence`, and `bar`, its interval drawn."""
-    bars = verdict_bars(summary)
-    return [
-        v | dict(kind=kind(v["question"], v["answer"]), bar=bars.get(v["question"]),
-                 sentence=sentences.plain_sentence(v, concept, summary))
-        for v in summary["verdicts"]
-    ]  # fmt: skip
+def judged(summaries, concept):
+    """[(question, verdicts)]: every experiment's verdict on it, with what a page adds: the experiment's
+    `name`, `kind`, `sentence` and `bar`, its interval drawn or None. `summaries` is {experiment:
+    summary}."""
+    bars = verdict_bars(summaries)
+    questions = {}
+    for name, summary in summaries.items():
+        for v in summary["verdicts"]:
+            more = dict(name=name, kind=kind(v["question"], v["answer"]),
+                        bar=bars.get(v["question"], {}).get(name),
+                        sentence=sentences.plain_sentence(v, concept, summary))  # fmt: skip
+            questions.setdefault(v["question"], []).append(v | more)
+    return list(questions.items())
 
 
 def by_category(rows):
-    """[(title, rows)] of rows that have a `category`: what was taught first, unrelated prompts last."""
+    """[(title, category, rows)] of rows that have a `category`: what was taught first, unrelated
+    prompts last."""
     found = [
-        (title, [row for row in rows if row["category"] == category])
+        (title, category, [row for row in rows if row["category"] == category])
         for category, title in sentences.CATEGORY_TITLES.items()
     ]
-    return [(title, members) for title, members in found if members]
+    return [group for group in found if group[2]]
 
 
 def details_text(shown, adapters):
@@ -148,7 +154,7 @@ def run_page(run, summary, shown, folder):
                      table=words.sweep_table(summary["sweep"]["rows"]))  # fmt: skip
     return TEMPLATES.get_template("run.html").render(
         title=run.name,
-        verdicts=judged(summary, sentences.concept_name([run.adapter])),
+        verdicts=judged({run.name: summary}, sentences.concept_name([run.adapter])),
         warnings=shown["warnings"],
         no_verdicts=words.NO_VERDICTS,
         groups=by_category(pair_rows(run, shown)),
@@ -164,22 +170,29 @@ def run_page(run, summary, shown, folder):
     )
 
 
+def comparison_title(names):
+    """What a comparison is of: a few experiments by their names, more by their number."""
+    if len(names) > 4:
+        return f"{len(names)} experiments compared"
+    return f"{', '.join(names[:-1])} and {names[-1]} compared" if len(names) > 1 else names[0]
+
+
 def comparison_page(groups, summaries, pairs, shown):
     """The report over several experiments: pictures side by side, what can be told, differences."""
     adapters = {run.name: run.adapter for members in groups.values() for run in members}
     concept = sentences.concept_name(adapters.values())
     experiments = [
-        dict(name=name, verdicts=judged(summary, concept), spread=words.spread_text(summary),
-             table=words.summary_table(summary))
+        dict(name=name, spread=words.spread_text(summary), table=words.summary_table(summary))
         for name, summary in summaries.items()
-    ]  # fmt: skip
+    ]
     shared = [
         row | dict(kind=kind(row["question"], row["answer"]))
         for row in sentences.shared_sentences(summaries, concept)
     ]
     return TEMPLATES.get_template("comparison.html").render(
-        title=f"{len(groups)} experiments compared" if len(groups) > 1 else next(iter(groups)),
+        title=comparison_title(list(groups)),
         answers=shared,
+        verdicts=judged(summaries, concept),
         differences=sentences.difference_sentences(pairs),
         warnings=shown["warnings"],
         no_verdicts=words.NO_VERDICTS,

@@ -9,12 +9,11 @@ from lib.evaluation.memorisation import UNTOLD
 
 # What the categories of prompts are to a reader.
 CATEGORY_TITLES = {
-    "success": "Prompts that ask for what was taught",
-    "near": "Prompts near it",
-    "failure": "Prompts that have nothing to do with it",
+    "success": "What was taught",
+    "near": "Close to it, but not asked for",
+    "failure": "Nothing to do with it",
 }
-# How much of the concept other prompts take on: words for shares below these, and from the last on
-# "it".
+# How much of the concept other prompts take on: words for shares below these.
 AMOUNTS = (("a little of it", 0.25), ("some of it", 0.6), ("most of it", 0.9))
 # What a yes and a no say, and what cannot be told.
 SENTENCES = {
@@ -33,7 +32,7 @@ SENTENCES = {
 # Of prompts that did not ask for the concept: their category, what they are called, and the answer
 # by which they are left alone.
 OTHERS = {
-    "neighbours kept": ("near", "prompts near it", "yes"),
+    "neighbours kept": ("near", "prompts close to it", "yes"),
     "contaminated": ("failure", "unrelated prompts", "no"),
 }
 
@@ -45,7 +44,9 @@ def concept_name(adapters):
     captions = {known.get("caption") for known in metadata}
     caption = captions.pop() if len(captions) == 1 else None
     # run_folder.py writes «5 captions» for several.
-    return f"«{caption}»" if caption and not re.fullmatch(r"\d+ captions", caption) else "the concept"
+    return (
+        f"«{caption}»" if caption and not re.fullmatch(r"\d+ captions", caption) else "the concept"
+    )
 
 
 def plain_sentence(verdict, concept, summary=None):
@@ -76,8 +77,8 @@ def others_sentence(question, answer, summary):
     if not gained["low"] > 0:
         return f"{who} take it on."
     share = totals[category]["concept_similarity"]["mean"] / gained["mean"]
-    much = next((words for words, below in AMOUNTS if share < below), "it")
-    return f"{who} take on {much} ({share:.0%} as much as those that ask for it)."
+    much = next((words for words, below in AMOUNTS if share < below), "all of it")
+    return f"{who} take on {much} ({share:.0%})."
 
 
 def pictures_clause(category, summary):
@@ -111,11 +112,10 @@ def difference_sentences(pairs):
         found.setdefault((row["first"], row["second"]), []).append(row["answer"])
     sentences = []
     for (first, second), answers in found.items():
-        counts = [
-            f"{word} in {answers.count(answer)}"
-            for answer, word in (("higher", f"{second} higher"), ("lower", f"{second} lower"),
-                                 ("equivalent", "equivalent"), ("undecided", "undecided"))
+        counts = ", ".join(
+            f"{answer} in {answers.count(answer)}"
+            for answer in ("higher", "lower", "equivalent", "undecided")
             if answer in answers
-        ]  # fmt: skip
-        sentences.append(f"{first} and {second}, {len(answers)} comparisons: {', '.join(counts)}.")
+        )
+        sentences.append(f"{second} beside {first}: {counts} of {len(answers)} comparisons.")
     return sentences
