@@ -182,6 +182,10 @@ def test_a_comparison_opens_with_who_answers_what():
     for row in pairs:
         same = [other for other in pairs if other["answer"] == row["answer"]]
         assert f"{row['answer']} in {len(same)}" in sentence
+    many = [row | dict(second=f"arm {number}") for number in range(4) for row in pairs]
+    [sentence] = sentences.difference_sentences(many)  # no list before the pictures
+    assert sentence.startswith("4 pairs of experiments: ")
+    assert sentence.endswith(f" of {len(many)} comparisons.")
 
 
 # ---- intervals as bars ---------------------------------------------------------------------

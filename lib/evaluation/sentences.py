@@ -106,16 +106,19 @@ def shared_sentences(summaries, concept):
 
 
 def difference_sentences(pairs):
-    """What the comparisons of each two experiments found, counted: one sentence a pair."""
+    """What the comparisons of each two experiments found, counted: a sentence for each two, or one
+    for all of more than three experiments."""
     found = {}
     for row in pairs:
-        found.setdefault((row["first"], row["second"]), []).append(row["answer"])
+        found.setdefault(f"{row['second']} beside {row['first']}", []).append(row["answer"])
+    if len(found) > 3:
+        found = {f"{len(found)} pairs of experiments": [row["answer"] for row in pairs]}
     sentences = []
-    for (first, second), answers in found.items():
+    for who, answers in found.items():
         counts = ", ".join(
             f"{answer} in {answers.count(answer)}"
             for answer in ("higher", "lower", "equivalent", "undecided")
             if answer in answers
         )
-        sentences.append(f"{second} beside {first}: {counts} of {len(answers)} comparisons.")
+        sentences.append(f"{who}: {counts} of {len(answers)} comparisons.")
     return sentences
