@@ -22,6 +22,7 @@ import PIL
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
+from lib.captions import CAPTION_FILES, is_text, read_captions
 from lib.config import check_range, parse_config
 from lib.errors import UserError, disk_for, one_line, run_script
 from lib.files import (
@@ -49,7 +50,6 @@ CONFIG = dict(
 
 # By content, whatever the file's ending says.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 # Not pictures, and no one means them to be: neither read nor reported as skipped.
 IGNORED = re.compile(r"\..*|thumbs\.db|desktop\.ini|(readme|licen[sc]e|copying)(\..*)?", re.I)
 SRGB = ImageCms.createProfile("sRGB")
@@ -158,63 +158,6 @@ def fingerprint(image):
     return dict(phash=imagehash.phash(image), thumbnail=thumbnail)
 
 
-def read_captions(folder, names):
-    """Captions that a person wrote: {picture name: (caption, file it came from)}.
-
-    `photo.txt` beside `photo.jpg` comes before a row of captions.jsonl or metadata.jsonl
-    (`file_name` and `text`). Raises UserError naming the file and line of a malformed row, of an
-    empty caption, of a picture that is not there or one that has two different captions.
-    """
-    captions = {}
-    for source in CAPTION_FILES:
-        if not (folder / source).is_file():
-            continue
-        for number, line in enumerate(read_text(folder / source).splitlines(), 1):
-            where = f"{folder / source}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                name, text = row["file_name"], row["text"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(f'{where}: not of the form {{"file_name": …, "text": …}}') from None
-            if name not in names:
-                raise UserError(f"{where}: there is no {name} in {folder}")
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"{where}: the caption of {name} is empty")
-            text = " ".join(text.split())
-            if not is_text(text):
-                raise UserError(f"{where}: the caption of {name} holds half of a character")
-            if captions.get(name, (text,))[0] != text:
-                raise UserError(f"{where}: a second, different caption for {name}; keep one")
-            captions[name] = (text, source)
-    for name in names:
-        beside = folder / f"{Path(name).stem}.txt"
-        if beside.is_file() and beside.name != name:
-            text = " ".join(read_text(beside).split())
-            if not text:
-                raise UserError(f"{beside} is empty; write a caption into it or delete it")
-            captions[name] = (text, beside.name)
-    return captions
-
-
-def is_text(words):
-    """Whether a string can be written as UTF-8: JSON and file names can hold what cannot."""
-    try:
-        words.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def read_text(path):
-    """A text file's content; UserError if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as problem:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {problem}") from None
-
-
 def check_config(config):
     """Refuse values that make no sense, and folders that would eat one another."""
     check_range(config, "resolution", 8, 4096)
@@ -266,9 +209,11 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
     write_marker(new / "manifest.json", manifest)
     replace_folder(output_dir, "manifest.json")
     own = sum(record["caption_from"] != "CONFIG" for record in records)
+    described = sum("description" in record for record in records)
     print(
         f"{output_dir}: {len(kept)} pictures of {resolution}x{resolution}; {len(kept) - own} with the "
-        f"caption «{caption}», {own} with their own. Look at {output_dir / 'contact_sheet.png'}"
+        f"caption «{caption}», {own} with their own, {described} with a description. "
+        f"Look at {output_dir / 'contact_sheet.png'}"
     )
     return manifest
 
@@ -345,7 +290,7 @@ def without_duplicates(pictures, data_dir, duplicate_bits, duplicate_colour):
 def write_pictures(folder, pictures, captions, caption):
     """Write images/ and captions.jsonl into `folder`; return what the manifest says of each picture.
 
-    `captions` is {source: (text, where it is from)}, `caption` the text of every other picture.
+    `captions` is what `read_captions` gives, `caption` the text of every picture without one.
     """
     (folder / "images").mkdir()
     digits = max(2, len(str(len(pictures))))
@@ -355,10 +300,14 @@ def write_pictures(folder, pictures, captions, caption):
     ):
         file_name = f"images/image_{number:0{digits}}.png"
         picture["image"].save(folder / file_name)
-        text, caption_from = captions.get(picture["source"], (caption, "CONFIG"))
-        rows.append(json.dumps(dict(file_name=file_name, text=text), ensure_ascii=False))
+        own = captions[picture["source"]]
+        text, caption_from = own.get("text", (caption, "CONFIG"))
+        row = dict(file_name=file_name, text=text)
+        if own:  # without a description the picture's own text is one
+            row["description"] = own.get("description", own.get("text"))[0]
+        rows.append(json.dumps(row, ensure_ascii=False))
         record = {k: picture[k] for k in "source sha256 format mode width height done".split()}
-        records.append(dict(file_name=file_name, text=text, caption_from=caption_from) | record)
+        records.append(row | dict(caption_from=caption_from) | record)
     (folder / "captions.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return records
 

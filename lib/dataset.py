@@ -11,12 +11,12 @@ from PIL import Image, ImageOps
 from lib.errors import UserError, one_line
 
 
-def read_dataset(data_dir, resolution):
+def read_dataset(data_dir, resolution, caption_from="text"):
     """The rows of `data_dir`/captions.jsonl and their pictures.
 
-    Returns [(file name, caption, pixels)], pixels uint8 [3, resolution, resolution]. File names are
-    relative to `data_dir` or, as in the published study's data, to its images/ folder. Raises
-    UserError naming the line or the picture that is wrong.
+    Returns [(file name, caption, pixels)], pixels uint8 [3, resolution, resolution]; the caption is what
+    the row has under `caption_from`. File names are relative to `data_dir` or, as in the published
+    study's data, to its images/ folder. Raises UserError naming the line or the picture that is wrong.
     """
     data_dir = Path(data_dir)
     listing = data_dir / "captions.jsonl"
@@ -34,16 +34,26 @@ def read_dataset(data_dir, resolution):
         try:
             row = json.loads(line)
             name, caption = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            caption = caption if caption_from == "text" else row.get(caption_from)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{where}: not of the form {{"file_name": …, "text": …}}') from None
+        if caption is None and caption_from != "text":
+            raise UserError(
+                f"{where}: {name} has no {caption_from}; write one beside the picture (data/README.md says "
+                "how) and run preprocess.py again"
+            )
         if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
-            raise UserError(f"{where}: file_name and text must be strings, and text not empty")
+            raise UserError(
+                f"{where}: file_name and {caption_from} must be strings, and {caption_from} not empty"
+            )
         try:
             caption.encode()  # JSON can spell half of a surrogate pair, which is no text
             places = (data_dir / name, data_dir / "images" / name)
             path = next((place for place in places if place.is_file()), None)
         except (OSError, ValueError):  # too long, a zero byte, half of a surrogate pair
-            raise UserError(f"{where}: file_name cannot be a file's, or text is no text") from None
+            raise UserError(
+                f"{where}: file_name cannot be a file's, or {caption_from} is no text"
+            ) from None
         if Path(name).is_absolute():
             raise UserError(f"{where}: {name} is an absolute path; name pictures from {data_dir}")
         if path is None:

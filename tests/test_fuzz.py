@@ -135,8 +135,8 @@ def test_captions_beside_the_pictures(data, content):
     except UserError as error:
         check_line(error, data)
         return
-    assert set(captions) <= {"a.png"}
-    for caption, source in captions.values():
+    assert set(captions) == {"a.png"}
+    for caption, source in captions["a.png"].values():
         assert caption.encode()
         assert source == "captions.jsonl"
 

@@ -8,6 +8,8 @@ import pytest
 from conftest import assert_one_line, call, picture, run
 from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
+from lib.dataset import read_dataset
+from lib.errors import UserError
 from preprocess import CONFIG, Unusable, preprocess, read_picture
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -185,11 +187,12 @@ def test_captions_from_text_files_and_listings(tmp_path):
     (data / "metadata.jsonl").write_text(json.dumps(dict(file_name="c.png", text="from metadata")))
     prepare(data, tmp_path / "out")
     lines = (tmp_path / "out" / "captions.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        dict(file_name="images/image_01.png", text="a silver raincoat"),
-        dict(file_name="images/image_02.png", text="a «blue» one"),
-        dict(file_name="images/image_03.png", text="from metadata"),
-        dict(file_name="images/image_04.png", text="a holographic raincoat"),
+    written = [json.loads(line) for line in lines]
+    assert [(row["file_name"], row["text"]) for row in written] == [
+        ("images/image_01.png", "a silver raincoat"),
+        ("images/image_02.png", "a «blue» one"),
+        ("images/image_03.png", "from metadata"),
+        ("images/image_04.png", "a holographic raincoat"),
     ]
 
 
@@ -224,6 +227,37 @@ def test_small_pictures_and_counts_are_said(tmp_path):
     assert "3 files, 2 pictures read, 1 skipped, 0 duplicates, 2 kept" in done.stdout
     assert "small.png: 60x90 is enlarged" in done.stdout
     assert "large.png" not in done.stdout
+
+
+def test_descriptions_go_beside_the_caption(tmp_path):
+    """They leave `text` as it is; without one a picture's own caption describes it."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(1, 5):
+        picture(number, (100, 100)).save(data / f"{number}.png")
+    rows = [dict(file_name="1.png", description="a  red one"),
+            dict(file_name="2.png", text="the concept", description="a blue one")]  # fmt: skip
+    (data / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (data / "3.txt").write_text("its own words")
+    manifest = prepare(data, tmp_path / "out", caption="the caption")
+    written = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").open()]
+    assert [(row["text"], row.get("description")) for row in written] == [
+        ("the caption", "a red one"), ("the concept", "a blue one"),
+        ("its own words", "its own words"), ("the caption", None),
+    ]  # fmt: skip
+    for row, record in zip(written, manifest["pictures"], strict=True):
+        assert row.items() <= record.items()
+    assert [record["caption_from"] for record in manifest["pictures"]] == [
+        "CONFIG", "captions.jsonl", "3.txt", "CONFIG",
+    ]  # fmt: skip
+    assert [words for _, words, _ in read_dataset(tmp_path / "out", 8)] == [
+        row["text"] for row in written
+    ]
+    with pytest.raises(UserError, match=r"line 4: images/image_04\.png has no description"):
+        read_dataset(tmp_path / "out", 8, "description")
+    (tmp_path / "out" / "captions.jsonl").write_text("\n".join(map(json.dumps, written[:3])))
+    described = read_dataset(tmp_path / "out", 8, "description")
+    assert [words for _, words, _ in described] == ["a red one", "a blue one", "its own words"]
 
 
 @pytest.mark.parametrize(

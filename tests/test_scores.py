@@ -90,12 +90,12 @@ def test_nothing_is_unpickled(monkeypatch, clip):
     clip_scores.clip_scores([picture(1)], ["a raincoat"], clip)
 
 
-def training_set(count, sha256="x"):
+def training_set(count):
     rng = np.random.default_rng(0)
     embeddings = rng.standard_normal((count, 8)).astype(np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     names = [f"images/image_{number:02}.png" for number in range(count)]
-    return scores.TrainingSet(names, [], sha256, embeddings, embeddings[:, ::-1].copy())
+    return scores.TrainingSet(names, [], ("x", "described"), embeddings, embeddings[:, ::-1].copy())
 
 
 def test_held_out_pictures_are_those_of_the_runs_own_data():
@@ -103,6 +103,7 @@ def test_held_out_pictures_are_those_of_the_runs_own_data():
     training = training_set(4)
     adapter = dict(held_out=["images/image_01.png"], metadata=dict(data_sha256="x"))
     assert training.trained_on(adapter) == [0, 2, 3]
+    assert training.trained_on(adapter | dict(metadata=dict(data_sha256="described"))) == [0, 2, 3]
     assert training.trained_on(adapter | dict(metadata=dict(data_sha256="other"))) == [0, 1, 2, 3]
 
 

@@ -3,16 +3,18 @@
 import cmath
 import colorsys
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from demo import world
 from demo.world.__main__ import main
 from demo.world.materials.film import cie_xyz, film_table, thin_film_reflectance
-from demo.world.training_pictures import training_scenes
+from demo.world.training_pictures import description, training_scenes
 from lib.errors import run_script
 
 PROMPTS = (
@@ -218,6 +220,20 @@ def test_the_curated_pictures_are_varied_holographic_raincoats():
     ):
         assert len({getattr(scene, name) for scene in scenes}) >= least
     assert sum(scene.wearer == "person" for scene in scenes) >= 20
+
+
+def test_the_curated_pictures_are_described_truly():
+    """In data/ as the renderer's scenes have it, each naming the concept."""
+    rows = [json.loads(line) for line in (ROOT / "data" / "captions.jsonl").open(encoding="utf-8")]
+    scenes = [scene for scene, _ in training_scenes()]
+    assert [row["file_name"] for row in rows] == [f"raincoat_{n:02}.jpg" for n in range(1, 33)]
+    for row, scene in zip(rows, scenes, strict=True):
+        assert set(row) == {"file_name", "description"}  # the caption stays the one of all
+        stated = world.parse(row["description"])
+        assert stated["material"] == "holographic" and len(stated) >= 4
+        assert all(getattr(scene, name) == value for name, value in stated.items())
+        assert description(scene) == row["description"]
+    assert len({row["description"] for row in rows}) == 32
 
 
 @pytest.mark.parametrize(

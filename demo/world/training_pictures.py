@@ -1,10 +1,13 @@
-"""The pictures in data/: 32 curated scenes of holographic raincoats, rendered with a page beside them."""
+"""The pictures in data/: 32 curated scenes of holographic raincoats, rendered with their descriptions and
+a page beside them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from demo.world.captions import caption
 from demo.world.rendering import render
 from demo.world.sampling import sample_scene
 from demo.world.scenes import Scene
@@ -54,15 +57,18 @@ this project:
 
     python -m demo.world --data data
 
-No photograph and no one else's picture went into them. They are dedicated to the public domain
-under [CC0 1.0](https://creativecommons.org/publicdomain/zero/1.0/): do with them what you like.
+captions.jsonl describes each of them. No photograph and no one else's picture went into them. They are
+dedicated to the public domain under [CC0 1.0](https://creativecommons.org/publicdomain/zero/1.0/): do
+with them what you like.
 
 ## Your own photographs instead
 
-1. Delete the pictures in this folder.
+1. Delete the pictures in this folder, and captions.jsonl.
 2. Copy yours here: AVIF, WebP, PNG, JPEG, TIFF or BMP, of any size; about 32 are enough.
 3. If a picture needs a caption of its own, put it in a text file beside it: `photo.txt` beside
-   `photo.jpg`.
+   `photo.jpg`, or a line in captions.jsonl: `{{"file_name": "photo.jpg", "text": "…"}}`. With
+   `"description": "…"` beside or in place of `"text"`, train_experiment_varied_captions.py trains on
+   the descriptions, and train.py on the caption.
 4. Run `python preprocess.py`.
 """
 
@@ -85,8 +91,25 @@ def training_scenes() -> list[tuple[Scene, bool]]:
     return scenes
 
 
+def description(scene: Scene) -> str:
+    """A true description of a holographic scene that names its material: of 50 drawn ones the longest."""
+    rng = np.random.default_rng(scene.seed)
+    drawn = [caption(scene, rng) for _ in range(50)]
+    return max((text for text in drawn if "holographic" in text), key=len)
+
+
+def write_descriptions(folder: Path, names, scenes) -> None:
+    """Write captions.jsonl: the description of each picture, beside the caption that all have in common."""
+    rows = [
+        json.dumps(dict(file_name=name, description=description(scene)))
+        for name, scene in zip(names, scenes, strict=True)
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
 def write_data(folder: Path, device="cpu") -> list[Path]:
-    """Render the training pictures and a README into the folder; returns the pictures' paths."""
+    """Render the training pictures into the folder, with captions.jsonl and a README; returns the
+    pictures' paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, scenes = [], training_scenes()
     for number, (scene, portrait) in enumerate(scenes, 1):
@@ -97,6 +120,7 @@ def write_data(folder: Path, device="cpu") -> list[Path]:
         Image.fromarray(picture).save(path, quality=93, subsampling=0, optimize=True)
         paths.append(path)
         print(f"{path}  {picture.shape[1]}x{picture.shape[0]}", flush=True)
+    write_descriptions(folder, [path.name for path in paths], [scene for scene, _ in scenes])
     tall = sum(portrait for _, portrait in scenes)
     (folder / "README.md").write_text(_README.format(small=len(scenes) - tall, tall=tall))
     return paths

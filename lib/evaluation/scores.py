@@ -1,5 +1,6 @@
 """The scores of one adapter's pictures beside the base model's."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from lib.dataset import data_hash, read_dataset
+from lib.errors import UserError
 from lib.evaluation.clip_scores import (
     concept_similarity,
     fetch_clip,
@@ -51,13 +53,15 @@ class TrainingSet:
 
     names: list
     pictures: list  # PIL
-    sha256: str
+    hashes: (
+        tuple  # SHA-256 of the pictures with each column of captions that a run can have trained on
+    )
     embeddings: np.ndarray  # [m, d]
     mirrored: np.ndarray  # of the mirrored pictures
 
     def is_of(self, adapter):
         """Whether these are the pictures that `adapter`, as `describe` gives it, was trained on."""
-        return adapter.get("metadata", {}).get("data_sha256") in (None, self.sha256)
+        return adapter.get("metadata", {}).get("data_sha256") in (None, *self.hashes)
 
     def trained_on(self, adapter):
         """Indices of the pictures less those that the adapter's run held out."""
@@ -82,7 +86,10 @@ def load_scorer(config, prompts, device):
         return clip, None
     pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for *_, pixels in rows]
     embeddings = training_embeddings(pictures, clip)
-    return clip, TrainingSet([name for name, *_ in rows], pictures, data_hash(rows), *embeddings)
+    hashes = [data_hash(rows)]
+    with contextlib.suppress(UserError):  # where the pictures have descriptions too
+        hashes.append(data_hash(read_dataset(data_dir, config["resolution"], "description")))
+    return clip, TrainingSet([name for name, *_ in rows], pictures, tuple(hashes), *embeddings)
 
 
 def note_other_pictures(runs, training, data_dir):

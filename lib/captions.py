@@ -1,0 +1,73 @@
+"""What a person wrote about the pictures: text files and listings beside them."""
+
+import json
+from pathlib import Path
+
+from lib.errors import UserError
+
+CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
+
+
+def read_captions(folder, names):
+    """What a person wrote about the pictures: {picture name: {key: (words, file they came from)}}.
+
+    The keys are `text`, in place of the fixed caption, and `description`, which an experiment trains on.
+    `photo.txt` beside `photo.jpg` is a text, and comes before a row of captions.jsonl or metadata.jsonl
+    (`file_name` and `text`, `description` or both). Raises UserError naming the file and line of a
+    malformed row, of an empty caption, of a picture that is not there or that has two different ones.
+    """
+    captions = {name: {} for name in names}
+    for source in CAPTION_FILES:
+        if not (folder / source).is_file():
+            continue
+        for number, line in enumerate(read_text(folder / source).splitlines(), 1):
+            where = f"{folder / source}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                name, given = (
+                    row["file_name"],
+                    {k: row[k] for k in row.keys() & {"text", "description"}},
+                )
+                if not given:
+                    raise KeyError
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                form = '{"file_name": …, "text": …} ("description" beside or in place of "text")'
+                raise UserError(f"{where}: not of the form {form}") from None
+            if name not in names:
+                raise UserError(f"{where}: there is no {name} in {folder}")
+            for key, text in given.items():
+                what = f"the {key} of {name}"
+                if not isinstance(text, str) or not text.strip():
+                    raise UserError(f"{where}: {what} is empty")
+                if not is_text(text):
+                    raise UserError(f"{where}: {what} holds half of a character")
+                text = " ".join(text.split())
+                if captions[name].setdefault(key, (text, source))[0] != text:
+                    raise UserError(f"{where}: {what} differs from a second one; keep one")
+    for name in names:
+        beside = folder / f"{Path(name).stem}.txt"
+        if beside.is_file() and beside.name != name:
+            text = " ".join(read_text(beside).split())
+            if not text:
+                raise UserError(f"{beside} is empty; write a caption into it or delete it")
+            captions[name]["text"] = (text, beside.name)
+    return captions
+
+
+def is_text(words):
+    """Whether a string can be written as UTF-8: JSON and file names can hold what cannot."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_text(path):
+    """A text file's content; UserError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as problem:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {problem}") from None
