@@ -46,6 +46,7 @@ CONFIG = dict(
     revision=None,  # a commit of the hub repository; None: its newest
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
+    caption_from="text",  # its column that is trained on: text (as a rule one caption), description
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
     validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
     # output
@@ -140,6 +141,10 @@ def check_config(config):
     for key in ("adam_beta1", "adam_beta2"):
         check_range(config, key, 0, 1 - 1e-9)
     check_resolution(config)
+    if config["caption_from"] not in ("text", "description"):
+        raise UserError(
+            f"caption_from is {config['caption_from']}, but must be text or description"
+        )
     listing = Path(config["data_dir"]) / "captions.jsonl"
     if not listing.is_file():
         raise UserError(f"{listing}: no such file; run python preprocess.py first")
@@ -166,7 +171,7 @@ def not_finite(problem, step, pictures, folder):
     )
 
 
-def train(*, base_model, revision, data_dir, resolution, validation_count, output_dir, run_name,
+def train(*, base_model, revision, data_dir, caption_from, resolution, validation_count, output_dir, run_name,
           rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
           unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
           adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps,
@@ -191,7 +196,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     started = time.monotonic()
     # Everything that can be wrong is looked at before a model is loaded.
-    rows = read_dataset(data_dir, resolution)
+    rows = read_dataset(data_dir, resolution, caption_from)
     on_cuda = torch.cuda.is_available()
     base_folder = fetch_base_model(base_model, revision, half=on_cuda and mixed_precision == "fp16")
     input_ids = setup.caption_tokens(base_folder, rows)
@@ -345,9 +350,9 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     return target_folder
 
 
-def main(config, description):
-    """Run `train` with a script's CONFIG and the command line's overrides."""
-    config = parse_config(config, description, demo=DEMO)
+def main(config, description, demo=DEMO):
+    """Run `train` with a script's CONFIG, what --demo puts in its place, and the command line's overrides."""
+    config = parse_config(config, description, demo=demo)
     check_config(config)
     target = Path(config["output_dir"]) / config["run_name"]
     # Of several processes the first one writes, and holds the folder.

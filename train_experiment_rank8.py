@@ -19,6 +19,7 @@ CONFIG = dict(
     revision=None,  # a commit of the hub repository; None: its newest
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
+    caption_from="text",  # its column that is trained on: text (as a rule one caption), description
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
     validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
     # output

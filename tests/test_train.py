@@ -27,8 +27,10 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 import train
+import train_experiment_large_batch
 import train_experiment_rank8
 import train_experiment_unet_only
+import train_experiment_varied_captions
 from lib.adapter_files import WEIGHTS
 from lib.training import micro_step, parameters, samples
 
@@ -48,6 +50,19 @@ def weights(folder, name="lora_weights_rank_32"):
 DECLARED = {
     train_experiment_rank8: dict(run_name="lora_weights_rank8", rank=8, alpha=8.0),
     train_experiment_unet_only: dict(run_name="lora_weights_unet_only", train_text_encoder=False),
+    train_experiment_varied_captions: dict(
+        run_name="lora_weights_varied_captions", caption_from="description"
+    ),
+    train_experiment_large_batch: dict(
+        run_name="lora_weights_large_batch",
+        batch_size=8,
+        max_steps=500,
+        warmup_steps=6,
+        unet_learning_rate=1e-4 * 8**0.5,
+        text_encoder_learning_rate=1e-5 * 8**0.5,
+        checkpoint_every=62,
+        validate_every=31,
+    ),
 }
 
 
@@ -59,6 +74,9 @@ def test_experiments_differ_in_the_declared_keys_only():
         assert list(script.CONFIG) == list(train.CONFIG)
         differing = {k: v for k, v in script.CONFIG.items() if v != train.CONFIG[k]}
         assert differing == expected
+        # What --demo swaps does not undo what the experiment changes.
+        demo = getattr(script, "DEMO_CONFIG", train.DEMO)
+        assert {k for k in train.DEMO if demo[k] != train.DEMO[k]} == expected.keys() & train.DEMO
         # The lines that differ are the marked ones.
         source = (ROOT / f"{script.__name__}.py").read_text()
         marked = {line.split("=")[0].strip() for line in source.splitlines() if "<- changed" in line and "=" in line}  # fmt: skip
@@ -308,6 +326,8 @@ def test_data_order_visits_every_picture_once_an_epoch():
         (dict(base_model="some-owner/no-such-model"), "some-owner/no-such-model cannot be had"),
         (dict(unet_learning_rate="fast"), "--unet-learning-rate"),
         (dict(unet_targets="to_z"), "to_z"),
+        (dict(caption_from="words"), "caption_from is words"),
+        (dict(caption_from="description"), "has no description"),
         (dict(alpha="nan"), "alpha"),
     ],
 )
