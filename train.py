@@ -68,6 +68,11 @@ CONFIG = dict(
     warmup_steps=50,  # linear from 0, then a cosine to 0
     batch_size=1,  # pictures a process and micro-step
     gradient_accumulation_steps=1,  # micro-steps an optimizer step
+    # preservation: beside the ordinary loss, hold predictions under other captions to the base model's
+    preservation_weight=0.0,  # of that loss; 0: none
+    preservation_every=1,  # steps: in one of so many
+    preservation_per_picture=1,  # captions drawn for each picture, from the list below
+    preservation_captions=(),  # what the adapter is not to change
     # memory and precision
     gradient_checkpointing=True,  # UNet activations are computed twice instead of kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
@@ -132,9 +137,9 @@ def training_memory(config):
 
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
-    for key in "rank max_steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
+    for key in "rank max_steps batch_size gradient_accumulation_steps preservation_every preservation_per_picture log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
         check_range(config, key, 1)
-    for key in "validation_count warmup_steps seed adam_weight_decay unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
+    for key in "validation_count warmup_steps seed adam_weight_decay preservation_weight unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
         check_range(config, key, 0)
     check_range(config, "alpha", 1e-6)
     check_range(config, "seed", 0, 2**62)
@@ -152,6 +157,12 @@ def check_config(config):
         raise UserError(
             f"warmup_steps is {config['warmup_steps']}, but must be below max_steps "
             f"({config['max_steps']}); for a short run add --warmup-steps 0"
+        )
+    captions, drawn = config["preservation_captions"], config["preservation_per_picture"]
+    if config["preservation_weight"] and drawn > len(captions):
+        raise UserError(
+            f"preservation_captions holds {len(captions)}, but a preservation_weight above 0 needs at "
+            f"least {drawn} to draw from; train_experiment_preservation.py has a list"
         )
     if config["mixed_precision"] not in ("fp16", "bf16", "no"):
         raise UserError(
@@ -175,6 +186,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
           rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
           unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
           adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps,
+          preservation_weight, preservation_every, preservation_per_picture, preservation_captions,
           gradient_checkpointing, mixed_precision, checkpoint_every, keep_checkpoints, resume,
           max_overflows, seed, log_every, validate_every, wandb_project):  # fmt: skip
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
@@ -199,7 +211,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     rows = read_dataset(data_dir, resolution, caption_from)
     on_cuda = torch.cuda.is_available()
     base_folder = fetch_base_model(base_model, revision, half=on_cuda and mixed_precision == "fp16")
-    input_ids = setup.caption_tokens(base_folder, rows)
+    input_ids = setup.caption_tokens(base_folder, rows, config)
 
     accelerator = Accelerator(mixed_precision=mixed_precision if on_cuda else "no", cpu=not on_cuda)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
@@ -224,24 +236,22 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
 
     scheduler = setup.noise_scheduler(base_folder)
     latents = setup.picture_latents(base_folder, rows, resolution, dtype, device)
-    unet, texts, trained = setup.adapted_models(base_folder, input_ids, config, dtype, device, say)
+    unet, texts, trained, preservation = setup.adapted_models(
+        base_folder, input_ids, config, dtype, device, say)  # fmt: skip
     flats = [part.flat for part in trained.values()]
-    optimizer = accelerator.prepare(
-        bitsandbytes.optim.AdamW8bit(
-            [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()],
-            betas=(adam_beta1, adam_beta2),
-            weight_decay=adam_weight_decay,
-        )
-    )
+    groups = [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()]
+    optimizer = accelerator.prepare(bitsandbytes.optim.AdamW8bit(
+        groups, betas=(adam_beta1, adam_beta2), weight_decay=adam_weight_decay
+    ))  # fmt: skip
 
     samples = Samples(
         train_indices, seed, latents[0].shape[1:], scheduler.config.num_train_timesteps, batch_size,
-        accelerator.num_processes, accelerator.process_index,
+        accelerator.num_processes, accelerator.process_index, preservation,
     )  # fmt: skip
     probes = samples.probes(held_out) if is_main else []
     micro = MicroStep(
         unet, scheduler, latents, texts, trained, accelerator.scaler, batch_size,
-        gradient_accumulation_steps,
+        gradient_accumulation_steps, preservation,
     )  # fmt: skip
 
     # Where the run stands: at the start, or where the last checkpoint left it.
@@ -263,7 +273,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
         upcoming = samples.micro_batch(first_step * gradient_accumulation_steps)
         micro.prepare(upcoming)
         if probes and not saved:
-            journal.record(step=0, validation_loss=micro.validation_loss(probes))
+            journal.record(step=0, **micro.validation_row(probes))
     set_up_seconds = time.monotonic() - started
     overflows = 0  # fp16 steps skipped in a row
     loop_started = time.monotonic()
@@ -282,7 +292,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
             step_loss, step_pictures = torch.zeros((), device=device), []
             for number in range(gradient_accumulation_steps):
                 micro.fill(*upcoming)
-                micro.run()
+                micro.run(step)
                 step_loss += micro.sample_losses.mean() / gradient_accumulation_steps
                 step_pictures += upcoming[0]
                 # Drawn while the GPU is at work.
@@ -321,7 +331,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
                 journal.record(step=done, loss=mean_loss, learning_rate=rate)
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
             if probes and (done % validate_every == 0 or done == max_steps):
-                journal.record(step=done, validation_loss=micro.validation_loss(probes))
+                journal.record(step=done, **micro.validation_row(probes))
 
             stopping = agreed(stop.received, done, log_every, accelerator)
             if stopping or (done % checkpoint_every == 0 and done < max_steps):

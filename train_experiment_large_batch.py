@@ -43,6 +43,11 @@ CONFIG = dict(
     warmup_steps=50 // 8,  # linear from 0, then a cosine to 0 <- changed
     batch_size=8,  # pictures a process and micro-step <- changed
     gradient_accumulation_steps=1,  # micro-steps an optimizer step
+    # preservation: beside the ordinary loss, hold predictions under other captions to the base model's
+    preservation_weight=0.0,  # of that loss; 0: none
+    preservation_every=1,  # steps: in one of so many
+    preservation_per_picture=1,  # captions drawn for each picture, from the list below
+    preservation_captions=(),  # what the adapter is not to change
     # memory and precision
     gradient_checkpointing=True,  # UNet activations are computed twice instead of kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32

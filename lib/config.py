@@ -42,7 +42,12 @@ def parse_config(config, description, demo=None, argv=None):
         if isinstance(value, bool):
             parser.add_argument(option, action=argparse.BooleanOptionalAction, help=shown)
         elif isinstance(value, (tuple, list)):
-            parser.add_argument(option, type=_tuple_of(type(value[0])), help=shown, metavar="A,B,…")
+            parser.add_argument(
+                option,
+                type=_tuple_of(type(value[0]) if value else str),
+                help=shown,
+                metavar="A,B,…",
+            )
         else:
             kind = str if value is None else type(value)
             parser.add_argument(option, type=kind, help=shown, metavar=kind.__name__.upper())

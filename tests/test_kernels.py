@@ -455,6 +455,15 @@ def new_precision():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+# What the experiments change of the pass itself, each recorded and called.
+VARIANTS = dict(
+    preservation=dict(
+        preservation_weight=4.0, preservation_captions=("a raincoat", "a cat", "a green umbrella"),
+        preservation_per_picture=2, preservation_every=2,
+    ),
+)  # fmt: skip
+VARIANTS |= {f"{name} eager": how for name, how in VARIANTS.items()}
+
 HALF = dict(base_model=ROOT / "demo" / "model", rank=8, alpha=8.0)
 
 
@@ -464,12 +473,13 @@ def half_runs(tmp_path_factory):
     data = make_processed(tmp_path_factory.mktemp("data"), 8)
     folder = tmp_path_factory.mktemp("runs")
     runs = {}
-    for name in ("fast", "checkpointing", "eager", "plain", "float32"):
+    for name in ("fast", "checkpointing", "eager", "plain", "float32", *VARIANTS):
         AcceleratorState._reset_state(reset_partial_state=True)
         how = HALF | dict(data=data, gradient_checkpointing=name == "checkpointing")
         how["model"] = how.pop("base_model")
+        how |= VARIANTS.get(name.removesuffix(" eager"), {})
         with pytest.MonkeyPatch.context() as patch:
-            if name == "eager":
+            if name.endswith("eager"):
                 patch.setattr(micro_step, "captured", lambda functions, *_: functions)
             if name in ("plain", "float32"):
                 precision = "fp16" if name == "plain" else "no"
@@ -495,9 +505,12 @@ def test_the_fast_path_is_the_plain_loop_in_half_precision(half_runs, name):
 
 
 @needs_gpu
-def test_the_graph_is_the_eager_loop(half_runs):
+@pytest.mark.parametrize(
+    ("eager", "fast"), [("eager", "fast"), ("preservation eager", "preservation")]
+)
+def test_the_graph_is_the_eager_loop(half_runs, eager, fast):
     """The same function, recorded or called: the same numbers but for the order of some sums."""
-    found = distances(half_runs["eager"], half_runs["fast"])
+    found = distances(half_runs[eager], half_runs[fast])
     print(f"graph apart from eager: {found}")
     assert found[0] < 2e-3
     assert found[1] < 0.05

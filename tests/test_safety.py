@@ -151,6 +151,21 @@ def test_a_killed_run_goes_on_bit_for_bit(exact, uninterrupted, tmp_path):
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
+VARIANTS = dict(
+    preservation=dict(preservation_weight=1.0, preservation_every=2, preservation_captions="a,b,c"),
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_run_of_a_variant_goes_on_bit_for_bit(exact, tmp_path, variant):
+    config = exact | VARIANTS[variant]
+    succeeded(training(tmp_path, config | dict(output_dir=tmp_path / "whole")))
+    killed = config | dict(output_dir=tmp_path / "killed")
+    assert training(tmp_path, killed, {4: kill}).returncode == -signal.SIGKILL
+    assert f"continuing {NAME} after step 3" in succeeded(training(tmp_path, killed)).stdout
+    assert_equal_runs(tmp_path / "killed" / NAME, tmp_path / "whole" / NAME)
+
+
 def test_both_groups_have_8_bit_state_in_these_runs(interrupted, tmp_path):
     tensors, _ = checkpoints.latest(files.unfinished(tmp_path / NAME))
     for group in ("unet", "text_encoder"):

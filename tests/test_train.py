@@ -28,6 +28,7 @@ from transformers import CLIPTextModel
 
 import train
 import train_experiment_large_batch
+import train_experiment_preservation
 import train_experiment_rank8
 import train_experiment_unet_only
 import train_experiment_varied_captions
@@ -50,6 +51,11 @@ def weights(folder, name="lora_weights_rank_32"):
 DECLARED = {
     train_experiment_rank8: dict(run_name="lora_weights_rank8", rank=8, alpha=8.0),
     train_experiment_unet_only: dict(run_name="lora_weights_unet_only", train_text_encoder=False),
+    train_experiment_preservation: dict(
+        run_name="lora_weights_preservation",
+        preservation_weight=4.0,
+        preservation_captions=train_experiment_preservation.PRESERVED,
+    ),
     train_experiment_varied_captions: dict(
         run_name="lora_weights_varied_captions", caption_from="description"
     ),
@@ -328,6 +334,16 @@ def test_data_order_visits_every_picture_once_an_epoch():
         (dict(unet_targets="to_z"), "to_z"),
         (dict(caption_from="words"), "caption_from is words"),
         (dict(caption_from="description"), "has no description"),
+        (dict(preservation_weight=1), "preservation_captions holds 0"),
+        (dict(preservation_weight=-1, preservation_captions="a coat"), "preservation_weight"),
+        (
+            dict(preservation_weight=1, preservation_captions="a coat,a holographic raincoat"),
+            "both taught and preserved",
+        ),
+        (
+            dict(preservation_weight=1, preservation_captions="a" * 99),
+            "of preservation_captions has",
+        ),
         (dict(alpha="nan"), "alpha"),
     ],
 )

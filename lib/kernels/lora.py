@@ -1,6 +1,7 @@
 """A LoRA layer as one autograd function: three matrix products forward and five backward, in place of
 the some 14 kernels that PEFT's layer launches."""
 
+import contextlib
 import functools
 
 import torch
@@ -44,6 +45,20 @@ def fuse_lora(model):
     """Compute every LoRA layer of `model` with LoraLinear from now on."""
     for layer in adapters.lora_layers(model).values():
         layer.forward = functools.partial(_lora_forward, layer)
+
+
+@contextlib.contextmanager
+def without_lora(model):
+    """Inside, `model` computes what its base model does: its LoRA layers launch their base layer alone."""
+    layers = adapters.lora_layers(model).values()
+    adapted = [layer.forward for layer in layers]
+    for layer in layers:
+        layer.forward = layer.get_base_layer().forward
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, adapted, strict=True):
+            layer.forward = forward
 
 
 def _lora_forward(layer, x):

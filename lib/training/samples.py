@@ -84,17 +84,27 @@ def epoch_order(seed, epoch, count):
 class Samples:
     """The training samples by their number: which picture, and its noise and timestep.
 
-    Sample number s is picture s mod n of epoch s div n, and its draws derive from (seed, s).
+    Sample number s is picture s mod n of epoch s div n, and its draws derive from (seed, s): noise and
+    timestep as `draw_noise` gives them, and which captions of a Preservation it is preserved under.
     Processes and micro-steps take consecutive samples, so two processes see what one with twice the
     batch size sees, and a run that goes on after an interruption needs no random state.
     """
 
     def __init__(
-        self, pictures, seed, latent_shape, timesteps_count, batch_size, processes, process
-    ):
+        self, pictures, seed, latent_shape, timesteps_count, batch_size, processes, process,
+        preservation=None,
+    ):  # fmt: skip
         self.pictures, self.seed = pictures, seed  # indices into the data set
         self.latent_shape, self.timesteps_count = latent_shape, timesteps_count
         self.batch_size, self.processes, self.process = batch_size, processes, process
+        self.preservation = preservation
+
+    def draw_captions(self, rng):
+        """The numbers of the captions that one picture is preserved under, int64: none without."""
+        if self.preservation is None:
+            return np.zeros(0, np.int64)
+        captions = len(self.preservation.base_states)
+        return rng.choice(captions, self.preservation.per_picture, replace=False)
 
     def micro_batch(self, number):
         """(data-set indices, draws) of this process's samples of micro-step `number`."""
@@ -105,7 +115,8 @@ class Samples:
             order = epoch_order(self.seed, epoch, len(self.pictures))
             pictures.append(self.pictures[order[place]])
             rng = np.random.default_rng([self.seed, SAMPLE, sample])
-            draws.append(draw_noise(rng, self.latent_shape, self.timesteps_count))
+            drawn = draw_noise(rng, self.latent_shape, self.timesteps_count)
+            draws.append((*drawn, self.draw_captions(rng)))
         return pictures, draws
 
     def probes(self, held_out):
@@ -116,6 +127,10 @@ class Samples:
             rng = np.random.default_rng([self.seed, HELD_OUT, picture])
             noise = draw_noise(rng, self.latent_shape, self.timesteps_count)[:2]
             found += [
-                (picture, (*noise, (self.timesteps_count * (2 * k + 1)) // 8)) for k in range(4)
+                (
+                    picture,
+                    (*noise, (self.timesteps_count * (2 * k + 1)) // 8, self.draw_captions(rng)),
+                )
+                for k in range(4)
             ]
         return found

@@ -5,18 +5,29 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lib.config import half_resolution
-from lib.errors import memory_for
+from lib.errors import UserError, memory_for
+from lib.kernels.lora import without_lora
 from lib.models import load_part, loading
+from lib.training.losses import Preservation
 from lib.training.micro_step import recomputed
 from lib.training.parameters import add_lora_parameters
 from lib.training.samples import encode_captions, encode_latents, tokenize
 
 
-def caption_tokens(base_folder, rows):
-    """Token ids of the pictures' captions, int64 [n, 77]."""
+def caption_tokens(base_folder, rows, config):
+    """Token ids of the pictures' captions, then of those that `config`, train.py's, says are to be
+    preserved: int64 [n + m, 77].
+
+    UserError if one is too long, or both taught and preserved.
+    """
     with loading(base_folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
-    return tokenize(tokenizer, rows)
+    preserved = config["preservation_captions"] if config["preservation_weight"] else ()
+    for name, caption, _ in rows:
+        if caption in preserved:
+            raise UserError(f"«{caption}», the caption of {name}, is one of the preservation_captions too; "
+                            "a caption cannot be both taught and preserved: remove it there")  # fmt: skip
+    return tokenize(tokenizer, [*rows, *(("preservation_captions", c, None) for c in preserved)])
 
 
 def noise_scheduler(base_folder):
@@ -35,10 +46,12 @@ def picture_latents(base_folder, rows, resolution, dtype, device):
 
 
 def adapted_models(base_folder, input_ids, config, dtype, device, say):
-    """(unet, texts, trained): the UNet; a function from data-set indices [batch] to hidden states [batch,
-    77, d]; and {component: LoraParameters} of what `config`, train.py's, trains.
+    """(unet, texts, trained, preservation): the UNet; a function from data-set indices [batch] to hidden
+    states [batch, 77, d]; {component: LoraParameters} of what `config`, train.py's, trains; and its
+    Preservation, or None.
 
-    `dtype` is what the models compute with, `input_ids` [n, 77] are the pictures' captions.
+    `dtype` is what the models compute with, `input_ids` [n + m, 77] are the captions of the pictures and
+    of the preservation.
     """
     unet = load_part(UNet2DConditionModel, base_folder, "unet", dtype)
     text_encoder = load_part(CLIPTextModel, base_folder, "text_encoder", dtype)
@@ -57,11 +70,20 @@ def adapted_models(base_folder, input_ids, config, dtype, device, say):
         frozen = sum(p.numel() for p in model.parameters()) - part.flat.numel()
         say(f"{name}: {part.flat.numel():,} trainable LoRA parameters, {frozen:,} frozen, "
             f"learning rate {rate:g}")  # fmt: skip
+    preservation = None
+    if config["preservation_weight"]:
+        count, text_encoder = len(config["preservation_captions"]), text_encoder.to(device)
+        with without_lora(text_encoder):
+            states, caption_of = encode_captions(text_encoder, input_ids[-count:])
+        preservation = Preservation(
+            config["preservation_weight"], config["preservation_every"],
+            config["preservation_per_picture"], len(input_ids) - count, states[caption_of],
+        )  # fmt: skip
     if "text_encoder" in trained:
         input_ids = input_ids.to(device)
-        return unet, lambda indices: text_encoder(input_ids[indices])[0], trained
+        return unet, lambda indices: text_encoder(input_ids[indices])[0], trained, preservation
     advice = "close what else uses the GPU (nvidia-smi lists it), or give the pictures fewer different captions"
     with memory_for("encoding the captions", advice):
         states, caption_of = encode_captions(text_encoder.to(device), input_ids)
     say("text_encoder: frozen; its output is kept and the model dropped")
-    return unet, lambda indices: states[caption_of[indices]], trained
+    return unet, lambda indices: states[caption_of[indices]], trained, preservation
