@@ -55,6 +55,7 @@ CONFIG = dict(
     # LoRA: the weights become W + alpha / rank * B A
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1
+    dora=False,  # DoRA: the rows of W + alpha / rank * B A get trained norms (lib/LORA.md)
     unet_targets=("to_k", "to_q", "to_v", "to_out.0"),  # all attention projections
     text_encoder_targets=("q_proj", "v_proj"),
     train_text_encoder=True,
@@ -183,7 +184,7 @@ def not_finite(problem, step, pictures, folder):
 
 
 def train(*, base_model, revision, data_dir, caption_from, resolution, validation_count, output_dir, run_name,
-          rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
+          rank, alpha, dora, unet_targets, text_encoder_targets, train_text_encoder,
           unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
           adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps,
           preservation_weight, preservation_every, preservation_per_picture, preservation_captions,

@@ -28,6 +28,7 @@ CONFIG = dict(
     # LoRA: the weights become W + alpha / rank * B A
     rank=8,  # <- changed
     alpha=8.0,  # equal to the rank: a scale of 1 <- changed
+    dora=False,  # DoRA: the rows of W + alpha / rank * B A get trained norms (lib/LORA.md)
     unet_targets=("to_k", "to_q", "to_v", "to_out.0"),  # all attention projections
     text_encoder_targets=("q_proj", "v_proj"),
     train_text_encoder=True,

@@ -11,7 +11,7 @@ import safetensors.torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
-from lib.adapters import Adapter, factors, some
+from lib.adapters import Adapter, factors, magnitudes, some
 from lib.errors import UserError
 from lib.files import write_bytes
 
@@ -22,9 +22,11 @@ FACTORS = {
     "lora_A": "A", "lora.down": "A", "lora_linear_layer.down": "A", "lora_down": "A",
     "lora_B": "B", "lora.up": "B", "lora_linear_layer.up": "B", "lora_up": "B",
 }  # fmt: skip
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's
 KEY = re.compile(
     r"(?:(?P<component>unet|text_encoder)\.)?(?:base_model\.model\.)?(?P<layer>.+?)\."
-    rf"(?P<factor>{'|'.join(re.escape(name) for name in FACTORS)})(?:\.default)?\.weight"
+    rf"(?:(?P<factor>{'|'.join(re.escape(name) for name in FACTORS)})(?:\.default)?\.weight"
+    rf"|{MAGNITUDE}(?:\.default)?(?:\.weight)?)"
 )
 
 
@@ -44,10 +46,17 @@ def save_adapter(folder, models, rank, alpha, targets, metadata):
                 # A copy of its own: the parameters may be views of one flat vector.
                 key = f"{component}.{name}.lora_{factor}.weight"
                 tensors[key] = weight.detach().float().cpu().clone()
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets[component]))
+        dora = magnitudes(model)
+        for name, magnitude in dora.items():
+            if component == "text_encoder" and not name.startswith("text_model."):
+                name = f"text_model.{name}"
+            key = f"{component}.{name}.lora_magnitude_vector"
+            tensors[key] = magnitude.detach().float().cpu().clone()
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets[component]),
+                            use_dora=bool(dora))  # fmt: skip
         for key, value in config.to_dict().items():
             # What diffusers needs to rebuild the layers; the rest would tie the file to one PEFT.
-            if key in ("r", "lora_alpha", "target_modules"):
+            if key in ("r", "lora_alpha", "target_modules") or (key == "use_dora" and value):
                 peft[f"{component}.{key}"] = sorted(value) if isinstance(value, set) else value
     header = {"format": "pt", "rank": str(rank), "alpha": str(alpha)} | metadata
     header["lora_adapter_metadata"] = json.dumps(peft, sort_keys=True)
@@ -120,15 +129,18 @@ def read_adapter(folder):
             layer = found["layer"]
             part = found["component"] or component or guess_component(layer)
             half = halves.setdefault(part, {}).setdefault(layer, {})
-            if FACTORS[found["factor"]] in half:
+            factor = FACTORS.get(found["factor"], "m")
+            if factor in half:
                 raise UserError(f"{path}: factor {found['factor']} of {layer} is there twice")
-            half[FACTORS[found["factor"]]] = tensor.float()
+            half[factor] = tensor.float()
         for part in halves:
             if part not in alphas:
                 alphas[part], adapter.targets[part] = alpha_and_targets(config, header, part, path)
     for part, layers in halves.items():
         check_factors(layers, folder, part)
         adapter.factors[part] = {name: (half["A"], half["B"]) for name, half in layers.items()}
+        if any("m" in half for half in layers.values()):
+            adapter.magnitudes[part] = {name: half["m"] for name, half in layers.items()}
         adapter.rank[part] = next(iter(layers.values()))["A"].shape[0]
         # diffusers' convention where a file does not say: alpha is the rank.
         adapter.alpha[part] = alphas[part] or adapter.rank[part]
@@ -155,11 +167,11 @@ def read_peft_config(path):
         kind = config["peft_type"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(f"{path} is not a PEFT adapter configuration") from None
-    extras = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
+    extras = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern",
                               "modules_to_save") if config.get(key)]  # fmt: skip
     if kind != "LORA" or extras:
         raise UserError(
-            f"{path}: only plain LoRA is read, this is {' '.join([str(kind)[:40], *extras])}"
+            f"{path}: only plain LoRA and DoRA are read, this is {' '.join([str(kind)[:40], *extras])}"
         )
     return config
 
@@ -193,7 +205,7 @@ def guess_component(layer):
 
 def check_factors(layers, path, part):
     """UserError unless every layer has both factors, of one rank, finite, and some B is not zero."""
-    single = sorted(name for name, half in layers.items() if len(half) != 2)
+    single = sorted(name for name, half in layers.items() if not half.keys() >= {"A", "B"})
     if single:
         raise UserError(f"{path}: {len(single)} layers of the {part} have one factor only "
                         f"({some(single)}); the file is damaged")  # fmt: skip
@@ -206,7 +218,11 @@ def check_factors(layers, path, part):
         raise UserError(
             f"{path}: the factors of the {part} disagree in rank ({some(bad or list(layers))})"
         )
-    infinite = sorted(n for n, h in layers.items() if not (h["A"].isfinite().all() and h["B"].isfinite().all()))  # fmt: skip
+    scaled = [name for name, half in layers.items() if "m" in half]
+    if scaled and not all("m" in h and h["m"].shape == h["B"].shape[:1] for h in layers.values()):
+        raise UserError(f"{path}: DoRA's magnitudes of the {part} do not fit its factors, one for each output "
+                        f"of each of {len(layers)} layers; the file is damaged")  # fmt: skip
+    infinite = sorted(n for n, half in layers.items() if not all(w.isfinite().all() for w in half.values()))  # fmt: skip
     if infinite:
         raise UserError(
             f"{path}: {len(infinite)} layers of the {part} hold NaN or infinity ({some(infinite)})"

@@ -3,7 +3,8 @@
 An adapter in memory is an `Adapter`: for the UNet and the text encoder, the two low-rank factors of
 each adapted linear layer under the layer's module name. The weight that the model then uses is
 W + scale * (alpha / rank) * B A, with A of shape (rank, in) and B of shape (out, rank)
-(Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+(Hu et al. 2021, https://arxiv.org/abs/2106.09685). A DoRA adapter has a magnitude for each output beside
+them, m of shape (out): the rows of that sum are scaled to these norms (LORA.md).
 
 Every key of a file must find its layer and every layer its key: a mismatch is an error that counts
 and names them, because the libraries underneath only warn and then draw with the base model.
@@ -29,6 +30,7 @@ class Adapter:
     rank: dict = field(default_factory=dict)  # component -> rank
     alpha: dict = field(default_factory=dict)  # component -> alpha
     factors: dict = field(default_factory=dict)  # component -> {layer: (A, B)}
+    magnitudes: dict = field(default_factory=dict)  # component -> {layer: m}, of DoRA alone
     targets: dict = field(default_factory=dict)  # component -> names that its config adapts
     metadata: dict = field(default_factory=dict)  # what train.py wrote: caption, data hash, …
 
@@ -36,18 +38,23 @@ class Adapter:
 # ---- into a model --------------------------------------------------------------------------
 
 
-def add_lora(model, rank, alpha, targets):
-    """Add trainable LoRA layers to the linear layers whose names end in `targets`.
+def add_lora(model, rank, alpha, targets, dora=False):
+    """Add trainable LoRA layers, or DoRA layers, to the linear layers whose names end in `targets`.
 
-    A starts as Kaiming-uniform noise and B as zero, so the model's output does not change yet.
+    A starts as Kaiming-uniform noise, B as zero and DoRA's magnitudes as the norms of the weights' rows,
+    so the model's output does not change yet.
     Returns {layer name: LoraLayer}. Raises UserError if a target matches nothing.
     """
     layers = [name for name, _ in target_layers(model, targets)]
     for target in targets:
         if not any(matches(name, (target,)) for name in layers):
             raise UserError(f"LoRA target {target} matches no layer of the {type(model).__name__}")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=True)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=True,
+                        use_dora=dora)  # fmt: skip
     inject_adapter_in_model(config, model)
+    for name, magnitude in magnitudes(model).items():  # PEFT rounds them to the weights' type
+        weight = lora_layers(model)[name].get_base_layer().weight.data
+        magnitude.data = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
     return lora_layers(model)
 
 
@@ -75,12 +82,28 @@ def factors(model):
     }
 
 
+def magnitudes(model):
+    """{layer name: m}: DoRA's magnitudes of `model`, [out] each, in its own order; LoRA has none."""
+    return {
+        name: layer.lora_magnitude_vector["default"].weight
+        for name, layer in lora_layers(model).items()
+        if layer.lora_magnitude_vector
+    }
+
+
+def trained_weights(model):
+    """What is trained of `model`: A and B of each layer, then DoRA's magnitudes: a list."""
+    pairs = [weight for pair in factors(model).values() for weight in pair]
+    return [*pairs, *magnitudes(model).values()]
+
+
 class Applied:
     """A read adapter in the weights of `models` ({"unet": …, "text_encoder": …}), at scale 1 at first.
 
     A weight becomes W + scale * alpha / rank * B A, computed in float32 from a kept copy of W and
     rounded once, in place: scale 0 is the base model bit for bit, and whatever reads the weights (a
-    CUDA graph) goes on reading the right ones. Raises UserError unless the adapter's keys and the
+    CUDA graph) goes on reading the right ones. With DoRA it lies at `scale` on the line from W to the
+    trained weight; PEFT's scales change B A alone, and are no base model at 0. Raises UserError unless the adapter's keys and the
     models' layers match one to one and in shape.
     """
 
@@ -88,23 +111,32 @@ class Applied:
         self.layers = []
         for component, factors in adapter.factors.items():
             model, targets = models[component], adapter.targets.get(component)
-            rows = match_layers(factors, model, targets, adapter.path, component)
+            norms = adapter.magnitudes.get(component, {})
+            rows = {name: (*pair, norms.get(name)) for name, pair in factors.items()}
+            rows = match_layers(rows, model, targets, adapter.path, component)
             scaling = adapter.alpha[component] / adapter.rank[component]
-            for name, (a, b) in rows.items():
+            for name, (a, b, magnitude) in rows.items():
                 weight = model.get_submodule(name).weight
                 a, b = a.to(weight.device), b.to(weight.device) * scaling
-                self.layers.append((weight, weight.detach().clone(), a, b))
+                if magnitude is not None:
+                    magnitude = magnitude.to(weight.device)
+                self.layers.append((weight, weight.detach().clone(), a, b, magnitude))
         self.set_scale(1)
 
     @torch.no_grad()
     def set_scale(self, scale):
         """Put `scale` times the adapter into the weights; 0 takes it out."""
-        for weight, base, a, b in self.layers:
-            weight.copy_(base.float() + scale * (b @ a) if scale else base)
+        for weight, base, a, b, magnitude in self.layers:
+            if scale and magnitude is not None:
+                trained = base.float() + b @ a
+                trained *= (magnitude / trained.norm(dim=1))[:, None]
+                weight.copy_(torch.lerp(base.float(), trained, float(scale)))
+            else:
+                weight.copy_(base.float() + scale * (b @ a) if scale else base)
 
 
 def match_layers(rows, model, targets, path, component):
-    """`rows` ({layer: (A, B)}) under the model's own layer names, checked one to one.
+    """`rows` ({layer: (A, B, …)}) under the model's own layer names, checked one to one.
 
     transformers 5.6 dropped the `text_model.` in front of a CLIP text encoder's layers, so a name
     that is only off by this prefix is the same layer. `targets` are the endings of the layers that
@@ -130,7 +162,7 @@ def match_layers(rows, model, targets, path, component):
     if not problems:
         wrong = [
             name
-            for name, (a, b) in rows.items()
+            for name, (a, b, *_) in rows.items()
             if (a.shape[1], b.shape[0]) != (linear[name].in_features, linear[name].out_features)
         ]
         if wrong:
@@ -152,7 +184,10 @@ def fingerprint(adapter):
     their folder, layout or header."""
     digest = hashlib.sha256()
     for part in sorted(adapter.factors):
-        rows = {name.removeprefix("text_model."): f for name, f in adapter.factors[part].items()}
+        rows = {name: [*pair] for name, pair in adapter.factors[part].items()}
+        for name, magnitude in adapter.magnitudes.get(part, {}).items():
+            rows[name].append(magnitude)
+        rows = {name.removeprefix("text_model."): weights for name, weights in rows.items()}
         digest.update(f"{part} alpha={float(adapter.alpha[part])}".encode())
         for name in sorted(rows):
             for weight in rows[name]:

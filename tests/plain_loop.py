@@ -65,11 +65,13 @@ def plain_loop(config, one_vector=False):
     groups, sources = [], []
     for name, model in models.items():
         model.requires_grad_(False)
-        adapters.add_lora(model, config["rank"], config["alpha"], config[f"{name}_targets"])
+        adapters.add_lora(
+            model, config["rank"], config["alpha"], config[f"{name}_targets"], config["dora"]
+        )
         model.to(device).train()
         weights = [p for p in model.parameters() if p.requires_grad]
         if one_vector:  # in the order of train.py's vector
-            sources.append([w for pair in adapters.factors(model).values() for w in pair])
+            sources.append(adapters.trained_weights(model))
             vector = torch.cat([w.detach().flatten() for w in sources[-1]])
             weights = [torch.nn.Parameter(vector)]
         groups.append(dict(params=weights, lr=config[f"{name}_learning_rate"]))
@@ -128,6 +130,10 @@ def plain_loop(config, one_vector=False):
         for component, model in models.items()
         for name, pair in adapters.factors(model).items()
         for factor, weight in zip("AB", pair, strict=True)
+    } | {
+        f"{component}.{name}.magnitude_vector": weight.detach().float().cpu()
+        for component, model in models.items()
+        for name, weight in adapters.magnitudes(model).items()
     }
     return losses, weights, seconds
 

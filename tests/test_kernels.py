@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from conftest import ROOT, TINY_RUN, make_processed
+from conftest import ROOT, TINY_RUN, assert_close, make_processed
 from diffusers import UNet2DConditionModel
 from plain_loop import plain_loop
 from safetensors.torch import load_file
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 import train
 from lib import adapter_files, adapters
 from lib.evaluation import drawing
-from lib.kernels import attention, channels_last, compiling, graphs, lora, norms
+from lib.kernels import attention, channels_last, compiling, dora, graphs, lora, norms
 from lib.training import micro_step, parameters
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -33,7 +33,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def small_unet(
-    dtype=torch.float32, targets=("to_q", "to_k", "to_v", "to_out.0"), groups=8, **changes
+    dtype=torch.float32,
+    targets=("to_q", "to_k", "to_v", "to_out.0"),
+    groups=8,
+    dora=False,
+    **changes,
 ):
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -43,9 +47,11 @@ def small_unet(
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **changes,
     )  # fmt: skip
     unet.requires_grad_(False)
-    adapters.add_lora(unet, 4, 8.0, targets)
+    adapters.add_lora(unet, 4, 8.0, targets, dora)
     for _, b in adapters.factors(unet).values():
         torch.nn.init.normal_(b.data, std=0.1)
+    for magnitude in adapters.magnitudes(unet).values():
+        magnitude.data *= 1 + 0.2 * torch.rand(magnitude.shape)
     return unet.to(DEVICE, dtype).eval()
 
 
@@ -54,7 +60,7 @@ def output_and_gradients(unet):
     x = torch.randn(2, 4, 16, 16, generator=generator).to(DEVICE, unet.dtype)
     text = torch.randn(2, 77, 32, generator=generator).to(DEVICE, unet.dtype).requires_grad_()
     out = unet(x, torch.tensor([10, 700], device=DEVICE), text).sample
-    weights = [w for pair in adapters.factors(unet).values() for w in pair]
+    weights = adapters.trained_weights(unet)
     loss = 1000 * out.float().square().mean()  # scaled, as training does for half precision
     return [out.detach(), *torch.autograd.grad(loss, [text, *weights])]
 
@@ -76,9 +82,54 @@ def test_fused_lora_gives_pefts_outputs_and_gradients():
     assert all(gradient.abs().sum() > 0 for gradient in found)
 
 
-def test_recomputing_gives_the_same_gradients():
-    unet = small_unet()
-    lora.fuse_lora(unet)
+def fused_dora(**how):
+    """small_unet with DoRA through DoraLinear."""
+    unet = small_unet(dora=True, **how)
+    magnitudes = torch.cat([m.detach().float() for m in adapters.magnitudes(unet).values()])
+    dora.DoraFactors(unet).refresh(magnitudes)
+    return unet
+
+
+@pytest.mark.parametrize(
+    "targets", [("to_q", "to_k", "to_v", "to_out.0"), ("time_emb_proj", "to_q")]
+)
+def test_fused_dora_gives_pefts_outputs_and_gradients(targets):
+    """Of A, B and the magnitudes, with biases and without, and of layers of one shape and of several."""
+    expected = output_and_gradients(small_unet(dora=True, targets=targets))
+    unet = fused_dora(targets=targets)
+    assert all("forward" in vars(layer) for layer in adapters.lora_layers(unet).values())
+    found = output_and_gradients(unet)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, 1e-3)
+    assert all(gradient.abs().sum() > 0 for gradient in found)
+    # Magnitudes and directions both matter here: it is not LoRA's output.
+    assert not close(found[:1], output_and_gradients(small_unet(targets=targets))[:1], 0.01)
+
+
+def test_doras_norms_are_those_of_the_whole_product():
+    """Also where B A nearly takes the weight away, whose square is then a small difference."""
+    unet = small_unet(dora=True)
+    factors = dora.DoraFactors(unet)
+    for number, layer in enumerate(adapters.lora_layers(unet).values()):
+        weight, a = layer.get_base_layer().weight, layer.lora_A["default"].weight
+        if number % 2:
+            part = -0.9 * weight @ torch.linalg.pinv(a)
+            layer.lora_B["default"].weight.data = part / layer.scaling["default"]
+    ones = torch.ones_like(factors.factors)
+    factors.refresh(ones)
+    expected = [
+        (layer.get_base_layer().weight + layer.get_delta_weight("default")).norm(dim=1)
+        for layer in adapters.lora_layers(unet).values()
+    ]
+    assert_close(1 / factors.factors, torch.cat(expected))
+    assert_close(factors.inverses, factors.factors)
+
+
+@pytest.mark.parametrize("fused", ["lora", "dora"])
+def test_recomputing_gives_the_same_gradients(fused):
+    unet = small_unet() if fused == "lora" else fused_dora()
+    if fused == "lora":
+        lora.fuse_lora(unet)
     expected = output_and_gradients(unet)
     calls = []
 
@@ -400,6 +451,27 @@ def test_train_is_the_plain_loop(tiny_model, processed_data, tmp_path, new_preci
     assert distances(plain, other)[1] > 0.05
 
 
+def test_train_with_dora_is_the_plain_loop_with_pefts_dora(
+    tiny_model, processed_data, tmp_path, new_precision
+):
+    """Losses, B and how far the magnitudes have gone, after 50 steps."""
+    if DEVICE.type == "cuda":
+        pytest.skip("compared in half precision below")
+    fast_run = run_of(tiny_model, processed_data, tmp_path, dora=True, alpha=8.0)
+    plain = plain_run_of(tiny_model, processed_data, dora=True, alpha=8.0)
+    losses, weights = distances(plain, fast_run)
+    assert losses < 1e-4
+    assert weights < 0.02
+    unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
+    adapters.add_lora(unet, 4, 8.0, train.CONFIG["unet_targets"], dora=True)
+    for name, start in adapters.magnitudes(unet).items():
+        key = f"unet.{name}.magnitude_vector"
+        moved = plain[1][key] - start.detach()
+        assert (fast_run[1][key] - plain[1][key]).norm() < 0.05 * moved.norm()
+    of_lora = run_of(tiny_model, processed_data, tmp_path / "lora", alpha=8.0)
+    assert of_lora[1].keys() < fast_run[1].keys()
+
+
 def test_the_model_computes_with_a_copy_and_the_vector_is_saved(
     tiny_model, processed_data, tmp_path, monkeypatch, new_precision
 ):
@@ -457,13 +529,12 @@ def new_precision():
 
 # What the experiments change of the pass itself, each recorded and called.
 VARIANTS = dict(
+    dora=dict(dora=True),
     preservation=dict(
         preservation_weight=4.0, preservation_captions=("a raincoat", "a cat", "a green umbrella"),
         preservation_per_picture=2, preservation_every=2,
     ),
 )  # fmt: skip
-VARIANTS |= {f"{name} eager": how for name, how in VARIANTS.items()}
-
 HALF = dict(base_model=ROOT / "demo" / "model", rank=8, alpha=8.0)
 
 
@@ -473,31 +544,40 @@ def half_runs(tmp_path_factory):
     data = make_processed(tmp_path_factory.mktemp("data"), 8)
     folder = tmp_path_factory.mktemp("runs")
     runs = {}
-    for name in ("fast", "checkpointing", "eager", "plain", "float32", *VARIANTS):
+    kinds = ("fast", "checkpointing", "eager", "plain", "float32")
+    for name in (
+        *kinds,
+        *(f"dora {kind}" for kind in kinds),
+        "preservation fast",
+        "preservation eager",
+    ):
+        variant, _, kind = name.rpartition(" ")
         AcceleratorState._reset_state(reset_partial_state=True)
-        how = HALF | dict(data=data, gradient_checkpointing=name == "checkpointing")
+        how = HALF | dict(data=data, gradient_checkpointing=kind == "checkpointing")
         how["model"] = how.pop("base_model")
-        how |= VARIANTS.get(name.removesuffix(" eager"), {})
+        how |= VARIANTS.get(variant, {})
         with pytest.MonkeyPatch.context() as patch:
-            if name.endswith("eager"):
+            if kind == "eager":
                 patch.setattr(micro_step, "captured", lambda functions, *_: functions)
-            if name in ("plain", "float32"):
-                precision = "fp16" if name == "plain" else "no"
+            if kind in ("plain", "float32"):
+                precision = "fp16" if kind == "plain" else "no"
                 runs[name] = plain_run_of(**how, mixed_precision=precision)
             else:
-                runs[name] = run_of(**how, folder=folder / name)
+                runs[name] = run_of(**how, folder=folder / name.replace(" ", "_"))
     AcceleratorState._reset_state(reset_partial_state=True)
     return runs
 
 
 @needs_gpu
+@pytest.mark.parametrize("variant", ["", "dora "])
 @pytest.mark.parametrize("name", ["fast", "checkpointing"])
-def test_the_fast_path_is_the_plain_loop_in_half_precision(half_runs, name):
+def test_the_fast_path_is_the_plain_loop_in_half_precision(half_runs, name, variant):
     """Over 50 steps its losses stay within half a unit of fp16's last place of the plain loop's, in
     float32 and in fp16, and its weights as near to float32's as those of the plain loop in fp16 do."""
-    rounding = distances(half_runs["float32"], half_runs["plain"])
-    found = distances(half_runs["float32"], half_runs[name])
-    between = distances(half_runs["plain"], half_runs[name])
+    exact, plain, fast = (half_runs[f"{variant}{kind}"] for kind in ("float32", "plain", name))
+    rounding, found, between = (
+        distances(*pair) for pair in ((exact, plain), (exact, fast), (plain, fast))
+    )
     print(f"apart from float32: plain {rounding}, {name} {found}; of each other {between}")
     assert max(found[0], between[0]) <= 2**-11
     assert found[1] <= 1.5 * rounding[1]
@@ -505,12 +585,10 @@ def test_the_fast_path_is_the_plain_loop_in_half_precision(half_runs, name):
 
 
 @needs_gpu
-@pytest.mark.parametrize(
-    ("eager", "fast"), [("eager", "fast"), ("preservation eager", "preservation")]
-)
-def test_the_graph_is_the_eager_loop(half_runs, eager, fast):
+@pytest.mark.parametrize("variant", ["", "preservation ", "dora "])
+def test_the_graph_is_the_eager_loop(half_runs, variant):
     """The same function, recorded or called: the same numbers but for the order of some sums."""
-    found = distances(half_runs[eager], half_runs[fast])
+    found = distances(half_runs[f"{variant}eager"], half_runs[f"{variant}fast"])
     print(f"graph apart from eager: {found}")
     assert found[0] < 2e-3
     assert found[1] < 0.05
@@ -542,6 +620,10 @@ def test_channels_last_gives_the_same_unet():
     half = small_unet(torch.float16)
     channels_last.channels_last(half)
     lora.fuse_lora(half)
+    assert close(output_and_gradients(half), expected, 2e-2)
+    expected = output_and_gradients(fused_dora())
+    half = fused_dora(dtype=torch.float16)
+    channels_last.channels_last(half)
     assert close(output_and_gradients(half), expected, 2e-2)
 
 

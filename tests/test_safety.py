@@ -152,6 +152,7 @@ def test_a_killed_run_goes_on_bit_for_bit(exact, uninterrupted, tmp_path):
 
 
 VARIANTS = dict(
+    dora=dict(dora=True),
     preservation=dict(preservation_weight=1.0, preservation_every=2, preservation_captions="a,b,c"),
 )
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 import train
+import train_experiment_dora
 import train_experiment_large_batch
 import train_experiment_preservation
 import train_experiment_rank8
@@ -51,6 +52,7 @@ def weights(folder, name="lora_weights_rank_32"):
 DECLARED = {
     train_experiment_rank8: dict(run_name="lora_weights_rank8", rank=8, alpha=8.0),
     train_experiment_unet_only: dict(run_name="lora_weights_unet_only", train_text_encoder=False),
+    train_experiment_dora: dict(run_name="lora_weights_dora", dora=True),
     train_experiment_preservation: dict(
         run_name="lora_weights_preservation",
         preservation_weight=4.0,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lib import adapters
+from lib.kernels.dora import DoraFactors
 from lib.kernels.lora import fuse_lora
 
 
@@ -18,27 +19,35 @@ class LoraParameters:
 
     model: torch.nn.Module
     learning_rate: float  # at its peak
-    parameters: list  # the model's own: A and B of each layer, views of `working`
+    parameters: (
+        list  # the model's own: A and B of each layer, DoRA's magnitudes; views of `working`
+    )
     flat: torch.nn.Parameter  # float32, what the optimizer updates; its gradient is always there
     working: torch.Tensor  # `flat` in the type that the model computes with
+    dora: DoraFactors | None  # what DoRA's layers scale with; LoRA has none
 
     def refresh(self):
         """Give the model the values that `flat` has now."""
         self.working.copy_(self.flat.data)
+        if (
+            self.dora
+        ):  # from the vector itself: half precision would swallow a magnitude's small steps
+            self.dora.refresh(self.flat.data[-self.dora.factors.numel() :])
 
 
-def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtype):
-    """Freeze `model`, add LoRA layers to it and move it to `device`: a LoraParameters.
+def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtype, dora=False):
+    """Freeze `model`, add LoRA or DoRA layers to it and move it to `device`: a LoraParameters.
 
     `dtype` is what the model computes with. Every trainable parameter of it is in the vector.
     """
     model.requires_grad_(False)
-    adapters.add_lora(model, rank, alpha, targets)
+    adapters.add_lora(model, rank, alpha, targets, dora)
     # Not .train(): SD1.5 has no dropout, and diffusers' blocks would copy to another layout.
     model.to(device).eval()
-    fuse_lora(model)
-    parameters = [weight for pair in adapters.factors(model).values() for weight in pair]
-    found = LoraParameters(model, learning_rate, parameters, *flatten_parameters(parameters, dtype))
+    scaled = DoraFactors(model) if dora else fuse_lora(model)
+    parameters = adapters.trained_weights(model)
+    vectors = flatten_parameters(parameters, dtype)
+    found = LoraParameters(model, learning_rate, parameters, *vectors, scaled)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trainable != found.flat.numel():
         raise RuntimeError(f"{trainable} trainable parameters, {found.flat.numel()} in the vector")

@@ -20,6 +20,9 @@ def check_trained(models):
     """
     for component, model in models.items():
         rows = adapters.factors(model)
+        if not all(weight.isfinite().all() for weight in adapters.magnitudes(model).values()):
+            raise UserError(f"the adapter did not train: magnitudes of the {component} are not finite; "
+                            "nothing was saved. Is the learning rate far too high?")  # fmt: skip
         dead = [name for name, (_, b) in rows.items() if not (b.any() and b.isfinite().all())]
         if dead:
             raise UserError(
@@ -63,7 +66,7 @@ def write_run(folder, config, models, journal, data, device, **figures):
     ))  # fmt: skip
     loss_figure(journal.rows, config["run_name"]).savefig(folder / "loss.png")
     sizes = {
-        name: sum(w.numel() for pair in adapters.factors(model).values() for w in pair)
+        name: sum(weight.numel() for weight in adapters.trained_weights(model))
         for name, model in models.items()
     }
     record = dict(config=config, **provenance(device), data=data, parameters=sizes, **figures)

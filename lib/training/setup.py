@@ -65,10 +65,17 @@ def adapted_models(base_folder, input_ids, config, dtype, device, say):
             continue
         rate = config[f"{name}_learning_rate"]
         trained[name] = part = add_lora_parameters(
-            model, config["rank"], config["alpha"], config[f"{name}_targets"], rate, device, dtype
+            model,
+            config["rank"],
+            config["alpha"],
+            config[f"{name}_targets"],
+            rate,
+            device,
+            dtype,
+            config["dora"],
         )
         frozen = sum(p.numel() for p in model.parameters()) - part.flat.numel()
-        say(f"{name}: {part.flat.numel():,} trainable LoRA parameters, {frozen:,} frozen, "
+        say(f"{name}: {part.flat.numel():,} trainable {'DoRA' if config['dora'] else 'LoRA'} parameters, {frozen:,} frozen, "
             f"learning rate {rate:g}")  # fmt: skip
     preservation = None
     if config["preservation_weight"]:

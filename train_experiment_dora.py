@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Experiment: DoRA in place of LoRA, of the same rank, for the UNet and the text encoder.
+
+    python train_experiment_dora.py
+
+Hypothesis: LoRA is enough for one concept. DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) trains
+the norms of a weight's rows apart from their directions, which costs a norm of each weight at every step
+and one parameter more for each output (lib/LORA.md).
+Finding: not measured yet, neither on the embedded miniature nor on Stable Diffusion v1.5.
+"""
+
+from lib.errors import run_script
+from train import main
+
+# The complete configuration; a line that differs from train.py's ends in "<- changed".
+CONFIG = dict(
+    # model
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    revision=None,  # a commit of the hub repository; None: its newest
+    # data
+    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
+    caption_from="text",  # its column that is trained on: text (as a rule one caption), description
+    resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
+    validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
+    # output
+    output_dir="lora_weights",
+    run_name="lora_weights_dora",  # <- changed
+    # LoRA: the weights become W + alpha / rank * B A
+    rank=32,
+    alpha=32.0,  # equal to the rank: a scale of 1
+    dora=True,  # the rows of W + alpha / rank * B A get trained norms (lib/LORA.md) <- changed
+    unet_targets=("to_k", "to_q", "to_v", "to_out.0"),  # all attention projections
+    text_encoder_targets=("q_proj", "v_proj"),
+    train_text_encoder=True,
+    # optimisation
+    unet_learning_rate=1e-4,
+    text_encoder_learning_rate=1e-5,  # a tenth: language forgets faster than pictures
+    adam_beta1=0.9,
+    adam_beta2=0.999,
+    adam_weight_decay=1e-2,
+    max_steps=4000,  # optimizer steps: 125 times 32 pictures
+    warmup_steps=50,  # linear from 0, then a cosine to 0
+    batch_size=1,  # pictures a process and micro-step
+    gradient_accumulation_steps=1,  # micro-steps an optimizer step
+    # preservation: beside the ordinary loss, hold predictions under other captions to the base model's
+    preservation_weight=0.0,  # of that loss; 0: none
+    preservation_every=1,  # steps: in one of so many
+    preservation_per_picture=1,  # captions drawn for each picture, from the list below
+    preservation_captions=(),  # what the adapter is not to change
+    # memory and precision
+    gradient_checkpointing=True,  # UNet activations are computed twice instead of kept
+    mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
+    # safety
+    checkpoint_every=500,  # steps; what a crash can cost at most
+    keep_checkpoints=2,  # the newest, and one before it in case that one is damaged
+    resume=True,  # go on from the last checkpoint of an interrupted run of this name
+    max_overflows=20,  # fp16 steps skipped in a row before the run is given up
+    # the rest
+    seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
+    log_every=10,  # steps
+    validate_every=250,  # steps
+    wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
+)
+
+if __name__ == "__main__":
+    run_script(lambda: main(CONFIG, __doc__))
