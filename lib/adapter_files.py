@@ -50,7 +50,7 @@ def save_adapter(folder, models, rank, alpha, targets, metadata):
         for name, magnitude in dora.items():
             if component == "text_encoder" and not name.startswith("text_model."):
                 name = f"text_model.{name}"
-            key = f"{component}.{name}.lora_magnitude_vector"
+            key = f"{component}.{name}.{MAGNITUDE}.weight"
             tensors[key] = magnitude.detach().float().cpu().clone()
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets[component]),
                             use_dora=bool(dora))  # fmt: skip

@@ -1,0 +1,151 @@
+"""DoRA adapters: in files, in diffusers, merged into the weights, refused where they are damaged.
+
+How their layers compute is tested in test_kernels.py, how a run goes on in test_safety.py."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY_RUN, assert_close, options, run
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft import inject_adapter_in_model as inject
+from safetensors.torch import load_file, save_file
+from test_adapters import models_of, rewrite
+
+from lib import adapter_files, adapters
+from lib.errors import UserError
+from lib.evaluation.drawing import load_pipeline, probe
+
+MAGNITUDE = ".lora_magnitude_vector.weight"
+
+
+@pytest.fixture
+def pipeline(tiny_model):
+    return load_pipeline(tiny_model, torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def dora(tiny_model, processed_data, tmp_path_factory):
+    """The folder of a tiny DoRA run, alpha twice the rank."""
+    folder = tmp_path_factory.mktemp("dora")
+    config = TINY_RUN | dict(
+        base_model=tiny_model, data_dir=processed_data, output_dir=folder, alpha=8
+    )
+    run("train_experiment_dora.py", *options(**config))
+    return folder / "lora_weights_dora"
+
+
+def larger(tensors):
+    """A few steps move little: so much that no rounding can be taken for it."""
+    torch.manual_seed(0)
+    return {
+        key: value * 30 if "lora_B" in key
+        else value * (1 + 0.3 * torch.rand(value.shape)) if MAGNITUDE in key else value
+        for key, value in tensors.items()
+    }  # fmt: skip
+
+
+@pytest.fixture
+def large(dora, tmp_path):
+    return rewrite(dora, tmp_path / "large", larger)
+
+
+def test_what_a_run_leaves(dora):
+    tensors = load_file(dora / adapter_files.WEIGHTS)
+    layers = {
+        key.removesuffix(".lora_A.weight") for key in tensors if key.endswith("lora_A.weight")
+    }
+    assert {key.removesuffix(MAGNITUDE) for key in tensors if key.endswith(MAGNITUDE)} == layers
+    sizes = json.loads((dora / "config.json").read_text())["parameters"]
+    for part, size in sizes.items():
+        assert size == sum(w.numel() for key, w in tensors.items() if key.startswith(part + "."))
+    adapter = adapter_files.read_adapter(dora)
+    assert sum(len(rows) for rows in adapter.magnitudes.values()) == len(layers)
+    assert adapter.alpha == {"unet": 8.0, "text_encoder": 8.0}
+
+
+def test_merged_it_gives_diffusers_output(large, tiny_model, pipeline):
+    base = probe(pipeline)
+    applied = adapters.Applied(adapter_files.read_adapter(large), models_of(pipeline))
+    ours = probe(pipeline)
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    theirs.load_lora_weights(large)
+    assert any("magnitude" in name for name, _ in theirs.unet.named_parameters())
+    for name, output in probe(theirs).items():
+        assert_close(output, ours[name])
+        assert (output - base[name]).abs().max() > 0.05 * base[name].abs().max()
+    applied.set_scale(0)
+    for name, output in probe(pipeline).items():
+        assert torch.equal(output, base[name])
+
+
+def test_a_part_of_it_is_a_part_of_the_way(large, pipeline):
+    weight = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight
+    start = weight.detach().clone()
+    applied = adapters.Applied(adapter_files.read_adapter(large), models_of(pipeline))
+    end = weight.detach().clone()
+    assert (end - start).norm() > 0.1 * start.norm()
+    applied.set_scale(0.25)
+    assert_close(weight, 0.75 * start + 0.25 * end, 1e-6)
+    applied.set_scale(1)
+    assert torch.equal(weight, end)
+
+
+def test_it_is_what_was_trained(large, tiny_model, pipeline, tmp_path):
+    """PEFT's layers with the values of the file, and the same from PEFT's own folders."""
+    tensors = load_file(large / adapter_files.WEIGHTS)
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    own = {k.removeprefix("unet."): w for k, w in tensors.items() if k.startswith("unet.")}
+    # PEFT itself leaves the ending out.
+    saved = {k.removesuffix(".weight") if MAGNITUDE in k else k: w for k, w in own.items()}
+    save_file(
+        {f"base_model.model.{k}": w for k, w in saved.items()}, folder / "adapter_model.safetensors"
+    )
+    config = dict(peft_type="LORA", r=4, lora_alpha=8, target_modules=targets, use_dora=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+    model = load_pipeline(tiny_model, torch.float32, "cpu")
+    inject(LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=True), model.unet)
+    for name, layer in adapters.lora_layers(model.unet).items():
+        layer.lora_A["default"].weight.data = own[f"{name}.lora_A.weight"]
+        layer.lora_B["default"].weight.data = own[f"{name}.lora_B.weight"]
+        layer.lora_magnitude_vector["default"].weight.data = own[name + MAGNITUDE]
+    adapters.Applied(adapter_files.read_adapter(folder), models_of(pipeline))
+    assert_close(probe(pipeline)["unet"], probe(model)["unet"])
+
+
+def test_magnitudes_tell_adapters_apart(dora, tmp_path):
+    def shifted(tensors):
+        key = next(key for key in tensors if MAGNITUDE in key)
+        return tensors | {key: tensors[key] * 1.001}
+
+    one, two = (
+        adapter_files.read_adapter(path) for path in (dora, rewrite(dora, tmp_path / "x", shifted))
+    )
+    assert adapters.fingerprint(one) != adapters.fingerprint(two)
+
+
+def first(tensors):
+    return next(key for key in sorted(tensors) if key.startswith("unet") and MAGNITUDE in key)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: {k: w for k, w in t.items() if k != first(t)}, "magnitudes of the unet do not fit"),
+        (lambda t: t | {first(t): t[first(t)][:-1]}, "magnitudes of the unet do not fit"),
+        (lambda t: t | {first(t): t[first(t)] * float("nan")}, "NaN"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_refused_and_named(dora, tmp_path, change, words):
+    wrong = rewrite(
+        dora,
+        tmp_path / "wrong",
+        lambda tensors: {k: w.contiguous() for k, w in change(tensors).items()},
+    )
+    with pytest.raises(UserError, match=words) as error:
+        adapter_files.read_adapter(wrong)
+    assert str(wrong) in str(error.value)
