@@ -1,4 +1,4 @@
-"""LoRA adapters in files: found, read into an `Adapter`, written in diffusers' format.
+"""LoRA and DoRA adapters in files: found, read into an `Adapter`, written in diffusers' format.
 
 diffusers' single file and PEFT's folders are read, the latter as the published study wrote them.
 """

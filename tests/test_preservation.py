@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_close, call, options, run
 from diffusers import DDPMScheduler
-from test_kernels import small_unet
+from test_kernels import fused_dora, small_unet
 from test_train import weights
 
 import inference
@@ -34,18 +34,20 @@ def predicted(unet, states):
     return unet(noisy, torch.tensor([300], device=DEVICE), states).sample
 
 
-def test_without_lora_the_model_is_the_base_model():
-    """To the bit, inside a `with` alone, whatever ends it."""
-    unet, states = fused_unet(), torch.randn(1, 77, 32).to(DEVICE)
+@pytest.mark.parametrize("fused", [fused_unet, fused_dora])
+def test_without_lora_the_model_is_the_base_model(fused):
+    """Inside a `with` alone, whatever ends it."""
+    unet, states = fused(), torch.randn(1, 77, 32).to(DEVICE)
     adapted = predicted(unet, states)
     with contextlib.suppress(KeyError), lora.without_lora(unet):
         base = predicted(unet, states)
         raise KeyError
     assert (adapted - base).abs().max() > 0.01 * base.abs().max()
     assert torch.equal(predicted(unet, states), adapted)
-    for _, b in adapters.factors(unet).values():
+    plain = small_unet()
+    for _, b in adapters.factors(plain).values():
         b.data.zero_()
-    assert torch.equal(predicted(unet, states), base)
+    assert_close(predicted(plain, states), base)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

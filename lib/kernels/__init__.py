@@ -4,6 +4,7 @@ At batch 1 a GPU spends most of a plain training step waiting for Python to laun
 small kernels (see bench/README.md). Here are fewer of them, and one launch for all:
 
 - lora: a LoRA layer as three matrix products forward and five backward;
+- dora: a DoRA layer as those and a scaling of each output, the norms of all layers taken together;
 - channels_last: convolutions in the layout of the tensor cores, with the Triton kernels of norms.py
   between them, which read and write that layout once;
 - attention: cuDNN's kernels compiled all at once, for the first run on a machine;
