@@ -32,7 +32,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 CONFIG = dict(
     # what is evaluated
-    lora_dir="lora_weights/lora_weights_rank_32",  # one adapter, or a folder of runs
+    lora_dir="lora_weights/lora_weights_rank_32",  # one adapter (a folder, or kohya's file), or a folder of them
     output_dir="results/eval_rank32",  # replaced whole, once the new one is complete
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
     revision=None,  # a commit of the hub repository; None: its newest
@@ -96,7 +96,7 @@ def check_config(config):
     check_resolution(config)
     if config["rescore"] and config["score_dir"]:
         raise UserError("rescore and score_dir exclude one another; give one of them")
-    if not (config["rescore"] or config["score_dir"] or Path(config["lora_dir"]).is_dir()):
+    if not (config["rescore"] or config["score_dir"] or Path(config["lora_dir"]).exists()):
         raise UserError(
             f"{config['lora_dir']}: no such folder; train an adapter first (python train.py)"
         )

@@ -7,7 +7,7 @@
     accelerate launch --num_processes 2 train.py       # several GPUs
 
 Out comes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format),
-config.json (configuration, versions, commit, device), log.jsonl and loss.png. An earlier run of
+<run_name>.safetensors (kohya's: ComfyUI, A1111 and their kin), config.json (configuration, versions, commit, device), log.jsonl and loss.png. An earlier run of
 that name is replaced only once the new one is complete. A run that was interrupted, by Ctrl-C, a
 signal, a crash or a power cut, goes on from its last checkpoint when the same command is run again.
 
@@ -154,6 +154,10 @@ def check_config(config):
         )
     if Path(config["run_name"]).name != config["run_name"] or config["run_name"].startswith("."):
         raise UserError(f"run_name {config['run_name']!r} must be a plain folder name")
+    if config["run_name"].endswith("pytorch_lora_weights"):
+        raise UserError(
+            f"run_name {config['run_name']!r} is diffusers' name of a file; take another"
+        )
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 
 
@@ -334,7 +338,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     if is_main:
         journal.finish()
         write_run(work_folder, config, models, journal, data_record(rows, train_indices, held_out),
-                  device, processes=accelerator.num_processes,
+                  device, scheduler.config.prediction_type, processes=accelerator.num_processes,
                   mixed_precision=accelerator.mixed_precision, skipped_steps=progress.skipped,
                   learning_rate_changes=progress.changes, set_up_seconds=round(set_up_seconds, 2),
                   steps_a_second=round(steps_a_second, 3))  # fmt: skip

@@ -1,13 +1,16 @@
 """What a finished run leaves in its folder: the adapter, config.json and the loss curve."""
 
 import json
+from collections import Counter
 
 import torch
+from PIL import Image
 
 from lib import adapter_files, adapters
 from lib.dataset import data_hash
 from lib.errors import UserError
 from lib.files import write_marker
+from lib.kohya import kohya_header, save_kohya
 from lib.provenance import provenance
 from lib.training.journal import loss_figure
 from lib.training.parameters import set_views
@@ -44,15 +47,29 @@ def data_record(rows, train_indices, held_out):
     return dict(
         sha256=data_hash(rows),
         captions=sorted({caption for _, caption, _ in rows}),
+        caption_counts=dict(sorted(Counter(rows[i][1] for i in train_indices).items())),
         trained_on=[names[i] for i in train_indices],
         held_out=[names[i] for i in sorted(held_out)],
     )
 
 
-def write_run(folder, config, models, journal, data, device, **figures):
-    """Write a run into `folder`: its adapter, loss.png and, last, config.json.
+def preview_thumbnail(folder):
+    """The adapter's last preview of its caption, a PIL picture, or None where none was drawn: the
+    first square of the newest picture in previews/. Never a training picture, which may be private."""
+    newest = max((folder / "previews").glob("step_*.webp"), default=None)
+    if newest is None:
+        return None
+    with Image.open(newest, formats=("WEBP",)) as image:
+        side = min(image.size)
+        return image.convert("RGB").crop((0, 0, side, side))
 
-    `data` is from `data_record`; `figures` are what else config.json says of the run.
+
+def write_run(folder, config, models, journal, data, device, prediction_type, **figures):
+    """Write a run into `folder`: its adapter, in diffusers' and in kohya's format, loss.png and, last,
+    config.json.
+
+    `data` is from `data_record`, `prediction_type` the base model's; `figures` are what else
+    config.json says of the run.
     """
     captions = data["captions"]
     caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
@@ -61,10 +78,14 @@ def write_run(folder, config, models, journal, data, device, **figures):
         base_model=str(config["base_model"]), caption=caption, data_sha256=data["sha256"],
         steps=str(config["max_steps"]), seed=str(config["seed"]),
     ))  # fmt: skip
+    width = models["unet"].config.cross_attention_dim
+    header = kohya_header(config, data, width, prediction_type, preview_thumbnail(folder))
+    layers = {name: adapters.factors(model) for name, model in models.items()}
+    save_kohya(folder / f"{config['run_name']}.safetensors", layers, config["alpha"], header)
     loss_figure(journal.rows, config["run_name"]).savefig(folder / "loss.png")
     sizes = {
-        name: sum(w.numel() for pair in adapters.factors(model).values() for w in pair)
-        for name, model in models.items()
+        name: sum(w.numel() for pair in rows.values() for w in pair)
+        for name, rows in layers.items()
     }
     record = dict(config=config, **provenance(device), data=data, parameters=sizes, **figures)
     if device.type == "cuda":
