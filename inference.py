@@ -34,7 +34,7 @@ CONFIG = dict(
     # what is evaluated
     lora_dir="lora_weights/lora_weights_rank_32",  # one adapter (a folder, or kohya's file), or a folder of them
     output_dir="results/eval_rank32",  # replaced whole, once the new one is complete
-    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     data_dir="processed_data",  # the training pictures, for the concept similarity
     # what is drawn

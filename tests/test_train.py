@@ -91,6 +91,7 @@ def test_what_a_run_leaves(trained):
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.json",
         "log.jsonl",
+        "lora_weights_rank_32.safetensors",
         "loss.png",
         WEIGHTS,
     ]
