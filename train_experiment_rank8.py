@@ -24,6 +24,7 @@ CONFIG = dict(
     # output
     output_dir="lora_weights",
     run_name="lora_weights_rank8",  # <- changed
+    push_to_hub=None,  # owner/name: upload the finished run there, into a private repository
     # LoRA: the weights become W + alpha / rank * B A
     rank=8,  # <- changed
     alpha=8.0,  # equal to the rank: a scale of 1 <- changed

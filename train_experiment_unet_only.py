@@ -25,6 +25,7 @@ CONFIG = dict(
     # output
     output_dir="lora_weights",
     run_name="lora_weights_unet_only",  # <- changed
+    push_to_hub=None,  # owner/name: upload the finished run there, into a private repository
     # LoRA: the weights become W + alpha / rank * B A
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1

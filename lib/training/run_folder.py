@@ -11,6 +11,7 @@ from lib.dataset import data_hash
 from lib.errors import UserError
 from lib.files import write_marker
 from lib.kohya import kohya_header, save_kohya
+from lib.model_card import CARD, card_text
 from lib.provenance import provenance
 from lib.training.journal import loss_figure
 from lib.training.parameters import set_views
@@ -65,8 +66,8 @@ def preview_thumbnail(folder):
 
 
 def write_run(folder, config, models, journal, data, device, prediction_type, **figures):
-    """Write a run into `folder`: its adapter, in diffusers' and in kohya's format, loss.png and, last,
-    config.json.
+    """Write a run into `folder`: its adapter, in diffusers' and in kohya's format, model card, loss.png
+    and, last, config.json.
 
     `data` is from `data_record`, `prediction_type` the base model's; `figures` are what else
     config.json says of the run.
@@ -82,6 +83,7 @@ def write_run(folder, config, models, journal, data, device, prediction_type, **
     header = kohya_header(config, data, width, prediction_type, preview_thumbnail(folder))
     layers = {name: adapters.factors(model) for name, model in models.items()}
     save_kohya(folder / f"{config['run_name']}.safetensors", layers, config["alpha"], header)
+    (folder / CARD).write_text(card_text(config, data, prediction_type), encoding="utf-8")
     loss_figure(journal.rows, config["run_name"]).savefig(folder / "loss.png")
     sizes = {
         name: sum(w.numel() for pair in rows.values() for w in pair)
