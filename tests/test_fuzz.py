@@ -311,6 +311,7 @@ PICTURES = {
     "TIFF": [encoded("RGB", format="TIFF"), encoded("RGB", format="TIFF", compression="tiff_lzw"),
              sixteen_bits()],
     "AVIF": [encoded("RGB", format="AVIF")],
+    "HEIF": [encoded("RGB", format="HEIF"), encoded("RGBA", format="HEIF")],
 }  # fmt: skip
 
 
