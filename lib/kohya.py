@@ -205,6 +205,9 @@ def read_kohya(tensors, path):
                 raise UserError(f"{path}: {name} of the {component} lacks a factor; the file is damaged")  # fmt: skip
             a, b = (row[f"lora_{half}.weight"] for half in ("down", "up"))
             a, b = (w[:, :, 0, 0] if w.ndim == 4 else w for w in (a, b))
+            if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] > 0:
+                raise UserError(f"{path}: the factors of {name} have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+                                "which do not fit one another")  # fmt: skip
             layers[component][name] = (a, b, scale_of(row.get("alpha"), a, name, path))
     return {component: without_idle(rows) for component, rows in layers.items()}
 

@@ -60,9 +60,12 @@ def test_heic_colour_profile_is_converted(tmp_path):
 
 
 def test_heic_wide_colours_without_a_profile_are_said(tmp_path):
-    save_heic(Image.new("RGB", (64, 64), RED), tmp_path / "p3.heic", color_primaries=12, transfer_characteristics=16)  # fmt: skip
-    _, _, done = read_picture(tmp_path / "p3.heic")
-    assert any("ICC" in line and "primaries are 12" in line and "16" in line for line in done)
+    for primaries, transfer in ((12, 13), (1, 16), (9, 18)):
+        save_heic(Image.new("RGB", (64, 64), RED), tmp_path / "wide.heic", color_primaries=primaries,
+                  transfer_characteristics=transfer)  # fmt: skip
+        (note,) = read_picture(tmp_path / "wide.heic")[2]
+        assert "no ICC profile" in note
+        assert f"its primaries are {primaries} and its transfer function {transfer}" in note
     save_heic(Image.new("RGB", (64, 64), RED), tmp_path / "srgb.heic", color_primaries=1, transfer_characteristics=13)  # fmt: skip
     assert read_picture(tmp_path / "srgb.heic")[2] == []
 
