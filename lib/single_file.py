@@ -113,7 +113,8 @@ def version_of(file, keys, path):
     if missing or not versions or FIRST not in keys:
         what = f"no {', no '.join(missing)}" if missing else "another text encoder or UNet"
         raise UserError(f"base model {path} holds {what}; {wanted}")
-    channels = file.get_slice(FIRST).get_shape()[1]
+    shape = file.get_slice(FIRST).get_shape()
+    channels = shape[1] if len(shape) == 4 else 0
     own = json.loads((CONFIGS[versions[0]] / "unet/config.json").read_text(encoding="utf-8"))
     if channels != own["in_channels"]:
         kind = {9: "inpainting", 8: "editing", 5: "depth"}.get(channels, "something else")
@@ -154,25 +155,33 @@ def empty_model(part, folder):
         return cls.from_config(config), config
 
 
+def with_new_names(part, tensors, model, config):
+    """(the tensors of one part under diffusers' names, what has no place there)."""
+    if part == "unet":
+        found = convert_ldm_unet_checkpoint(tensors, config)
+        # Each has one place; diffusers passes over those that it does not know.
+        used = {id(value) for value in found.values()}
+        return found, sorted(name for name, value in tensors.items() if id(value) not in used)
+    if part == "vae":
+        return convert_ldm_vae_checkpoint(tensors, config), []
+    if any(key.startswith("cond_stage_model.model.") for key in tensors):
+        found = convert_open_clip_checkpoint(model, tensors)
+        found.pop("text_projection.weight", None)
+        return found, []
+    return convert_ldm_clip_checkpoint(tensors), []
+
+
 def renamed(part, tensors, folder, path):
     """The tensors of one part under diffusers' names, each of the shape that the model in `folder` has.
 
     Raises UserError naming the file `path` if any is missing, left over or of another shape.
     """
     model, config = empty_model(part, folder)
-    unused = []
-    if part == "unet":
-        found = convert_ldm_unet_checkpoint(tensors, config)
-        # Each has one place; diffusers passes over those that it does not know.
-        used = {id(value) for value in found.values()}
-        unused = sorted(name for name, value in tensors.items() if id(value) not in used)
-    elif part == "vae":
-        found = convert_ldm_vae_checkpoint(tensors, config)
-    elif any(key.startswith("cond_stage_model.model.") for key in tensors):
-        found = convert_open_clip_checkpoint(model, tensors)
-        found.pop("text_projection.weight", None)
-    else:
-        found = convert_ldm_clip_checkpoint(tensors)
+    try:
+        found, unused = with_new_names(part, tensors, model, config)
+    except Exception as problem:  # whatever diffusers meets in a file that is not what it seems
+        raise UserError(f"base model {path}: its {part} cannot be converted: {type(problem).__name__}: "
+                        f"{one_line(problem, 120)}") from None  # fmt: skip
     found = {k: v for k, v in found.items() if not k.endswith("position_ids")}
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     if part == "text_encoder":

@@ -282,6 +282,11 @@ def nine_channels(tensors):
     return tensors | {key: tensors[key].repeat(1, 3, 1, 1)[:, :9]}
 
 
+def flat(tensors):
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    return tensors | {key: tensors[key].flatten()}
+
+
 def distilled(tensors):
     return tensors | {"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(4, 4)}
 
@@ -301,6 +306,8 @@ def sdxl(tensors):
         (other_shape, "1 weights are of another shape (conv_out.bias)"),
         (nine_channels, "made for inpainting (9 input channels)"),
         (distilled, "1 weights are left over (model.diffusion_model.time_embed.cond_proj.weight)"),
+        (flat, "0 input channels"),
+        (without("first_stage_model.decoder.up.3.upsample.conv.bias"), "its vae cannot be converted"),
         (sdxl, "is Stable Diffusion XL"),
         (lambda t: {"lora_unet_mid_block_x.alpha": torch.ones(())}, "is a LoRA adapter"),
         (lambda t: {"unet.x.lora_A.weight": torch.ones(2)}, "is a LoRA adapter"),
