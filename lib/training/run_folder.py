@@ -70,7 +70,7 @@ def write_run(folder, config, models, journal, data, device, prediction_type, **
     and, last, config.json.
 
     `data` is from `data_record`, `prediction_type` the base model's; `figures` are what else
-    config.json says of the run.
+    config.json says of the run, mixed_precision among it.
     """
     captions = data["captions"]
     caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
@@ -80,10 +80,11 @@ def write_run(folder, config, models, journal, data, device, prediction_type, **
         steps=str(config["max_steps"]), seed=str(config["seed"]),
     ))  # fmt: skip
     width = models["unet"].config.cross_attention_dim
-    header = kohya_header(config, data, width, prediction_type, preview_thumbnail(folder))
+    told = config | dict(mixed_precision=figures["mixed_precision"])  # the one that was computed in
+    header = kohya_header(told, data, width, prediction_type, preview_thumbnail(folder))
     layers = {name: adapters.factors(model) for name, model in models.items()}
     save_kohya(folder / f"{config['run_name']}.safetensors", layers, config["alpha"], header)
-    (folder / CARD).write_text(card_text(config, data, prediction_type), encoding="utf-8")
+    (folder / CARD).write_text(card_text(told, data, prediction_type), encoding="utf-8")
     loss_figure(journal.rows, config["run_name"]).savefig(folder / "loss.png")
     sizes = {
         name: sum(w.numel() for pair in rows.values() for w in pair)
