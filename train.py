@@ -340,7 +340,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     if is_main:
         journal.finish()
         write_run(work_folder, config, models, journal, data_record(rows, train_indices, held_out),
-                  device, scheduler.config.prediction_type, processes=accelerator.num_processes,
+                  device, processes=accelerator.num_processes, prediction_type=scheduler.config.prediction_type,
                   mixed_precision=accelerator.mixed_precision, skipped_steps=progress.skipped,
                   learning_rate_changes=progress.changes, set_up_seconds=round(set_up_seconds, 2),
                   steps_a_second=round(steps_a_second, 3))  # fmt: skip

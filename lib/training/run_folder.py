@@ -54,6 +54,44 @@ def data_record(rows, train_indices, held_out):
     )
 
 
+def write_run(folder, config, models, journal, data, device, **figures):
+    """Write a run into `folder`: its adapter, what others read of it, loss.png and, last, config.json.
+
+    `data` is from `data_record`; `figures` are what else config.json says of the run, the base model's
+    prediction_type and the mixed_precision that was computed in among it.
+    """
+    captions = data["captions"]
+    caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
+    targets = {name: config[f"{name}_targets"] for name in models}
+    adapter_files.save_adapter(folder, models, config["rank"], config["alpha"], targets, dict(
+        base_model=str(config["base_model"]), caption=caption, data_sha256=data["sha256"],
+        steps=str(config["max_steps"]), seed=str(config["seed"]),
+    ))  # fmt: skip
+    loss_figure(journal.rows, config["run_name"]).savefig(folder / "loss.png")
+    sizes = {
+        name: sum(w.numel() for pair in adapters.factors(model).values() for w in pair)
+        for name, model in models.items()
+    }
+    write_for_others(folder, config, models, data, figures)
+    record = dict(config=config, **provenance(device), data=data, parameters=sizes, **figures)
+    if device.type == "cuda":
+        record["peak_gib_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
+    write_marker(folder / "config.json", record)  # with it the folder is whole
+
+
+def write_for_others(folder, config, models, data, figures):
+    """Write what other programs and people read of a run: kohya's file and the model card.
+
+    The arguments are those of `write_run`.
+    """
+    config = config | dict(mixed_precision=figures["mixed_precision"])
+    predicts, width = figures["prediction_type"], models["unet"].config.cross_attention_dim
+    header = kohya_header(config, data, width, predicts, preview_thumbnail(folder))
+    layers = {name: adapters.factors(model) for name, model in models.items()}
+    save_kohya(folder / f"{config['run_name']}.safetensors", layers, config["alpha"], header)
+    (folder / CARD).write_text(card_text(config, data, predicts), encoding="utf-8")
+
+
 def preview_thumbnail(folder):
     """The adapter's last preview of its caption, a PIL picture, or None where none was drawn: the
     first square of the newest picture in previews/. Never a training picture, which may be private."""
@@ -63,37 +101,6 @@ def preview_thumbnail(folder):
     with Image.open(newest, formats=("WEBP",)) as image:
         side = min(image.size)
         return image.convert("RGB").crop((0, 0, side, side))
-
-
-def write_run(folder, config, models, journal, data, device, prediction_type, **figures):
-    """Write a run into `folder`: its adapter, in diffusers' and in kohya's format, model card, loss.png
-    and, last, config.json.
-
-    `data` is from `data_record`, `prediction_type` the base model's; `figures` are what else
-    config.json says of the run, mixed_precision among it.
-    """
-    captions = data["captions"]
-    caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
-    targets = {name: config[f"{name}_targets"] for name in models}
-    adapter_files.save_adapter(folder, models, config["rank"], config["alpha"], targets, dict(
-        base_model=str(config["base_model"]), caption=caption, data_sha256=data["sha256"],
-        steps=str(config["max_steps"]), seed=str(config["seed"]),
-    ))  # fmt: skip
-    width = models["unet"].config.cross_attention_dim
-    told = config | dict(mixed_precision=figures["mixed_precision"])  # the one that was computed in
-    header = kohya_header(told, data, width, prediction_type, preview_thumbnail(folder))
-    layers = {name: adapters.factors(model) for name, model in models.items()}
-    save_kohya(folder / f"{config['run_name']}.safetensors", layers, config["alpha"], header)
-    (folder / CARD).write_text(card_text(told, data, prediction_type), encoding="utf-8")
-    loss_figure(journal.rows, config["run_name"]).savefig(folder / "loss.png")
-    sizes = {
-        name: sum(w.numel() for pair in rows.values() for w in pair)
-        for name, rows in layers.items()
-    }
-    record = dict(config=config, **provenance(device), data=data, parameters=sizes, **figures)
-    if device.type == "cuda":
-        record["peak_gib_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
-    write_marker(folder / "config.json", record)  # with it the folder is whole
 
 
 def outcome_text(folder):
