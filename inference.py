@@ -117,7 +117,6 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     import torch
 
     from lib.evaluation import results, scores
-    from lib.evaluation.card import update_model_card
     from lib.evaluation.effects import no_change_reason
     from lib.evaluation.runs import plan_runs
     from lib.provenance import provenance
@@ -170,10 +169,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         print(f"note: {reason}")
     shown = dict(prompts=prompts, seeds=seeds, warnings=warnings, provenance=provenance(device),
                  config=config, training=training)  # fmt: skip
-    summaries = judge_and_write(runs, base_pairs, margins, shown, Path(output_dir))
-    if not (rescore or score_dir):
-        for (run, adapter), summary in zip(plan[0], summaries, strict=True):
-            update_model_card(adapter.path, run, summary, shown)
+    judge_and_write(runs, base_pairs, margins, shown, Path(output_dir))
 
     if not (rescore or score_dir):
         done = time.monotonic()
@@ -188,12 +184,13 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
 
 
 def judge_and_write(runs, base_pairs, margins, shown, output_dir):
-    """Judge each run, and each experiment beside the others, and write their folders; return the runs'
-    summaries.
+    """Judge each run, and each experiment beside the others, and write their folders and
+    the adapters' model cards.
 
     `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say.
     """
     from lib.evaluation import results
+    from lib.evaluation.card import update_model_card
     from lib.evaluation.comparison import compare
     from lib.evaluation.runs import group_runs
     from lib.evaluation.sweep import sweep_summary
@@ -203,18 +200,17 @@ def judge_and_write(runs, base_pairs, margins, shown, output_dir):
         print(f"warning: {warning}")
     prompts = shown["prompts"]
     judged = (prompts, base_pairs, margins, shown["training"])
-    of_runs = []
     for run in runs:
-        of_runs.append(summary := analyse([run], *judged))
+        summary = analyse([run], *judged)
         if run.sweep:
             summary["sweep"] = sweep_summary(run.sweep, prompts, base_pairs)
         results.write_run(run, summary, shown)
+        update_model_card(run, summary, shown)
     if len(runs) > 1:
         groups = group_runs(runs)
         summaries = {name: analyse(members, *judged) for name, members in groups.items()}
         pairs = compare(groups, prompts, base_pairs, margins)
         results.write_comparison(output_dir / "comparison", groups, summaries, pairs, shown)
-    return of_runs
 
 
 def main():

@@ -154,12 +154,9 @@ def check_config(config):
         raise UserError(
             f"mixed_precision is {config['mixed_precision']}, but must be fp16, bf16 or no"
         )
-    if Path(config["run_name"]).name != config["run_name"] or config["run_name"].startswith("."):
-        raise UserError(f"run_name {config['run_name']!r} must be a plain folder name")
-    if config["run_name"].endswith("pytorch_lora_weights"):
-        raise UserError(
-            f"run_name {config['run_name']!r} is diffusers' name of a file; take another"
-        )
+    name = config["run_name"]  # diffusers looks for a file of that ending, and must find one only
+    if Path(name).name != name or name.startswith(".") or name.endswith("pytorch_lora_weights"):
+        raise UserError(f"run_name {name!r} must be a plain folder name; take another")
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 
 

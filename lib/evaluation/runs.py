@@ -37,7 +37,7 @@ def plan_runs(config, device):
             print(f"note: {left.parent} is a run without its weights, and is passed over")
     read = [(name, adapter_files.read_adapter(path)) for name, path in found]
     runs = [
-        Run(name, target, describe(adapter), [], [])
+        Run(name, target, describe(adapter), [], [], folder=adapter.path)
         for (name, adapter), target in zip(read, targets, strict=True)
     ]
     check_fingerprints([(run.name, run.adapter["fingerprint"]) for run in runs])

@@ -38,6 +38,7 @@ class Run:
         None  # {"base", "lora", "lora_mirrored"}: CLIP embeddings [prompts, seeds, d]
     )
     sweep: dict = field(default_factory=dict)  # {scale: Run} of `scaled`, scored
+    folder: Path = None  # the adapter's, where its pictures are drawn; not where they are read
 
     @property
     def training_seed(self):
