@@ -12,6 +12,7 @@ Out comes, in the output folder (one subfolder a run where there are several): r
 images/<prompt>/{base,lora}_<seed>.png, overview.webp, comparison_all.png,
 {success,near,failure}_cases.png, metrics.json, metrics.csv (a row a picture) and summary.md; for
 several runs comparison/ beside them.
+The model card in a run's own folder gets sample pictures and the verdicts.
 Base and LoRA share one pipeline and each picture's starting noise, which comes from its seed alone.
 Runs whose configurations differ in the seed alone are training seeds of one experiment.
 """
@@ -33,9 +34,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 CONFIG = dict(
     # what is evaluated
-    lora_dir="lora_weights/lora_weights_rank_32",  # one adapter, or a folder of runs
+    lora_dir="lora_weights/lora_weights_rank_32",  # one adapter (a folder, or kohya's file), or a folder of them
     output_dir="results/eval_rank32",  # replaced whole, once the new one is complete
-    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     data_dir="processed_data",  # the training pictures, for the concept similarity
     # what is drawn
@@ -97,7 +98,7 @@ def check_config(config):
     check_resolution(config)
     if config["rescore"] and config["score_dir"]:
         raise UserError("rescore and score_dir exclude one another; give one of them")
-    if not (config["rescore"] or config["score_dir"] or Path(config["lora_dir"]).is_dir()):
+    if not (config["rescore"] or config["score_dir"] or Path(config["lora_dir"]).exists()):
         raise UserError(
             f"{config['lora_dir']}: no such folder; train an adapter first (python train.py)"
         )
@@ -184,11 +185,13 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
 
 
 def judge_and_write(runs, base_pairs, margins, shown, output_dir):
-    """Judge each run, and each experiment beside the others, and write their folders.
+    """Judge each run, and each experiment beside the others, and write their folders and
+    the adapters' model cards.
 
     `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say.
     """
     from lib.evaluation import results
+    from lib.evaluation.card import update_model_card
     from lib.evaluation.comparison import compare
     from lib.evaluation.runs import group_runs
     from lib.evaluation.sweep import sweep_summary
@@ -203,6 +206,7 @@ def judge_and_write(runs, base_pairs, margins, shown, output_dir):
         if run.sweep:
             summary["sweep"] = sweep_summary(run.sweep, prompts, base_pairs)
         results.write_run(run, summary, shown)
+        update_model_card(run, summary, shown)
     if len(runs) > 1:
         groups = group_runs(runs)
         summaries = {name: analyse(members, *judged) for name, members in groups.items()}
