@@ -160,21 +160,26 @@ def read_adapter(folder):
 
 
 def add_kohya(adapter, layers):
-    """Put the layers of a kohya file ({component: {layer: (A, B, alpha / rank)}}) into an Adapter.
+    """Put the layers of a kohya file ({component: {layer: (A, B, alpha / rank, dora_scale)}}) into an Adapter.
 
     The adapter's rank is the largest. Where alpha / rank differs from layer to layer, B takes the
     layer's, and the adapter's alpha is its rank.
     """
     for part, rows in layers.items():
-        halves = {name: dict(A=a, B=b) for name, (a, b, _) in rows.items()}
+        halves = {name: dict(A=a, B=b) for name, (a, b, *_) in rows.items()}
+        norms = {name: dora for name, (*_, dora) in rows.items() if dora is not None}
+        if not all(dora.isfinite().all() for dora in norms.values()):
+            raise UserError(f"{adapter.path}: a dora_scale of the {part} holds NaN or infinity")
+        if norms:  # a layer without one is plain LoRA
+            adapter.magnitudes[part] = norms
         check_factors(halves, adapter.path, part, one_rank=False)
-        rank = adapter.rank[part] = max(a.shape[0] for a, _, _ in rows.values())
-        scales = {scale for _, _, scale in rows.values()}
+        rank = adapter.rank[part] = max(a.shape[0] for a, *_ in rows.values())
+        scales = {scale for _, _, scale, _ in rows.values()}
         alike = len(scales) == 1
         adapter.alpha[part] = rank * scales.pop() if alike else float(rank)
         adapter.targets[part] = None
         adapter.factors[part] = {
-            name: (a, b if alike else b * scale) for name, (a, b, scale) in rows.items()
+            name: (a, b if alike else b * scale) for name, (a, b, scale, _) in rows.items()
         }
 
 

@@ -91,6 +91,20 @@ def magnitudes(model):
     }
 
 
+@torch.no_grad()
+def dora_scales(model):
+    """{layer name: m ‖W‖ / ‖W + alpha / rank * B A‖}, [out, 1]: the magnitudes as `with_norms` and so
+    ComfyUI read kohya's dora_scale."""
+    found = {}
+    for name, magnitude in magnitudes(model).items():
+        layer = lora_layers(model)[name]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        base = layer.get_base_layer().weight.float()
+        changed = base + layer.scaling["default"] * (b.float() @ a.float())
+        found[name] = (magnitude.float() * base.norm(dim=1) / changed.norm(dim=1))[:, None]
+    return found
+
+
 def trained_weights(model):
     """What is trained of `model`: A and B of each layer, then DoRA's magnitudes: a list."""
     pairs = [weight for pair in factors(model).values() for weight in pair]
@@ -128,11 +142,28 @@ class Applied:
         """Put `scale` times the adapter into the weights; 0 takes it out."""
         for weight, base, a, b, magnitude in self.layers:
             if scale and magnitude is not None:
-                trained = base.float() + b @ a
-                trained *= (magnitude / trained.norm(dim=1))[:, None]
-                weight.copy_(torch.lerp(base.float(), trained, float(scale)))
+                start = base.float()
+                trained = with_norms(start + (b @ a).view_as(base), start, magnitude)
+                weight.copy_(torch.lerp(start, trained, float(scale)))
             else:
                 weight.copy_(base.float() + scale * (b @ a).view_as(base) if scale else base)
+
+
+def with_norms(weight, base, magnitude):
+    """DoRA's weight of `weight`, which is `base` + alpha / rank * B A.
+
+    A magnitude of shape [out] is the norm that each row gets, as PEFT has it. Kohya's dora_scale of shape
+    [out, 1] is divided by the norm of the row in `base`, as ComfyUI does; of shape [1, in] it is the norm
+    of a column.
+    """
+    rows = weight.flatten(1)
+    if magnitude.ndim == 1:
+        scales = (magnitude / rows.norm(dim=1))[:, None]
+    elif magnitude.shape[0] == len(rows):
+        scales = magnitude / base.flatten(1).norm(dim=1, keepdim=True)
+    else:
+        scales = magnitude / rows.norm(dim=0, keepdim=True)
+    return (rows * scales).view_as(weight)
 
 
 def match_layers(rows, model, targets, path, component):

@@ -24,7 +24,7 @@ from lib.provenance import ROOT
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 KEY = re.compile(
     r"lora_(?P<component>unet|te|te1)_(?P<layer>[^.]+)\."
-    r"(?P<what>lora_down\.weight|lora_up\.weight|alpha)"
+    r"(?P<what>lora_down\.weight|lora_up\.weight|alpha|dora_scale)"
 )
 COMPONENTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder"}
 # The names between the dots that hold an underscore themselves: those of the UNet's and the text
@@ -39,7 +39,7 @@ NAMES = (
 PART = re.compile(rf"(?:{'|'.join(sorted(NAMES, key=len, reverse=True))}|[^_]+)(?=_|$)")
 # What a key of another kind of adapter holds, and what that kind is called.
 OTHER_KINDS = {
-    "hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "oft_": "OFT", "boft_": "BOFT",
+    "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "boft_": "BOFT",
     "lora_mid": "LoCon with Tucker decomposition", "a1.weight": "GLoRA", "on_input": "(IA)^3",
     "diff": "whole weights", "diff_b": "whole weights", "w_norm": "whole weights", "b_norm": "whole weights",
 }  # fmt: skip
@@ -48,16 +48,20 @@ OTHER_KINDS = {
 # ---- written -------------------------------------------------------------------------------
 
 
-def save_kohya(path, layers, alpha, header):
+def save_kohya(path, layers, alpha, header, scales=None):
     """Write an adapter to the file `path` in half precision, whole or not at all.
 
     `layers` is {component: {layer name: (A, B)}}, A of shape (rank, in) and B of shape (out, rank);
-    `header` a dict of strings, to which the hash of the tensors is added.
+    `header` a dict of strings, to which the hash of the tensors is added. `scales` is {component: {layer
+    name: dora_scale}} of DoRA, [out, 1] each, as ComfyUI reads them; they stay in float32. diffusers
+    means another thing by a dora_scale and refuses this shape, so nothing is done for it there.
     """
     tensors = {}
     for component, rows in layers.items():
-        rows = rows | (idle_layers(rows) if component == "text_encoder" else {})
+        dora = (scales or {}).get(component, {})
+        rows = rows | (idle_layers(rows) if component == "text_encoder" and not dora else {})
         for name, pair in rows.items():
+            scale = dora.get(name)
             if component == "text_encoder" and not name.startswith("text_model."):
                 name = f"text_model.{name}"
             key = f"{PREFIXES[component]}_{name.replace('.', '_')}"
@@ -65,6 +69,8 @@ def save_kohya(path, layers, alpha, header):
                 # A copy of its own: the parameters may be views of one flat vector.
                 tensors[f"{key}.lora_{factor}.weight"] = weight.detach().half().cpu().clone()
             tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+            if scale is not None:
+                tensors[f"{key}.dora_scale"] = scale.float().cpu().clone()
     data = safetensors.torch.save(tensors)
     content = data[8 + int.from_bytes(data[:8], "little") :]
     header = header | {"modelspec.hash_sha256": "0x" + hashlib.sha256(content).hexdigest()}
@@ -179,7 +185,7 @@ def dotted(layer):
 
 
 def read_kohya(tensors, path):
-    """{component: {layer: (A, B, scale)}} of the tensors of a file in kohya's format, in float32.
+    """{component: {layer: (A, B, scale, dora_scale or None)}} of the tensors of a file in kohya's format, in float32.
 
     `scale` is alpha / rank, 1 where a layer has no alpha. A 1x1 convolution's factors come as
     matrices, and a kind of layer (to_q, out_proj) that is zero everywhere is left out, unless all
@@ -190,7 +196,7 @@ def read_kohya(tensors, path):
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None or (tensor.ndim == 4 and tuple(tensor.shape[2:]) != (1, 1)):
-            raise UserError(f"{path}: only plain LoRA of Stable Diffusion 1.x and 2.x is read, {key} is "
+            raise UserError(f"{path}: only plain LoRA and DoRA of Stable Diffusion 1.x and 2.x are read, {key} is "
                             f"{kind_of(key, tensor)}")  # fmt: skip
         rows = found.setdefault(COMPONENTS[match["component"]], {})
         row, what = rows.setdefault(dotted(match["layer"]), {}), match["what"]
@@ -208,13 +214,20 @@ def read_kohya(tensors, path):
             if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] > 0:
                 raise UserError(f"{path}: the factors of {name} have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
                                 "which do not fit one another")  # fmt: skip
-            layers[component][name] = (a, b, scale_of(row.get("alpha"), a, name, path))
+            dora = row.get("dora_scale")
+            if dora is not None:
+                dora = dora[:, :, 0, 0] if dora.ndim == 4 else dora
+                if dora.shape not in ((len(b), 1), (1, a.shape[1])):
+                    raise UserError(f"{path}: dora_scale of {name} has shape {tuple(dora.shape)}, which is neither "
+                                    "one for each output nor one for each input")  # fmt: skip
+            scale = scale_of(row.get("alpha"), a, name, path)
+            layers[component][name] = (a, b, scale, dora)
     return {component: without_idle(rows) for component, rows in layers.items()}
 
 
 def without_idle(rows):
-    """`rows` ({layer: (A, B, scale)}) without the kinds of layers whose B are all zero."""
-    active = {name.rsplit(".", 1)[-1] for name, (_, b, _) in rows.items() if b.any()}
+    """`rows` ({layer: (A, B, …)}) without the kinds of layers whose B are all zero."""
+    active = {name.rsplit(".", 1)[-1] for name, (_, b, *_) in rows.items() if b.any()}
     return {n: row for n, row in rows.items() if n.rsplit(".", 1)[-1] in active} or rows
 
 

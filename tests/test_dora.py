@@ -3,6 +3,7 @@
 How their layers compute is tested in test_kernels.py, how a run goes on in test_safety.py."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from peft import inject_adapter_in_model as inject
 from safetensors.torch import load_file, save_file
 from test_adapters import models_of, rewrite
 
-from lib import adapter_files, adapters
+from lib import adapter_files, adapters, kohya
 from lib.errors import UserError
 from lib.evaluation.drawing import load_pipeline, probe
 
@@ -115,6 +116,83 @@ def test_it_is_what_was_trained(large, tiny_model, pipeline, tmp_path):
         layer.lora_magnitude_vector["default"].weight.data = own[name + MAGNITUDE]
     adapters.Applied(adapter_files.read_adapter(folder), models_of(pipeline))
     assert_close(probe(pipeline)["unet"], probe(model)["unet"])
+
+
+def comfyui_weight(dora_scale, weight, difference):
+    """What ComfyUI 0.3 makes of a weight [out, in] and alpha / rank * up @ down."""
+    merged = weight + difference
+    if dora_scale.shape[0] == merged.shape[0]:
+        norm = weight.norm(dim=1, keepdim=True)
+    else:
+        norm = merged.norm(dim=0, keepdim=True)
+    return merged * (dora_scale / norm)
+
+
+def test_kohyas_file_is_read_by_comfyui_as_diffusers_reads_its_own(large, tiny_model, tmp_path):
+    """Half precision's rounding of A and B apart. A norm of the base weight is not that of the trained one."""
+    model = load_pipeline(tiny_model, torch.float32, "cpu").unet
+    tensors = load_file(large / adapter_files.WEIGHTS)
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    inject(LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=True), model)
+    for name, layer in adapters.lora_layers(model).items():
+        layer.lora_A["default"].weight.data = tensors[f"unet.{name}.lora_A.weight"]
+        layer.lora_B["default"].weight.data = tensors[f"unet.{name}.lora_B.weight"]
+        layer.lora_magnitude_vector["default"].weight.data = tensors[f"unet.{name}{MAGNITUDE}"]
+    scales = dict(unet=adapters.dora_scales(model))
+    path = tmp_path / "kohya.safetensors"
+    kohya.save_kohya(path, dict(unet=adapters.factors(model)), 8.0, {}, scales)
+
+    written, far = load_file(path), 0
+    expected, found = (load_pipeline(tiny_model, torch.float32, "cpu") for _ in range(2))
+    adapters.Applied(adapter_files.read_adapter(large), models_of(expected))
+    adapters.Applied(adapter_files.read_adapter(path), models_of(found))
+    for name, layer in adapters.lora_layers(model).items():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        a, b = (written[f"{key}.lora_{half}.weight"].float() for half in ("down", "up"))
+        base = layer.get_base_layer().weight.data
+        weight = comfyui_weight(
+            written[f"{key}.dora_scale"], base, written[f"{key}.alpha"] / 4 * b @ a
+        )
+        assert_close(weight, expected.unet.get_submodule(name).weight, 2e-3)
+        assert_close(found.unet.get_submodule(name).weight, weight, 1e-5)
+        far += (
+            scales["unet"][name][:, 0] / tensors[f"unet.{name}{MAGNITUDE}"] - 1
+        ).abs().max() > 0.02
+    assert far  # so that m itself would have been seen to be wrong
+
+
+def test_a_dora_scale_of_the_inputs_is_the_norm_of_columns():
+    generator = torch.Generator().manual_seed(0)
+    base, change = torch.randn(2, 6, 4, generator=generator)
+    scale = torch.rand(1, 4, generator=generator)
+    found = adapters.with_norms(base + change, base, scale)
+    assert_close(found, comfyui_weight(scale, base, change))
+    assert_close(found.norm(dim=0), scale[0])
+
+
+def test_a_run_writes_both_formats(dora, pipeline):
+    outputs = []
+    for path in (dora, dora / f"{dora.name}.safetensors"):
+        applied = adapters.Applied(adapter_files.read_adapter(path), models_of(pipeline))
+        outputs.append(probe(pipeline))
+        applied.set_scale(0)
+    for name, output in outputs[0].items():
+        assert_close(output, outputs[1][name], 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [(torch.ones(2, 1), "has shape (2, 1)"), (torch.ones(32), "has shape (32,)"),
+     (torch.full((32, 1), torch.inf), "NaN or infinity")],
+)  # fmt: skip
+def test_a_damaged_dora_scale_is_refused_and_named(dora, tmp_path, scale, words):
+    tensors = load_file(dora / f"{dora.name}.safetensors")
+    key = next(key for key in sorted(tensors) if "dora_scale" in key)
+    assert tensors[key].shape == (32, 1)
+    save_file(tensors | {key: scale}, tmp_path / "wrong.safetensors")
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        adapter_files.read_adapter(tmp_path / "wrong.safetensors")
+    assert "wrong.safetensors" in str(error.value)
 
 
 def test_magnitudes_tell_adapters_apart(dora, tmp_path):

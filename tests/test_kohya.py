@@ -279,7 +279,6 @@ LAYER = "lora_unet_down_blocks_0_resnets_0_conv1"
         ({f"{LAYER}.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
         ({f"{LAYER}.lokr_w1": torch.ones(2, 2)}, "LoKr"),
         ({f"{LAYER}.oft_blocks": torch.ones(2, 2)}, "OFT"),
-        ({f"{LAYER}.dora_scale": torch.ones(2, 1)}, "DoRA"),
         ({f"{LAYER}.diff": torch.ones(2, 2)}, "whole weights"),
         ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(())}, "XL"),
         ({"bundle_emb.word.string_to_param.*": torch.ones(1, 2)}, "an embedding"),

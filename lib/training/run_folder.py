@@ -91,7 +91,9 @@ def write_for_others(folder, config, models, data, figures):
     predicts, width = figures["prediction_type"], models["unet"].config.cross_attention_dim
     header = kohya_header(config, data, width, predicts, preview_thumbnail(folder))
     layers = {name: adapters.factors(model) for name, model in models.items()}
-    save_kohya(folder / f"{config['run_name']}.safetensors", layers, config["alpha"], header)
+    scales = {name: adapters.dora_scales(model) for name, model in models.items()}
+    target = folder / f"{config['run_name']}.safetensors"
+    save_kohya(target, layers, config["alpha"], header, scales)
     (folder / CARD).write_text(card_text(config, data, predicts), encoding="utf-8")
 
 
