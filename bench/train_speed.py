@@ -28,15 +28,15 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-from lib.kernels import graphs
-from lib.training import micro_step, parameters
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "disabled"
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lib.kernels import graphs
+from lib.training import micro_step, parameters
 
 
 def driver_memory():
