@@ -5,7 +5,8 @@
 
 500 steps of 8 pictures in place of 4,000 of one. A gradient averaged over 8 samples has an eighth of the
 variance, so AdamW's learning rates are multiplied by the square root of 8 (Malladi et al. 2022,
-https://arxiv.org/abs/2205.10287); the warm-up has as many samples as before.
+https://arxiv.org/abs/2205.10287, who also change its betas; here they stay). The warm-up has as many
+samples as before.
 Hypothesis: it is the same adapter within the margins, in a fraction of the time, since one picture
 at a time leaves most of a large GPU idle.
 Finding: not measured yet, neither on the embedded miniature nor on Stable Diffusion v1.5.

@@ -28,15 +28,15 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-from lib.kernels import graphs
-from lib.training import micro_step, parameters
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "disabled"
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lib.kernels import graphs
+from lib.training import micro_step, parameters
 
 
 def driver_memory():
@@ -194,6 +194,7 @@ def parts(args, folder):
     """train.py's loop in this process: its variants, then with one technique taken away at a time."""
     import train
     from bench.limits import rates
+    from train_experiment_preservation import PRESERVED
 
     print("{:.0f} TFLOP/s in a large fp16 matrix product, {:.2f} TB/s in a large copy".format(*(r / 1e12 for r in rates())))  # fmt: skip
     optimizer_times()
@@ -214,7 +215,8 @@ def parts(args, folder):
             model.compile_repeated_blocks()
 
     recomputing, small = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
-    unet_only = dict(train_text_encoder=False)
+    unet_only, dora, eight = dict(train_text_encoder=False), dict(dora=True), dict(batch_size=8)
+    preservation = dict(preservation_weight=4.0, preservation_captions=PRESERVED)
     # (name, what differs in the configuration, what is replaced in micro_step.py or parameters.py)
     variants = [
         ("train.py, with checkpointing", recomputing, {}),
@@ -223,6 +225,13 @@ def parts(args, folder):
         ("train.py without checkpointing", {}, {}),
         ("rank 8 without", small, {}),
         ("UNet only without", unet_only, {}),
+        ("DoRA, with checkpointing", recomputing | dora, {}),
+        ("preservation, with checkpointing", recomputing | preservation, {}),
+        ("batches of 8, with checkpointing", recomputing | eight, {}),
+        ("DoRA without", dora, {}),
+        ("preservation without", preservation, {}),
+        ("batches of 8 without", eight, {}),
+        ("DoRA in PEFT's layers", dora, dict(DoraFactors=nothing)),
         ("- CUDA graph", {}, dict(captured=called)),
         ("- fused LoRA layers (PEFT's)", {}, dict(fuse_lora=nothing)),
         ("- fused LoRA layers, fp16 copy (autocast)", {}, dict(fuse_lora=nothing, captured=autocast,

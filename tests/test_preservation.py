@@ -159,6 +159,18 @@ def test_in_one_step_of_so_many(tiny_model, processed_data, tmp_path, monkeypatc
     assert training == ["preserving_losses", "diffusion_loss"] * 3
 
 
+@pytest.mark.parametrize(
+    "variant", [dict(dora=True), dict(preservation_weight=4, preservation_captions=CAPTIONS)]
+)
+def test_recomputing_changes_nothing(tiny_model, processed_data, tmp_path, variant):
+    """The base model's pass comes between the adapted one and its recomputation."""
+    for recompute in (True, False):
+        folder = tmp_path / str(recompute)
+        tiny(tiny_model, processed_data, folder, gradient_checkpointing=recompute, **variant)
+    one, two = weights(tmp_path / "True"), weights(tmp_path / "False")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_captions_without_a_weight_change_nothing(tiny_model, processed_data, tmp_path, trained):
     assert tiny(tiny_model, processed_data, tmp_path, preservation_captions=CAPTIONS) == []
     one, two = weights(tmp_path), weights(trained)
