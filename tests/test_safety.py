@@ -819,7 +819,7 @@ def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(
             prompts=tmp_path / "prompts.txt", seeds=1, steps=1,
         )  # fmt: skip
     marker, others = {
-        "preprocess": ("manifest.json", ["captions.jsonl", "contact_sheet.png"]),
+        "preprocess": ("manifest.json", ["captions.jsonl", "contact_sheet.jpg"]),
         "inference": ("metrics.json", ["report.html", "metrics.csv", "summary.md"]),
     }[script]
 
