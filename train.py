@@ -12,7 +12,7 @@ config.json (configuration, versions, commit, device), log.jsonl and loss.png. A
 that name is replaced only once the new one is complete. A run that was interrupted, by Ctrl-C, a
 signal, a crash or a power cut, goes on from its last checkpoint when the same command is run again.
 
-Latents are computed once, noise and timesteps derive from (seed, sample number), and the LoRA
+Latents are computed once and kept in processed_data/latents/, noise and timesteps derive from (seed, sample number), and the LoRA
 parameters of a group are one flat vector: one optimizer kernel, one check for overflow and, on
 several GPUs, one all-reduce of one tensor. On a GPU a micro-step, forward and backward, is recorded
 once as a CUDA graph and replayed; a CPU calls the same function (lib/kernels/, bench/README.md).
@@ -197,10 +197,10 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     started = time.monotonic()
     # Everything that can be wrong is looked at before a model is loaded.
-    rows = read_dataset(data_dir, resolution)
+    data = read_dataset(data_dir, resolution)
     on_cuda = torch.cuda.is_available()
     base_folder = fetch_base_model(base_model, revision, half=on_cuda and mixed_precision == "fp16")
-    input_ids = setup.caption_tokens(base_folder, rows)
+    input_ids = setup.caption_tokens(base_folder, data)
 
     accelerator = Accelerator(mixed_precision=mixed_precision if on_cuda else "no", cpu=not on_cuda)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
@@ -212,19 +212,19 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     target_folder = Path(output_dir) / run_name
     work_folder = unfinished(target_folder)
-    this_run = checkpoints.identity(config, rows, base_folder, accelerator)
+    this_run = checkpoints.identity(config, data, base_folder, accelerator)
     saved = checkpoints.latest(work_folder, say) if resume else None
     changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
     accelerator.wait_for_everyone()  # all have read before one writes
 
-    train_indices, held_out = split(len(rows), validation_count, seed)
+    train_indices, held_out = split(len(data), validation_count, seed)
     say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
     if len(held_out) < validation_count:
         say(f"note: not {validation_count}, as at most a quarter of the pictures is held out"
             + ("" if len(held_out) else "; there will be no validation loss"))  # fmt: skip
 
     scheduler = setup.noise_scheduler(base_folder)
-    latents = setup.picture_latents(base_folder, rows, resolution, dtype, device)
+    latents = setup.picture_latents(base_folder, data, dtype, accelerator)
     unet, texts, trained = setup.adapted_models(base_folder, input_ids, config, dtype, device, say)
     flats = [part.flat for part in trained.values()]
     optimizer = accelerator.prepare(
@@ -236,13 +236,13 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     )
 
     samples = Samples(
-        train_indices, seed, latents[0].shape[1:], scheduler.config.num_train_timesteps, batch_size,
+        train_indices, seed, latents.shape(0), scheduler.config.num_train_timesteps, batch_size,
         accelerator.num_processes, accelerator.process_index,
     )  # fmt: skip
     probes = samples.probes(held_out) if is_main else []
     micro = MicroStep(
         unet, scheduler, latents, texts, trained, accelerator.scaler, batch_size,
-        gradient_accumulation_steps,
+        gradient_accumulation_steps, device,
     )  # fmt: skip
 
     # Where the run stands: at the start, or where the last checkpoint left it.
@@ -311,7 +311,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             if problem:
                 if is_main:
                     saver.save(progress, gave_up=True)
-                raise not_finite(problem, step, {rows[i][0] for i in step_pictures}, work_folder)
+                raise not_finite(problem, step, {data[i].name for i in step_pictures}, work_folder)
             micro.zero_gradients()
 
             progress.add(step_loss)
@@ -339,7 +339,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     models = finished_models(trained)
     if is_main:
         journal.finish()
-        write_run(work_folder, config, models, journal, data_record(rows, train_indices, held_out),
+        write_run(work_folder, config, models, journal, data_record(data, train_indices, held_out),
                   device, scheduler.config.prediction_type, processes=accelerator.num_processes,
                   mixed_precision=accelerator.mixed_precision, skipped_steps=progress.skipped,
                   learning_rate_changes=progress.changes, set_up_seconds=round(set_up_seconds, 2),

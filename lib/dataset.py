@@ -1,24 +1,126 @@
-"""The training set as preprocess.py wrote it: captions.jsonl and its pictures."""
+"""The training set as preprocess.py wrote it: captions.jsonl and its pictures.
+
+Pictures are read when they are needed, so that their number costs no memory. What is known of them by their
+names, sizes and times of change is kept in latents/pictures.json beside them.
+"""
 
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from lib.errors import UserError, one_line
+from lib.files import sha256_file
+from lib.kept import ahead, first_process, replacing
+
+KEPT = "latents"  # the folder in the training set where what was computed of it is kept
+
+
+class Row(NamedTuple):
+    """One picture of a training set."""
+
+    name: str
+    caption: str
+    path: Path
+    sha256: str  # of the file's bytes
+
+
+class Dataset:
+    """The rows of a training set. `sha256` is over captions and pixels, in the order of the rows."""
+
+    def __init__(self, folder, rows, resolution, sha256):
+        self.folder, self.rows, self.resolution, self.sha256 = folder, rows, resolution, sha256
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    def pixels(self, index):
+        """A picture as uint8 [3, resolution, resolution]."""
+        return read_pixels(self.rows[index].path, self.resolution)
+
+    def image(self, index):
+        """The same as a PIL picture."""
+        return Image.fromarray(self.pixels(index).permute(1, 2, 0).numpy())
+
+
+class Pictures:
+    """The PIL pictures of a Dataset as a sequence that reads each when it is asked for."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.data.image(index)
 
 
 def read_dataset(data_dir, resolution):
-    """The rows of `data_dir`/captions.jsonl and their pictures.
+    """The Dataset of `data_dir`/captions.jsonl and its pictures, resized to `resolution` if need be.
 
-    Returns [(file name, caption, pixels)], pixels uint8 [3, resolution, resolution]. File names are
-    relative to `data_dir` or, as in the published study's data, to its images/ folder. Raises
-    UserError naming the line or the picture that is wrong.
+    File names are relative to `data_dir` or, as in the published study's data, to its images/ folder. Raises
+    UserError naming the line or the picture that is wrong. Pictures that were looked at before and have not
+    changed since, by their size and time of change, are not read again.
     """
     data_dir = Path(data_dir)
+    listing, known = read_listing(data_dir), read_known(data_dir)
+    facts = {}
+    for (name, _, _), fact in zip(
+        listing, ahead(lambda row: file_fact(row, known["pictures"]), listing), strict=True
+    ):
+        facts[name] = fact
+    rows = [Row(name, caption, path, facts[name][2]) for name, caption, path in listing]
+    key = hashlib.sha256(
+        json.dumps([resolution, [[row.caption, row.sha256] for row in rows]]).encode()
+    ).hexdigest()
+    data = Dataset(data_dir, rows, resolution, known["data"].get(key))
+    if data.sha256 is None:
+        data.sha256 = data_hash(data)
+    if first_process() and (facts != known["pictures"] or key not in known["data"]):
+        recent = list((known["data"] | {key: data.sha256}).items())[-16:]
+        record = dict(pictures=facts, data=dict(recent))
+        with replacing(data_dir / KEPT / "pictures.json") as path:
+            path.write_text(json.dumps(record), encoding="utf-8")
+    return data
+
+
+def read_known(data_dir):
+    """What latents/pictures.json says: dicts of `pictures`, {name: [bytes, time of change, SHA-256]}, and `data`,
+    {what a training set is made of: its SHA-256}; both empty where there is none or it is damaged."""
+    try:
+        record = json.loads((data_dir / KEPT / "pictures.json").read_text(encoding="utf-8"))
+        if all(isinstance(record[key], dict) for key in ("pictures", "data")):
+            return record
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return dict(pictures={}, data={})
+
+
+def file_fact(row, known):
+    """[bytes, time of change in ns, SHA-256] of a picture, the last as `known` where the others agree."""
+    name, _, path = row
+    try:
+        state = path.stat()
+        if (fact := known.get(name)) and fact[:2] == [state.st_size, state.st_mtime_ns]:
+            return fact
+        return [state.st_size, state.st_mtime_ns, sha256_file(path)]
+    except OSError as problem:
+        raise UserError(f"{path} cannot be read: {problem.strerror}") from None
+
+
+def read_listing(data_dir):
+    """[(file name, caption, path)] of `data_dir`/captions.jsonl; UserError naming the line that is wrong."""
     listing = data_dir / "captions.jsonl"
     if not listing.is_file():
         raise UserError(f"{listing}: no such file; run python preprocess.py first")
@@ -53,7 +155,7 @@ def read_dataset(data_dir, resolution):
         if path.resolve() in seen:
             raise UserError(f"{where}: {name} was already named in line {seen[path.resolve()]}")
         seen[path.resolve()] = number
-        rows.append((name, caption, read_pixels(path, resolution)))
+        rows.append((name, caption, path))
     if not rows:
         raise UserError(f"{listing} names no pictures; run python preprocess.py first")
     return rows
@@ -75,9 +177,9 @@ def read_pixels(path, resolution):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def data_hash(rows):
+def data_hash(data):
     """SHA-256 over captions and pixels, in the order of the rows."""
     digest = hashlib.sha256()
-    for _, caption, pixels in rows:
-        digest.update(caption.encode() + b"\0" + pixels.contiguous().numpy().tobytes())
+    for row, pixels in zip(data, ahead(data.pixels, range(len(data))), strict=True):
+        digest.update(row.caption.encode() + b"\0" + pixels.contiguous().numpy().tobytes())
     return digest.hexdigest()

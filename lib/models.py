@@ -1,6 +1,7 @@
 """Base models: fetched from the hub or found in a folder, checked, and loaded part by part."""
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -176,6 +177,22 @@ def variant_suffix(files, stem, half):
 def weight_files(folder, stem="*"):
     """The safetensors files of one model folder, whole or in shards."""
     return sorted(folder.glob(f"{stem}*.safetensors"))
+
+
+def model_digest(folder):
+    """SHA-256 over the names, sizes and first and last MiB of the weight files in a model's folder, and over
+    its JSON files."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")):
+        found.update(path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            found.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            found.update(file.read())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

@@ -120,10 +120,10 @@ def test_captions(data, content):
     except UserError as error:
         check_line(error, data)
         return
-    for name, caption, pixels in rows:
-        assert (data / name).exists() or (data / "images" / name).exists()
-        assert caption.strip()
-        assert pixels.shape == (3, 8, 8)
+    for index, row in enumerate(rows):
+        assert (data / row.name).exists() or (data / "images" / row.name).exists()
+        assert row.caption.strip()
+        assert rows.pixels(index).shape == (3, 8, 8)
 
 
 @many

@@ -38,19 +38,23 @@ def recomputed(module, *inputs):
 
 
 class MicroStep:
-    """The pass and the tensors that it reads: `unet`, `scheduler`, the data set's latents (mean and
-    deviation, [n, 4, h, w] each) and its texts.
+    """The pass and the tensors that it reads: `unet`, `scheduler`, the data set's Latents, of which those of a
+    micro-batch are copied to `device`, and its texts.
 
     `texts` is a function of data-set indices [batch] that returns hidden states [batch, 77, d]. The
     gradient of the mean loss, divided by `accumulation` and scaled by `scaler` where there is one, is
     added to that of each LoraParameters in `trained`; `sample_losses` then holds each sample's loss.
     """
 
-    def __init__(self, unet, scheduler, latents, texts, trained, scaler, batch_size, accumulation):
+    def __init__(
+        self, unet, scheduler, latents, texts, trained, scaler, batch_size, accumulation, device
+    ):
         self.unet, self.scheduler, self.texts = unet, scheduler, texts
-        self.latent_means, self.latent_deviations = latents
+        self.latents, shape = latents, latents.shape(0)
         self.trained, self.scaler, self.accumulation = trained, scaler, accumulation
-        device, shape = self.latent_means.device, self.latent_means.shape[1:]
+        self.latent_means, self.latent_deviations = torch.zeros(
+            2, batch_size, *shape, device=device
+        )
         self.indices = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.latent_noise, self.noise = torch.zeros(2, batch_size, *shape, device=device)
         self.timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -63,15 +67,15 @@ class MicroStep:
         buffers = (self.indices, self.latent_noise, self.noise, self.timesteps)
         for tensor, values in zip(buffers, columns, strict=True):
             tensor.copy_(torch.from_numpy(values))
+        kept = zip(*(self.latents[index] for index in pictures), strict=True)
+        for tensor, values in zip((self.latent_means, self.latent_deviations), kept, strict=True):
+            tensor.copy_(torch.stack(values))
 
     def forward(self):
         """The mean loss of the micro-batch, and each one's in `sample_losses`."""
         for part in self.trained.values():
             part.refresh()
-        latents = (
-            self.latent_means[self.indices]
-            + self.latent_deviations[self.indices] * self.latent_noise
-        )
+        latents = self.latent_means + self.latent_deviations * self.latent_noise
         states = self.texts(self.indices)
         losses = diffusion_loss(
             self.unet, self.scheduler, latents, self.noise, self.timesteps, states

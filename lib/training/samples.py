@@ -1,10 +1,9 @@
-"""What a training step draws from: captions as tokens, pictures as latents, samples by their number."""
+"""What a training step draws from: captions as tokens, samples by their number."""
 
 import functools
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lib.errors import UserError
 
@@ -13,36 +12,25 @@ MAX_TOKENS = 77  # CLIP's text length, begin and end token included
 ORDER, SAMPLE, HELD_OUT = 1, 2, 3
 
 
-def tokenize(tokenizer, rows):
+def tokenize(tokenizer, data):
     """Token ids of the captions, int64 [n, 77]; UserError naming a caption that does not fit."""
-    for name, caption, _ in rows:
-        length = len(tokenizer(caption, verbose=False).input_ids)
+    lengths = {}  # each caption is read once, however many pictures have it
+    for row in data:
+        caption = row.caption
+        if caption not in lengths:
+            lengths[caption] = len(tokenizer(caption, verbose=False).input_ids)
+        length = lengths[caption]
         if length > MAX_TOKENS:
             raise UserError(
-                f"the caption of {name} has {length} tokens, {MAX_TOKENS} is the most "
+                f"the caption of {row.name} has {length} tokens, {MAX_TOKENS} is the most "
                 f"(begin and end included); shorten «{caption[:60]}…»"
             )
     return tokenizer(
-        [caption for _, caption, _ in rows],
+        [row.caption for row in data],
         padding="max_length",
         max_length=MAX_TOKENS,
         return_tensors="pt",
     ).input_ids
-
-
-@torch.no_grad()
-def encode_latents(vae, rows, device):
-    """Mean and standard deviation of each picture's latent distribution, float32 [n, 4, h, w] each,
-    scaled as the UNet expects them. The VAE runs once a picture; training samples from these."""
-    means, deviations = [], []
-    for name, _, pixels in tqdm(rows, desc="latents", unit="picture", leave=False):
-        batch = pixels[None].to(device, vae.dtype) / 127.5 - 1.0  # [-1, 1]
-        latent = vae.encode(batch).latent_dist
-        if not latent.mean.isfinite().all():
-            raise UserError(f"the VAE gives NaN for {name}; try --mixed-precision no")
-        means.append(latent.mean.float() * vae.config.scaling_factor)
-        deviations.append(latent.std.float() * vae.config.scaling_factor)
-    return torch.cat(means), torch.cat(deviations)
 
 
 @torch.no_grad()
