@@ -14,6 +14,7 @@ what was done to it. A run that was interrupted goes on where it stopped.
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import PIL
@@ -30,16 +31,20 @@ from lib.files import (
     replace_folder,
     write_marker,
 )
+from lib.kept import ahead
 from lib.preparation.duplicates import without_duplicates
+from lib.preparation.framing import CROPS, choose_sizes, nearest_size
 from lib.preparation.sheets import write_sheets
 from lib.preparation.sources import picture_names, read_captions
-from lib.preparation.work import PNG, VIEW, prepare_pictures
+from lib.preparation.work import VIEW, prepare_pictures, upright_shape
 
 CONFIG = dict(
     data_dir="data",  # pictures, directly in this folder; captions beside them, see README
     output_dir="processed_data",  # replaced whole, once the new one is complete
     caption="a holographic raincoat",  # for every picture without a caption of its own
     resolution=512,  # side of the square, pixels; Stable Diffusion v1.5 was trained at 512
+    buckets=False,  # True: pictures keep their shape, in a few sizes of about that square's area
+    crop="centre",  # centre, top or subject: where what does not fit is cut off
     max_megapixels=200,  # larger pictures are refused: a small file can hide gigabytes
     duplicate_bits=6,  # of the 64 bits of the perceptual hash: this many or fewer differ, and
     duplicate_colour=12.0,  # thumbnails differ by at most this (mean of 0..255): a duplicate
@@ -51,6 +56,8 @@ CONFIG = dict(
 def check_config(config):
     """Refuse values that make no sense, and folders that would eat one another."""
     check_range(config, "resolution", 8, 4096)
+    if config["crop"] not in CROPS:
+        raise UserError(f"crop is {config['crop']}, but must be one of {', '.join(CROPS)}")
     check_range(config, "max_megapixels", 1)
     check_range(config, "duplicate_bits", 0, 64)
     check_range(config, "duplicate_colour", 0, 255)
@@ -66,7 +73,7 @@ def check_config(config):
     check_output_folder(output_dir, "manifest.json")
 
 
-def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, duplicate_bits,
+def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_megapixels, duplicate_bits,
                duplicate_colour, processes, strict):  # fmt: skip
     """Write the training set of `data_dir` to `output_dir`; return the manifest (a dict)."""
     data_dir, output_dir = Path(data_dir), Path(output_dir)
@@ -77,12 +84,15 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
     captions = read_captions(data_dir, names)
 
     # Each picture is made ready, and lies in `parts` until it is known which are kept.
-    settings = dict(resolution=resolution, max_megapixels=max_megapixels)
+    settings = dict(max_megapixels=max_megapixels, crop=crop)
     parts = beside(output_dir, "parts")
     parts.mkdir(parents=True, exist_ok=True)
-    pictures, skipped = prepare_pictures(data_dir, names, parts, settings, processes)
+    sizes = (
+        picture_sizes(data_dir, names, resolution) if buckets else [[resolution] * 2] * len(names)
+    )
+    pictures, skipped = prepare_pictures(data_dir, names, sizes, parts, settings, processes)
     kept, duplicates = without_duplicates(pictures, duplicate_bits, duplicate_colour)
-    report_counts(len(names), kept, skipped, duplicates, data_dir, resolution)
+    report_counts(len(names), kept, skipped, duplicates, data_dir)
     if not kept:
         shutil.rmtree(parts)
         raise UserError(
@@ -100,7 +110,8 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
     sheet = write_sheets(new, views, [picture["source"] for picture in kept])
     records = write_pictures(new, parts, kept, captions, caption)
     manifest = dict(
-        config=dict(caption=caption, duplicate_bits=duplicate_bits, duplicate_colour=duplicate_colour) | settings,
+        config=dict(caption=caption, duplicate_bits=duplicate_bits, duplicate_colour=duplicate_colour,
+                    resolution=resolution, buckets=buckets) | settings,
         pillow=PIL.__version__,
         pictures=records,
         skipped=skipped,
@@ -111,10 +122,30 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
     shutil.rmtree(parts)
     own = sum(record["caption_from"] != "CONFIG" for record in records)
     print(
-        f"{output_dir}: {len(kept)} pictures of {resolution}x{resolution}; {len(kept) - own} with the "
+        f"{output_dir}: {len(kept)} pictures of {count_sizes(kept)}; {len(kept) - own} with the "
         f"caption «{caption}», {own} with their own. Look at {output_dir / sheet}"
     )
     return manifest
+
+
+def picture_sizes(data_dir, names, resolution):
+    """The size [width, height] of each picture of `names` in buckets; says which were given up."""
+    shapes = list(ahead(lambda name: upright_shape(data_dir / name), names))
+    sizes, merged = choose_sizes([shape for shape in shapes if shape], resolution)
+    for (width, height), count in sorted(merged.items()):
+        print(
+            f"buckets: {count} pictures nearest to {width}x{height} go into the next size, as they are few"
+        )
+    square = [resolution, resolution]  # of what turns out to be no picture
+    return [list(nearest_size(shape, sizes)) if shape else square for shape in shapes]
+
+
+def count_sizes(pictures):
+    """How many pictures there are of each size, in words."""
+    count = Counter("{}x{}".format(*picture["size"]) for picture in pictures)
+    if len(count) == 1:
+        return next(iter(count))
+    return ", ".join(f"{size} ({number})" for size, number in count.most_common())
 
 
 def write_pictures(folder, parts, pictures, captions, caption):
@@ -128,16 +159,17 @@ def write_pictures(folder, parts, pictures, captions, caption):
     rows, records = [], []
     for number, picture in enumerate(pictures, 1):
         file_name = f"images/image_{number:0{digits}}.png"
-        (parts / f"{picture['key']}{PNG}").rename(folder / file_name)
+        for ending in picture["files"]:
+            (parts / f"{picture['key']}{ending}").rename((folder / file_name).with_suffix(ending))
         text, caption_from = captions.get(picture["source"], (caption, "CONFIG"))
         rows.append(json.dumps(dict(file_name=file_name, text=text), ensure_ascii=False))
-        record = {k: picture[k] for k in "source sha256 format mode width height done".split()}
+        record = {k: picture[k] for k in "source sha256 format mode width height size done".split()}
         records.append(dict(file_name=file_name, text=text, caption_from=caption_from) | record)
     (folder / "captions.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return records
 
 
-def report_counts(read, kept, skipped, duplicates, data_dir, resolution):
+def report_counts(read, kept, skipped, duplicates, data_dir):
     """Print what went in, what comes out and why the two differ."""
     print(
         f"{data_dir}: {read} files, {read - len(skipped)} pictures read, "
@@ -152,13 +184,16 @@ def report_counts(read, kept, skipped, duplicates, data_dir, resolution):
         print(f"  duplicate  {row['source']}: {row['reason']} as {row['duplicate_of']}{detail}")
     for picture in kept:
         if picture["enlarged"]:
-            size = f"{picture['width']}x{picture['height']}"
-            print(
-                f"  warning    {picture['source']}: {size} is enlarged to {resolution} and will be soft"
-            )
+            print("  warning    {}: {}x{} is enlarged to {}x{} and will be soft".format(
+                picture["source"], picture["width"], picture["height"], *picture["size"]))  # fmt: skip
         for action in picture["done"]:
             if "ICC" in action:
                 print(f"  warning    {picture['source']}: {action}")
+    if cut := sum(picture["kept"] < 0.75 for picture in kept):
+        print(
+            f"  warning    {cut} pictures lose more than a quarter, which the contact sheet shows pale; "
+            "--buckets keeps their shape, --crop subject what matters"
+        )
 
 
 def main():

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from lib.errors import UserError, one_line
 from lib.files import sha256_file
-from lib.kept import ahead, first_process, replacing
+from lib.kept import ahead, first_process, keep
 
 KEPT = "latents"  # the folder in the training set where what was computed of it is kept
 
@@ -89,9 +89,8 @@ def read_dataset(data_dir, resolution):
         data.sha256 = data_hash(data)
     if first_process() and (facts != known["pictures"] or key not in known["data"]):
         recent = list((known["data"] | {key: data.sha256}).items())[-16:]
-        record = dict(pictures=facts, data=dict(recent))
-        with replacing(data_dir / KEPT / "pictures.json") as path:
-            path.write_text(json.dumps(record), encoding="utf-8")
+        record = json.dumps(dict(pictures=facts, data=dict(recent))).encode()
+        keep(data_dir / KEPT / "pictures.json", lambda path: path.write_bytes(record))
     return data
 
 

@@ -11,20 +11,18 @@ def first_process():
     return os.environ.get("RANK", "0") == "0"
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Yields a path beside `path` to write to, which then takes its place: two that write at a time do not
-    meet, and what is left half is removed. What fails is said, and goes no further: nothing is lost."""
+def keep(path, write):
+    """Let `write` fill a file beside `path` that then takes its place: two that write at a time do not meet, and what
+    is left half is removed. What fails is said and goes no further, for nothing is lost."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
+        write(beside)
         beside.replace(path)
     except OSError as problem:
-        print(
-            f"note: {path} cannot be written ({problem.strerror}); it will be computed again next time"
-        )
+        reason = problem.strerror or problem
+        print(f"note: {path} cannot be written ({reason}); it will be computed again next time")
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)

@@ -223,7 +223,7 @@ def test_small_pictures_and_counts_are_said(tmp_path):
         "preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "out", "--resolution", 128
     )
     assert "3 files, 2 pictures read, 1 skipped, 0 duplicates, 2 kept" in done.stdout
-    assert "small.png: 60x90 is enlarged" in done.stdout
+    assert "small.png: 60x90 is enlarged to 128x128" in done.stdout
     assert "large.png" not in done.stdout
 
 

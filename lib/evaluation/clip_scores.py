@@ -19,7 +19,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from lib.dataset import KEPT, Pictures
 from lib.errors import UserError, one_line
-from lib.kept import replacing
+from lib.kept import keep
 from lib.models import fetch_model, model_digest
 
 
@@ -143,8 +143,13 @@ def kept_training_embeddings(data, folder, clip):
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         print(f"note: {path} is damaged; the training pictures are embedded again")
     found = training_embeddings(Pictures(data), clip)
-    with replacing(path) as beside, beside.open("wb") as file:
-        np.savez(file, embeddings=found[0], mirrored=found[1], key=np.array(key))
+    arrays = dict(embeddings=found[0], mirrored=found[1], key=np.array(key))
+
+    def write(path):
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+
+    keep(path, write)
     return found
 
 

@@ -28,6 +28,7 @@ def picture_names(data_dir):
         and name not in CAPTION_FILES
         and not (name.endswith(".txt") and Path(name).stem in stems)
         and name not in passed_over
+        and not (name.lower().endswith(".mask.png") and name[: -len(".mask.png")] in stems)
     ]
     return pictures, companions
 

@@ -17,7 +17,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from lib.errors import UserError
@@ -29,16 +29,17 @@ from lib.preparation.sources import is_text
 
 FEW = 8  # pictures that are made ready sooner than a process that would help starts
 MEGAPIXELS_AT_ONCE = 32  # in all processes together; a picture takes about 16 MB a megapixel
-PNG, VIEW, RECORD = ".png", ".jpg", ".json"  # endings of a picture's parts
+# Endings of a picture's parts.
+PNG, MASK, VIEW, RECORD = ".png", ".mask.png", ".jpg", ".json"
 
 
-def prepare_pictures(data_dir, names, parts, settings, processes=0):
+def prepare_pictures(data_dir, names, sizes, parts, settings, processes=0):
     """(pictures, skipped): a dict of what is known of each picture of `names` in the folder `data_dir`,
     and source and reason of each that cannot be used, both in the order of the names.
 
-    A picture's `key` is the name of its parts in the folder `parts`: PNG, as it is trained on, and VIEW,
-    a thumbnail for the contact sheet. `settings` are those of `framed` and `max_megapixels`.
-    `processes` work at once, 0 meaning one a core.
+    A picture's `key` is the name of its parts in the folder `parts`: PNG, as it is trained on, at its size of
+    `sizes`; MASK, where it has one; and VIEW, a thumbnail for the contact sheet. `settings` are `crop`, see
+    `framed`, and `max_megapixels`. `processes` work at once, 0 meaning one a core.
     """
     work = functools.partial(prepared, data_dir, parts, settings)
     workers = min(processes or cores(), math.ceil(len(names) / FEW))
@@ -46,10 +47,10 @@ def prepare_pictures(data_dir, names, parts, settings, processes=0):
     bar = functools.partial(tqdm, total=len(names), desc="preparing", unit="picture", leave=False)
     try:
         if workers <= 1:
-            found.extend(bar(map(work, names)))
+            found.extend(bar(map(work, names, sizes)))
         else:
             with process_pool(workers) as pool:
-                found.extend(bar(pool.map(work, names, chunksize=2)))
+                found.extend(bar(pool.map(work, names, sizes, chunksize=2)))
     except (KeyboardInterrupt, SystemExit):
         print(
             f"stopped at {len(found)} of {len(names)} pictures; the same command goes on from there"
@@ -76,7 +77,7 @@ def cores():
 # ---- one picture ------------------------------------------------------------------------------
 
 
-def prepared(data_dir, parts, settings, name):
+def prepared(data_dir, parts, settings, name, size):
     """What `prepare_pictures` tells of one picture; its parts are in their folder afterwards."""
     path = data_dir / name
     try:
@@ -85,17 +86,21 @@ def prepared(data_dir, parts, settings, name):
             raise Unusable("its name is not UTF-8; give it another")
         if not path.is_file():
             raise Unusable("a folder or special file; only files directly in it are read")
+        if name.lower().endswith(MASK):
+            raise Unusable("a mask, but there is no picture of that name")
+        mask = path.with_suffix(MASK)
         try:
             sha256 = sha256_file(path)
+            mask_sha256 = sha256_file(mask) if mask.is_file() else None
         except OSError as problem:
             raise Unusable(f"cannot be read ({problem.strerror})") from None
-        made_from = json.dumps([sha256, path.suffix.lower(), settings])
+        made_from = json.dumps([sha256, mask_sha256, path.suffix.lower(), size, settings])
         part = parts / hashlib.sha256(made_from.encode()).hexdigest()[:32]
         record = kept_record(part)
         if record is None:
             with room_for(path):
                 record = dict(sha256=sha256, bytes=path.stat().st_size)
-                record |= write_parts(path, part, settings)
+                record |= write_parts(path, mask if mask_sha256 else None, part, size, settings)
             write_beside(
                 part.with_suffix(RECORD), lambda file: file.write(json.dumps(record).encode())
             )
@@ -106,17 +111,22 @@ def prepared(data_dir, parts, settings, name):
     return dict(source=name, key=part.name, **record)
 
 
-def write_parts(path, part, settings):
-    """Make the picture at `path` ready: write its parts, return what is known of it."""
+def write_parts(path, mask_path, part, size, settings):
+    """Make the picture at `path`, whose mask may lie at `mask_path`, ready: write its parts, return what is known."""
     image, info, done = read_picture(path, settings["max_megapixels"])
-    ready, frame = framed(image, settings)
+    mask = subject_mask(path, mask_path, image, done, settings["max_megapixels"])
+    ready, ready_mask, frame = framed(image, size, settings["crop"], mask)
     done.append(frame["words"])
     write_beside(part.with_suffix(PNG), lambda file: ready.save(file, "PNG"))
-    sheet = view(image, frame)
+    if mask is not None:
+        write_beside(part.with_suffix(MASK), lambda file: ready_mask.save(file, "PNG"))
+    sheet = view(image, frame, mask)
     write_beside(part.with_suffix(VIEW), lambda file: sheet.save(file, "JPEG", quality=90))
+    endings = (PNG, MASK) if mask is not None else (PNG,)
     return dict(
-        **info, done=done, pixels=image.width * image.height, enlarged=frame["enlarged"],
-        png_sha256=sha256_file(part.with_suffix(PNG)), **fingerprint(image),
+        **info, done=done, size=list(size), pixels=image.width * image.height, kept=frame["kept"],
+        enlarged=frame["enlarged"], **fingerprint(image),
+        files={ending: sha256_file(part.with_suffix(ending)) for ending in endings},
     )  # fmt: skip
 
 
@@ -124,12 +134,51 @@ def kept_record(part):
     """The record of a picture whose parts are all there and whole, or None."""
     try:
         record = json.loads(part.with_suffix(RECORD).read_bytes())
-        whole = sha256_file(part.with_suffix(PNG)) == record["png_sha256"]
+        whole = all(
+            sha256_file(part.with_suffix(ending)) == sha256
+            for ending, sha256 in record["files"].items()
+        )
         with Image.open(part.with_suffix(VIEW), formats=("JPEG",)) as image:
             image.load()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if whole else None
+
+
+def subject_mask(path, mask_path, image, done, max_megapixels):
+    """The mask of a picture, white where the subject is: the picture at `mask_path` or, where that is None, the
+    transparency of the one at `path`, if it has any (`done` is what reading it did); else None."""
+    if mask_path is not None:
+        try:
+            mask = read_picture(mask_path, max_megapixels)[0].convert("L")
+        except Unusable as reason:
+            raise Unusable(f"its mask {mask_path.name}: {reason}") from None
+        if abs(mask.width / mask.height * image.height / image.width - 1) > 0.02:
+            raise Unusable(
+                f"its mask {mask_path.name} is {mask.width}x{mask.height}, another shape than the picture's "
+                f"{image.width}x{image.height}"
+            )
+        done.append(f"masked by {mask_path.name}")
+    elif "put on white" in done:
+        with Image.open(path, formats=FORMATS) as source:
+            source.load()
+            mask = ImageOps.exif_transpose(source).convert("RGBA").getchannel("A")
+        done.append("masked by its transparency")
+    else:
+        return None
+    return mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BILINEAR)
+
+
+def upright_shape(path):
+    """(width, height) of a picture as it is shown, from its header; None where that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                turned = image.format != "HEIF" and image.getexif().get(0x0112, 1) in range(5, 9)
+                return image.size[::-1] if turned else image.size
+    except Exception:  # what is wrong with it is told when it is read
+        return None
 
 
 def write_beside(path, write):
@@ -187,14 +236,8 @@ def room_for(path):
         yield
         return
     slots, turn = _share
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                megapixels = image.width * image.height / 1e6
-    except Exception:  # what is wrong with it is told when it is read
-        megapixels = 0
-    wanted = min(MEGAPIXELS_AT_ONCE, math.ceil(megapixels) or 1)
+    width, height = upright_shape(path) or (1, 1)
+    wanted = min(MEGAPIXELS_AT_ONCE, math.ceil(width * height / 1e6))
     with turn:  # one at a time, so that no two wait for what the other holds
         for _ in range(wanted):
             slots.acquire()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lib.dataset import KEPT
 from lib.errors import UserError
 from lib.files import flush
-from lib.kept import ahead, replacing
+from lib.kept import ahead, keep
 from lib.models import model_digest
 
 AT_ONCE = 4  # pictures that a GPU encodes at once; a CPU one, whose result depends on no other then
@@ -184,8 +184,7 @@ def make_latents(path, data, shape, kept, encode):
     """Encode what is missing in `kept`, write the file `path` anew and return the Latents of a Dataset; where it
     cannot be written, and where `path` is None, they are held in memory."""
     if path is not None:
-        with replacing(path) as beside:
-            write_kept(beside, data, shape, kept, encode)
+        keep(path, lambda beside: write_kept(beside, data, shape, kept, encode))
         if (latents := arranged(read_kept(path), data)) is not None:
             return latents
     parts = list(encode(list(range(len(data)))))
