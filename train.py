@@ -49,6 +49,7 @@ CONFIG = dict(
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
     validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
+    mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
     # output
     output_dir="lora_weights",
     run_name="lora_weights_rank_32",
@@ -139,6 +140,7 @@ def check_config(config):
         check_range(config, key, 0)
     check_range(config, "alpha", 1e-6)
     check_range(config, "seed", 0, 2**62)
+    check_range(config, "mask_weight", 0, 1)
     for key in ("adam_beta1", "adam_beta2"):
         check_range(config, key, 0, 1 - 1e-9)
     check_resolution(config)
@@ -172,7 +174,7 @@ def not_finite(problem, step, pictures, folder):
     )
 
 
-def train(*, base_model, revision, data_dir, resolution, validation_count, output_dir, run_name, push_to_hub,
+def train(*, base_model, revision, data_dir, resolution, validation_count, mask_weight, output_dir, run_name, push_to_hub,
           rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
           unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
           adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps,
@@ -190,6 +192,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     from lib.models import fetch_base_model
     from lib.training import checkpoints, setup
     from lib.training.journal import Journal
+    from lib.training.latents import latent_masks
     from lib.training.micro_step import MicroStep
     from lib.training.run_folder import data_record, finished_models, outcome_text, write_run
     from lib.training.samples import Samples, split
@@ -236,13 +239,13 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     )
 
     samples = Samples(
-        train_indices, seed, latents.shape(0), scheduler.config.num_train_timesteps, batch_size,
+        train_indices, seed, latents.shape, scheduler.config.num_train_timesteps, batch_size,
         accelerator.num_processes, accelerator.process_index,
     )  # fmt: skip
     probes = samples.probes(held_out) if is_main else []
     micro = MicroStep(
         unet, scheduler, latents, texts, trained, accelerator.scaler, batch_size,
-        gradient_accumulation_steps, device,
+        gradient_accumulation_steps, device, latent_masks(data, latents, mask_weight),
     )  # fmt: skip
 
     # Where the run stands: at the start, or where the last checkpoint left it.

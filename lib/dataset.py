@@ -30,10 +30,13 @@ class Row(NamedTuple):
 
 
 class Dataset:
-    """The rows of a training set. `sha256` is over captions and pixels, in the order of the rows."""
+    """The rows of a training set and each picture's size in `sizes`, (width, height) in pixels: that of `resolution` or,
+    where preprocess.py was told to keep their shapes, its own. `sha256` is over captions and pixels, in the order of
+    the rows."""
 
-    def __init__(self, folder, rows, resolution, sha256):
-        self.folder, self.rows, self.resolution, self.sha256 = folder, rows, resolution, sha256
+    def __init__(self, folder, rows, resolution, sizes):
+        self.folder, self.rows, self.resolution, self.sizes = folder, rows, resolution, sizes
+        self.sha256 = None
 
     def __len__(self):
         return len(self.rows)
@@ -44,13 +47,38 @@ class Dataset:
     def __getitem__(self, index):
         return self.rows[index]
 
+    def key(self, index):
+        """By what a picture is known, whatever it is called: its bytes and its size."""
+        return "{} {}x{}".format(self.rows[index].sha256, *self.sizes[index])
+
     def pixels(self, index):
-        """A picture as uint8 [3, resolution, resolution]."""
-        return read_pixels(self.rows[index].path, self.resolution)
+        """A picture as uint8 [3, height, width]."""
+        return read_pixels(self.rows[index].path, self.sizes[index])
 
     def image(self, index):
         """The same as a PIL picture."""
         return Image.fromarray(self.pixels(index).permute(1, 2, 0).numpy())
+
+    def mask_path(self, index):
+        """Where a picture's mask lies, if it has one."""
+        return self.rows[index].path.with_suffix(".mask.png")
+
+    def mask(self, index, size):
+        """How much of the subject (0 to 255) each cell of a picture of `size` (width, height) shows, uint8 [height,
+        width]; 255 everywhere for a picture without a mask."""
+        path = self.mask_path(index)
+        if not path.is_file():
+            return torch.full((size[1], size[0]), 255, dtype=torch.uint8)
+        mask = read_pixels(path, self.sizes[index])[0]
+        return torch.from_numpy(
+            np.array(Image.fromarray(mask.numpy()).resize(size, Image.Resampling.BOX))
+        )
+
+    def masks_sha256(self):
+        """SHA-256 over the masks, in the order of the rows."""
+        paths = map(self.mask_path, range(len(self)))
+        found = [sha256_file(path) if path.is_file() else None for path in paths]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 class Pictures:
@@ -67,7 +95,7 @@ class Pictures:
 
 
 def read_dataset(data_dir, resolution):
-    """The Dataset of `data_dir`/captions.jsonl and its pictures, resized to `resolution` if need be.
+    """The Dataset of `data_dir`/captions.jsonl and its pictures; see there for their sizes.
 
     File names are relative to `data_dir` or, as in the published study's data, to its images/ folder. Raises
     UserError naming the line or the picture that is wrong. Pictures that were looked at before and have not
@@ -81,17 +109,41 @@ def read_dataset(data_dir, resolution):
     ):
         facts[name] = fact
     rows = [Row(name, caption, path, facts[name][2]) for name, caption, path in listing]
-    key = hashlib.sha256(
-        json.dumps([resolution, [[row.caption, row.sha256] for row in rows]]).encode()
-    ).hexdigest()
-    data = Dataset(data_dir, rows, resolution, known["data"].get(key))
-    if data.sha256 is None:
-        data.sha256 = data_hash(data)
+    data = Dataset(data_dir, rows, resolution, picture_sizes(data_dir, rows, resolution))
+    made_of = [[row.caption, data.key(index)] for index, row in enumerate(rows)]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    data.sha256 = known["data"].get(key) or data_hash(data)
     if first_process() and (facts != known["pictures"] or key not in known["data"]):
         recent = list((known["data"] | {key: data.sha256}).items())[-16:]
         record = json.dumps(dict(pictures=facts, data=dict(recent))).encode()
         keep(data_dir / KEPT / "pictures.json", lambda path: path.write_bytes(record))
     return data
+
+
+def picture_sizes(data_dir, rows, resolution):
+    """[(width, height)] of the rows: what preprocess.py says of those whose shape it kept, else a square.
+
+    UserError if it was told another resolution.
+    """
+    try:
+        manifest = json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))
+        if not manifest["config"]["buckets"]:
+            return [(resolution, resolution)] * len(rows)
+        prepared = manifest["config"]["resolution"]
+        said = {picture["file_name"]: tuple(picture["size"]) for picture in manifest["pictures"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [(resolution, resolution)] * len(rows)
+    if prepared != resolution:
+        raise UserError(
+            f"{data_dir}: its pictures were prepared with --buckets for a resolution of {prepared}, not {resolution}; "
+            f"add --resolution {prepared}, or run preprocess.py again with --resolution {resolution}"
+        )
+    for name, size in said.items():
+        if not (len(size) == 2 and all(isinstance(n, int) and n > 0 and n % 8 == 0 for n in size)):
+            raise UserError(
+                f"{data_dir / 'manifest.json'}: the size of {name} is no width and height in steps of 8"
+            )
+    return [said.get(row.name, (resolution, resolution)) for row in rows]
 
 
 def read_known(data_dir):
@@ -160,8 +212,8 @@ def read_listing(data_dir):
     return rows
 
 
-def read_pixels(path, resolution):
-    """A picture as uint8 [3, resolution, resolution], resized and centre-cropped if need be."""
+def read_pixels(path, size):
+    """A picture as uint8 [3, height, width], resized and centre-cropped to `size` (width, height) if need be."""
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF")) as image:
             image = image.convert("RGB")
@@ -171,8 +223,8 @@ def read_pixels(path, resolution):
         raise UserError(
             f"{path} cannot be read as a picture: {reason}; run preprocess.py"
         ) from None
-    if image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    if image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -49,7 +49,7 @@ def as_before(data, model):
     vae = latents_vae(model)
     found = []
     for path in sorted((data / "images").glob("*.png")):
-        pixels = dataset.read_pixels(path, 64)
+        pixels = dataset.read_pixels(path, (64, 64))
         with torch.no_grad():
             latent = vae.encode(pixels[None].to(torch.float32) / 127.5 - 1.0).latent_dist
         scale = vae.config.scaling_factor
@@ -85,7 +85,7 @@ def test_latents_are_the_plain_codes_and_are_encoded_once(data, model, monkeypat
     assert seen == []
     assert equal(again, expected)
     # A file that others can read, and nothing half beside it.
-    assert load_file(kept_file(data))["means"].shape == (6, 4, 8, 8)
+    assert load_file(kept_file(data))["4x8x8.means"].shape == (6, 4, 8, 8)
     assert sorted(p.name for p in (data / KEPT).iterdir()) == sorted(
         [kept_file(data).name, "pictures.json"]
     )
@@ -102,7 +102,7 @@ def test_only_new_pictures_are_encoded_whatever_they_are_called(data, model, mon
     found, seen = encoded(data, model, monkeypatch)
     assert seen == ["images/image_03.png"]
     assert equal(found, as_before(data, model))
-    assert load_file(kept_file(data))["means"].shape[0] == 5
+    assert load_file(kept_file(data))["4x8x8.means"].shape[0] == 5
     # The same pictures in another order need no VAE.
     (data / "captions.jsonl").write_text("\n".join(rows[4::-1]) + "\n")
     found, seen = encoded(data, model, monkeypatch)
@@ -171,7 +171,7 @@ def test_pictures_are_read_again_only_where_they_changed(data, monkeypatch):
     assert len(read) == 6
     expected = hashlib.sha256()
     for path in sorted((data / "images").iterdir()):
-        pixels = np.ascontiguousarray(whole(path, 64).numpy())
+        pixels = np.ascontiguousarray(whole(path, (64, 64)).numpy())
         expected.update(b"a holographic raincoat\0" + pixels.tobytes())
     assert first.sha256 == expected.hexdigest()
     read.clear()

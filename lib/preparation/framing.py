@@ -147,7 +147,7 @@ def centering_on(subject, source, size):
         start = (low + high - window) / 2
         if axis == 1 and high - low > window:
             start = low - 0.03
-        found.append(min(1.0, max(0.0, start / (1 - window))) if window < 1 - 1e-9 else 0.5)
+        found.append(float(min(1.0, max(0.0, start / (1 - window)))) if window < 1 - 1e-9 else 0.5)
     return tuple(found)
 
 

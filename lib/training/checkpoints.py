@@ -113,6 +113,8 @@ def identity(config, data, base_folder, accelerator):
     """What must be equal for a checkpoint to be continued bit for bit: a dict of JSON values."""
     found = {key: value for key, value in config.items() if key not in FREE}
     found["pictures and captions"] = data.sha256
+    if config["mask_weight"] != 1.0:
+        found["masks"] = data.masks_sha256()
     found["weights of the base model"] = weights_digest(base_folder)
     found |= {package: version(package) for package in NUMERIC}
     found["processes"] = accelerator.num_processes

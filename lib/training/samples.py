@@ -69,31 +69,55 @@ def epoch_order(seed, epoch, count):
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
 
 
+@functools.lru_cache(maxsize=2)
+def epoch_chunks(seed, epoch, shapes, size):
+    """The epoch's order in chunks of `size` pictures of one shape each, in the order of their first pictures: a list of
+    lists of numbers. `shapes` are those of the pictures; a chunk that lacks some begins again with its shape."""
+    chunks, groups = [], {}
+    for rank, number in enumerate(epoch_order(seed, epoch, len(shapes))):
+        groups.setdefault(shapes[number], []).append((rank, number))
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            chunk = group[start : start + size]
+            chunks.append(chunk + [group[i % len(group)] for i in range(size - len(chunk))])
+    return [[number for _, number in chunk] for chunk in sorted(chunks, key=lambda c: c[0])]
+
+
 class Samples:
     """The training samples by their number: which picture, and its noise and timestep.
 
     Sample number s is picture s mod n of epoch s div n, and its draws derive from (seed, s).
     Processes and micro-steps take consecutive samples, so two processes see what one with twice the
-    batch size sees, and a run that goes on after an interruption needs no random state.
+    batch size sees, and a run that goes on after an interruption needs no random state. Where pictures
+    have several shapes, the micro-batches of all processes together hold one, see `epoch_chunks`.
     """
 
-    def __init__(
-        self, pictures, seed, latent_shape, timesteps_count, batch_size, processes, process
-    ):
+    def __init__(self, pictures, seed, shape_of, timesteps_count, batch_size, processes, process):
         self.pictures, self.seed = pictures, seed  # indices into the data set
-        self.latent_shape, self.timesteps_count = latent_shape, timesteps_count
+        self.shape_of, self.timesteps_count = shape_of, timesteps_count  # of an index: [c, h, w]
         self.batch_size, self.processes, self.process = batch_size, processes, process
+        self.shapes = tuple(map(shape_of, pictures))
+
+    def picture(self, sample):
+        """The data-set index of a sample."""
+        if len(set(self.shapes)) == 1:
+            epoch, place = divmod(sample, len(self.pictures))
+            return self.pictures[epoch_order(self.seed, epoch, len(self.pictures))[place]]
+        size = self.batch_size * self.processes
+        count = len(epoch_chunks(self.seed, 0, self.shapes, size))  # the same in every epoch
+        epoch, place = divmod(sample // size, count)
+        return self.pictures[
+            epoch_chunks(self.seed, epoch, self.shapes, size)[place][sample % size]
+        ]
 
     def micro_batch(self, number):
         """(data-set indices, draws) of this process's samples of micro-step `number`."""
         first = (number * self.processes + self.process) * self.batch_size
         pictures, draws = [], []
         for sample in range(first, first + self.batch_size):
-            epoch, place = divmod(sample, len(self.pictures))
-            order = epoch_order(self.seed, epoch, len(self.pictures))
-            pictures.append(self.pictures[order[place]])
+            pictures.append(self.picture(sample))
             rng = np.random.default_rng([self.seed, SAMPLE, sample])
-            draws.append(draw_noise(rng, self.latent_shape, self.timesteps_count))
+            draws.append(draw_noise(rng, self.shape_of(pictures[-1]), self.timesteps_count))
         return pictures, draws
 
     def probes(self, held_out):
@@ -102,7 +126,7 @@ class Samples:
         found = []
         for picture in held_out:
             rng = np.random.default_rng([self.seed, HELD_OUT, picture])
-            noise = draw_noise(rng, self.latent_shape, self.timesteps_count)[:2]
+            noise = draw_noise(rng, self.shape_of(picture), self.timesteps_count)[:2]
             found += [
                 (picture, (*noise, (self.timesteps_count * (2 * k + 1)) // 8)) for k in range(4)
             ]

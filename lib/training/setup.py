@@ -1,5 +1,7 @@
 """From a base-model folder to what the loop needs: latents, the adapted models, texts."""
 
+import functools
+
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -47,7 +49,7 @@ def picture_latents(base_folder, data, dtype, accelerator):
         advice = f"--resolution {half_resolution(data.resolution)} needs a quarter"
         with memory_for("encoding the pictures", advice):
             latents = make_latents(
-                path if first else None, data, latent_shape(vae, data.resolution), kept,
+                path if first else None, data, functools.partial(latent_shape, vae), kept,
                 lambda indices: encode_latents(vae, data, indices, device),
             )  # fmt: skip
     if first:
