@@ -1,7 +1,6 @@
 """Which part of a picture is trained on, and at what size."""
 
 import math
-from collections import Counter
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -43,27 +42,29 @@ def nearest_size(shape, sizes):
 def choose_sizes(shapes, resolution):
     """(sizes, merged): the sizes that pictures of `shapes` are brought to, few, and what was given up for that:
     {size: how many pictures were nearest to it}."""
-    count = Counter(nearest_size(shape, bucket_sizes(resolution)) for shape in shapes)
-    sizes, merged = sorted(count), {}
+    sizes = sorted({nearest_size(shape, bucket_sizes(resolution)) for shape in set(shapes)})
+    # Of each picture (a row), how much is left of it in each size.
+    ratios = np.array([[w / h] for w, h in shapes]) / np.array([[w / h for w, h in sizes]])
+    shares = np.minimum(ratios, 1 / ratios)
+    first, left, merged = shares.argmax(axis=1), list(range(len(sizes))), {}
 
     def cost(
-        size,
-    ):  # what giving it up cuts off, of all pictures together, and the least that stays of one
-        others = [other for other in sizes if other != size]
-        mine = [shape for shape in shapes if nearest_size(shape, sizes) == size]
-        left = [kept_share(shape, nearest_size(shape, others)) for shape in mine]
-        lost = sum(kept_share(shape, size) for shape in mine) - sum(left)
-        return lost, min(left, default=1.0), len(mine), size
+        number,
+    ):  # what giving a size up cuts off, of all pictures together; the least that stays of one
+        mine = shares[np.array(left)[shares[:, left].argmax(axis=1)] == number]
+        after = mine[:, [other for other in left if other != number]].max(axis=1)
+        lost = mine[:, number].sum() - after.sum()
+        return lost, after.min(initial=1.0), len(mine), number
 
-    while len(sizes) > 1:
-        costs = sorted(map(cost, sizes))
+    while len(left) > 1:
+        costs = sorted(map(cost, left))
         rare = [c for c in costs if c[2] < RARE * len(shapes) and c[1] >= LITTLE]
-        if len(sizes) <= MOST_SIZES and not rare:
+        if len(left) <= MOST_SIZES and not rare:
             break
-        given_up = (rare or costs)[0]
-        sizes.remove(given_up[3])
-        merged[given_up[3]] = given_up[2]
-    return sizes, merged
+        number = (rare or costs)[0][3]
+        left.remove(number)
+        merged[sizes[number]] = int((first == number).sum())
+    return [sizes[number] for number in left], merged
 
 
 # ---- one picture --------------------------------------------------------------------------------
