@@ -103,11 +103,7 @@ def read_dataset(data_dir, resolution):
     """
     data_dir = Path(data_dir)
     listing, known = read_listing(data_dir), read_known(data_dir)
-    facts = {}
-    for (name, _, _), fact in zip(
-        listing, ahead(lambda row: file_fact(row, known["pictures"]), listing), strict=True
-    ):
-        facts[name] = fact
+    facts = {name: file_fact(name, path, known["pictures"]) for name, _, path in listing}
     rows = [Row(name, caption, path, facts[name][2]) for name, caption, path in listing]
     data = Dataset(data_dir, rows, resolution, picture_sizes(data_dir, rows, resolution))
     made_of = [[row.caption, data.key(index)] for index, row in enumerate(rows)]
@@ -158,9 +154,8 @@ def read_known(data_dir):
     return dict(pictures={}, data={})
 
 
-def file_fact(row, known):
+def file_fact(name, path, known):
     """[bytes, time of change in ns, SHA-256] of a picture, the last as `known` where the others agree."""
-    name, _, path = row
     try:
         state = path.stat()
         if (fact := known.get(name)) and fact[:2] == [state.st_size, state.st_mtime_ns]:
@@ -179,7 +174,7 @@ def read_listing(data_dir):
         lines = listing.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"{listing} cannot be read as UTF-8 text: {problem}") from None
-    rows, seen = [], {}
+    rows, seen, inside = [], {}, data_dir.resolve()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -201,11 +196,12 @@ def read_listing(data_dir):
             raise UserError(f"{where}: {name} is an absolute path; name pictures from {data_dir}")
         if path is None:
             raise UserError(f"{where}: there is no {name} in {data_dir} or {data_dir / 'images'}")
-        if data_dir.resolve() not in path.resolve().parents:
+        real = path.resolve()
+        if inside not in real.parents:
             raise UserError(f"{where}: {name} lies outside {data_dir}")
-        if path.resolve() in seen:
-            raise UserError(f"{where}: {name} was already named in line {seen[path.resolve()]}")
-        seen[path.resolve()] = number
+        if real in seen:
+            raise UserError(f"{where}: {name} was already named in line {seen[real]}")
+        seen[real] = number
         rows.append((name, caption, path))
     if not rows:
         raise UserError(f"{listing} names no pictures; run python preprocess.py first")

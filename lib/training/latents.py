@@ -61,7 +61,7 @@ def kept_path(data, vae_folder, dtype, device):
 
 def checksums(means, deviations):
     """Sums over each picture's bits as whole numbers, int64 [n]: quick, and zeros or a flipped bit change it."""
-    both = [x.view(torch.int32).sum(dim=(1, 2, 3), dtype=torch.int64) for x in (means, deviations)]
+    both = [part.flatten(1).view(torch.int64).sum(dim=1) for part in (means, deviations)]
     return both[0] * 3 + both[1]
 
 

@@ -69,7 +69,6 @@ def epoch_order(seed, epoch, count):
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
 
 
-@functools.lru_cache(maxsize=2)
 def epoch_chunks(seed, epoch, shapes, size):
     """The epoch's order in chunks of `size` pictures of one shape each, in the order of their first pictures: a list of
     lists of numbers. `shapes` are those of the pictures; a chunk that lacks some begins again with its shape."""
@@ -96,19 +95,20 @@ class Samples:
         self.pictures, self.seed = pictures, seed  # indices into the data set
         self.shape_of, self.timesteps_count = shape_of, timesteps_count  # of an index: [c, h, w]
         self.batch_size, self.processes, self.process = batch_size, processes, process
-        self.shapes = tuple(map(shape_of, pictures))
+        shapes = list(map(shape_of, pictures))
+        self.one_shape = len(set(shapes)) == 1
+        self.chunks = functools.lru_cache(maxsize=2)(
+            lambda epoch: epoch_chunks(seed, epoch, shapes, batch_size * processes)
+        )
 
     def picture(self, sample):
         """The data-set index of a sample."""
-        if len(set(self.shapes)) == 1:
+        if self.one_shape:
             epoch, place = divmod(sample, len(self.pictures))
             return self.pictures[epoch_order(self.seed, epoch, len(self.pictures))[place]]
-        size = self.batch_size * self.processes
-        count = len(epoch_chunks(self.seed, 0, self.shapes, size))  # the same in every epoch
-        epoch, place = divmod(sample // size, count)
-        return self.pictures[
-            epoch_chunks(self.seed, epoch, self.shapes, size)[place][sample % size]
-        ]
+        chunk, place = divmod(sample, self.batch_size * self.processes)
+        epoch, chunk = divmod(chunk, len(self.chunks(0)))  # as many in every epoch
+        return self.pictures[self.chunks(epoch)[chunk][place]]
 
     def micro_batch(self, number):
         """(data-set indices, draws) of this process's samples of micro-step `number`."""
