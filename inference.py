@@ -11,7 +11,8 @@
 Out comes, in the output folder (one subfolder a run where there are several): report.html, to open;
 images/<prompt>/{base,lora}_<seed>.png, overview.webp, comparison_all.png,
 {success,near,failure}_cases.png, metrics.json, metrics.csv (a row a picture) and summary.md; for
-several runs comparison/ beside them.
+several runs comparison/ beside them. The model card in a run's own folder gets sample pictures and
+the verdicts.
 Base and LoRA share one pipeline and each picture's starting noise, which comes from its seed alone.
 Runs whose configurations differ in the seed alone are training seeds of one experiment.
 """
@@ -33,9 +34,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 CONFIG = dict(
     # what is evaluated
-    lora_dir="lora_weights/lora_weights_rank_32",  # one adapter, or a folder of runs
+    lora_dir="lora_weights/lora_weights_rank_32",  # one adapter (a folder, or kohya's file), or a folder of them
     output_dir="results/eval_rank32",  # replaced whole, once the new one is complete
-    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     data_dir="processed_data",  # the training pictures, for the concept similarity
     # what is drawn
@@ -97,7 +98,7 @@ def check_config(config):
     check_resolution(config)
     if config["rescore"] and config["score_dir"]:
         raise UserError("rescore and score_dir exclude one another; give one of them")
-    if not (config["rescore"] or config["score_dir"] or Path(config["lora_dir"]).is_dir()):
+    if not (config["rescore"] or config["score_dir"] or Path(config["lora_dir"]).exists()):
         raise UserError(
             f"{config['lora_dir']}: no such folder; train an adapter first (python train.py)"
         )
@@ -117,6 +118,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     import torch
 
     from lib.evaluation import results, scores
+    from lib.evaluation.card import update_model_card
     from lib.evaluation.effects import no_change_reason
     from lib.evaluation.runs import plan_runs
     from lib.provenance import provenance
@@ -169,7 +171,10 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         print(f"note: {reason}")
     shown = dict(prompts=prompts, seeds=seeds, warnings=warnings, provenance=provenance(device),
                  config=config, training=training)  # fmt: skip
-    judge_and_write(runs, base_pairs, margins, shown, Path(output_dir))
+    summaries = judge_and_write(runs, base_pairs, margins, shown, Path(output_dir))
+    if not (rescore or score_dir):
+        for (run, adapter), summary in zip(plan[0], summaries, strict=True):
+            update_model_card(adapter.path, run, summary, shown)
 
     if not (rescore or score_dir):
         done = time.monotonic()
@@ -184,7 +189,8 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
 
 
 def judge_and_write(runs, base_pairs, margins, shown, output_dir):
-    """Judge each run, and each experiment beside the others, and write their folders.
+    """Judge each run, and each experiment beside the others, and write their folders; return the runs'
+    summaries.
 
     `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say.
     """
@@ -198,8 +204,9 @@ def judge_and_write(runs, base_pairs, margins, shown, output_dir):
         print(f"warning: {warning}")
     prompts = shown["prompts"]
     judged = (prompts, base_pairs, margins, shown["training"])
+    of_runs = []
     for run in runs:
-        summary = analyse([run], *judged)
+        of_runs.append(summary := analyse([run], *judged))
         if run.sweep:
             summary["sweep"] = sweep_summary(run.sweep, prompts, base_pairs)
         results.write_run(run, summary, shown)
@@ -208,6 +215,7 @@ def judge_and_write(runs, base_pairs, margins, shown, output_dir):
         summaries = {name: analyse(members, *judged) for name, members in groups.items()}
         pairs = compare(groups, prompts, base_pairs, margins)
         results.write_comparison(output_dir / "comparison", groups, summaries, pairs, shown)
+    return of_runs
 
 
 def main():

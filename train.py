@@ -7,6 +7,7 @@
     accelerate launch --num_processes 2 train.py       # several GPUs
 
 Out comes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format),
+<run_name>.safetensors (kohya's: ComfyUI, A1111 and their kin), README.md (a model card),
 config.json (configuration, versions, commit, device), log.jsonl and loss.png. An earlier run of
 that name is replaced only once the new one is complete. A run that was interrupted, by Ctrl-C, a
 signal, a crash or a power cut, goes on from its last checkpoint when the same command is run again.
@@ -42,7 +43,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 CONFIG = dict(
     # model
-    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
@@ -51,6 +52,7 @@ CONFIG = dict(
     # output
     output_dir="lora_weights",
     run_name="lora_weights_rank_32",
+    push_to_hub=None,  # owner/name: upload the finished run there, into a private repository
     # LoRA: the weights become W + alpha / rank * B A
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1
@@ -154,6 +156,10 @@ def check_config(config):
         )
     if Path(config["run_name"]).name != config["run_name"] or config["run_name"].startswith("."):
         raise UserError(f"run_name {config['run_name']!r} must be a plain folder name")
+    if config["run_name"].endswith("pytorch_lora_weights"):
+        raise UserError(
+            f"run_name {config['run_name']!r} is diffusers' name of a file; take another"
+        )
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 
 
@@ -166,7 +172,7 @@ def not_finite(problem, step, pictures, folder):
     )
 
 
-def train(*, base_model, revision, data_dir, resolution, validation_count, output_dir, run_name,
+def train(*, base_model, revision, data_dir, resolution, validation_count, output_dir, run_name, push_to_hub,
           rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
           unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
           adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps,
@@ -334,7 +340,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     if is_main:
         journal.finish()
         write_run(work_folder, config, models, journal, data_record(rows, train_indices, held_out),
-                  device, processes=accelerator.num_processes,
+                  device, processes=accelerator.num_processes, prediction_type=scheduler.config.prediction_type,
                   mixed_precision=accelerator.mixed_precision, skipped_steps=progress.skipped,
                   learning_rate_changes=progress.changes, set_up_seconds=round(set_up_seconds, 2),
                   steps_a_second=round(steps_a_second, 3))  # fmt: skip
@@ -359,11 +365,16 @@ def main(config, description):
         memory_for("loading the models", advice),
     ):
         if holder:
+            from lib import hub
             from lib.training import checkpoints
 
             recover_folder(target, "config.json")
             checkpoints.remove(target)  # those of a run that was killed when it was complete
+            if config["push_to_hub"]:
+                hub.check_push(config["push_to_hub"])
         train(**config)
+        if holder and config["push_to_hub"]:
+            print(f"uploaded to {hub.push(target, config['push_to_hub'])}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from train import main
 # The complete configuration; a line that differs from train.py's ends in "<- changed".
 CONFIG = dict(
     # model
-    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
@@ -24,6 +24,7 @@ CONFIG = dict(
     # output
     output_dir="lora_weights",
     run_name="lora_weights_rank8",  # <- changed
+    push_to_hub=None,  # owner/name: upload the finished run there, into a private repository
     # LoRA: the weights become W + alpha / rank * B A
     rank=8,  # <- changed
     alpha=8.0,  # equal to the rank: a scale of 1 <- changed

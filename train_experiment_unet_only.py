@@ -16,7 +16,7 @@ from train import main
 # The complete configuration; a line that differs from train.py's ends in "<- changed".
 CONFIG = dict(
     # model
-    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
@@ -25,6 +25,7 @@ CONFIG = dict(
     # output
     output_dir="lora_weights",
     run_name="lora_weights_unet_only",  # <- changed
+    push_to_hub=None,  # owner/name: upload the finished run there, into a private repository
     # LoRA: the weights become W + alpha / rank * B A
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent  # demo/model lies in it
 
 
 def fetch_base_model(name, revision=None, half=False):
-    """The local folder of a Stable Diffusion pipeline, `name` being a folder or a hub id.
+    """The local folder of a Stable Diffusion pipeline, `name` being a folder, a hub id, or a safetensors
+    file that holds all of a model (of which a folder is made, see lib/single_file.py).
 
     From the hub only what is used is fetched: UNet, VAE, text encoder, tokenizer and scheduler,
     as safetensors, in half precision where `half` is set and the repository has such a variant.
@@ -28,6 +29,9 @@ def fetch_base_model(name, revision=None, half=False):
         "text_encoder": "model",
     }
     configs = ["model_index.json", "*/*.json", "tokenizer/merges.txt"]
+    endings = (".safetensors", *PICKLES)
+    if Path(name).suffix.lower() in endings and not Path(name).is_dir():
+        name = folder_of_file(Path(name))
     folder = fetch_model(name, revision, [], half, configs)
     needed = ["model_index.json", "scheduler/scheduler_config.json"]
     needed += [f"{part}/config.json" for part in parts]
@@ -50,6 +54,23 @@ def fetch_base_model(name, revision=None, half=False):
             "layout with safetensors weights, such as pipeline.save_pretrained() writes"
         )
     return folder
+
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def folder_of_file(path):
+    """The folder that is made of a base model in one file; UserError if there is none, or a pickle."""
+    if path.suffix.lower() in PICKLES:
+        raise UserError(
+            f"base model {path} is a pickle, which can run any program when it is opened, and is not read; "
+            "take the model's .safetensors file"
+        )
+    if not path.is_file():
+        raise UserError(f"base model {path}: no such file")
+    from lib.single_file import converted
+
+    return str(converted(path))
 
 
 # What the configuration files of a base model may state; what they leave out is the first of each.

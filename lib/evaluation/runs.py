@@ -13,6 +13,7 @@ from lib import adapter_files, adapters
 from lib.errors import UserError
 from lib.evaluation.scores import Run
 from lib.files import check_output_folder
+from lib.kohya import base_model_name
 from lib.models import fetch_base_model
 
 MARKER = "metrics.json"  # the file of a results folder that is written last
@@ -20,7 +21,7 @@ MARKER = "metrics.json"  # the file of a results folder that is written last
 # how often it reports change nothing of what it learns. Of the data its hash counts, not its place.
 WITHOUT_EFFECT = (
     "seed", "data_dir", "output_dir", "run_name", "log_every", "validate_every", "checkpoint_every",
-    "keep_checkpoints", "resume", "max_overflows", "wandb_project",
+    "keep_checkpoints", "resume", "max_overflows", "wandb_project", "push_to_hub",
 )  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def plan_runs(config, device):
         print("no CUDA GPU found: drawing on the CPU, in fp32")
     for name, adapter in read:
         known = adapter.metadata.get("base_model")
-        if known and known != base_model:
+        if known and base_model_name(known) != base_model_name(base_model):
             print(f"note: {name} was trained on {known}, here it is drawn with {base_model}")
     folder = fetch_base_model(base_model, config["revision"], half=device.type == "cuda")
     return [(run, adapter) for run, (_, adapter) in zip(runs, read, strict=True)], folder

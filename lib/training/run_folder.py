@@ -1,13 +1,17 @@
 """What a finished run leaves in its folder: the adapter, config.json and the loss curve."""
 
 import json
+from collections import Counter
 
 import torch
+from PIL import Image
 
 from lib import adapter_files, adapters
 from lib.dataset import data_hash
 from lib.errors import UserError
 from lib.files import write_marker
+from lib.kohya import kohya_header, save_kohya
+from lib.model_card import CARD, card_text
 from lib.provenance import provenance
 from lib.training.journal import loss_figure
 from lib.training.parameters import set_views
@@ -44,15 +48,17 @@ def data_record(rows, train_indices, held_out):
     return dict(
         sha256=data_hash(rows),
         captions=sorted({caption for _, caption, _ in rows}),
+        caption_counts=dict(sorted(Counter(rows[i][1] for i in train_indices).items())),
         trained_on=[names[i] for i in train_indices],
         held_out=[names[i] for i in sorted(held_out)],
     )
 
 
 def write_run(folder, config, models, journal, data, device, **figures):
-    """Write a run into `folder`: its adapter, loss.png and, last, config.json.
+    """Write a run into `folder`: its adapter, what others read of it, loss.png and, last, config.json.
 
-    `data` is from `data_record`; `figures` are what else config.json says of the run.
+    `data` is from `data_record`; `figures` are what else config.json says of the run, the base model's
+    prediction_type and the mixed_precision that was computed in among it.
     """
     captions = data["captions"]
     caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
@@ -66,10 +72,35 @@ def write_run(folder, config, models, journal, data, device, **figures):
         name: sum(w.numel() for pair in adapters.factors(model).values() for w in pair)
         for name, model in models.items()
     }
+    write_for_others(folder, config, models, data, figures)
     record = dict(config=config, **provenance(device), data=data, parameters=sizes, **figures)
     if device.type == "cuda":
         record["peak_gib_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
     write_marker(folder / "config.json", record)  # with it the folder is whole
+
+
+def write_for_others(folder, config, models, data, figures):
+    """Write what other programs and people read of a run: kohya's file and the model card.
+
+    The arguments are those of `write_run`.
+    """
+    config = config | dict(mixed_precision=figures["mixed_precision"])
+    predicts, width = figures["prediction_type"], models["unet"].config.cross_attention_dim
+    header = kohya_header(config, data, width, predicts, preview_thumbnail(folder))
+    layers = {name: adapters.factors(model) for name, model in models.items()}
+    save_kohya(folder / f"{config['run_name']}.safetensors", layers, config["alpha"], header)
+    (folder / CARD).write_text(card_text(config, data, predicts), encoding="utf-8")
+
+
+def preview_thumbnail(folder):
+    """The adapter's last preview of its caption, a PIL picture, or None where none was drawn: the
+    first square of the newest picture in previews/. Never a training picture, which may be private."""
+    newest = max((folder / "previews").glob("step_*.webp"), default=None)
+    if newest is None:
+        return None
+    with Image.open(newest, formats=("WEBP",)) as image:
+        side = min(image.size)
+        return image.convert("RGB").crop((0, 0, side, side))
 
 
 def outcome_text(folder):
