@@ -139,16 +139,16 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         runs, seeds = results.read_pair(score_dir, Path(output_dir), prompts)
     elif not rescore:
         plan = plan_runs(config, device)
+        runs = [run for run, _ in plan[0]]
     clip, training = scores.load_scorer(config, prompts, device)
-    if rescore:
-        scores.note_other_pictures(runs, training, data_dir)
+    scores.note_other_pictures(runs, training, data_dir)
     loaded = time.monotonic()
 
     # Draw.
     if not (rescore or score_dir):
         from lib.evaluation.drawing import draw_runs, ready_pipeline
 
-        pipeline = ready_pipeline(config, plan, prompts, training, device)
+        pipeline = ready_pipeline(config, plan, prompts, device)
         loaded = time.monotonic()
         runs = draw_runs(config, plan, pipeline, prompts, seeds)
         del pipeline  # its memory is the scorers' now

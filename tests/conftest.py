@@ -258,7 +258,7 @@ def assert_one_line(done, *words):
 
 TINY_RUN = dict(
     resolution=64, rank=4, alpha=4, max_steps=6, warmup_steps=1, log_every=2, validate_every=3,
-    validation_count=2, unet_learning_rate=1e-3, text_encoder_learning_rate=1e-3,
+    validation_count=2, unet_learning_rate=1e-3, text_encoder_learning_rate=1e-3, preview_every=0,
 )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ MARKER = "metrics.json"  # the file of a results folder that is written last
 # how often it reports change nothing of what it learns. Of the data its hash counts, not its place.
 WITHOUT_EFFECT = (
     "seed", "data_dir", "output_dir", "run_name", "log_every", "validate_every", "checkpoint_every",
-    "keep_checkpoints", "resume", "max_overflows", "wandb_project",
+    "keep_checkpoints", "resume", "max_overflows", "preview_every", "preview_prompts",
+    "snapshot_every", "report_to", "wandb_project", "wandb_pictures",
 )  # fmt: skip
 
 
