@@ -254,8 +254,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     # Where the run stands: at the start, or where the last checkpoint left it.
     if is_main and not saved:
         fresh_folder(target_folder)
-    past = saved[1] if saved else dict(log=[], run_id=None)
-    journal = Journal(work_folder if is_main else None, config, past["log"], past["run_id"])
+    journal = Journal(work_folder if is_main else None, config, saved[1] if saved else {})
     saver = checkpoints.Saver(
         work_folder, this_run, trained, optimizer, accelerator.scaler, journal, keep_checkpoints
     )

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import netrc
 import os
+import sys
 
 from lib.errors import UserError, one_line
 
@@ -30,16 +31,16 @@ class Journal:
     """The log of a run: `rows`, the same in `folder`/log.jsonl, and their numbers under train/ in the
     trackers that `config`, train.py's, names in report_to.
 
-    `rows` are those of an interrupted run that goes on, `run_id` its W&B run. Of several processes the
-    first one writes; the others have a Journal without a folder, which is silent.
+    Of an interrupted run that goes on, `past` is the checkpoint's state: its `log` and its W&B `run_id`.
+    Of several processes the first one writes; the others have a Journal without a folder, which is silent.
     """
 
-    def __init__(self, folder, config=None, rows=(), run_id=None):
-        self.rows, self.file, self.trackers = list(rows), None, []
+    def __init__(self, folder, config, past):
+        self.rows, self.file, self.trackers = list(past.get("log", ())), None, []
         if folder:
             for name in REPORT_TO[config["report_to"]]:
                 start = {"wandb": start_wandb, "tensorboard": start_tensorboard}[name]
-                self.trackers.append(start(folder, config, self.rows, run_id))
+                self.trackers.append(start(folder, config, self.rows, past.get("run_id")))
             self.wandb_pictures = config["wandb_pictures"]
             self.file = (folder / "log.jsonl").open("w", encoding="utf-8")
             self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
@@ -112,12 +113,14 @@ def start_wandb(folder, config, rows, run_id):
         key = key or netrc.netrc().authenticators("api.wandb.ai")
     mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
     shown = {name: value for name, value in config.items() if name != "preview_prompts"}
+    # What W&B notes of the machine includes the command line.
+    typed = any(argument.startswith("--preview-prompts") for argument in sys.argv)
 
     def start(mode):
         tracker = WandBTracker(
             config["wandb_project"], name=config["run_name"], config=shown, id=run_id, mode=mode,
             resume="allow" if run_id else None,
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(console="off", silent=True, x_disable_meta=typed),
         )  # fmt: skip
         tracker.start()
         return tracker
