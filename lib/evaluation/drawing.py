@@ -11,6 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lib import adapters
 from lib.config import half_resolution
 from lib.errors import UserError, memory_for
+from lib.evaluation.points import Point
 from lib.evaluation.prompts import check_prompt_lengths
 from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last
@@ -244,7 +245,8 @@ def ready_pipeline(config, plan, prompts, device):
     sizes = 16, config["resolution"] // pipeline.vae_scale_factor
     compile_attention(lambda: [probe(pipeline, size) for size in sizes], device)()
     base_probe = probe(pipeline)
-    for _, adapter in planned:  # before the long part: does each fit, and does it do anything?
+    # Before the long part: does each fit, and does it do anything?
+    for adapter in (adapter for _, steps in planned for adapter in steps.values()):
         applied = adapters.Applied(adapter, models_of(pipeline))
         check_switch(pipeline, applied, adapter, base_probe)
         applied.set_scale(0)
@@ -269,16 +271,31 @@ def draw_runs(config, plan, pipeline, prompts, seeds):
         with drawing_memory(how["batch_size"], config["resolution"]):
             record_unet(pipeline, samples, config["resolution"] // pipeline.vae_scale_factor)
     base = draw(pipeline, jobs, **how, title="base")
-    scales = config["lora_scales"]
-    for run, adapter in plan[0]:
+    for run, steps in plan[0]:
+        draw_points(
+            run,
+            steps,
+            config["lora_scales"],
+            pipeline,
+            base,
+            lambda title: draw(pipeline, jobs, **how, title=title),
+        )
+    return [run for run, _ in plan[0]]
+
+
+def draw_points(run, steps, scales, pipeline, base, drawn):
+    """Draw each adapter of `steps` ({step: Adapter}, the run's own at the end) at each of `scales`, and the
+    run's own as it is; `drawn` is a function of a title that draws with what is in the pipeline."""
+    own, found = list(steps)[-1], {}
+    for step, adapter in steps.items():
         applied = adapters.Applied(adapter, models_of(pipeline))
-        drawn = {0.0: base}
-        for scale in sorted({1.0, *scales} - {0.0}):
+        for scale in sorted({*scales, *([1.0] if step == own else [])} - {0.0}):
             applied.set_scale(scale)
-            title = run.name if scale == 1 else f"{run.name} at {scale:g}"
-            drawn[scale] = draw(pipeline, jobs, **how, title=title)
+            point = Point(step, scale)
+            found[point] = drawn(run.name if point == (None, 1) else f"{run.name}, {point}")
         applied.set_scale(0)
         del applied  # with its copies of the weights
-        run.base, run.lora = base, drawn[1.0]
-        run.scaled = {scale: drawn[scale] for scale in scales} if set(scales) != {1.0} else {}
-    return [run for run, _ in plan[0]]
+    run.base, run.lora = base, found[Point(own, 1.0)]
+    if len(steps) > 1 or set(scales) != {1.0}:
+        asked = [Point(step, scale) for step in steps for scale in sorted(set(scales))]
+        run.points = {point: found.get(point, base) for point in asked}

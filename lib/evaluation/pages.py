@@ -85,8 +85,8 @@ def nearest_cards(run, training, limit=12):
     ]  # fmt: skip
 
 
-def run_page(run, summary, shown, folder):
-    """One run's report as HTML; `folder` holds the figures of a sweep."""
+def run_page(run, summary, shown):
+    """One run's report as HTML."""
     count, prompts = len(shown["seeds"]), []
     for index, (category, prompt) in enumerate(shown["prompts"]):
         part = slice(index * count, (index + 1) * count)
@@ -95,14 +95,6 @@ def run_page(run, summary, shown, folder):
                 pair_card, run.base[part], run.lora[part], run.rows[::2][part], run.rows[1::2][part]
             )
         prompts.append(dict(category=category, prompt=prompt, pairs=list(cards)))
-    sweep = None
-    if "sweep" in summary:
-        charts = [
-            image_uri(Image.open(folder / name).convert("RGB"), 1200)
-            for name in ("sweep.png", "sweep_pictures.png")
-        ]
-        sweep = dict(advice=summary["sweep"]["advice"], figure=charts[0], sheet=charts[1],
-                     table=words.sweep_table(summary["sweep"]["rows"]))  # fmt: skip
     return TEMPLATES.get_template("run.html").render(
         title=run.name,
         verdicts=coloured(summary["verdicts"]),
@@ -113,7 +105,7 @@ def run_page(run, summary, shown, folder):
         tables=[words.kernel_table(summary), words.study_table(summary)],
         prompts=prompts,
         distribution=figure_uri(distribution_figure(run, shown["prompts"])),
-        sweep=sweep,
+        advice=summary["sweep"]["advice"] if "sweep" in summary else None,
         nearest=nearest_cards(run, shown["training"]) if shown["training"] else None,
         copies=summary.get("memorised"),
         details=details_text(shown, {run.name: run.adapter}),
