@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lib.adapter_files import WEIGHTS
 from lib.errors import UserError
-from lib.evaluation import clip_scores, lpips_distances, results, scores, sweep, words
+from lib.evaluation import clip_scores, lpips_distances, results, scores, words
 from lib.evaluation.comparison import COMPARED, compare
 from lib.evaluation.effects import effects, no_change_reason
 from lib.evaluation.memorisation import UNTOLD
@@ -360,16 +360,6 @@ def test_kernel_distance_is_the_unbiased_one():
     torch.manual_seed(1)
     clip_scores.kernel_distance(a, b)
     assert torch.rand(1) == before  # it disturbs nobody's random numbers
-
-
-def test_sweep_names_the_smallest_scale_that_is_enough():
-    gains = {0.0: 0.0, 0.5: 0.095, 1.0: 0.1}
-    fakes = {s: fake_run(f"s{s}", concept=g, noise=1e-4) for s, g in gains.items()}
-    rows, advice = sweep.sweep_summary(fakes, PROMPTS, base_pairs()).values()
-    assert [row["scale"] for row in rows] == [0.0, 0.5, 1.0]
-    assert advice.startswith("Scale 0.5 is the smallest")
-    assert "near the concept" in advice
-    assert "Change, near" in words.sweep_table(rows)[0]
 
 
 def test_warnings_for_flat_and_shared_pictures():
