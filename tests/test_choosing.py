@@ -111,10 +111,10 @@ def test_advice_over_steps():
     rows, choice, advice = sweep.sweep_summary(found, PROMPTS, base_pairs(), MARGINS).values()
     assert (choice["chosen"]["step"], choice["chosen"]["scale"]) == (200, 1.0)
     assert choice["seeds"] == [4, 4]
-    assert advice.startswith("Take step 200: ")
+    assert advice.startswith("Take step 200. ")
     assert f"{choice['chosen']['choosing']:+.3f} on the 4 seeds that chose" in advice
     assert words.interval_text(choice["chosen"]["reported"]) in advice
-    assert "Going on to step 300 gained a further" in advice
+    assert "Going on to step 300 changed that by" in advice
     assert "near prompts" in advice
     assert "The held-out loss was lowest after step 100" in advice
     # Both halves: the first is of the even seeds alone, the second of the odd ones.
@@ -135,7 +135,7 @@ def test_advice_over_scales_and_over_both():
     found = swept({Point(None, scale): gain for scale, gain in gains.items()})
     rows, choice, advice = sweep.sweep_summary(found, PROMPTS, base_pairs(), MARGINS).values()
     assert [row["scale"] for row in rows] == [0.0, 0.5, 1.0]
-    assert advice.startswith("Take scale 0.5: ")
+    assert advice.startswith("Take scale 0.5. ")
     assert words.sweep_table(rows)[0][:2] == ["Scale", "Concept gained"]
     assert sweep.grid_table(rows) is None
     both = swept({Point(s, c): min(0.1, s * c / 1000) for s in (100, 200) for c in (0.5, 1.0)})
@@ -227,7 +227,7 @@ def test_pictures_come_first_then_advice_then_curves_then_tables(chosen):
     page = (chosen[0] / "choose.html").read_text()
     record = json.loads((chosen[0] / "metrics.json").read_text())
     places = [page.index(text) for text in (
-        'class="strip"', record["summary"]["sweep"]["advice"][:20], "<h2>Curves", "<table>", "<h2>How it was made",
+        'class="strip"', record["summary"]["sweep"]["advice"].partition(". ")[0], "<h2>Curves", "<table>", "<h2>How it was made",
     )]  # fmt: skip
     assert places == sorted(places)
     assert "they say nothing of what another training run would give" in page

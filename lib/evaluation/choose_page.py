@@ -28,7 +28,7 @@ class Curve:
 
 CURVES = (
     Curve("Concept gained: similarity to the training pictures", {"concept_similarity success": "success prompts"}),
-    Curve("Match with the prompt: CLIP score, to the base", {"clip success": "success prompts"}),
+    Curve("Match with the prompt: CLIP score against the base's", {"clip success": "success prompts"}),
     Curve(
         "Contamination: others moved toward the training pictures",
         {"concept_similarity near": "near prompts", "concept_similarity failure": "unrelated prompts"},
@@ -39,10 +39,10 @@ CURVES = (
     ),
     Curve("Diversity: variety over the seeds, the base's is 1", {"variety success": "success prompts"}, 1.0),
     Curve(
-        "Nearest copy: similarity to the nearest training picture, to the base",
+        "Nearest copy: highest similarity to a training picture, against the base's",
         {"nearest_similarity success": "success prompts"},
     ),
-    Curve("Held-out loss, to before training (over the pictures)", {"held_out": "held-out pictures"}),
+    Curve("Held-out loss against before training, interval over the pictures", {"held_out": "held-out pictures"}),
 )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def choose_page(run, sweep, shown, labels):
     return pages.TEMPLATES.get_template("choose.html").render(
         title=run.name,
         strips=strips,
-        advice=sweep["advice"],
+        advice=sweep["advice"].partition(". ")[::2],
         speaks_of=words.spread_text(dict(runs=[run.name], seeds=count)),
         warnings=shown["warnings"],
         marked=chosen is not None,
@@ -147,7 +147,8 @@ def draw_curve(axes, curve, sweep):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize=7.5)
+        axes.margins(y=0.25)  # room for it above the lines
+        axes.legend(frameon=False, fontsize=7.5, loc="upper left", ncols=2)
     return True
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lib.evaluation.choosing import BASE, both_figures, choose, halves
-from lib.evaluation.effects import effects, grid
+from lib.evaluation.effects import FEWEST_SEEDS, effects, grid
 from lib.evaluation.points import Point
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import mean_interval
@@ -105,18 +105,16 @@ def advice_text(choice, rows, margins):
     """Which point to take, what is known of it, and what going on would cost: sentences."""
     if choice is None:
         if not all(CONCEPT in row for row in rows):
-            return "The concept was not measured, so none is advised."
-        return (
-            "Too few sampling seeds to choose on one half and report on the other: none is advised."
-        )
+            return "None is advised. The concept was not measured."
+        return f"None is advised. Fewer than {FEWEST_SEEDS} sampling seeds are too few to choose on one half and report on the other."
     chosen, best, last = choice["chosen"], choice["best"], named(choice["greatest"])
     (choosing, reporting), margin = choice["seeds"], margins["concept_similarity"]
     if (chosen["step"], chosen["scale"]) == BASE:
-        return (f"None is advised: on the {choosing} seeds that choose, no step or scale is told to bring success "
+        return (f"None is advised. On the {choosing} seeds that choose, no step or scale is told to bring success "
                 f"prompts nearer to the training pictures by more than the margin of {margin:g}.")  # fmt: skip
     text = [
-        f"Take {named(chosen)}: of all that were drawn it is the earliest from which more gains no concept "
-        f"similarity that can be told and is not within the margin of {margin:g}. It gained "
+        f"Take {named(chosen)}. It is the earliest of those drawn from which no more of the adapter is told to gain "
+        f"concept similarity (within the margin of {margin:g} counts as no gain). It gained "
         f"{chosen['choosing']:+.3f} on the {choosing} seeds that chose, and {interval_text(chosen['reported'])} on the "
         f"{reporting} others, which had no say."
     ]
@@ -136,17 +134,17 @@ def advice_text(choice, rows, margins):
 
 def going_on_text(further, last):
     """What more of the adapter than the chosen point brings and costs."""
-    text = f"Going on to {last} gained a further {interval_text(further[CONCEPT])}"
+    text = f"Going on to {last} changed that by {interval_text(further[CONCEPT])}"
     if further[CONCEPT]["low"] > 0:
-        text += ", which the seeds that chose could not tell"
+        text += ", a gain that the seeds that chose could not tell"
     if MATCH in further:
-        text += f"; the match with the prompt changed by {interval_text(further[MATCH])}"
+        text += f", the match with the prompt by {interval_text(further[MATCH])}"
     moved = [
         f"{name} {interval_text(further[key])}" for key, name in OTHERS.items() if key in further
     ]
     if moved:
-        text += f", and it moved {' and '.join(moved)} further toward the training pictures"
-    return text + " (on the seeds that had no say)."
+        text += f", and moved {' and '.join(moved)} further toward the training pictures"
+    return text + ", on those others too."
 
 
 def grid_table(rows):

@@ -58,7 +58,7 @@ def draw_held_out(axes, held_out):
 def draw_trained(axes, trained):
     """The training loss and its running mean."""
     steps, losses = [r["step"] for r in trained], [r["loss"] for r in trained]
-    kernel = np.ones(max(1, len(losses) // 20))
+    kernel = np.ones(max(min(5, len(losses)), len(losses) // 20))
     running = np.convolve(losses, kernel, "same") / np.convolve(
         np.ones(len(losses)), kernel, "same"
     )
