@@ -168,6 +168,10 @@ def check_config(config):
         )
     if Path(config["run_name"]).name != config["run_name"] or config["run_name"].startswith("."):
         raise UserError(f"run_name {config['run_name']!r} must be a plain folder name")
+    if config["preview_every"] and not config["preview_prompts"]:
+        raise UserError(
+            "preview_prompts is empty; name one, or draw no previews: --preview-every 0"
+        )
     check_trackers(config["report_to"])
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 

@@ -84,12 +84,16 @@ def test_of_several_that_would_do_the_one_that_spoils_least():
     gains = gains_of(means, np.random.default_rng(4))
     early, late = Point(100, 1.0), Point(200, 0.5)
     for least in (early, late):
-        spoiled = {p: np.full(SEEDS, 0.05) for p in means} | {least: np.full(SEEDS, 0.01)}
+        # On the seeds that choose; the others, which say the opposite, are not asked.
+        spoiled = {p: np.full(SEEDS, 0.05) for p in means} | {
+            least: np.tile([0.01, 1.0], SEEDS // 2)
+        }
         assert choose(gains, spoiled, 0.02)[0] == least
 
 
 def test_too_few_seeds_choose_nothing():
-    assert choose({STEPS[0]: np.ones(3)}, {}, 0.02) is None
+    assert choose({STEPS[0]: np.ones(8)}, {}, 0.02) is not None
+    assert choose({STEPS[0]: np.ones(7)}, {}, 0.02) is None
 
 
 # ---- in words and pictures ---------------------------------------------------------------------
@@ -211,6 +215,7 @@ def test_what_a_choice_leaves(chosen, kept):
     # The base is drawn once, each snapshot at each scale, and the run's own.
     assert f"{7 * 4 * 7} pictures in" in done.stdout
     record = json.loads((folder / "metrics.json").read_text())
+    assert "Fewer than 8 sampling seeds" in record["summary"]["sweep"]["advice"]
     rows = record["summary"]["sweep"]["rows"]
     assert [(row["step"], row["scale"]) for row in rows] == [
         (s, c) for s in (2, 4, 6) for c in (0.5, 1.0)

@@ -173,6 +173,21 @@ def test_the_prompts_of_a_preview():
     assert found == ["a zwx dog", "a zwx dog in the rain", "a cat"]
 
 
+def test_previews_of_a_text_encoder_that_is_not_trained(common, tmp_path):
+    """It was dropped when the captions were encoded, and is loaded again for the previews."""
+    config = common | dict(output_dir=tmp_path, max_steps=2)
+    run("train_experiment_unet_only.py", *options(**config))
+    found = tree(tmp_path / "lora_weights_unet_only")
+    assert {"previews/step_000000.webp", "previews/step_000002.webp"} <= found
+
+
+def test_previews_need_a_prompt(common, tmp_path):
+    done = call(
+        "train.py", *options(**common | dict(output_dir=tmp_path)), "--preview-prompts", ","
+    )
+    assert_one_line(done, "preview_prompts is empty", "--preview-every 0")
+
+
 def test_a_preview_prompt_that_is_too_long_is_named_before_a_model_is_loaded(common, tmp_path):
     config = common | dict(output_dir=tmp_path, preview_prompts="word " * 80)
     assert_one_line(call("train.py", *options(**config)), "preview", "77", "word word")

@@ -127,14 +127,18 @@ def draw_curve(axes, curve, sweep):
     over = "step" if len({row["step"] for row in rows}) > 1 else "scale"
     other = "scale" if over == "step" else "step"
     groups = sorted({row[other] for row in rows if row["scale"]}, key=lambda value: value or 0)
-    colours = iter(COLOURS * 4)
-    for name, key in ((name, key) for key, name in curve.measures.items()):
-        for group in groups:
+    for number, group in enumerate(groups):
+        for style, (key, name) in zip(("-", ":"), curve.measures.items(), strict=False):
             line = [row for row in rows if row[other] == group and key in row and row["scale"]]
+            if len(groups) > 1:
+                name = (
+                    f"{name}, {other} {group:g}"
+                    if len(curve.measures) > 1
+                    else f"{other} {group:g}"
+                )
             if line:
-                label = f"{name}, {other} {group:g}" if len(groups) > 1 else name
                 draw_line(axes, [row[over] for row in line], [row[key] for row in line], curve.base,
-                          next(colours), label)  # fmt: skip
+                          COLOURS[number % len(COLOURS)], style, name)  # fmt: skip
     if not axes.lines:
         return False
     axes.axhline(curve.base, color="#888888", linewidth=0.8, zorder=0)
@@ -152,10 +156,10 @@ def draw_curve(axes, curve, sweep):
     return True
 
 
-def draw_line(axes, places, intervals, base, colour, label):
+def draw_line(axes, places, intervals, base, colour, style, label):
     """A line through means with their intervals, from the base model at 0."""
     means = [interval["mean"] for interval in intervals]
     lows, highs = ([interval[end] for interval in intervals] for end in ("low", "high"))
-    axes.plot([0, *places], [base, *means], "-", color=colour, linewidth=1.5)
-    axes.plot(places, means, "o", color=colour, markersize=4, label=label)
+    axes.plot([0, *places], [base, *means], style, color=colour, linewidth=1.5, marker="o", markersize=4,
+              markevery=slice(1, None), label=label)  # fmt: skip
     axes.vlines(places, lows, highs, color=colour, linewidth=1.2, alpha=0.6)

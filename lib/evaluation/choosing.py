@@ -18,6 +18,7 @@ from lib.evaluation.effects import FEWEST_SEEDS
 from lib.evaluation.points import Point
 from lib.evaluation.statistics import equivalence, mean_interval
 
+FEWEST = 2 * FEWEST_SEEDS  # sampling seeds: either half says something
 BASE = Point(0, 0.0)  # nothing of any adapter, which can be chosen too
 
 
@@ -47,7 +48,7 @@ def choose(gains, spoiled, margin):
     has less of the adapter than another, the one that spoiled least. BASE, with no gain, is added.
     """
     seeds = len(next(iter(gains.values())))
-    if seeds < FEWEST_SEEDS:
+    if seeds < FEWEST:
         return None
     choosing, _ = halves(seeds)
     gains = {BASE: np.zeros(seeds)} | {p: v for p, v in gains.items() if p.scale > 0}

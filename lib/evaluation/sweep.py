@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from lib.evaluation.choosing import BASE, both_figures, choose, halves
-from lib.evaluation.effects import FEWEST_SEEDS, effects, grid
+from lib.evaluation.choosing import BASE, FEWEST, both_figures, choose, halves
+from lib.evaluation.effects import effects, grid
 from lib.evaluation.points import Point
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import mean_interval
@@ -106,7 +106,7 @@ def advice_text(choice, rows, margins):
     if choice is None:
         if not all(CONCEPT in row for row in rows):
             return "None is advised. The concept was not measured."
-        return f"None is advised. Fewer than {FEWEST_SEEDS} sampling seeds are too few to choose on one half and report on the other."
+        return f"None is advised. Fewer than {FEWEST} sampling seeds are too few to choose on one half and report on the other."
     chosen, best, last = choice["chosen"], choice["best"], named(choice["greatest"])
     (choosing, reporting), margin = choice["seeds"], margins["concept_similarity"]
     if (chosen["step"], chosen["scale"]) == BASE:
@@ -120,6 +120,10 @@ def advice_text(choice, rows, margins):
     ]
     if "going_on" in choice:
         text.append(going_on_text(choice["going_on"], last))
+        if choice["going_on"][CONCEPT]["high"] > margin:
+            text.append(
+                f"More sampling seeds (--seeds {2 * (choosing + reporting)}) would tell that better."
+            )
     if (best["step"], best["scale"]) != (chosen["step"], chosen["scale"]):
         text.append(
             f"The highest score on the choosing seeds had {named(best)}: {best['choosing']:+.3f} there, "

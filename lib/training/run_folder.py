@@ -127,4 +127,7 @@ def outcome_text(folder):
     )
     if "peak_gib_reserved" in record:
         text += f", {record['peak_gib_reserved']} GiB reserved at most"
-    return f"{text}\n  python inference.py --lora-dir {folder}"
+    text += f"\n  python inference.py --lora-dir {folder}"
+    if (folder / "snapshots").is_dir():
+        text += " --snapshots  # without that its last step alone"
+    return text
