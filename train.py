@@ -271,14 +271,14 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     with training_memory(config):
         upcoming = samples.micro_batch(first_step * gradient_accumulation_steps)
         micro.prepare(upcoming)
-    watch = None
-    if is_main:
-        draw = prompts and preview_drawer(
-            base_folder, unet, trained, prompts, resolution, dtype, device
-        )
-        watch = Watch(work_folder, config, micro, probes, data, journal, first_step, prompts, draw)
-        if not saved:
-            watch.look(0)
+        watch = None
+        if is_main:
+            drawn_with = base_folder, unet, trained, prompts, resolution, dtype, device
+            draw = preview_drawer(*drawn_with) if prompts else None
+            watch = Watch(work_folder, config, micro, probes, data, journal, first_step, prompts,
+                          draw)  # fmt: skip
+            if not saved:
+                watch.look(0)
     set_up_seconds = time.monotonic() - started
     overflows = 0  # fp16 steps skipped in a row
     loop_started = time.monotonic()

@@ -21,7 +21,15 @@ import train
 from lib import adapter_files, adapters, files
 from lib.adapter_files import WEIGHTS
 from lib.evaluation import drawing
-from lib.training import checkpoints, journal, loss_figure, previews, watch
+from lib.training import (
+    checkpoints,
+    journal,
+    loss_figure,
+    parameters,
+    previews,
+    run_folder,
+    watch,
+)
 
 NAME = "lora_weights_rank_32"
 WATCHED = TINY_RUN | dict(
@@ -48,6 +56,17 @@ def tree(folder):
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
+def assert_same_pictures_and_weights(one, two):
+    """All previews of two runs are the same to the byte, all adapters and snapshots bit for bit."""
+    assert tree(one) == tree(two)
+    for name in tree(one):
+        if name.endswith(".safetensors"):
+            ours, theirs = load_file(one / name), load_file(two / name)
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours | theirs), name
+        elif name.endswith(".webp"):
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
 # ---- previews ----------------------------------------------------------------------------------
 
 
@@ -63,6 +82,35 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without(common, watched, tmp_pat
         return [row for row in rows if "loss" in row]
 
     assert losses(watched) == losses(tmp_path / NAME)
+
+
+def test_the_same_where_the_model_computes_with_a_copy(common, tmp_path, monkeypatch):
+    """As in half precision, where the optimizer's vector and what the model reads are not one memory: a
+    preview shows the last update, a snapshot keeps the vector, and the copy is where it was afterwards.
+    (No picture is held out: their loss would have brought the copy up to date.)"""
+    config = common | dict(validation_count=0)
+    run("train.py", *options(**config | dict(output_dir=tmp_path / "one")))
+    flatten, copies = parameters.flatten_parameters, []
+
+    def apart(weights, dtype):
+        flat, working = flatten(weights, dtype)
+        working = working.clone()
+        parameters.set_views(weights, working)
+        copies.append((weights, working))
+        return flat, working
+
+    def snapshot(*arguments):
+        write(*arguments)
+        for weights, working in copies:
+            assert weights[0].data_ptr() == working.data_ptr()
+
+    write = run_folder.write_snapshot
+    monkeypatch.setattr(watch, "write_snapshot", snapshot)
+    monkeypatch.setattr(parameters, "flatten_parameters", apart)
+    done = call("train.py", *options(**config | dict(output_dir=tmp_path / "two")))
+    assert done.returncode == 0, done.stderr
+    one, two = tmp_path / "one" / NAME, tmp_path / "two" / NAME
+    assert_same_pictures_and_weights(one, two)
 
 
 def test_what_is_left_to_look_at(watched):
@@ -134,14 +182,7 @@ def test_a_run_that_goes_on_goes_on_with_its_strip(common, watched, tmp_path):
     (work / "snapshots" / "step_000005").mkdir()
     done = succeeded(training(tmp_path, config))
     assert f"continuing {NAME} after step 3" in done.stdout
-    assert tree(tmp_path / NAME) == tree(watched)
-    for name in tree(watched):
-        ours, theirs = tmp_path / NAME / name, watched / name
-        if name.endswith(".webp"):
-            assert ours.read_bytes() == theirs.read_bytes(), name
-        elif name.endswith(".safetensors"):
-            assert load_file(ours).keys() == load_file(theirs).keys()
-            assert all(torch.equal(v, load_file(theirs)[k]) for k, v in load_file(ours).items())
+    assert_same_pictures_and_weights(tmp_path / NAME, watched)
     succeeded(training(tmp_path, config | dict(preview_every=0, snapshot_every=0)))
     assert not (tmp_path / NAME / "snapshots").exists()  # nothing of the run before is left
 
