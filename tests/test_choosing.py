@@ -149,8 +149,16 @@ def test_advice_over_scales_and_over_both():
     assert [row[0] for row in table] == ["Step", "100", "200"]
     assert table[0][1:] == ["scale 0.5", "scale 1"]
     assert table[1][1].startswith(f"{rows[0][sweep.CONCEPT]['mean']:+.3f} / ")
-    for curve in choose_page.CURVES[:2]:
-        assert choose_page.curve_figure(curve, dict(rows=rows, choice=choice))
+    concept, _, others, *_ = choose_page.CURVES
+    assert choose_page.curve_figure(concept, dict(rows=rows, choice=choice))
+    labels = [
+        [label for label, _ in choose_page.lines_of(c, rows, "step")] for c in (concept, others)
+    ]
+    assert labels == [["scale 0.5", "scale 1"], [
+        "near prompts, scale 0.5", "unrelated prompts, scale 0.5",
+        "near prompts, scale 1", "unrelated prompts, scale 1",
+    ]]  # fmt: skip
+    assert choose_page.curve_figure(choose_page.CURVES[-1], dict(rows=rows, choice=choice)) is None
 
 
 def test_no_advice_where_there_is_nothing_to_advise():
@@ -276,6 +284,26 @@ def test_what_is_wrong_with_snapshots_is_named(common, kept, tmp_path, damage, w
     config = common | dict(lora_dir=tmp_path / "run", output_dir=tmp_path / "out")
     assert_one_line(call("inference.py", *options(**config), "--snapshots"), *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_several_runs_have_a_choice_each(common, kept, tiny_model, processed_data, tmp_path):
+    weights = tmp_path / "weights"
+    shutil.copytree(kept, weights / f"{NAME}_seed1")
+    config = TINY_RUN | dict(
+        base_model=tiny_model, data_dir=processed_data, output_dir=weights, snapshot_every=3, seed=7,
+        run_name=f"{NAME}_seed7",
+    )  # fmt: skip
+    run("train.py", *options(**config))
+    out = tmp_path / "out"
+    run("inference.py", *options(**common | dict(lora_dir=weights, output_dir=out)), "--snapshots")
+    points = {}
+    for place in sorted(out.glob("*_seed*")):
+        assert (place / "choose.html").is_file()
+        record = json.loads((place / "metrics.json").read_text())
+        points[place.name[-1]] = [tuple(point) for point in record["points"]]
+    assert points == {"1": [(2, 1.0), (4, 1.0), (6, 1.0)], "7": [(3, 1.0), (6, 1.0)]}
+    comparison = json.loads((out / "comparison" / "metrics.json").read_text())
+    assert list(comparison["experiments"]) == [NAME]  # how often it was kept is no part of a recipe
 
 
 def test_snapshots_of_pictures_drawn_elsewhere(tmp_path):

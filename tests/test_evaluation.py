@@ -542,9 +542,11 @@ def chromium():
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [390, 1400])
-def test_the_page_opens_in_a_browser_without_errors(compared, tmp_path, width):
-    page = compared[0] / "lora_weights_rank8" / "report.html"
+@pytest.mark.parametrize(
+    ("name", "width"), [("report.html", 390), ("report.html", 1400), ("choose.html", 390)]
+)
+def test_the_page_opens_in_a_browser_without_errors(compared, tmp_path, name, width):
+    page = compared[0] / "lora_weights_rank8" / name
     shot = tmp_path / "page.png"
     done = subprocess.run(
         [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

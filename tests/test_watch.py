@@ -242,6 +242,26 @@ def test_what_is_due(every, expected):
     assert [step for step in range(8) if watch.due(step, every, 7)] == expected
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_recorded_passes_survive_a_preview(common, tmp_path):
+    """In fp16, with previews between the replays of the training's CUDA graphs and without."""
+    found = []
+    for every in (0, 4):
+        config = common | dict(
+            output_dir=tmp_path / str(every), preview_every=every, snapshot_every=every, max_steps=40,
+            mixed_precision="fp16", log_every=1,
+        )  # fmt: skip
+        done = command("train.py", *options(**config))
+        assert "cannot be recorded" not in done.stdout
+        rows = (tmp_path / str(every) / NAME / "log.jsonl").read_text().splitlines()
+        found.append([row["loss"] for row in map(json.loads, rows) if "loss" in row])
+    np.testing.assert_allclose(*found, rtol=1e-2)
+    columns = sorted((tmp_path / "4" / NAME / "previews").iterdir())
+    assert len(columns) == 11
+    shown = [np.asarray(Image.open(path).convert("RGB"), np.int16) for path in columns]
+    assert all(image.std() > 5 for image in shown)  # not black, as NaN is
+
+
 # ---- snapshots ---------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ CURVES = (
     ),
     Curve("Diversity: variety over the seeds, the base's is 1", {"variety success": "success prompts"}, 1.0),
     Curve(
-        "Nearest copy: highest similarity to a training picture, against the base's",
+        "Nearest copy: similarity to one training picture against the base's",
         {"nearest_similarity success": "success prompts"},
     ),
     Curve("Held-out loss against before training, interval over the pictures", {"held_out": "held-out pictures"}),
@@ -120,27 +120,32 @@ def curves_figure(sweep, title):
     return figure
 
 
+def lines_of(curve, rows, over):
+    """[(label, rows)] of a Curve over "step" or "scale": a line for each measure and value of the other."""
+    other = {"step": "scale", "scale": "step"}[over]
+    groups = list(dict.fromkeys(row[other] for row in rows if row["scale"]))
+    found = []
+    for group in groups:
+        for key, name in curve.measures.items():
+            parts = [name] if len(groups) == 1 or len(curve.measures) > 1 else []
+            parts += [f"{other} {group:g}"] if len(groups) > 1 else []
+            line = [row for row in rows if row[other] == group and key in row and row["scale"]]
+            found.append((", ".join(parts), [(row[over], row[key]) for row in line]))
+    return [(label, line) for label, line in found if line]
+
+
 def draw_curve(axes, curve, sweep):
     """Draw a Curve over the steps, a line a scale, or over the scales where there is one step; returns
     whether any of it was measured."""
-    rows = sweep["rows"]
-    over = "step" if len({row["step"] for row in rows}) > 1 else "scale"
-    other = "scale" if over == "step" else "step"
-    groups = sorted({row[other] for row in rows if row["scale"]}, key=lambda value: value or 0)
-    for number, group in enumerate(groups):
-        for style, (key, name) in zip(("-", ":"), curve.measures.items(), strict=False):
-            line = [row for row in rows if row[other] == group and key in row and row["scale"]]
-            if len(groups) > 1:
-                name = (
-                    f"{name}, {other} {group:g}"
-                    if len(curve.measures) > 1
-                    else f"{other} {group:g}"
-                )
-            if line:
-                draw_line(axes, [row[over] for row in line], [row[key] for row in line], curve.base,
-                          COLOURS[number % len(COLOURS)], style, name)  # fmt: skip
-    if not axes.lines:
+    over = "step" if len({row["step"] for row in sweep["rows"]}) > 1 else "scale"
+    lines = lines_of(curve, sweep["rows"], over)
+    if not lines:
         return False
+    width = max(place for _, line in lines for place, _ in line)
+    for number, (label, line) in enumerate(lines):
+        # Beside one another, so that each interval is seen.
+        shift = 0.012 * width * (number - (len(lines) - 1) / 2)
+        draw_line(axes, line, shift, curve.base, COLOURS[number % len(COLOURS)], label)
     axes.axhline(curve.base, color="#888888", linewidth=0.8, zorder=0)
     chosen = chosen_point(sweep)
     if chosen:
@@ -151,15 +156,16 @@ def draw_curve(axes, curve, sweep):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.margins(y=0.25)  # room for it above the lines
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the lines
         axes.legend(frameon=False, fontsize=7.5, loc="upper left", ncols=2)
     return True
 
 
-def draw_line(axes, places, intervals, base, colour, style, label):
-    """A line through means with their intervals, from the base model at 0."""
-    means = [interval["mean"] for interval in intervals]
-    lows, highs = ([interval[end] for interval in intervals] for end in ("low", "high"))
-    axes.plot([0, *places], [base, *means], style, color=colour, linewidth=1.5, marker="o", markersize=4,
+def draw_line(axes, line, shift, base, colour, label):
+    """A line through means with their intervals, [(place, interval)], from the base model at 0."""
+    places = [place + shift for place, _ in line]
+    means, lows, highs = ([interval[k] for _, interval in line] for k in ("mean", "low", "high"))
+    axes.plot([0, *places], [base, *means], color=colour, linewidth=1.5, marker="o", markersize=4,
               markevery=slice(1, None), label=label)  # fmt: skip
     axes.vlines(places, lows, highs, color=colour, linewidth=1.2, alpha=0.6)
