@@ -125,9 +125,8 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     import torch
 
     from lib.evaluation import results, scores
-    from lib.evaluation.card import update_model_card
     from lib.evaluation.effects import no_change_reason
-    from lib.evaluation.runs import plan_runs
+    from lib.evaluation.runs import card_folders, plan_runs
     from lib.provenance import provenance
 
     started = time.monotonic()
@@ -178,10 +177,8 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         print(f"note: {reason}")
     shown = dict(prompts=prompts, seeds=seeds, warnings=warnings, provenance=provenance(device),
                  config=config, training=training)  # fmt: skip
-    summaries = judge_and_write(runs, base_pairs, margins, shown, Path(output_dir))
-    if not (rescore or score_dir):
-        for (run, adapter), summary in zip(plan[0], summaries, strict=True):
-            update_model_card(adapter.path, run, summary, shown)
+    cards = {} if rescore or score_dir else card_folders(plan)
+    judge_and_write(runs, base_pairs, margins, shown, Path(output_dir), cards)
 
     if not (rescore or score_dir):
         done = time.monotonic()
@@ -196,13 +193,14 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     return [run.target for run in runs]
 
 
-def judge_and_write(runs, base_pairs, margins, shown, output_dir):
-    """Judge each run, and each experiment beside the others, and write their folders; return the runs'
-    summaries.
+def judge_and_write(runs, base_pairs, margins, shown, output_dir, cards):
+    """Judge each run, and each experiment beside the others, and write their folders.
 
-    `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say.
+    `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say,
+    `cards` {run's name: folder} where the model cards lie that hear of it.
     """
     from lib.evaluation import results
+    from lib.evaluation.card import update_model_card
     from lib.evaluation.comparison import compare
     from lib.evaluation.runs import group_runs
     from lib.evaluation.sweep import sweep_summary
@@ -212,18 +210,18 @@ def judge_and_write(runs, base_pairs, margins, shown, output_dir):
         print(f"warning: {warning}")
     prompts = shown["prompts"]
     judged = (prompts, base_pairs, margins, shown["training"])
-    of_runs = []
     for run in runs:
-        of_runs.append(summary := analyse([run], *judged))
+        summary = analyse([run], *judged)
         if run.sweep:
             summary["sweep"] = sweep_summary(run, prompts, base_pairs, margins)
         results.write_run(run, summary, shown)
+        if run.name in cards:
+            update_model_card(cards[run.name], run, summary, shown)
     if len(runs) > 1:
         groups = group_runs(runs)
         summaries = {name: analyse(members, *judged) for name, members in groups.items()}
         pairs = compare(groups, prompts, base_pairs, margins)
         results.write_comparison(output_dir / "comparison", groups, summaries, pairs, shown)
-    return of_runs
 
 
 def main():

@@ -10,8 +10,8 @@ Out comes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers'
 <run_name>.safetensors (kohya's: ComfyUI, A1111 and their kin), README.md (a model card),
 config.json (configuration, versions, commit, device), log.jsonl, loss.png, and what to watch and choose
 from: previews/ and previews.webp (steps across, prompts down), snapshots/ (the adapter at intervals).
-An earlier run of that name is replaced only once the new one is complete. A run that was interrupted, by Ctrl-C, a
-signal, a crash or a power cut, goes on from its last checkpoint when the same command is run again.
+An earlier run of that name is replaced only once the new one is complete. A run that was stopped, by
+Ctrl-C, a signal, a crash or a power cut, goes on from its last checkpoint by the same command.
 
 Latents are computed once, noise and timesteps derive from (seed, sample number), and the LoRA
 parameters of a group are one flat vector: one optimizer kernel, one check for overflow and, on
@@ -168,16 +168,12 @@ def check_config(config):
         raise UserError(
             f"mixed_precision is {config['mixed_precision']}, but must be fp16, bf16 or no"
         )
-    if Path(config["run_name"]).name != config["run_name"] or config["run_name"].startswith("."):
-        raise UserError(f"run_name {config['run_name']!r} must be a plain folder name")
-    if config["run_name"].endswith("pytorch_lora_weights"):
-        raise UserError(
-            f"run_name {config['run_name']!r} is diffusers' name of a file; take another"
-        )
+    name = config["run_name"]
+    if Path(name).name != name or name.startswith(".") or name.endswith("pytorch_lora_weights"):
+        what = "must be a plain folder name, and not diffusers' name of a file"
+        raise UserError(f"run_name {name!r} {what}")
     if config["preview_every"] and not config["preview_prompts"]:
-        raise UserError(
-            "preview_prompts is empty; name one, or draw no previews: --preview-every 0"
-        )
+        raise UserError("preview_prompts is empty; to draw no previews: --preview-every 0")
     check_trackers(config["report_to"])
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 

@@ -62,6 +62,11 @@ def plan_runs(config, device):
     return list(zip(runs, steps, strict=True)), folder
 
 
+def card_folders(plan):
+    """{run's name: the folder or file of its adapter} of what plan_runs returned."""
+    return {run.name: list(steps.values())[-1].path for run, steps in plan[0]}
+
+
 def with_snapshots(run, adapter):
     """{step: Adapter} of a run's snapshots and, last, its own adapter; UserError if there are none.
 
