@@ -165,9 +165,8 @@ def check_config(config):
             f"({config['max_steps']}); for a short run add --warmup-steps 0"
         )
     if config["mixed_precision"] not in ("fp16", "bf16", "no"):
-        raise UserError(
-            f"mixed_precision is {config['mixed_precision']}, but must be fp16, bf16 or no"
-        )
+        found = config["mixed_precision"]
+        raise UserError(f"mixed_precision is {found}, but must be fp16, bf16 or no")
     name = config["run_name"]
     if Path(name).name != name or name.startswith(".") or name.endswith("pytorch_lora_weights"):
         what = "must be a plain folder name, and not diffusers' name of a file"
@@ -217,7 +216,8 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     # Everything that can be wrong is looked at before a model is loaded.
     rows = read_dataset(data_dir, resolution)
     on_cuda = torch.cuda.is_available()
-    base_folder = fetch_base_model(base_model, revision, half=on_cuda and mixed_precision == "fp16")
+    half = on_cuda and mixed_precision == "fp16"
+    base_folder = fetch_base_model(base_model, revision, half, resolution)
     prompts = preview_texts(preview_prompts, rows) if preview_every else []
     input_ids = setup.caption_tokens(base_folder, rows, prompts)
 

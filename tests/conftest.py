@@ -56,11 +56,12 @@ TEXT = dict(
 )  # fmt: skip
 
 
-def tiny_vae():
-    """A VAE with random weights: halves three times, 4 latent channels, as Stable Diffusion's."""
+def tiny_vae(blocks=4, channels=4):
+    """A VAE with random weights: halves three times, 4 latent channels, as Stable Diffusion's, if not
+    told otherwise."""
     return AutoencoderKL(
-        sample_size=64, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=64, block_out_channels=(8,) * blocks, norm_num_groups=4, latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
     )  # fmt: skip
 
 

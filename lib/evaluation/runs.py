@@ -58,7 +58,8 @@ def plan_runs(config, device):
         known = adapter.metadata.get("base_model")
         if known and base_model_name(known) != base_model_name(base_model):
             print(f"note: {name} was trained on {known}, here it is drawn with {base_model}")
-    folder = fetch_base_model(base_model, config["revision"], half=device.type == "cuda")
+    half = device.type == "cuda"
+    folder = fetch_base_model(base_model, config["revision"], half, config["resolution"])
     return list(zip(runs, steps, strict=True)), folder
 
 

@@ -38,7 +38,7 @@ def noise_scheduler(base_folder):
 
 
 def picture_latents(base_folder, rows, resolution, dtype, device):
-    """(means, deviations) of the pictures' latents, float32 [n, 4, h, w] each. The VAE is needed for
+    """(means, deviations) of the pictures' latents, float32 [n, c, h, w] each. The VAE is needed for
     this alone and not kept."""
     vae = load_part(AutoencoderKL, base_folder, "vae", dtype).to(device)
     advice = f"--resolution {half_resolution(resolution)} needs a quarter"
