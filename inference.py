@@ -126,7 +126,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
 
     from lib.evaluation import results, scores
     from lib.evaluation.effects import no_change_reason
-    from lib.evaluation.runs import card_folders, plan_runs
+    from lib.evaluation.runs import plan_runs
     from lib.provenance import provenance
 
     started = time.monotonic()
@@ -177,8 +177,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         print(f"note: {reason}")
     shown = dict(prompts=prompts, seeds=seeds, warnings=warnings, provenance=provenance(device),
                  config=config, training=training)  # fmt: skip
-    cards = {} if rescore or score_dir else card_folders(plan)
-    judge_and_write(runs, base_pairs, margins, shown, Path(output_dir), cards)
+    judge_and_write(runs, base_pairs, margins, shown, Path(output_dir))
 
     if not (rescore or score_dir):
         done = time.monotonic()
@@ -193,11 +192,11 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     return [run.target for run in runs]
 
 
-def judge_and_write(runs, base_pairs, margins, shown, output_dir, cards):
-    """Judge each run, and each experiment beside the others, and write their folders.
+def judge_and_write(runs, base_pairs, margins, shown, output_dir):
+    """Judge each run, and each experiment beside the others, and write their folders and the
+    adapters' model cards.
 
-    `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say,
-    `cards` {run's name: folder} where the model cards lie that hear of it.
+    `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say.
     """
     from lib.evaluation import results
     from lib.evaluation.card import update_model_card
@@ -215,8 +214,7 @@ def judge_and_write(runs, base_pairs, margins, shown, output_dir, cards):
         if run.sweep:
             summary["sweep"] = sweep_summary(run, prompts, base_pairs, margins)
         results.write_run(run, summary, shown)
-        if run.name in cards:
-            update_model_card(cards[run.name], run, summary, shown)
+        update_model_card(run, summary, shown)
     if len(runs) > 1:
         groups = group_runs(runs)
         summaries = {name: analyse(members, *judged) for name, members in groups.items()}

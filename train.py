@@ -167,10 +167,9 @@ def check_config(config):
     if config["mixed_precision"] not in ("fp16", "bf16", "no"):
         found = config["mixed_precision"]
         raise UserError(f"mixed_precision is {found}, but must be fp16, bf16 or no")
-    name = config["run_name"]
+    name = config["run_name"]  # diffusers looks for a file of that ending, and must find one only
     if Path(name).name != name or name.startswith(".") or name.endswith("pytorch_lora_weights"):
-        what = "must be a plain folder name, and not diffusers' name of a file"
-        raise UserError(f"run_name {name!r} {what}")
+        raise UserError(f"run_name {name!r} must be a plain folder name; take another")
     if config["preview_every"] and not config["preview_prompts"]:
         raise UserError("preview_prompts is empty; to draw no previews: --preview-every 0")
     check_trackers(config["report_to"])

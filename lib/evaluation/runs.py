@@ -40,7 +40,7 @@ def plan_runs(config, device):
             print(f"note: {left.parent} is a run without its weights, and is passed over")
     read = [(name, adapter_files.read_adapter(path)) for name, path in found]
     runs = [
-        Run(name, target, describe(adapter), [], [])
+        Run(name, target, describe(adapter), [], [], folder=adapter.path)
         for (name, adapter), target in zip(read, targets, strict=True)
     ]
     steps = [
@@ -61,11 +61,6 @@ def plan_runs(config, device):
     half = device.type == "cuda"
     folder = fetch_base_model(base_model, config["revision"], half, config["resolution"])
     return list(zip(runs, steps, strict=True)), folder
-
-
-def card_folders(plan):
-    """{run's name: the folder or file of its adapter} of what plan_runs returned."""
-    return {run.name: list(steps.values())[-1].path for run, steps in plan[0]}
 
 
 def with_snapshots(run, adapter):

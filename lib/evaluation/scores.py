@@ -35,6 +35,7 @@ class Run:
         default_factory=dict
     )  # {Point: pictures}, where more than `lora` was asked for
     rows: list = None  # a dict a picture; see `score`
+    folder: Path = None  # the adapter's, where its pictures are drawn; not where they are read
     pairs: np.ndarray = None  # LPIPS between the LoRA pictures of a prompt, [prompts, seeds, seeds]
     embeddings: dict = (
         None  # {"base", "lora", "lora_mirrored"}: CLIP embeddings [prompts, seeds, d]
