@@ -356,11 +356,10 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         journal.finish()
         run_folder.write_run(
             work_folder, config, models, journal, data, device, processes=accelerator.num_processes,
-            prediction_type=scheduler.config.prediction_type,
-            mixed_precision=accelerator.mixed_precision, skipped_steps=progress.skipped,
-            learning_rate_changes=progress.changes, set_up_seconds=round(set_up_seconds, 2),
+            prediction_type=scheduler.config.prediction_type, skipped_steps=progress.skipped,
+            mixed_precision=accelerator.mixed_precision, learning_rate_changes=progress.changes,
+            set_up_seconds=round(set_up_seconds, 2), preview_seconds=round(watch.preview_seconds, 2),
             steps_a_second=round((max_steps - first_step) / seconds, 3),
-            preview_seconds=round(watch.preview_seconds, 2),
         )  # fmt: skip
         replace_folder(target_folder, "config.json")
         checkpoints.remove(target_folder)  # only now is the run safe without them
