@@ -274,10 +274,10 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
         micro.prepare(upcoming)
         watch = None
         if is_main:
-            drawn_with = base_folder, unet, trained, prompts, resolution, dtype, device
-            draw = preview_drawer(*drawn_with) if prompts else None
-            watch = Watch(work_folder, config, micro, probes, data, journal, first_step, prompts,
-                          draw)  # fmt: skip
+            draw = preview_drawer(base_folder, unet, trained, prompts, resolution, dtype, device)
+            watch = Watch(
+                work_folder, config, micro, probes, data, journal, first_step, prompts, draw
+            )
             if not saved:
                 watch.look(0)
     set_up_seconds = time.monotonic() - started

@@ -173,7 +173,8 @@ NO_PREVIEWS = "--preview-every 0 draws no previews"
 
 
 def preview_drawer(folder, unet, trained, prompts, resolution, dtype, device):
-    """A function of a title that draws one picture a prompt with models in training: PIL pictures.
+    """A function of a title that draws one picture a prompt with models in training: PIL pictures. None
+    where there are no prompts.
 
     `unet` and, if it is trained, `trained["text_encoder"]` (LoraParameters by component) are used as
     they lie in memory: no second UNet is loaded, only the VAE and a text encoder that is not trained.
@@ -181,6 +182,8 @@ def preview_drawer(folder, unet, trained, prompts, resolution, dtype, device):
     are recorded as a CUDA graph beside those of the training, with memory of its own, and what the
     VAE takes is given back after each call.
     """
+    if not prompts:
+        return None
     own_text = trained["text_encoder"].model if "text_encoder" in trained else None
     jobs = [(prompt, PREVIEW_SEED) for prompt in prompts]
     with memory_for("preparing the previews", NO_PREVIEWS):
