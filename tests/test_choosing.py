@@ -78,6 +78,16 @@ def test_the_earliest_from_which_more_gains_nothing(means, expected):
         assert gains[best][::2].mean() == max(values[::2].mean() for values in gains.values())
 
 
+def test_higher_is_above_the_margin_and_above_one_standard_error():
+    steady, wide = np.array([0.9, 1.0, 1.1, 1.0]), np.array([-2.0, 4.0, 0.0, 2.0])
+    assert steady.mean() == wide.mean() == 1
+    assert choosing.told_higher(steady, 0.5)
+    assert not choosing.told_higher(steady, 1.5)
+    assert not choosing.told_higher(wide, 0.5)  # a standard error of 1.29
+    assert choosing.told_higher(wide + 0.5, 0.5)
+    assert not choosing.told_higher(-steady, 0.5)
+
+
 def test_of_several_that_would_do_the_one_that_spoils_least():
     """Less training at full scale, or more at a smaller one."""
     means = {Point(s, c): min(0.2, 0.002 * s * c) for s in (100, 200) for c in (0.0, 0.5, 1.0)}

@@ -110,11 +110,11 @@ def advice_text(choice, rows, margins):
     chosen, best, last = choice["chosen"], choice["best"], named(choice["greatest"])
     (choosing, reporting), margin = choice["seeds"], margins["concept_similarity"]
     if (chosen["step"], chosen["scale"]) == BASE:
-        return (f"None is advised. On the {choosing} seeds that choose, no step or scale is told to bring success "
-                f"prompts nearer to the training pictures by more than the margin of {margin:g}.")  # fmt: skip
+        return (f"None is advised. On the {choosing} seeds that choose, no step or scale brings success prompts nearer "
+                f"to the training pictures by more than one standard error and the margin of {margin:g}.")  # fmt: skip
     text = [
-        f"Take {named(chosen)}. It is the earliest of those drawn from which no more of the adapter is told to gain "
-        f"concept similarity (within the margin of {margin:g} counts as no gain). It gained "
+        f"Take {named(chosen)}. It is the earliest of those drawn from which no more of the adapter gains "
+        f"concept similarity by more than one standard error and the margin of {margin:g}. It gained "
         f"{chosen['choosing']:+.3f} on the {choosing} seeds that chose, and {interval_text(chosen['reported'])} on the "
         f"{reporting} others, which had no say."
     ]
