@@ -185,13 +185,13 @@ def not_finite(problem, step, pictures, folder):
     )
 
 
-def train(*, base_model, revision, data_dir, resolution, validation_count, output_dir, run_name, push_to_hub,
-          rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
-          unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
-          adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps,
-          gradient_checkpointing, mixed_precision, checkpoint_every, keep_checkpoints, resume,
-          max_overflows, seed, log_every, validate_every, preview_every, preview_prompts,
-          snapshot_every, report_to, wandb_project, wandb_pictures):  # fmt: skip
+def train(*, base_model, revision, data_dir, resolution, validation_count, output_dir, run_name,
+          push_to_hub, rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
+          unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2, adam_weight_decay,
+          max_steps, warmup_steps, batch_size, gradient_accumulation_steps, gradient_checkpointing,
+          mixed_precision, checkpoint_every, keep_checkpoints, resume, max_overflows, seed, log_every,
+          validate_every, preview_every, preview_prompts, snapshot_every, report_to, wandb_project,
+          wandb_pictures):  # fmt: skip
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
     # Imported here, so that --help and a wrong option are answered at once.
