@@ -224,9 +224,8 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
     if not on_cuda:
         say("no CUDA GPU found: training on the CPU, in fp32")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[
-        accelerator.mixed_precision
-    ]
+    dtypes = dict(fp16=torch.float16, bf16=torch.bfloat16, no=torch.float32)
+    dtype = dtypes[accelerator.mixed_precision]
 
     target_folder = Path(output_dir) / run_name
     work_folder = unfinished(target_folder)
