@@ -32,6 +32,7 @@ from lib.training import (
 )
 
 NAME = "lora_weights_rank_32"
+OTHERS = ("README.md", f"{NAME}.safetensors")  # for people and other programs
 WATCHED = TINY_RUN | dict(
     max_steps=6, preview_every=2, snapshot_every=2, checkpoint_every=2, validate_every=3,
     preview_prompts="{caption},a cat", report_to="none",
@@ -73,7 +74,7 @@ def assert_same_pictures_and_weights(one, two):
 def test_a_run_is_the_same_bit_for_bit_with_and_without(common, watched, tmp_path):
     without = common | dict(output_dir=tmp_path, preview_every=0, snapshot_every=0)
     run("train.py", *options(**without))
-    assert tree(tmp_path / NAME) == {"config.json", "log.jsonl", "loss.png", WEIGHTS}
+    assert tree(tmp_path / NAME) == {"config.json", "log.jsonl", "loss.png", WEIGHTS, *OTHERS}
     seen, unseen = (load_file(folder / WEIGHTS) for folder in (watched, tmp_path / NAME))
     assert all(torch.equal(seen[key], unseen[key]) for key in seen | unseen)
 
@@ -122,6 +123,7 @@ def test_what_is_left_to_look_at(watched):
         "log.jsonl",
         "loss.png",
         WEIGHTS,
+        *OTHERS,
         "previews.webp",
         *steps,
         *snapshots,
