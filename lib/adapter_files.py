@@ -30,8 +30,8 @@ KEY = re.compile(
 )
 
 
-def save_adapter(folder, models, rank, alpha, targets, metadata):
-    """Write the LoRA layers of `models` to `folder` in diffusers' format.
+def save_adapter(folder, models, rank, alpha, targets, metadata, half=False):
+    """Write the LoRA layers of `models` to `folder` in diffusers' format, in float32 or in half precision.
 
     `models` and `targets` are dicts by component ("unet", "text_encoder"); `metadata` is a dict of
     strings for the file's header. `pipeline.load_lora_weights(folder)` loads the result, on
@@ -45,7 +45,8 @@ def save_adapter(folder, models, rank, alpha, targets, metadata):
             for factor, weight in zip("AB", pair, strict=True):
                 # A copy of its own: the parameters may be views of one flat vector.
                 key = f"{component}.{name}.lora_{factor}.weight"
-                tensors[key] = weight.detach().float().cpu().clone()
+                weight = weight.detach().cpu().clone()
+                tensors[key] = weight.half() if half else weight.float()
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets[component]))
         for key, value in config.to_dict().items():
             # What diffusers needs to rebuild the layers; the rest would tie the file to one PEFT.

@@ -89,9 +89,9 @@ def kohya_header(config, data, width, prediction_type, thumbnail=None):
     """The header of kohya's file: a dict of strings.
 
     `config` is train.py's, `data` what config.json says of the data set, `width` that of the text
-    encoder's states (768: version 1, 1024: version 2), `prediction_type` the scheduler's,
-    `thumbnail` a PIL picture or None. Of a base model in a local folder only the folder's name is
-    told, and no picture's name at all.
+    encoder's states (1024: version 2; any other, the miniature's too: version 1), `prediction_type`
+    the scheduler's, `thumbnail` a PIL picture or None. Of a base model in a local folder only the
+    folder's name is told, and no picture's name at all.
     """
     rates = {name: config[f"{name}_learning_rate"] for name in ("unet", "text_encoder")}
     second = width == 1024

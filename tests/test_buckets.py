@@ -280,7 +280,7 @@ def test_the_background_of_masked_pictures_is_learned_less(tmp_path):
     accelerator = Accelerator(cpu=True)
     latents = setup.picture_latents(folder, rows, torch.float32, accelerator)
     masks = latent_masks(rows, latents, 0.0)
-    input_ids, scheduler = setup.caption_tokens(folder, rows), setup.noise_scheduler(folder)
+    input_ids, scheduler = setup.caption_tokens(folder, rows, []), setup.noise_scheduler(folder)
     config = train.CONFIG | train.DEMO | dict(rank=8, alpha=8)
 
     def outside_loss(unet, texts):

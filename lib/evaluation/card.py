@@ -7,11 +7,14 @@ from lib.kohya import base_model_name
 from lib.model_card import code, update_card
 
 
-def update_model_card(folder, run, summary, shown):
-    """Write the evaluation of `run`, whose verdicts are in `summary`, into the card in `folder`.
+def update_model_card(run, summary, shown):
+    """Write the evaluation of `run`, whose verdicts are in `summary`, into the card in its adapter's
+    folder; nothing where its pictures were not drawn now.
 
     `shown` is what all pages say. Of each prompt the first seed's pictures are shown.
     """
+    if run.folder is None:
+        return
     prompts, seeds, config = shown["prompts"], shown["seeds"], shown["config"]
     files, widget, rows = {}, [], ["| prompt | base model | with the adapter |", "|---|---|---|"]
     for index, (category, prompt) in enumerate(prompts):
@@ -27,7 +30,7 @@ def update_model_card(folder, run, summary, shown):
         "## Samples", "", how, "", *rows, "", "## What it learned and what it spoiled", "",
         words.verdict_text(summary), "", words.spread_text(summary),
     ])  # fmt: skip
-    update_card(folder, section, widget, files)
+    update_card(run.folder, section, widget, files)
 
 
 def webp(image):

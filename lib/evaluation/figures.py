@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from lib.evaluation.sentences import CATEGORY_TITLES
 from lib.evaluation.words import NAMES
 from lib.pictures import INK, PAPER, QUIET, fit_text
 
@@ -44,6 +45,47 @@ def comparison_figure(rows, title, pairs, side=256):
     return figure
 
 
+# How many prompts of each category stand for a run: five in all.
+OVERVIEW = {"success": 2, "near": 1, "failure": 2}
+
+
+def overview_figure(rows, pairs=3, side=256):
+    """What an adapter changed, to be read without a word more: on the left pictures of the base
+    model, on the right those of the same noise with the adapter; a row a prompt. A PIL picture.
+
+    `rows` are as for `comparison_figure`; the first OVERVIEW prompts of each category are shown,
+    with `pairs` seeds each. The letters stay readable at half its size, as a README shows it.
+    """
+    big, small = ImageFont.load_default(side // 7), ImageFont.load_default(side // 9)
+    gap, between = side // 40, side // 6
+    block = pairs * (side + gap) - gap
+    head, line = 2 * between, side // 4
+    chosen = [
+        row
+        for category, most in OVERVIEW.items()
+        for row in [row for row in rows if row["category"] == category][:most]
+    ]
+    width = 2 * block + 3 * between
+    figure = Image.new("RGB", (width, head + len(chosen) * (line + side) + between), PAPER)
+    draw = ImageDraw.Draw(figure)
+    right = 2 * between + block
+    for x, text in ((between, "Base model"), (right, "The same noise, with the LoRA")):
+        draw.text((x, between // 2), fit_text(text, big, block), INK, big)
+    for number, row in enumerate(chosen):
+        y = head + number * (line + side)
+        kind = CATEGORY_TITLES[row["category"]].lower()
+        end = width - between - small.getlength(kind)
+        prompt = fit_text(f"“{row['prompt']}”", small, end - 2 * between)
+        draw.text((between, y + line // 3), prompt, INK, small)
+        draw.text((end, y + line // 3), kind, QUIET, small)
+        y += line
+        for left, images in ((between, row["base"]), (right, row["lora"])):
+            for index, image in enumerate(images[:pairs]):
+                image = image.resize((side, side), Image.Resampling.LANCZOS)
+                figure.paste(image, (left + index * (side + gap), y))
+    return figure
+
+
 ANSWER_COLOURS = {"equivalent": "#2a6b3f", "undecided": "#8492a6"}  # else the one of a difference
 
 
@@ -73,60 +115,6 @@ def forest_figure(pairs):
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
     return figure
-
-
-def sweep_figure(rows, title):
-    """The trade-off over the adapter's scale: concept gained against other prompts moved."""
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for key, name, colour in (
-        ("change near", "near prompts", "#b8860b"),
-        ("change failure", "unrelated prompts", "#2f5ea8"),
-    ):
-        known = [row for row in rows if key in row and "concept_similarity success" in row]
-        if not known:
-            continue
-        x, y = (
-            np.array([[row[k][part] for part in ("mean", "low", "high")] for row in known])
-            for k in (key, "concept_similarity success")
-        )
-        axes.errorbar(x[:, 0], y[:, 0], xerr=np.abs(x[:, 1:] - x[:, :1]).T, yerr=np.abs(y[:, 1:] - y[:, :1]).T,
-                      fmt="o-", color=colour, ecolor="#cfd6e2", capsize=2, label=name)  # fmt: skip
-        for row, px, py in zip(known, x[:, 0], y[:, 0], strict=True):
-            axes.annotate(
-                f"{row['scale']:g}", (px, py), textcoords="offset points", xytext=(6, -12)
-            )
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, loc="lower right")
-    axes.set(title=f"{title}: how much of the adapter (the numbers are its scales)",
-             xlabel="other prompts moved: LPIPS to the base, as a share of its ceiling",
-             ylabel="concept similarity gained on success prompts")  # fmt: skip
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure
-
-
-def sweep_sheet(firsts, prompts, side=192):
-    """A row a prompt, a column a scale: the first seed's pictures. `firsts` is {scale: pictures}."""
-    font = ImageFont.load_default(15)
-    gap, line = 6, 24
-    scales = sorted(firsts)
-    sheet = Image.new(
-        "RGB",
-        (gap + len(scales) * (side + gap), line + len(prompts) * (side + gap + line)),
-        PAPER,
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, scale in enumerate(scales):
-        x = gap + column * (side + gap)
-        draw.text((x, 3), f"scale {scale:g}", INK, font)
-        for row, prompt in enumerate(prompts):
-            y = line + row * (side + gap + line)
-            if column == 0:
-                draw.text((x, y + 3), fit_text(prompt, font, sheet.width - 2 * gap), QUIET, font)
-            image = firsts[scale][row].resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(image, (x, y + line))
-    return sheet
 
 
 def distribution_figure(run, prompts):

@@ -23,6 +23,11 @@ def interval_text(interval, sign=True):
     return f"{mean} [{low}, {high}]"
 
 
+def number_text(value):
+    """«−0.0596»: a score by itself, with a true minus sign as the intervals have."""
+    return f"{value:.4f}".replace("-", "−")
+
+
 def spread_text(summary):
     """What the intervals of an experiment speak of."""
     runs, seeds = len(summary["runs"]), summary["seeds"]
@@ -47,8 +52,8 @@ def summary_table(summary):
     columns = [("Prompt", lambda row: row["title"])]
     if "clip" in one:
         columns += [
-            ("Base CLIP", lambda row: f"{row['base_clip']:.4f}"),
-            ("LoRA CLIP", lambda row: f"{row['lora_clip']:.4f}"),
+            ("Base CLIP", lambda row: number_text(row["base_clip"])),
+            ("LoRA CLIP", lambda row: number_text(row["lora_clip"])),
             ("CLIP difference", lambda row: interval_text(row["clip"])),
         ]
     columns += [("LPIPS", lambda row: interval_text(row["lpips"], sign=False))]
@@ -59,7 +64,7 @@ def summary_table(summary):
         ]
     if "concept_similarity" in one:
         columns += [
-            ("Base concept", lambda row: f"{row['base_concept_similarity']:.4f}"),
+            ("Base concept", lambda row: number_text(row["base_concept_similarity"])),
             ("Concept difference", lambda row: interval_text(row["concept_similarity"])),
         ]
     rows = []
@@ -117,24 +122,41 @@ def summary_text(summary):
         if table:
             parts.append(markdown_table(table))
     if "sweep" in summary:
-        parts += [markdown_table(sweep_table(summary["sweep"]["rows"])), summary["sweep"]["advice"]]
+        parts += [summary["sweep"]["advice"], markdown_table(sweep_table(summary["sweep"]["rows"]))]
     return "\n\n".join(parts)
 
 
 SWEEP_COLUMNS = {
-    "concept_similarity success": "Concept difference, success",
-    "clip success": "CLIP difference, success",
+    "concept_similarity success": "Concept gained",
+    "clip success": "Match (CLIP)",
+    "concept_similarity near": "Near prompts toward the training pictures",
+    "concept_similarity failure": "Unrelated ones",
     "change near": "Change, near",
-    "change failure": "Change, failure",
+    "change failure": "Change, unrelated",
+    "variety success": "Variety",
+    "nearest_similarity success": "Nearest copy",
+    "held_out": "Held-out loss",
 }
 
 
+SWEEP_EXPLAINED = (
+    "Concept gained and near and unrelated prompts: mean cosine to the training pictures, LoRA minus base. Change: "
+    "LPIPS to the base picture as a share of its ceiling. Variety: LPIPS between pictures at different seeds over "
+    "the same ceiling. Nearest copy: the highest cosine to a picture trained on, LoRA minus base. Held-out loss: of "
+    "pictures not trained on, less what it was before training; its interval is over these few pictures."
+)
+
+
 def sweep_table(rows):
-    keys = [key for key in SWEEP_COLUMNS if key in rows[0]]
-    return [["Scale", *(SWEEP_COLUMNS[key] for key in keys)]] + [
-        [f"{row['scale']:g}", *(interval_text(row[k], "change" not in k) for k in keys)]
-        for row in rows
-    ]
+    """Every point's figures with intervals as rows of text; the head first."""
+    keys = [key for key in SWEEP_COLUMNS if any(key in row for row in rows)]
+    places = [key for key in ("step", "scale") if len({row[key] for row in rows}) > 1] or ["scale"]
+    table = [[*(place.capitalize() for place in places), *(SWEEP_COLUMNS[key] for key in keys)]]
+    for row in rows:
+        shares = ("change", "variety")
+        cells = [interval_text(row[k], not k.startswith(shares)) if k in row else "–" for k in keys]
+        table.append([*(f"{row[place]:,g}" for place in places), *cells])
+    return table
 
 
 def comparison_table(summaries):

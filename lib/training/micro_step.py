@@ -145,15 +145,28 @@ class MicroStep:
         for part in self.trained.values():
             part.flat.grad.zero_()
 
-    def validation_loss(self, probes):
-        """Mean loss over `probes`, [(data-set index, draws)] of any number: a float."""
-        total, shape_of = 0.0, lambda probe: self.latents.shape(probe[0])
-        for _, group in itertools.groupby(sorted(probes, key=shape_of), shape_of):
+    def validation_losses(self, probes):
+        """The loss of each of `probes`, [(data-set index, draws)] of any number: a list of floats."""
+
+        def shape_of(place):
+            return self.latents.shape(probes[place][0])
+
+        found = [None] * len(probes)
+        for _, group in itertools.groupby(sorted(range(len(probes)), key=shape_of), shape_of):
             group = list(group)
             for start in range(0, len(group), self.batch_size):
-                chunk = group[start : start + self.batch_size]
-                padded = chunk + chunk[-1:] * (self.batch_size - len(chunk))
-                self.fill(*zip(*padded, strict=True))
+                places = group[start : start + self.batch_size]
+                padded = places + places[-1:] * (self.batch_size - len(places))
+                self.fill(*zip(*(probes[place] for place in padded), strict=True))
                 self.now.measure()
-                total += self.sample_losses[: len(chunk)].sum().item()
-        return total / len(probes)
+                for place, loss in zip(places, self.sample_losses.tolist(), strict=False):
+                    found[place] = loss
+        return found
+
+    def validation_row(self, probes):
+        """The held-out loss for the log: its mean, and that of each picture's probes."""
+        losses = {}
+        for (picture, _), loss in zip(probes, self.validation_losses(probes), strict=True):
+            losses.setdefault(int(picture), []).append(loss)
+        each = [sum(of_one) / len(of_one) for of_one in losses.values()]
+        return dict(validation_loss=sum(each) / len(each), validation_losses=each)

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lib.config import half_resolution
+from lib.dataset import Row
 from lib.errors import memory_for
 from lib.models import load_part, loading
 from lib.training.latents import (
@@ -19,14 +20,26 @@ from lib.training.latents import (
 )
 from lib.training.micro_step import recomputed
 from lib.training.parameters import add_lora_parameters
-from lib.training.samples import encode_captions, tokenize
+from lib.training.samples import encode_captions, split, tokenize
 
 
-def caption_tokens(base_folder, data):
-    """Token ids of the pictures' captions, int64 [n, 77]."""
+def caption_tokens(base_folder, data, prompts):
+    """Token ids of the pictures' captions, int64 [n, 77]; UserError if one, or one of `prompts`, is too long."""
     with loading(base_folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
+    if prompts:
+        tokenize(tokenizer, [Row("a preview", prompt, None, None) for prompt in prompts])
     return tokenize(tokenizer, data)
+
+
+def divided(data_dir, pictures, validation_count, seed, say):
+    """(train_indices, held_out) of so many pictures, and says how many that are; see `split`."""
+    train_indices, held_out = split(pictures, validation_count, seed)
+    say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
+    if len(held_out) < validation_count:
+        say(f"note: not {validation_count}, as at most a quarter of the pictures is held out"
+            + ("" if len(held_out) else "; there will be no validation loss"))  # fmt: skip
+    return train_indices, held_out
 
 
 def noise_scheduler(base_folder):
