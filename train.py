@@ -8,14 +8,16 @@
 
 Out comes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format),
 <run_name>.safetensors (kohya's: ComfyUI, A1111 and their kin), README.md (a model card),
-config.json (configuration, versions, commit, device), log.jsonl and loss.png. An earlier run of
-that name is replaced only once the new one is complete. A run that was interrupted, by Ctrl-C, a
-signal, a crash or a power cut, goes on from its last checkpoint when the same command is run again.
+config.json (configuration, versions, commit, device), log.jsonl, loss.png, and what to watch and choose
+from: previews/ and previews.webp (steps across, prompts down), snapshots/ (the adapter at intervals).
+An earlier run of that name is replaced only once the new one is complete. A run that was stopped, by
+Ctrl-C, a signal, a crash or a power cut, goes on from its last checkpoint by the same command.
 
-Latents are computed once, noise and timesteps derive from (seed, sample number), and the LoRA
-parameters of a group are one flat vector: one optimizer kernel, one check for overflow and, on
-several GPUs, one all-reduce of one tensor. On a GPU a micro-step, forward and backward, is recorded
-once as a CUDA graph and replayed; a CPU calls the same function (lib/kernels/, bench/README.md).
+Latents are computed once and kept in processed_data/latents/, noise and timesteps derive from (seed,
+sample number), and the LoRA parameters of a group are one flat vector: one optimizer kernel, one check
+for overflow and, on several GPUs, one all-reduce of one tensor. On a GPU a micro-step, forward and
+backward, is recorded once as a CUDA graph and replayed; a CPU calls the same function (lib/kernels/,
+bench/README.md).
 """
 
 import contextlib
@@ -25,7 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib.config import check_range, check_resolution, half_resolution, parse_config
+from lib.config import check_range, check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.files import (
     check_output_folder,
@@ -35,6 +37,8 @@ from lib.files import (
     replace_folder,
     unfinished,
 )
+from lib.training.advice import not_finite, training_memory
+from lib.training.journal import check_trackers
 
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
 # Left alone they spin so long that another process on one of the cores stops nearly everything; not
@@ -50,6 +54,7 @@ CONFIG = dict(
     caption_from="text",  # its column that is trained on: text (as a rule one caption), description
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
     validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
+    mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
     # output
     output_dir="lora_weights",
     run_name="lora_weights_rank_32",
@@ -88,7 +93,17 @@ CONFIG = dict(
     seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
     log_every=10,  # steps
     validate_every=250,  # steps
+    # what to watch, and to choose from
+    preview_every=1000,  # steps, and at the start and the end: draw preview_prompts; 0: never
+    preview_prompts=(
+        "{caption}",
+        "{caption} in the rain",
+        "a cat sitting on a couch",
+    ),  # on the command line a comma ends one
+    snapshot_every=500,  # steps: keep the adapter (15 MB) for inference.py --snapshots; 0: the last alone
+    report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
+    wandb_pictures=False,  # whether W&B gets the previews too; no prompt ever leaves this machine
 )
 
 # What --demo puts in their place: the embedded miniature is 128 pixels wide and learns faster.
@@ -102,6 +117,8 @@ DEMO = dict(
     gradient_checkpointing=False,
     validate_every=100,
     checkpoint_every=200,
+    preview_every=200,
+    snapshot_every=100,
 )
 
 
@@ -116,43 +133,21 @@ def learning_rate_factor(step, max_steps, warmup_steps):
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def memory_advice(config):
-    """What to change in a configuration whose training needs too much GPU memory: a sentence."""
-    found = []
-    if config["batch_size"] > 1:
-        found.append(f"--batch-size {config['batch_size'] // 2}")
-    if not config["gradient_checkpointing"]:
-        found.append("--gradient-checkpointing")
-    if config["mixed_precision"] == "no":
-        found.append("--mixed-precision fp16")
-    if not found:
-        smaller = half_resolution(config["resolution"])
-        return (
-            f"close what else uses the GPU (nvidia-smi lists it); --resolution {smaller} needs less"
-        )
-    return f"{' or '.join(found)} needs less"
-
-
-def training_memory(config):
-    """What to say when the GPU's memory is too small for the training."""
-    return memory_for(f"training with batch_size {config['batch_size']}", memory_advice(config))
-
-
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
     for key in "rank max_steps batch_size gradient_accumulation_steps preservation_every preservation_per_picture log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
         check_range(config, key, 1)
-    for key in "validation_count warmup_steps seed adam_weight_decay preservation_weight unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
+    for key in "validation_count warmup_steps seed preview_every snapshot_every adam_weight_decay preservation_weight unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
         check_range(config, key, 0)
     check_range(config, "alpha", 1e-6)
     check_range(config, "seed", 0, 2**62)
+    check_range(config, "mask_weight", 0, 1)
     for key in ("adam_beta1", "adam_beta2"):
         check_range(config, key, 0, 1 - 1e-9)
     check_resolution(config)
     if config["caption_from"] not in ("text", "description"):
-        raise UserError(
-            f"caption_from is {config['caption_from']}, but must be text or description"
-        )
+        found = config["caption_from"]
+        raise UserError(f"caption_from is {found}, but must be text or description")
     listing = Path(config["data_dir"]) / "captions.jsonl"
     if not listing.is_file():
         raise UserError(f"{listing}: no such file; run python preprocess.py first")
@@ -168,31 +163,24 @@ def check_config(config):
             f"least {drawn} to draw from; train_experiment_preservation.py has a list"
         )
     if config["mixed_precision"] not in ("fp16", "bf16", "no"):
-        raise UserError(
-            f"mixed_precision is {config['mixed_precision']}, but must be fp16, bf16 or no"
-        )
+        found = config["mixed_precision"]
+        raise UserError(f"mixed_precision is {found}, but must be fp16, bf16 or no")
     name = config["run_name"]  # diffusers looks for a file of that ending, and must find one only
     if Path(name).name != name or name.startswith(".") or name.endswith("pytorch_lora_weights"):
         raise UserError(f"run_name {name!r} must be a plain folder name; take another")
+    if config["preview_every"] and not config["preview_prompts"]:
+        raise UserError("preview_prompts is empty; to draw no previews: --preview-every 0")
+    check_trackers(config["report_to"])
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 
 
-def not_finite(problem, step, pictures, folder):
-    """The UserError of a step whose numbers are not finite, before whose update the run stops."""
-    return UserError(
-        f"{problem} at step {step + 1} ({', '.join(sorted(pictures))}); the state after step {step} is "
-        f"kept in {folder}. Are the learning rates too high? With lower ones (--unet-learning-rate, "
-        "--text-encoder-learning-rate) the same command goes on from there"
-    )
-
-
-def train(*, base_model, revision, data_dir, caption_from, resolution, validation_count, output_dir, run_name,
-          push_to_hub, rank, alpha, dora, unet_targets, text_encoder_targets, train_text_encoder,
-          unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
-          adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps,
-          preservation_weight, preservation_every, preservation_per_picture, preservation_captions,
-          gradient_checkpointing, mixed_precision, checkpoint_every, keep_checkpoints, resume,
-          max_overflows, seed, log_every, validate_every, wandb_project):  # fmt: skip
+def train(*, base_model, revision, data_dir, caption_from, resolution, validation_count, mask_weight, output_dir,
+          run_name, push_to_hub, rank, alpha, dora, unet_targets, text_encoder_targets, train_text_encoder,
+          unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2, adam_weight_decay, max_steps,
+          warmup_steps, batch_size, gradient_accumulation_steps, preservation_weight, preservation_every,
+          preservation_per_picture, preservation_captions, gradient_checkpointing, mixed_precision, checkpoint_every,
+          keep_checkpoints, resume, max_overflows, seed, log_every, validate_every, preview_every, preview_prompts,
+          snapshot_every, report_to, wandb_project, wandb_pictures):  # fmt: skip
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
     # Imported here, so that --help and a wrong option are answered at once.
@@ -202,28 +190,32 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     from tqdm import tqdm
 
     from lib.dataset import read_dataset
+    from lib.evaluation.drawing import preview_drawer
     from lib.models import fetch_base_model
-    from lib.training import checkpoints, setup
+    from lib.training import checkpoints, run_folder, setup
     from lib.training.journal import Journal
+    from lib.training.latents import latent_masks
     from lib.training.micro_step import MicroStep
-    from lib.training.run_folder import data_record, finished_models, outcome_text, write_run
-    from lib.training.samples import Samples, split
+    from lib.training.previews import preview_texts
+    from lib.training.samples import Samples
     from lib.training.stopping import StopSignals, agreed
+    from lib.training.watch import Watch
 
     started = time.monotonic()
     # Everything that can be wrong is looked at before a model is loaded.
     rows = read_dataset(data_dir, resolution, caption_from)
     on_cuda = torch.cuda.is_available()
-    base_folder = fetch_base_model(base_model, revision, half=on_cuda and mixed_precision == "fp16")
-    input_ids = setup.caption_tokens(base_folder, rows, config)
+    half = on_cuda and mixed_precision == "fp16"
+    base_folder = fetch_base_model(base_model, revision, half, resolution)
+    prompts = preview_texts(preview_prompts, rows) if preview_every else []
+    input_ids = setup.caption_tokens(base_folder, rows, config, prompts)
 
     accelerator = Accelerator(mixed_precision=mixed_precision if on_cuda else "no", cpu=not on_cuda)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
     if not on_cuda:
         say("no CUDA GPU found: training on the CPU, in fp32")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[
-        accelerator.mixed_precision
-    ]
+    dtypes = dict(fp16=torch.float16, bf16=torch.bfloat16, no=torch.float32)
+    dtype = dtypes[accelerator.mixed_precision]
 
     target_folder = Path(output_dir) / run_name
     work_folder = unfinished(target_folder)
@@ -232,14 +224,9 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
     accelerator.wait_for_everyone()  # all have read before one writes
 
-    train_indices, held_out = split(len(rows), validation_count, seed)
-    say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
-    if len(held_out) < validation_count:
-        say(f"note: not {validation_count}, as at most a quarter of the pictures is held out"
-            + ("" if len(held_out) else "; there will be no validation loss"))  # fmt: skip
-
+    train_indices, held_out = setup.divided(data_dir, len(rows), validation_count, seed, say)
     scheduler = setup.noise_scheduler(base_folder)
-    latents = setup.picture_latents(base_folder, rows, resolution, dtype, device)
+    latents = setup.picture_latents(base_folder, rows, dtype, accelerator)
     unet, texts, trained, preservation = setup.adapted_models(
         base_folder, input_ids, config, dtype, device, say)  # fmt: skip
     flats = [part.flat for part in trained.values()]
@@ -248,22 +235,21 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
         groups, betas=(adam_beta1, adam_beta2), weight_decay=adam_weight_decay
     ))  # fmt: skip
 
+    data = run_folder.data_record(rows, train_indices, held_out)
     samples = Samples(
-        train_indices, seed, latents[0].shape[1:], scheduler.config.num_train_timesteps, batch_size,
+        train_indices, seed, latents.shape, scheduler.config.num_train_timesteps, batch_size,
         accelerator.num_processes, accelerator.process_index, preservation,
     )  # fmt: skip
     probes = samples.probes(held_out) if is_main else []
     micro = MicroStep(
         unet, scheduler, latents, texts, trained, accelerator.scaler, batch_size,
-        gradient_accumulation_steps, preservation,
+        gradient_accumulation_steps, device, latent_masks(rows, latents, mask_weight), preservation,
     )  # fmt: skip
 
     # Where the run stands: at the start, or where the last checkpoint left it.
     if is_main and not saved:
         fresh_folder(target_folder)
-    past = saved[1] if saved else dict(log=[], run_id=None)
-    journal = Journal(work_folder if is_main else None, past["log"], wandb_project, run_name, config,
-                      past["run_id"])  # fmt: skip
+    journal = Journal(work_folder if is_main else None, config, saved[1] if saved else {})
     saver = checkpoints.Saver(
         work_folder, this_run, trained, optimizer, accelerator.scaler, journal, keep_checkpoints
     )
@@ -276,8 +262,12 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     with training_memory(config):
         upcoming = samples.micro_batch(first_step * gradient_accumulation_steps)
         micro.prepare(upcoming)
-        if probes and not saved:
-            journal.record(step=0, **micro.validation_row(probes))
+        watch = None
+        if is_main:
+            draw = preview_drawer(base_folder, unet, trained, prompts, resolution, dtype, device)
+            watch = Watch(work_folder, config, micro, probes, data, journal, first_step, prompts, draw)  # fmt: skip
+            if not saved:
+                watch.look(0)
     set_up_seconds = time.monotonic() - started
     overflows = 0  # fp16 steps skipped in a row
     loop_started = time.monotonic()
@@ -285,8 +275,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     with (
         StopSignals() as stop,
         training_memory(config),
-        tqdm(total=max_steps, initial=first_step, desc=run_name, unit="step",
-             disable=not is_main) as bar,
+        tqdm(total=max_steps, initial=first_step, desc=run_name, unit="step", disable=not is_main) as bar,
     ):  # fmt: skip
         for step in range(first_step, max_steps):
             factor = learning_rate_factor(step, max_steps, warmup_steps)
@@ -324,7 +313,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
             if problem:
                 if is_main:
                     saver.save(progress, gave_up=True)
-                raise not_finite(problem, step, {rows[i][0] for i in step_pictures}, work_folder)
+                raise not_finite(problem, step, {rows[i].name for i in step_pictures}, work_folder)
             micro.zero_gradients()
 
             progress.add(step_loss)
@@ -334,8 +323,8 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
                 mean_loss, rate = progress.mean_loss(accelerator), unet_learning_rate * factor
                 journal.record(step=done, loss=mean_loss, learning_rate=rate)
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
-            if probes and (done % validate_every == 0 or done == max_steps):
-                journal.record(step=done, **micro.validation_row(probes))
+            if watch:
+                watch.look(done)
 
             stopping = agreed(stop.received, done, log_every, accelerator)
             if stopping or (done % checkpoint_every == 0 and done < max_steps):
@@ -346,20 +335,22 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
                 say(f"\nstopped after step {done}, which is saved; the same command continues")
                 journal.finish(exit_code=128 + stopping)
                 sys.exit(128 + stopping)
-    steps_a_second = (max_steps - first_step) / (time.monotonic() - loop_started)
+    seconds = time.monotonic() - loop_started - (watch.seconds if watch else 0)
 
     accelerator.wait_for_everyone()
-    models = finished_models(trained)
+    models = run_folder.finished_models(trained)
     if is_main:
         journal.finish()
-        write_run(work_folder, config, models, journal, data_record(rows, train_indices, held_out),
-                  device, processes=accelerator.num_processes, prediction_type=scheduler.config.prediction_type,
-                  mixed_precision=accelerator.mixed_precision, skipped_steps=progress.skipped,
-                  learning_rate_changes=progress.changes, set_up_seconds=round(set_up_seconds, 2),
-                  steps_a_second=round(steps_a_second, 3))  # fmt: skip
+        run_folder.write_run(
+            work_folder, config, models, journal, data, device, processes=accelerator.num_processes,
+            prediction_type=scheduler.config.prediction_type, skipped_steps=progress.skipped,
+            mixed_precision=accelerator.mixed_precision, learning_rate_changes=progress.changes,
+            set_up_seconds=round(set_up_seconds, 2), preview_seconds=round(watch.preview_seconds, 2),
+            steps_a_second=round((max_steps - first_step) / seconds, 3),
+        )  # fmt: skip
         replace_folder(target_folder, "config.json")
         checkpoints.remove(target_folder)  # only now is the run safe without them
-        print(outcome_text(target_folder))
+        print(run_folder.outcome_text(target_folder))
     accelerator.end_training()
     return target_folder
 

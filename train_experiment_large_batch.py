@@ -25,6 +25,7 @@ CONFIG = dict(
     caption_from="text",  # its column that is trained on: text (as a rule one caption), description
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
     validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
+    mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
     # output
     output_dir="lora_weights",
     run_name="lora_weights_large_batch",  # <- changed
@@ -63,14 +64,24 @@ CONFIG = dict(
     seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
     log_every=10,  # steps
     validate_every=250 // 8,  # steps <- changed
+    # what to watch, and to choose from
+    preview_every=1000 // 8,  # steps, and at start and end: draw the prompts; 0: never <- changed
+    preview_prompts=(
+        "{caption}",
+        "{caption} in the rain",
+        "a cat sitting on a couch",
+    ),  # on the command line a comma ends one
+    snapshot_every=500 // 8,  # steps: keep the adapter for inference.py; 0: the last <- changed
+    report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
+    wandb_pictures=False,  # whether W&B gets the previews too; no prompt ever leaves this machine
 )
 
 # What --demo puts in their place: train.py's, scaled in the same way.
 DEMO_CONFIG = (
     DEMO
     | {key: DEMO[key] * 8**0.5 for key in ("unet_learning_rate", "text_encoder_learning_rate")}
-    | {key: DEMO[key] // 8 for key in ("max_steps", "validate_every", "checkpoint_every")}
+    | {key: DEMO[key] // 8 for key in DEMO if key.endswith(("_steps", "_every"))}
 )
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ CONFIG = dict(
     caption_from="text",  # its column that is trained on: text (as a rule one caption), description
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
     validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
+    mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
     # output
     output_dir="lora_weights",
     run_name="lora_weights_preservation",  # <- changed
@@ -84,7 +85,17 @@ CONFIG = dict(
     seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
     log_every=10,  # steps
     validate_every=250,  # steps
+    # what to watch, and to choose from
+    preview_every=1000,  # steps, and at the start and the end: draw preview_prompts; 0: never
+    preview_prompts=(
+        "{caption}",
+        "{caption} in the rain",
+        "a cat sitting on a couch",
+    ),  # on the command line a comma ends one
+    snapshot_every=500,  # steps: keep the adapter (15 MB) for inference.py --snapshots; 0: the last alone
+    report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
+    wandb_pictures=False,  # whether W&B gets the previews too; no prompt ever leaves this machine
 )
 
 # What --demo puts in their place: train.py's, and captions in the miniature's words.

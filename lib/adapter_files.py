@@ -32,8 +32,8 @@ KEY = re.compile(
 )
 
 
-def save_adapter(folder, models, rank, alpha, targets, metadata):
-    """Write the LoRA layers of `models` to `folder` in diffusers' format.
+def save_adapter(folder, models, rank, alpha, targets, metadata, half=False):
+    """Write the LoRA layers of `models` to `folder` in diffusers' format, in float32 or in half precision.
 
     `models` and `targets` are dicts by component ("unet", "text_encoder"); `metadata` is a dict of
     strings for the file's header. `pipeline.load_lora_weights(folder)` loads the result, on
@@ -47,12 +47,14 @@ def save_adapter(folder, models, rank, alpha, targets, metadata):
             for factor, weight in zip("AB", pair, strict=True):
                 # A copy of its own: the parameters may be views of one flat vector.
                 key = f"{component}.{name}.lora_{factor}.weight"
-                tensors[key] = weight.detach().float().cpu().clone()
+                weight = weight.detach().cpu().clone()
+                tensors[key] = weight.half() if half else weight.float()
         dora = magnitudes(model)
         for name, magnitude in dora.items():
             if component == "text_encoder" and not name.startswith("text_model."):
                 name = f"text_model.{name}"
             key = f"{component}.{name}.{MAGNITUDE}.weight"
+            # In full precision always: they are few, and one's rounding would scale a whole row.
             tensors[key] = magnitude.detach().float().cpu().clone()
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets[component]),
                             use_dora=bool(dora))  # fmt: skip

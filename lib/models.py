@@ -1,6 +1,7 @@
 """Base models: fetched from the hub or found in a folder, checked, and loaded part by part."""
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,14 +15,14 @@ transformers.utils.logging.disable_progress_bar()
 ROOT = Path(__file__).resolve().parent.parent  # demo/model lies in it
 
 
-def fetch_base_model(name, revision=None, half=False):
+def fetch_base_model(name, revision=None, half=False, resolution=None):
     """The local folder of a Stable Diffusion pipeline, `name` being a folder, a hub id, or a safetensors
     file that holds all of a model (of which a folder is made, see lib/single_file.py).
 
     From the hub only what is used is fetched: UNet, VAE, text encoder, tokenizer and scheduler,
     as safetensors, in half precision where `half` is set and the repository has such a variant.
-    Raises UserError, naming the model and what to do, when it is not there, not whole or of another
-    kind; for the last no weights are fetched.
+    Raises UserError, naming the model and what to do, when it is not there, not whole, of another kind
+    or unable to draw `resolution` pixels; for the last two no weights are fetched.
     """
     parts = {
         "unet": "diffusion_pytorch_model",
@@ -40,7 +41,7 @@ def fetch_base_model(name, revision=None, half=False):
         needed += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
     missing = [path for path in needed if not (folder / path).is_file()]
     if not missing:
-        check_base_model(folder)
+        check_base_model(folder, resolution)
         weights = [f"{part}/{stem}" for part, stem in parts.items()]
         folder = fetch_model(name, revision, weights, half, configs)
     missing += [
@@ -81,8 +82,6 @@ SUPPORTED = {
     },
     "unet/config.json": {
         "_class_name": ("UNet2DConditionModel",),
-        "in_channels": (4,),  # inpainting: 9, depth: 5, editing: 8
-        "out_channels": (4,),
         "addition_embed_type": (None,),  # Stable Diffusion XL
         "class_embed_type": (None,),
         "num_class_embeds": (None,),
@@ -93,7 +92,6 @@ SUPPORTED = {
         "_class_name": ("AutoencoderKL",),
         "in_channels": (3,),
         "out_channels": (3,),
-        "latent_channels": (4,),
     },
     "text_encoder/config.json": {
         "model_type": ("clip_text_model",),
@@ -106,9 +104,10 @@ SUPPORTED = {
 }
 
 
-def check_base_model(folder):
+def check_base_model(folder, resolution=None):
     """UserError naming the configuration file and the key, unless the base model in `folder` is a Stable
-    Diffusion of version 1 or 2 for text to image, whether it predicts noise or velocity."""
+    Diffusion of version 1 or 2 for text to image, whether it predicts noise or velocity, whose VAE tiles
+    `resolution` pixels."""
 
     def refuse(path, what):
         raise UserError(f"{folder / path}: {what}; supported are Stable Diffusion 1.x and 2.x for text to "
@@ -133,9 +132,18 @@ def check_base_model(folder):
     if expected != width:
         what = f"cross_attention_dim is {expected}, but the text encoder's hidden_size is {width}"
         refuse("unet/config.json", what)
+    latents = stated["vae/config.json"].get("latent_channels", 4)
+    for key in ("in_channels", "out_channels"):  # in: 9 for inpainting, 5 with depth, 8 for editing
+        channels = stated["unet/config.json"].get(key, 4)
+        if channels != latents:
+            refuse("unet/config.json", f"{key} is {channels}, but the VAE's latents have {latents}")
     blocks = stated["vae/config.json"].get("block_out_channels", [64])
-    if not isinstance(blocks, list) or len(blocks) != 4:
-        refuse("vae/config.json", f"block_out_channels is {blocks}, but must be 4 numbers")
+    if not isinstance(blocks, list) or len(blocks) not in (4, 5):
+        refuse("vae/config.json", f"block_out_channels is {blocks}, but must be 4 numbers or 5")
+    pixels = 2 ** (len(blocks) - 1)
+    if resolution and resolution % pixels:
+        raise UserError(f"resolution is {resolution}, but must be a multiple of {pixels}, the side of what "
+                        f"{folder / 'vae'} makes one latent of")  # fmt: skip
 
 
 def fetch_model(name, revision, stems, half, others):
@@ -176,6 +184,22 @@ def variant_suffix(files, stem, half):
 def weight_files(folder, stem="*"):
     """The safetensors files of one model folder, whole or in shards."""
     return sorted(folder.glob(f"{stem}*.safetensors"))
+
+
+def model_digest(folder):
+    """SHA-256 over the names, sizes and first and last MiB of the weight files in a model's folder, and over
+    its JSON files."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")):
+        found.update(path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            found.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            found.update(file.read())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
 from lib.dataset import read_dataset
 from lib.errors import UserError
-from preprocess import CONFIG, Unusable, preprocess, read_picture
+from lib.photographs import Unusable, read_picture
+from preprocess import CONFIG, preprocess
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -204,7 +205,7 @@ def test_same_input_same_bytes_and_old_output_survives_a_failure(tmp_path):
     for name in ("one", "two"):
         prepare(data, tmp_path / name)
     files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.*"))
-    assert {"manifest.json", "captions.jsonl", "contact_sheet.png"} <= {str(f) for f in files}
+    assert {"manifest.json", "captions.jsonl", "contact_sheet.jpg"} <= {str(f) for f in files}
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     before = (tmp_path / "one" / "manifest.json").read_bytes()
@@ -225,7 +226,7 @@ def test_small_pictures_and_counts_are_said(tmp_path):
         "preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "out", "--resolution", 128
     )
     assert "3 files, 2 pictures read, 1 skipped, 0 duplicates, 2 kept" in done.stdout
-    assert "small.png: 60x90 is enlarged" in done.stdout
+    assert "small.png: 60x90 is enlarged to 128x128" in done.stdout
     assert "large.png" not in done.stdout
 
 
@@ -250,14 +251,14 @@ def test_descriptions_go_beside_the_caption(tmp_path):
     assert [record["caption_from"] for record in manifest["pictures"]] == [
         "CONFIG", "captions.jsonl", "3.txt", "CONFIG",
     ]  # fmt: skip
-    assert [words for _, words, _ in read_dataset(tmp_path / "out", 8)] == [
+    assert [row.caption for row in read_dataset(tmp_path / "out", 8)] == [
         row["text"] for row in written
     ]
     with pytest.raises(UserError, match=r"line 4: images/image_04\.png has no description"):
         read_dataset(tmp_path / "out", 8, "description")
     (tmp_path / "out" / "captions.jsonl").write_text("\n".join(map(json.dumps, written[:3])))
     described = read_dataset(tmp_path / "out", 8, "description")
-    assert [words for _, words, _ in described] == ["a red one", "a blue one", "its own words"]
+    assert [row.caption for row in described] == ["a red one", "a blue one", "its own words"]
 
 
 @pytest.mark.parametrize(

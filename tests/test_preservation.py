@@ -97,7 +97,7 @@ def test_the_losses_are_those_of_separate_passes_and_so_are_their_gradients(pred
 
 def test_captions_are_drawn_for_each_sample_and_shift_no_noise():
     def drawn(preservation):
-        made = samples.Samples([0, 1, 2], 7, (4, 8, 8), 1000, 2, 1, 0, preservation)
+        made = samples.Samples([0, 1, 2], 7, lambda _: (4, 8, 8), 1000, 2, 1, 0, preservation)
         return [made.micro_batch(number) for number in range(50)], made.probes([3, 4])
 
     batches, probes = drawn(losses.Preservation(1.0, 1, 2, 3, torch.zeros(5, 77, 32)))

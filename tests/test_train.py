@@ -70,6 +70,8 @@ DECLARED = {
         text_encoder_learning_rate=1e-5 * 8**0.5,
         checkpoint_every=62,
         validate_every=31,
+        preview_every=125,
+        snapshot_every=62,
     ),
 }
 
@@ -171,8 +173,14 @@ def test_two_processes_agree_with_one_of_twice_the_batch(tiny_model, processed_d
                 "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
                 "--main_process_port", "0"]  # fmt: skip
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data)
-    done = command("train.py", *options(**config, output_dir=tmp_path / "two"), launcher=launcher)
-    assert done.stdout.count("2 held out") == 1  # one process speaks and writes
+    watched = config | dict(preview_every=4, snapshot_every=4)
+    done = command("train.py", *options(**watched, output_dir=tmp_path / "two"), launcher=launcher)
+    # One process speaks, writes and draws.
+    assert done.stdout.count("2 held out") == done.stdout.count("previews: ") == 1
+    found = (tmp_path / "two" / "lora_weights_rank_32").rglob("step_*")
+    assert sorted(path.stem for path in found) == [
+        "step_000000", "step_000004", "step_000004", "step_000006",
+    ]  # fmt: skip
     train_tiny(tiny_model, processed_data, tmp_path / "one", batch_size=2)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     summary = json.loads((tmp_path / "two" / "lora_weights_rank_32" / "config.json").read_text())
@@ -203,8 +211,8 @@ def test_the_held_out_loss_is_of_four_timesteps_spread_over_the_schedule(
     seen = []
     loss = micro_step.diffusion_loss
 
-    def recording(unet, scheduler, latents, noise, timesteps, states):
-        found = loss(unet, scheduler, latents, noise, timesteps, states)
+    def recording(unet, scheduler, latents, noise, timesteps, *rest):
+        found = loss(unet, scheduler, latents, noise, timesteps, *rest)
         if not torch.is_grad_enabled():
             seen.append((timesteps.item(), noise.clone(), found.item()))
         return found

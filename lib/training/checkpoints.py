@@ -16,14 +16,14 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from lib.dataset import data_hash
 from lib.errors import UserError, one_line
 from lib.files import write_bytes
 from lib.provenance import code_commit
 
 # Keys of train.py's CONFIG that may differ between an interrupted run and the one that continues it.
 FREE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "resume",
-        "max_overflows", "wandb_project", "output_dir", "run_name", "push_to_hub")  # fmt: skip
+        "max_overflows", "preview_every", "preview_prompts", "snapshot_every", "report_to",
+        "wandb_project", "wandb_pictures", "push_to_hub", "output_dir", "run_name")  # fmt: skip
 # Those of a run that stopped at numbers that are not finite: they may be the reason.
 LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
 # Packages whose version may change the numbers.
@@ -110,10 +110,12 @@ def weights_digest(folder):
     return found.hexdigest()
 
 
-def identity(config, rows, base_folder, accelerator):
+def identity(config, data, base_folder, accelerator):
     """What must be equal for a checkpoint to be continued bit for bit: a dict of JSON values."""
     found = {key: value for key, value in config.items() if key not in FREE}
-    found["pictures and captions"] = data_hash(rows)
+    found["pictures and captions"] = data.sha256
+    if config["mask_weight"] != 1.0:
+        found["masks"] = data.masks_sha256()
     found["weights of the base model"] = weights_digest(base_folder)
     found |= {package: version(package) for package in NUMERIC}
     found["processes"] = accelerator.num_processes

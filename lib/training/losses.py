@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from lib.kernels.lora import without_lora
 
 
-def diffusion_loss(unet, scheduler, latents, noise, timesteps, encoder_hidden_states):
-    """Mean squared error of the predicted noise, one value a picture: float32 [n].
+def diffusion_loss(unet, scheduler, latents, noise, timesteps, encoder_hidden_states, weights=None):
+    """Mean squared error of the predicted noise, one value a picture: float32 [n]; with `weights`, [n, 1, h, w], the
+    mean weighted by them.
 
     Ho et al. 2020, equation 14; for a base model that predicts velocity, Salimans & Ho 2022.
     """
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
     noise_pred = unet(noisy_latents.to(unet.dtype), timesteps, encoder_hidden_states).sample
-    return errors(noise_pred, target(scheduler, latents, noise, timesteps))
+    return errors(noise_pred, target(scheduler, latents, noise, timesteps), weights)
 
 
 def target(scheduler, latents, noise, timesteps):
@@ -25,9 +26,13 @@ def target(scheduler, latents, noise, timesteps):
     return noise
 
 
-def errors(predicted, expected):
-    """Mean squared error of each picture, float32 [n]."""
-    return F.mse_loss(predicted.float(), expected, reduction="none").mean(dim=(1, 2, 3))
+def errors(predicted, expected, weights=None):
+    """Mean squared error of each picture, float32 [n]; with `weights`, [n, 1, h, w], the mean weighted by them."""
+    squared, cells = F.mse_loss(predicted.float(), expected, reduction="none"), (1, 2, 3)
+    if weights is None:
+        return squared.mean(dim=cells)
+    weighted = (squared.mean(dim=1, keepdim=True) * weights).sum(dim=cells)
+    return weighted / weights.sum(dim=cells).clamp_min(1e-6)
 
 
 @dataclass
@@ -52,9 +57,12 @@ class Preservation:
         return self.first + rows, self.base_states[rows]
 
 
-def preserving_losses(unet, scheduler, latents, noise, timesteps, states, base_states):
+def preserving_losses(
+    unet, scheduler, latents, noise, timesteps, states, base_states, weights=None
+):
     """(losses, preservation losses), float32 [n] each: `diffusion_loss`, and how far the adapted
-    prediction is from the base model's under other captions, for the same noisy latents.
+    prediction is from the base model's under other captions, for the same noisy latents. The latter is
+    not weighted: what lies outside a mask is to be preserved too.
 
     `states` [(1 + k) n, 77, d] are the adapted text encoder's: of the pictures' own captions, then of k
     others for each as Preservation.texts has them; `base_states` [k n, 77, d] the base one's of these.
@@ -71,4 +79,5 @@ def preserving_losses(unet, scheduler, latents, noise, timesteps, states, base_s
     with torch.no_grad(), without_lora(unet):
         base = unet(inputs[n:], steps[n:], base_states).sample.float()
     preservation = errors(predicted[n:], base).view(-1, n).mean(dim=0)
-    return errors(predicted[:n], target(scheduler, latents, noise, timesteps)), preservation
+    expected = target(scheduler, latents, noise, timesteps)
+    return errors(predicted[:n], expected, weights), preservation

@@ -1,33 +1,57 @@
 """From a base-model folder to what the loop needs: latents, the adapted models, texts."""
 
+import functools
+
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lib.config import half_resolution
+from lib.dataset import Row
 from lib.errors import UserError, memory_for
 from lib.kernels.lora import without_lora
 from lib.models import load_part, loading
+from lib.training.latents import (
+    arranged,
+    encode_latents,
+    kept_path,
+    latent_shape,
+    make_latents,
+    read_kept,
+)
 from lib.training.losses import Preservation
 from lib.training.micro_step import recomputed
 from lib.training.parameters import add_lora_parameters
-from lib.training.samples import encode_captions, encode_latents, tokenize
+from lib.training.samples import encode_captions, split, tokenize
 
 
-def caption_tokens(base_folder, rows, config):
+def caption_tokens(base_folder, data, config, prompts):
     """Token ids of the pictures' captions, then of those that `config`, train.py's, says are to be
     preserved: int64 [n + m, 77].
 
-    UserError if one is too long, or both taught and preserved.
+    UserError if one of them, or of the `prompts` of the previews, is too long, or one both taught and preserved.
     """
     with loading(base_folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
+    if prompts:
+        tokenize(tokenizer, [Row("a preview", prompt, None, None) for prompt in prompts])
     preserved = config["preservation_captions"] if config["preservation_weight"] else ()
-    for name, caption, _ in rows:
-        if caption in preserved:
-            raise UserError(f"«{caption}», the caption of {name}, is one of the preservation_captions too; "
+    for row in data:
+        if row.caption in preserved:
+            raise UserError(f"«{row.caption}», the caption of {row.name}, is one of the preservation_captions too; "
                             "a caption cannot be both taught and preserved: remove it there")  # fmt: skip
-    return tokenize(tokenizer, [*rows, *(("preservation_captions", c, None) for c in preserved)])
+    others = [Row("preservation_captions", caption, None, None) for caption in preserved]
+    return tokenize(tokenizer, [*data, *others])
+
+
+def divided(data_dir, pictures, validation_count, seed, say):
+    """(train_indices, held_out) of so many pictures, and says how many that are; see `split`."""
+    train_indices, held_out = split(pictures, validation_count, seed)
+    say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
+    if len(held_out) < validation_count:
+        say(f"note: not {validation_count}, as at most a quarter of the pictures is held out"
+            + ("" if len(held_out) else "; there will be no validation loss"))  # fmt: skip
+    return train_indices, held_out
 
 
 def noise_scheduler(base_folder):
@@ -36,13 +60,26 @@ def noise_scheduler(base_folder):
         return DDPMScheduler.from_pretrained(base_folder / "scheduler")
 
 
-def picture_latents(base_folder, rows, resolution, dtype, device):
-    """(means, deviations) of the pictures' latents, float32 [n, 4, h, w] each. The VAE is needed for
-    this alone and not kept."""
-    vae = load_part(AutoencoderKL, base_folder, "vae", dtype).to(device)
-    advice = f"--resolution {half_resolution(resolution)} needs a quarter"
-    with memory_for("encoding the pictures", advice):
-        return encode_latents(vae, rows, device)
+def picture_latents(base_folder, data, dtype, accelerator):
+    """The Latents of a Dataset's pictures: those that were kept, and of the others what the VAE, which is needed
+    for this alone and not kept, makes of them. Of several processes the first encodes and writes."""
+    device, first = accelerator.device, accelerator.is_main_process
+    path = kept_path(data, base_folder / "vae", dtype, device)
+    if not first:
+        accelerator.wait_for_everyone()
+    kept = read_kept(path)
+    latents = arranged(kept, data)
+    if latents is None:
+        vae = load_part(AutoencoderKL, base_folder, "vae", dtype).to(device)
+        advice = f"--resolution {half_resolution(data.resolution)} needs a quarter"
+        with memory_for("encoding the pictures", advice):
+            latents = make_latents(
+                path if first else None, data, functools.partial(latent_shape, vae), kept,
+                lambda indices: encode_latents(vae, data, indices, device),
+            )  # fmt: skip
+    if first:
+        accelerator.wait_for_everyone()
+    return latents
 
 
 def adapted_models(base_folder, input_ids, config, dtype, device, say):

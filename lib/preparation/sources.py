@@ -1,11 +1,36 @@
-"""What a person wrote about the pictures: text files and listings beside them."""
+"""What lies in a folder of source pictures: the pictures, and the captions that a person wrote."""
 
 import json
+import re
 from pathlib import Path
 
 from lib.errors import UserError
 
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
+# Not pictures, and no one means them to be: neither read nor reported as skipped.
+IGNORED = re.compile(r"\..*|thumbs\.db|desktop\.ini|(readme|licen[sc]e|copying)(\..*)?", re.I)
+# What telephones lay beside a picture of the same name: the clip of a Live Photo, a record of edits.
+COMPANIONS = (".aae", ".mov", ".mp4")
+
+
+def picture_names(data_dir):
+    """(names, companions), sorted: of what may be a picture in `data_dir`, without captions and hidden
+    files, and of what a telephone lays beside its pictures."""
+    names = sorted(path.name for path in data_dir.iterdir())
+    apart = {Path(n).stem for n in names if not n.lower().endswith((".txt", *COMPANIONS))}
+    companions = [n for n in names if n.lower().endswith(COMPANIONS) and Path(n).stem in apart]
+    passed_over = set(companions)
+    stems = {Path(name).stem for name in names if not name.endswith(".txt")}
+    pictures = [
+        name
+        for name in names
+        if not IGNORED.fullmatch(name)
+        and name not in CAPTION_FILES
+        and not (name.endswith(".txt") and Path(name).stem in stems)
+        and name not in passed_over
+        and not (name.lower().endswith(".mask.png") and name[: -len(".mask.png")] in stems)
+    ]
+    return pictures, companions
 
 
 def read_captions(folder, names):
@@ -26,16 +51,14 @@ def read_captions(folder, names):
                 continue
             try:
                 row = json.loads(line)
-                name, given = (
-                    row["file_name"],
-                    {k: row[k] for k in row.keys() & {"text", "description"}},
-                )
+                name = row["file_name"]
+                given = {key: row[key] for key in ("text", "description") if key in row}
                 if not given:
                     raise KeyError
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 form = '{"file_name": …, "text": …} ("description" beside or in place of "text")'
                 raise UserError(f"{where}: not of the form {form}") from None
-            if name not in names:
+            if not isinstance(name, str) or name not in captions:
                 raise UserError(f"{where}: there is no {name} in {folder}")
             for key, text in given.items():
                 what = f"the {key} of {name}"
