@@ -20,6 +20,7 @@ import inference
 import train
 from lib import adapter_files, adapters, files
 from lib.adapter_files import WEIGHTS
+from lib.dataset import Row
 from lib.evaluation import drawing
 from lib.training import (
     checkpoints,
@@ -209,7 +210,8 @@ def test_a_strip_is_bounded_and_of_one_kind(tmp_path):
 
 
 def test_the_prompts_of_a_preview():
-    rows = [("1", "a dog", None), ("2", "a zwx dog", None), ("3", "a zwx dog", None)]
+    captions = ("a dog", "a zwx dog", "a zwx dog")
+    rows = [Row(str(number), caption, None, None) for number, caption in enumerate(captions, 1)]
     found = previews.preview_texts(
         ["{caption}", "{caption} in the rain", "a zwx dog", "a cat"], rows
     )

@@ -155,7 +155,7 @@ def centering_on(subject, source, size):
 def view(image, frame, mask=None, side=160):
     """A thumbnail of the whole picture of at most `side` pixels: what was cut off is pale and the rest outlined; what
     lies outside the mask is tinted blue."""
-    shrink = max(1, min(image.size) // (3 * side))  # quick, before the fine filter
+    shrink = max(1, max(image.size) // (2 * side))  # quick, before the fine filter
     thumbnail = image.reduce(shrink) if shrink > 1 else image.copy()
     thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
     if mask is not None:
