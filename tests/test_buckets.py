@@ -225,14 +225,25 @@ def test_micro_batches_hold_one_shape_and_processes_share_them():
 BUCKETED = TINY_RUN | dict(resolution=64, max_steps=9, checkpoint_every=3, validation_count=3)
 
 
-def test_training_on_buckets_goes_on_bit_for_bit(tiny_model, buckets, tmp_path):
-    config = BUCKETED | dict(base_model=tiny_model, data_dir=buckets, batch_size=2)
+PRESERVED = dict(
+    preservation_weight=1.0, preservation_every=2, preservation_captions="a coat,a cat",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [{}, PRESERVED], ids=["plain", "preservation"])
+def test_training_on_buckets_goes_on_bit_for_bit(tiny_model, buckets, tmp_path, more):
+    """With preservation in every second step each shape has two passes, and a loss more held out."""
+    config = BUCKETED | dict(base_model=tiny_model, data_dir=buckets, batch_size=2) | more
     for name, at in (("whole", {}), ("killed", {5: kill})):
         (tmp_path / name).mkdir()
         training(tmp_path / name, config | dict(output_dir=tmp_path / name), at)
     succeeded(training(tmp_path / "killed", config | dict(output_dir=tmp_path / "killed")))
     folder = "lora_weights_rank_32"
     assert_equal_runs(tmp_path / "whole" / folder, tmp_path / "killed" / folder)
+    log = map(json.loads, (tmp_path / "whole" / folder / "log.jsonl").open())
+    key = "validation_preservation_loss"
+    first, *later = [row.get(key) for row in log if "validation_loss" in row]
+    assert first < 1e-9 < min(later) if more else [first, *later] == [None] * 4
 
 
 def test_the_held_out_loss_of_buckets_does_not_depend_on_the_batch(tiny_model, buckets, tmp_path):

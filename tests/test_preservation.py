@@ -50,14 +50,17 @@ def test_without_lora_the_model_is_the_base_model(fused):
     assert_close(predicted(plain, states), base)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_losses_are_those_of_separate_passes_and_so_are_their_gradients(prediction):
-    """Two pictures, two captions each: against a pass a picture and caption, through two models."""
+def test_the_losses_are_those_of_separate_passes_and_so_are_their_gradients(prediction, masked):
+    """Two pictures, two captions each: against a pass a picture and caption, through two models. Masks weight
+    the ordinary loss alone."""
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction)
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 2, 4, 16, 16, generator=generator).to(DEVICE)
     states = torch.randn(6, 77, 32, generator=generator).to(DEVICE)
     base_states = torch.randn(3, 77, 32, generator=generator).to(DEVICE)
+    masks = torch.rand(2, 1, 16, 16, generator=generator).to(DEVICE) if masked else None
     timesteps = torch.tensor([100, 800], device=DEVICE)
     preservation = losses.Preservation(1.0, 1, 2, 10, base_states)
     captions = torch.tensor([[0, 2], [1, 0]], device=DEVICE)
@@ -66,14 +69,14 @@ def test_the_losses_are_those_of_separate_passes_and_so_are_their_gradients(pred
 
     unet = fused_unet()
     inputs = scheduler, latents, noise, timesteps
-    found = losses.preserving_losses(unet, *inputs, states, bases)
+    found = losses.preserving_losses(unet, *inputs, states, bases, masks)
     parameters = [weight for pair in adapters.factors(unet).values() for weight in pair]
 
     base = fused_unet()
     for _, b in adapters.factors(base).values():
         b.data.zero_()
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    ordinary = losses.diffusion_loss(unet, *inputs, states[:2])
+    ordinary = losses.diffusion_loss(unet, *inputs, states[:2], masks)
     held = torch.zeros(2, device=DEVICE)
     for picture in range(2):
         for place in range(2):

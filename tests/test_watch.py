@@ -86,11 +86,12 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without(common, watched, tmp_pat
     assert losses(watched) == losses(tmp_path / NAME)
 
 
-def test_the_same_where_the_model_computes_with_a_copy(common, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_same_where_the_model_computes_with_a_copy(common, tmp_path, monkeypatch, dora):
     """As in half precision, where the optimizer's vector and what the model reads are not one memory: a
     preview shows the last update, a snapshot keeps the vector, and the copy is where it was afterwards.
     (No picture is held out: their loss would have brought the copy up to date.)"""
-    config = common | dict(validation_count=0)
+    config = common | dict(validation_count=0, dora=dora)
     run("train.py", *options(**config | dict(output_dir=tmp_path / "one")))
     flatten, copies = parameters.flatten_parameters, []
 
@@ -113,6 +114,10 @@ def test_the_same_where_the_model_computes_with_a_copy(common, tmp_path, monkeyp
     assert done.returncode == 0, done.stderr
     one, two = tmp_path / "one" / NAME, tmp_path / "two" / NAME
     assert_same_pictures_and_weights(one, two)
+    kept = load_file(one / "snapshots" / "step_000002" / WEIGHTS)
+    types = {key.rsplit(".", 2)[1]: weight.dtype for key, weight in kept.items()}
+    whole = dict(lora_magnitude_vector=torch.float32) if dora else {}
+    assert types == dict(lora_A=torch.float16, lora_B=torch.float16) | whole
 
 
 def test_what_is_left_to_look_at(watched):
@@ -376,7 +381,8 @@ def test_pictures_leave_the_machine_only_when_asked(common, tmp_path, pictures):
                 WANDB_MODE="offline")  # fmt: skip
     config = common | dict(
         output_dir=tmp_path, report_to="wandb", wandb_pictures=pictures, max_steps=2,
-        preview_prompts="{caption},my secret garden",
+        preview_prompts="{caption},my secret garden", preservation_weight=1,
+        preservation_captions="my secret garden gate",
     )  # fmt: skip
     command("train.py", *options(**config), env=home)
     media = list(tmp_path.glob("wandb/offline-run-*/files/media/images/*"))
