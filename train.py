@@ -37,6 +37,7 @@ from lib.files import (
     replace_folder,
     unfinished,
 )
+from lib.kept import first_process
 from lib.training.journal import check_trackers
 
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
@@ -375,8 +376,7 @@ def main(config, description):
     config = parse_config(config, description, demo=DEMO)
     check_config(config)
     target = Path(config["output_dir"]) / config["run_name"]
-    # Of several processes the first one writes, and holds the folder.
-    holder = os.environ.get("RANK", "0") == "0"
+    holder = first_process()  # which writes, and holds the folder
     advice = "close what else uses the GPU (nvidia-smi lists it)"
     with (
         disk_for(target),
