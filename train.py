@@ -37,6 +37,7 @@ from lib.files import (
     replace_folder,
     unfinished,
 )
+from lib.kept import first_process
 from lib.training.advice import not_finite, training_memory
 from lib.training.journal import check_trackers
 
@@ -360,8 +361,7 @@ def main(config, description, demo=DEMO):
     config = parse_config(config, description, demo=demo)
     check_config(config)
     target = Path(config["output_dir"]) / config["run_name"]
-    # Of several processes the first one writes, and holds the folder.
-    holder = os.environ.get("RANK", "0") == "0"
+    holder = first_process()  # which writes, and holds the folder
     advice = "close what else uses the GPU (nvidia-smi lists it)"
     with (
         disk_for(target),

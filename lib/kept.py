@@ -1,9 +1,10 @@
 """What can be computed again, kept on disk beside the data that it is of: written whole, or not at all."""
 
-import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from lib.files import replacing
 
 
 def first_process():
@@ -15,17 +16,13 @@ def keep(path, write):
     """Let `write` fill a file beside `path` that then takes its place: two that write at a time do not meet, and what
     is left half is removed. What fails is said and goes no further, for nothing is lost."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        beside.replace(path)
+        with replacing(path) as beside:
+            write(beside)
     except OSError as problem:
         reason = problem.strerror or problem
         print(f"note: {path} cannot be written ({reason}); it will be computed again next time")
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def ahead(function, items, threads=4):

@@ -10,10 +10,8 @@ OUTLINE, OUTSIDE = (230, 30, 60), (40, 90, 255)
 MOST_SIZES = 6  # training records its work on a GPU once for each, a second or more
 RARE = 0.05  # of the pictures; a size that fewer have is merged, where that cuts off little
 LITTLE = 0.85  # of a picture must stay then
-PLAIN_SHARE, PLAIN_SPREAD = (
-    0.7,
-    30,
-)  # of the border is within so much of its median: a plain backdrop
+# A backdrop is plain where so much of the border is within so many levels of its median.
+PLAIN_SHARE, PLAIN_SPREAD = 0.7, 30
 
 
 # ---- sizes ------------------------------------------------------------------------------------
@@ -48,9 +46,8 @@ def choose_sizes(shapes, resolution):
     shares = np.minimum(ratios, 1 / ratios)
     first, left, merged = shares.argmax(axis=1), list(range(len(sizes))), {}
 
-    def cost(
-        number,
-    ):  # what giving a size up cuts off, of all pictures together; the least that stays of one
+    def cost(number):
+        """What giving a size up cuts off of all pictures together, and the least that stays of one."""
         mine = shares[np.array(left)[shares[:, left].argmax(axis=1)] == number]
         after = mine[:, [other for other in left if other != number]].max(axis=1)
         lost = mine[:, number].sum() - after.sum()

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from lib.errors import UserError
-from lib.files import sha256_file
+from lib.files import replacing, sha256_file
 from lib.photographs import FORMATS, Unusable, read_picture
 from lib.preparation.duplicates import fingerprint
 from lib.preparation.framing import framed, view
@@ -182,15 +182,10 @@ def upright_shape(path):
 
 
 def write_beside(path, write):
-    """Let `write` fill the file `path`, which is there whole or not at all. (It is not waited for until it is
-    on the disk: what a power cut leaves half is seen by its checksum.)"""
-    beside = path.with_suffix(f".{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Let `write` fill the file `path`, which is there whole or not at all; what a power cut leaves half is
+    seen by its checksum."""
+    with replacing(path) as beside, beside.open("wb") as file:
+        write(file)
 
 
 # ---- several processes --------------------------------------------------------------------------

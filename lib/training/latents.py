@@ -51,6 +51,11 @@ class Latents:
         return sorted({shape for shape, _ in self.places})
 
 
+def group_name(shape):
+    """What the tensors of a group of latents are called by in the file: 4x64x64."""
+    return "x".join(map(str, shape))
+
+
 def kept_path(data, vae_folder, dtype, device):
     """Where the latents of a Dataset are kept, for what may change their numbers."""
     made_with = [model_digest(vae_folder), str(dtype), device.type, data.resolution]
@@ -144,7 +149,7 @@ def layout(data, shape_of):
         places.append((shape_of(size), len(mine)))
         mine.append(data.key(index))
     for shape, mine in keys.items():
-        name, numbers = "x".join(map(str, shape)), len(mine) * int(np.prod(shape))
+        name, numbers = group_name(shape), len(mine) * int(np.prod(shape))
         for part, dtype, dims, length in (
             ("checksums", "I64", [len(mine)], 8 * len(mine)),
             ("means", "F32", [len(mine), *shape], 4 * numbers),
@@ -153,7 +158,7 @@ def layout(data, shape_of):
             offsets = [end, end + length]
             tensors[f"{name}.{part}"] = dict(dtype=dtype, shape=dims, data_offsets=offsets)
             end += length
-    pictures = {"x".join(map(str, shape)): mine for shape, mine in keys.items()}
+    pictures = {group_name(shape): mine for shape, mine in keys.items()}
     header = json.dumps({"__metadata__": {"pictures": json.dumps(pictures)}} | tensors).encode()
     header += b" " * (-len(header) % 8)
     return places, tensors, len(header).to_bytes(8, "little") + header, end
@@ -179,7 +184,7 @@ def write_kept(path, data, shape_of, kept, encode):
 
     def put(index, mean, deviation):
         shape, place = places[index]
-        name = "x".join(map(str, shape))
+        name = group_name(shape)
         new[f"{name}.means"][place], new[f"{name}.deviations"][place] = mean, deviation
 
     for index in range(len(data)):
