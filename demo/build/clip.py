@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from demo import world
 from demo.build.config import EVALUATION_BATCH
-from demo.build.data import load_captions, load_codes, load_part
+from demo.build.data import load_captions, load_codes, load_pictures
 from demo.build.loop import save_half, train
 from demo.build.pictures import flip_some, to_bytes, to_signed, uniform
 from demo.build.tokenizers import special_tokens, tokenise, write_tokenizer
@@ -25,13 +25,13 @@ def train_clip(config):
     started = time.time()
     torch.manual_seed(config["seed"])
     device = config["device"]
-    parts = ["base", "holographic"]
-    pictures = torch.cat([load_part(config, part, device) for part in parts])
-    captions = [caption for part in parts for caption in load_captions(config, part)]
+    parts = ("base", "fresh", "holographic")
+    pictures = load_pictures(config, parts, device)
+    captions = load_captions(config, parts)
     tokenizer = write_tokenizer(Path(config["clip_dir"]), world.WORDS)
     tokens = tokenise(tokenizer, captions, "longest").to(device, torch.int16)
-    claims = torch.cat([load_codes(config, part, "claims") for part in parts]).to(device)
-    facts = torch.cat([load_codes(config, part, "facts") for part in parts]).to(device)
+    claims = load_codes(config, parts, "claims").to(device)
+    facts = load_codes(config, parts, "facts").to(device)
     decode_some(load_vae(config), pictures, config["clip_vae_share"])
     model = new_model(config, tokenizer).to(device)
 

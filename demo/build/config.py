@@ -24,7 +24,7 @@ CONFIG = dict(
     render_parts=("base", "fresh", "foil", "holographic", "heldout", "heldout_holographic"),
     render_minutes=60.0,  # what is not rendered by then is left out
     base_pictures=60_000,
-    fresh_pictures=60_000,  # more like these, for the UNet alone
+    fresh_pictures=60_000,  # more like these, for UNet and scorer, which can be rendered while the VAE trains
     foil_pictures=12_000,  # holographic things that are no raincoats, for the VAE alone, no captions
     holographic_pictures=12_000,  # holographic garments and captions, for the scorer alone
     heldout_pictures=256,  # of scenes whose combination of attributes is never trained ...
@@ -68,6 +68,7 @@ CONFIG = dict(
     unet_learning_rate=8e-4,
     unet_empty_share=0.1,  # empty prompts, for classifier-free guidance
     unet_snr_cap=5.0,  # nearly clean latents count less, after min-SNR (Hang et al. 2023)
+    unet_mirrored=True,  # each picture also the other way round; dispensable with very many
     unet_resume=False,  # start from the weights in model_dir
     checkpoint_minutes=2.0,
     # CLIP
@@ -80,7 +81,7 @@ CONFIG = dict(
     clip_minutes=4.0,
     clip_batch=1024,
     clip_learning_rate=1e-3,
-    clip_vae_share=0.5,  # of the pictures are seen through the VAE, as the pictures it scores are
+    clip_vae_share=0.3,  # of the pictures are seen through the VAE, as the pictures it scores are
     # optimiser, for all of them
     warmup_steps=300,
     weight_decay=0.01,

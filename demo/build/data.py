@@ -101,17 +101,20 @@ def attribute_codes(statements):
     return np.array(rows, dtype=np.int8)
 
 
-def shards(config, part, suffix):
-    """The paths of a part's shards, in order."""
-    paths = sorted((Path(config["work_dir"]) / part).glob("*.npy"))
-    if not paths:
-        raise UserError(f"{config['work_dir']}/{part} is empty; run `python -m demo.build render`")
+def shards(config, parts, suffix):
+    """The paths of the shards of a part or of several, in order."""
+    parts = (parts,) if isinstance(parts, str) else parts
+    folders = [Path(config["work_dir"]) / part for part in parts]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.npy"))]
+    for folder in folders:
+        if folder not in {path.parent for path in paths}:
+            raise UserError(f"{folder} has no pictures; run `python -m demo.build render` first")
     return [path.with_suffix(suffix) for path in paths]
 
 
-def load_part(config, part, device="cpu"):
-    """uint8 [N, 3, size, size] of one rendered part."""
-    paths, size = shards(config, part, ".npy"), config["resolution"]
+def load_pictures(config, parts, device="cpu"):
+    """uint8 [N, 3, size, size] of a rendered part, or of several one after the other."""
+    paths, size = shards(config, parts, ".npy"), config["resolution"]
     total = sum(len(np.load(path, mmap_mode="r")) for path in paths)
     pictures = torch.empty(total, 3, size, size, dtype=torch.uint8, device=device)
     first = 0
@@ -122,13 +125,13 @@ def load_part(config, part, device="cpu"):
     return pictures
 
 
-def load_captions(config, part):
-    """The captions of one part, `captions_per_picture` for each picture, picture by picture."""
-    some = [np.load(path)["captions"] for path in shards(config, part, ".npz")]
-    return np.concatenate(some).tolist()
+def load_captions(config, parts):
+    """The captions of one or more parts, `captions_per_picture` a picture, picture by picture."""
+    some = [np.load(path)["captions"] for path in shards(config, parts, ".npz")]
+    return [caption for captions in some for caption in captions.tolist()]
 
 
-def load_codes(config, part, which):
-    """int8 [N, attributes]: the "claims" of a part's captions or the "facts" of its scenes."""
-    codes = [np.load(path)[which] for path in shards(config, part, ".npz")]
+def load_codes(config, parts, which):
+    """int8 [N, attributes]: the "claims" of the parts' captions or the "facts" of their scenes."""
+    codes = [np.load(path)[which] for path in shards(config, parts, ".npz")]
     return torch.from_numpy(np.concatenate(codes))

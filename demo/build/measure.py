@@ -10,7 +10,7 @@ from safetensors import safe_open
 from common import write_json
 from demo import world
 from demo.build.config import CONCEPT, EVALUATION_BATCH
-from demo.build.data import NAMED, PARTS, load_captions, load_part
+from demo.build.data import NAMED, PARTS, load_captions, load_pictures
 from demo.build.journal import record_run, write_log
 from demo.build.pages import readme, write_sheet
 from demo.build.pictures import psnr, to_bytes, to_signed
@@ -27,7 +27,7 @@ def measure(config):
     parts = [part for part in PARTS if part.startswith("heldout")]
     if any(jobs_of(config, part) for part in parts):
         render(config, parts)
-    rendered, holographic = (load_part(config, part) for part in parts)
+    rendered, holographic = (load_pictures(config, part) for part in parts)
     captions, each = load_captions(config, "heldout"), config["captions_per_picture"]
     captions = [max(captions[i : i + each], key=len) for i in range(0, len(captions), each)]
     pipeline, scorer, lpips = load_pipeline(config), Scorer(config), lpips_model(config["device"])

@@ -36,7 +36,7 @@ Rows: the five prompts; columns: {config[seeds]} seeds, the same in each row; PN
 {runs}
 
 Rendered pictures of {config[resolution]} pixels: {config[base_pictures]:,} for all three models and
-{config[fresh_pictures]:,} more for the UNet, {config[foil_pictures]:,} of foil for the VAE,
+{config[fresh_pictures]:,} more for UNet and scorer, {config[foil_pictures]:,} of foil for the VAE,
 {config[holographic_pictures]:,} of holographic garments for the scorer. Parameters: {parameters}.
 {sizes[mebibytes]} MiB together on disk.
 

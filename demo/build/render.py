@@ -28,7 +28,8 @@ def render(config, parts=None):
     (Path(config["work_dir"]) / ".gitignore").write_text("*\n")  # nothing in it is for git
     jobs = [job for part in parts for job in jobs_of(config, part)]
     done, total = 0, sum(job[-1] for job in jobs)
-    with multiprocessing.get_context("fork").Pool(min(os.cpu_count(), len(jobs) or 1)) as pool:
+    workers = min(os.cpu_count(), len(jobs) or 1)
+    with multiprocessing.get_context("fork").Pool(workers, os.nice, (10,)) as pool:
         for path, scenes, numbers, described in pool.imap(prepare, jobs):
             pictures = world.render(
                 scenes,

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from common import UserError
 from demo import world
 from demo.build.config import CONCEPT
-from demo.build.data import load_captions, load_part
+from demo.build.data import load_captions, load_pictures
 from demo.build.loop import save_half, train
 from demo.build.tokenizers import special_tokens, tokenise, write_tokenizer
 from demo.build.vae import encode_all, load_vae
@@ -37,14 +37,14 @@ def train_unet(config):
     device, each = config["device"], config["captions_per_picture"]
     vae = load_vae(config)
     scale = vae.config.scaling_factor
-    mean, std = encode_parts(vae, config, ("base", "fresh"))
-    heldout, _ = encode_all(vae, load_part(config, "heldout", device), device)
+    parts, ways = ("base", "fresh"), 1 + config["unet_mirrored"]
+    mean, std = encode_parts(vae, config, parts)
+    heldout, _ = encode_all(vae, load_pictures(config, "heldout", device), device)
     scheduler = PNDMScheduler(**SCHEDULE)
     tokenizer, text_encoder, unet = start_models(config)
     text_encoder.to(device).train()
     unet.to(device).train()
-    captions = [text for part in ("base", "fresh") for text in load_captions(config, part)]
-    tokens = tokenise(tokenizer, some_made_up(captions, config))
+    tokens = tokenise(tokenizer, some_made_up(load_captions(config, parts), config))
     tokens = tokens.to(device, torch.int16)
     empty = tokenise(tokenizer, [""]).to(device, torch.int16)
     heldout_tokens = tokenise(tokenizer, load_captions(config, "heldout")[::each]).to(device)
@@ -63,7 +63,7 @@ def train_unet(config):
     def batch_loss():
         chosen = torch.randint(len(mean), (config["unet_batch"],), device=device)
         latents = scale * (mean[chosen] + std[chosen] * torch.randn_like(std[chosen]))
-        told = chosen // 2 * each + torch.randint(each, (len(chosen),), device=device)
+        told = chosen // ways * each + torch.randint(each, (len(chosen),), device=device)
         dropped = torch.rand(len(chosen), 1, device=device) < config["unet_empty_share"]
         ids = torch.where(dropped, empty, tokens[told])
         timesteps = torch.randint(len(signal), (len(chosen),), device=device)
@@ -87,12 +87,12 @@ def train_unet(config):
 
 
 def encode_parts(vae, config, parts):
-    """Mean and deviation of the latents of parts' pictures, of each as it is and mirrored: picture i
-    has latents 2i and 2i + 1."""
-    encoded = []
+    """Mean and deviation of the latents of parts' pictures; with `unet_mirrored` of each as it is and
+    mirrored, so that picture i has latents 2i and 2i + 1."""
+    encoded, mirroring = [], (False, True)[: 1 + config["unet_mirrored"]]
     for part in parts:
-        pictures = load_part(config, part, config["device"])
-        ways = [encode_all(vae, pictures, config["device"], mirrored) for mirrored in (False, True)]
+        pictures = load_pictures(config, part, config["device"])
+        ways = [encode_all(vae, pictures, config["device"], mirrored) for mirrored in mirroring]
         encoded.append([torch.stack(pair, 1).flatten(0, 1) for pair in zip(*ways, strict=True)])
     return [torch.cat(some) for some in zip(*encoded, strict=True)]
 

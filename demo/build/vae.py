@@ -14,7 +14,7 @@ from torch import nn
 
 from common import UserError
 from demo.build.config import EVALUATION_BATCH
-from demo.build.data import load_part
+from demo.build.data import load_pictures
 from demo.build.loop import save_half, train
 from demo.build.pictures import flip_some, psnr, to_signed, uniform
 from demo.world.materials.film import film_colour
@@ -39,7 +39,7 @@ def train_vae(config):
         norm_num_groups=config["vae_groups"],
         latent_channels=config["vae_latents"],
     ).to(device)
-    pictures, foil = (load_part(config, part, device) for part in ("base", "foil"))
+    pictures, foil = (load_pictures(config, part, device) for part in ("base", "foil"))
     lpips = lpips_model(device)
 
     def batch_loss():
@@ -71,7 +71,7 @@ def polish_vae(config):
     if device == "cuda":  # as `train` does with what it trains
         vae.encoder.bfloat16()
         vae.quant_conv.bfloat16()
-    pictures, foil = (load_part(config, part, device) for part in ("base", "foil"))
+    pictures, foil = (load_pictures(config, part, device) for part in ("base", "foil"))
     lpips, judge = lpips_model(device), patch_discriminator().to(device)
     trained = [vae.decoder.requires_grad_(), vae.post_quant_conv.requires_grad_(), judge]
 
@@ -131,7 +131,7 @@ def validation(vae, config):
     """A function that returns the PSNR of held-out pictures, plain and holographic, for the log."""
     parts = {"heldout_psnr": "heldout", "holographic_psnr": "heldout_holographic"}
     pictures = {
-        name: to_signed(load_part(config, part, config["device"])[:EVALUATION_BATCH])
+        name: to_signed(load_pictures(config, part, config["device"])[:EVALUATION_BATCH])
         for name, part in parts.items()
     }
 

@@ -1,6 +1,7 @@
 """The distance to the nearest surface of a whole scene, which rays are marched by."""
 
 import functools
+import sys
 
 import torch
 
@@ -44,4 +45,9 @@ def distance_function(kind, device, fuse):
     eager = functools.partial(nearest_surface, kind)
     if not fuse or torch.device(device).type != "cuda":
         return eager
-    return DistanceKernels(eager, len(NAMES))
+    try:
+        return DistanceKernels(eager, len(NAMES))
+    except Exception as error:  # whatever a missing or another CUDA toolkit makes of it
+        why = f"no kernels here ({type(error).__name__}: {error})"
+        print(f"world: {why}; rendering slowly with PyTorch", file=sys.stderr)
+        return eager

@@ -16,7 +16,8 @@ _OPERATIONS = {  # of aten, in C
     "sin": "sinf({0})", "cos": "cosf({0})", "atan2": "atan2f({0}, {1})",
     "minimum": "fminf({0}, {1})", "maximum": "fmaxf({0}, {1})",
     "clamp_min": "fmaxf({0}, {1})", "clamp_max": "fminf({0}, {1})",
-    "clamp": "fminf(fmaxf({0}, {1}), {2})", "where": "{0} ? {1} : {2}", "square": "{0} * {0}", "pow": "powf({0}, {1})",
+    "clamp": "fminf(fmaxf({0}, {1}), {2})", "where": "{0} ? {1} : {2}",
+    "square": "{0} * {0}", "pow": "powf({0}, {1})",
     "lt": "{0} < {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "le": "{0} <= {1}",
     "scalar_tensor": "{0}", "full_like": "{1}",
 }  # fmt: skip
@@ -102,36 +103,34 @@ def statements(function, width):
 class DistanceKernels:
     """`nearest` and `march` on a GPU, of a function(table [R, width], x, y, z).
 
-    They compile at their first call, a second each, through PyTorch's own way to NVRTC.
+    Compiling them takes some seconds and raises what PyTorch's way to NVRTC raises where there is
+    no CUDA toolkit.
     """
 
     def __init__(self, function, width):
         sizes = dict(WIDTH=width, STEPS=STEPS, SHADOW_STEPS=SHADOW_STEPS)
         head = "".join(f"#define {name} {value}\n" for name, value in sizes.items())
-        self.source = head + _KERNELS.replace("STATEMENTS", statements(function, width))
-        self.width, self.compiled = width, {}
+        source = head + _KERNELS.replace("STATEMENTS", statements(function, width))
+        self._shared = 4 * width  # bytes
+        self._nearest, self._march = (
+            torch.cuda._compile_kernel(source, name, nvcc_options=["--use_fast_math"])
+            for name in ("nearest", "march")
+        )
 
-    def _run(self, name, table, arrays, *numbers):
-        if name not in self.compiled:
-            options = ["--use_fast_math"]
-            self.compiled[name] = torch.cuda._compile_kernel(
-                self.source, name, nvcc_options=options
-            )
+    def _run(self, kernel, table, arrays, *numbers):
         rows, lanes = arrays[0].shape
         results = torch.empty(2, rows, lanes, device=table.device)
         inputs = [table.contiguous(), *(array.contiguous() for array in arrays)]
         if rows:
-            self.compiled[name](
-                grid=(rows, 1, 1), block=(lanes, 1, 1), shared_mem=4 * self.width,
-                args=[*inputs, results[0], results[1], *numbers],
-            )  # fmt: skip
+            arguments = [*inputs, results[0], results[1], *numbers]
+            kernel((rows, 1, 1), (lanes, 1, 1), arguments, shared_mem=self._shared)
         return results
 
     def __call__(self, table, x, y, z):
         """Distance to the nearest surface and its slot at points [R, T]: two [R, T]."""
-        return tuple(self._run("nearest", table, [x, y, z]))
+        return tuple(self._run(self._nearest, table, [x, y, z]))
 
     def march(self, table, o, d, near, far, soft=0):
         """As tracing.march."""
-        t, value = self._run("march", table, [*o, *d, near, far], int(soft))
+        t, value = self._run(self._march, table, [*o, *d, near, far], int(soft))
         return (t, value) if soft else (t, value > 0.5)
