@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -28,29 +29,29 @@ def render(config, parts=None):
     (Path(config["work_dir"]) / ".gitignore").write_text("*\n")  # nothing in it is for git
     jobs = [job for part in parts for job in jobs_of(config, part)]
     done, total = 0, sum(job[-1] for job in jobs)
-    workers = min(os.cpu_count(), len(jobs) or 1)
-    with multiprocessing.get_context("fork").Pool(workers, os.nice, (10,)) as pool:
-        for path, scenes, numbers, described in pool.imap(prepare, jobs):
-            pictures = world.render(
-                scenes,
-                config["resolution"],
-                config["device"],
-                config["antialias"],
-                numbers=numbers,
-            )
-            if described:
-                np.savez(path.with_suffix(".npz"), **described)
-            # Last, and beside and renamed: with its pictures a shard is whole.
-            beside = path.with_suffix(".partial")
-            with beside.open("wb") as file:
-                np.save(file, pictures.cpu().numpy())
-            beside.replace(path)
-            done += len(scenes)
-            print(f"rendered {done}/{total}, {time.time() - started:.0f} s", flush=True)
-            if time.time() - started > 60 * config["render_minutes"]:
-                print(f"render_minutes are over: {total - done} pictures left out", flush=True)
-                pool.terminate()
-                break
+    context = multiprocessing.get_context("fork")
+    over = context.Event()
+    pool = context.Pool(min(os.cpu_count(), len(jobs) or 1), start_worker, (over,))
+    for path, scenes, numbers, described in pool.imap(prepare, jobs):
+        if over.is_set():
+            continue
+        pictures = world.render(
+            scenes, config["resolution"], config["device"], config["antialias"], numbers=numbers
+        )
+        if described:
+            np.savez(path.with_suffix(".npz"), **described)
+        # Last, and beside and renamed: with its pictures a shard is whole.
+        beside = path.with_suffix(".partial")
+        with beside.open("wb") as file:
+            np.save(file, pictures.cpu().numpy())
+        beside.replace(path)
+        done += len(scenes)
+        print(f"rendered {done}/{total}, {time.time() - started:.0f} s", flush=True)
+        if time.time() - started > 60 * config["render_minutes"] and done < total:
+            print(f"render_minutes are over: {total - done} pictures left out", flush=True)
+            over.set()
+    pool.close()
+    pool.join()
     if on_gpu:
         torch.cuda.empty_cache()
     record_run("render", config, started, done, name="render_" + "_".join(parts))
@@ -67,10 +68,23 @@ def jobs_of(config, part):
     return [job for job in jobs if not job[2].is_file()]
 
 
+_over = None  # in a worker: set when nothing more is wanted
+
+
+def start_worker(over):
+    """Let the process that renders go first, and end where it ends."""
+    global _over
+    _over = over
+    os.nice(10)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
 def prepare(job):
     """What a shard needs besides its pictures: (path, scenes, numbers of them, captions and codes)."""
     config, part, path, first, count = job
-    torch.set_num_threads(1)
+    if _over.is_set():
+        return path, [], None, {}
     scenes = sample_part(config, part, first, count)
     described = {} if part == "foil" else describe(config, part, first, scenes)
     return path, scenes, numbers_of(scenes), described
