@@ -11,9 +11,14 @@ import torch
 from demo.build.config import STAGES
 from lib.files import write_json
 
+TRAINED = ("vae", "polish", "clip", "unet")
 
-def record_run(stage, config, started, steps=None):
-    """Note how a stage ran, for metrics.json: minutes, steps, its settings, device, versions."""
+
+def record_run(stage, config, started, steps=None, name=None):
+    """Note how a stage ran, for metrics.json: minutes, steps, its settings, device, versions.
+
+    `name`, of a stage that ran in several parts, is what the note is kept under.
+    """
     on_gpu = config["device"] == "cuda"
     threads = torch.get_num_threads()
     device = f"one {torch.cuda.get_device_name()}" if on_gpu else f"CPU, {threads} threads"
@@ -25,7 +30,7 @@ def record_run(stage, config, started, steps=None):
         device=device,
         versions=dict(python=sys.version.split()[0]) | {name: version(name) for name in packages},
     )
-    write_json(Path(config["work_dir"]) / f"{stage}.json", run)
+    write_json(Path(config["work_dir"]) / f"{name or stage}.json", run)
 
 
 def write_log(config):
@@ -39,9 +44,11 @@ def write_log(config):
     import matplotlib.pyplot as plt
 
     work, report = Path(config["work_dir"]), Path(config["report_dir"])
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(TRAINED), figsize=(4 * len(TRAINED), 3.2), layout="constrained"
+    )
     lines = []
-    for axis, stage in zip(axes, ("vae", "clip", "unet"), strict=True):
+    for axis, stage in zip(axes, TRAINED, strict=True):
         path = work / f"{stage}.jsonl"
         entries = [json.loads(line) for line in path.open()] if path.is_file() else []
         entries = entries[:: max(len(entries) // 60, 1)]
@@ -55,5 +62,6 @@ def write_log(config):
         axis.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
     figure.savefig(report / "curves.png", dpi=110)
     (report / "training.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    runs = {stage: work / f"{stage}.json" for stage in STAGES}
-    return {stage: json.loads(path.read_text()) for stage, path in runs.items() if path.is_file()}
+    runs = {path.stem: json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
+    stages = {name: next(s for s in STAGES if name.startswith(s)) for name in runs}
+    return {name: runs[name] for name in sorted(runs, key=lambda n: STAGES.index(stages[n]))}
