@@ -115,19 +115,9 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     # Imported here, so that --help and a wrong option are answered at once.
     import torch
 
-    from lib.evaluation import results
-    from lib.evaluation.comparison import compare
+    from lib.evaluation import results, scores
     from lib.evaluation.effects import no_change_reason
-    from lib.evaluation.runs import group_runs, plan_runs
-    from lib.evaluation.scores import (
-        load_scorer,
-        note_other_pictures,
-        picture_warnings,
-        prompt_pairs,
-        score_runs,
-    )
-    from lib.evaluation.sweep import sweep_summary
-    from lib.evaluation.verdicts import analyse
+    from lib.evaluation.runs import plan_runs
     from lib.provenance import provenance
 
     started = time.monotonic()
@@ -149,9 +139,9 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         runs, seeds = results.read_pair(score_dir, Path(output_dir), prompts)
     elif not rescore:
         plan = plan_runs(config, device)
-    clip, training = load_scorer(config, prompts, device)
+    clip, training = scores.load_scorer(config, prompts, device)
     if rescore:
-        note_other_pictures(runs, training, data_dir)
+        scores.note_other_pictures(runs, training, data_dir)
     loaded = time.monotonic()
 
     # Draw.
@@ -168,19 +158,45 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     drawn = time.monotonic()
 
     # Score.
-    score_runs(runs, prompts, seeds, clip, training, device)
-    base_pairs = prompt_pairs(runs[0].base, len(seeds), device)
+    scores.score_runs(runs, prompts, seeds, clip, training, device)
+    base_pairs = scores.prompt_pairs(runs[0].base, len(seeds), device)
     scored = time.monotonic()
 
     # Judge, and write.
-    warnings = picture_warnings(runs, prompts, seeds)
-    for warning in warnings:
-        print(f"warning: {warning}")
+    warnings = scores.picture_warnings(runs, prompts, seeds)
     if reason := no_change_reason(base_pairs):
         print(f"note: {reason}")
     shown = dict(prompts=prompts, seeds=seeds, warnings=warnings, provenance=provenance(device),
                  config=config, training=training)  # fmt: skip
-    judged = (prompts, base_pairs, margins, training)
+    judge_and_write(runs, base_pairs, margins, shown, Path(output_dir))
+
+    if not (rescore or score_dir):
+        done = time.monotonic()
+        count = len(prompts) * len(seeds) * (1 + sum(len({1.0, *r.scaled} - {0.0}) for r in runs))
+        memory = ""
+        if device.type == "cuda":
+            memory = f"; {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved at most"
+        print(f"{count} pictures in {done - started:.1f} s: loading {loaded - started:.1f} s, drawing "
+              f"{drawn - loaded:.1f}, scores {scored - drawn:.1f}, files {done - scored:.1f}; "
+              f"{(scored - loaded) / count:.3f} s a picture drawn and scored{memory}")  # fmt: skip
+    return [run.target for run in runs]
+
+
+def judge_and_write(runs, base_pairs, margins, shown, output_dir):
+    """Judge each run, and each experiment beside the others, and write their folders.
+
+    `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say.
+    """
+    from lib.evaluation import results
+    from lib.evaluation.comparison import compare
+    from lib.evaluation.runs import group_runs
+    from lib.evaluation.sweep import sweep_summary
+    from lib.evaluation.verdicts import analyse
+
+    for warning in shown["warnings"]:
+        print(f"warning: {warning}")
+    prompts = shown["prompts"]
+    judged = (prompts, base_pairs, margins, shown["training"])
     for run in runs:
         summary = analyse([run], *judged)
         if run.sweep:
@@ -190,18 +206,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         groups = group_runs(runs)
         summaries = {name: analyse(members, *judged) for name, members in groups.items()}
         pairs = compare(groups, prompts, base_pairs, margins)
-        results.write_comparison(Path(output_dir) / "comparison", groups, summaries, pairs, shown)
-
-    if not (rescore or score_dir):
-        count = len(prompts) * len(seeds) * (1 + sum(len({1.0, *r.scaled} - {0.0}) for r in runs))
-        done = time.monotonic()
-        memory = ""
-        if device.type == "cuda":
-            memory = f"; {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved at most"
-        print(f"{count} pictures in {done - started:.1f} s: loading {loaded - started:.1f} s, drawing "
-              f"{drawn - loaded:.1f}, scores {scored - drawn:.1f}, files {done - scored:.1f}; "
-              f"{(scored - loaded) / count:.3f} s a picture drawn and scored{memory}")  # fmt: skip
-    return [run.target for run in runs]
+        results.write_comparison(output_dir / "comparison", groups, summaries, pairs, shown)
 
 
 def main():

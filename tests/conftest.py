@@ -55,6 +55,14 @@ TEXT = dict(
 )  # fmt: skip
 
 
+def tiny_vae():
+    """A VAE with random weights: halves three times, 4 latent channels, as Stable Diffusion's."""
+    return AutoencoderKL(
+        sample_size=64, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A Stable Diffusion folder with random weights whose pictures are a few pixels wide."""
@@ -66,10 +74,7 @@ def tiny_model(tmp_path_factory):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    vae = AutoencoderKL(
-        sample_size=64, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+    vae = tiny_vae()
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
         skip_prk_steps=True, set_alpha_to_one=False,
@@ -162,6 +167,9 @@ def forked(work, folder):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Here, while there is one thread: a fork makes torch's pool anew at its first use, and several
+        # threads that load a model at once may find none ("Invalid thread pool").
+        torch.set_num_threads(THREADS)
         if THREADS > 1:
             one_thread()
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -7,8 +7,8 @@ import signal
 import huggingface_hub
 import pytest
 import torch
-from conftest import BOS, TEXT, TINY_RUN, assert_one_line, call, make_processed, options
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from conftest import BOS, TEXT, TINY_RUN, assert_one_line, call, make_processed, options, tiny_vae
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from test_safety import assert_equal_runs, kill, succeeded, training
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -31,10 +31,7 @@ def second_version(folder, prediction_type):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    vae = AutoencoderKL(
-        sample_size=64, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+    vae = tiny_vae()
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
         set_alpha_to_one=False, clip_sample=False, prediction_type=prediction_type,

@@ -90,13 +90,18 @@ def concept_similarity(embeddings, training):
     return (embeddings @ training.T).mean(axis=1)
 
 
+def similarities(embeddings, others, mirrored):
+    """Cosine [n, m] of each embedding [n, d] to each other [m, d] or its mirror image."""
+    return np.maximum(embeddings @ others.T, embeddings @ mirrored.T)
+
+
 def nearest_training(embeddings, training, mirrored):
     """(highest cosine [n], index of that training picture [n]).
 
     `training` and `mirrored` [m, d] are the embeddings of the training pictures and of their mirror
     images; a copy that was mirrored is a copy too.
     """
-    cosines = np.maximum(embeddings @ training.T, embeddings @ mirrored.T)
+    cosines = similarities(embeddings, training, mirrored)
     return cosines.max(axis=1), cosines.argmax(axis=1)
 
 
@@ -133,6 +138,6 @@ def leave_one_out(training, mirrored):
 
     `training` and `mirrored` as in `nearest_training`.
     """
-    cosines = np.maximum(training @ training.T, training @ mirrored.T)
+    cosines = similarities(training, training, mirrored)
     np.fill_diagonal(cosines, -1)
     return cosines.max(axis=1)

@@ -4,8 +4,8 @@ import itertools
 
 from lib.evaluation.effects import effects
 from lib.evaluation.prompts import members
-from lib.evaluation.statistics import equivalence, holm, mean_interval
-from lib.evaluation.verdicts import FEWEST_RUNS, TOO_FEW_RUNS, deciding_text
+from lib.evaluation.statistics import FEWEST_RUNS, equivalence, holm, mean_interval
+from lib.evaluation.verdicts import TOO_FEW_RUNS, deciding_text
 
 # What two experiments are compared by, and where.
 COMPARED = (

@@ -44,7 +44,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special, stats
 
-from lib.evaluation.clip_scores import leave_one_out
+from lib.evaluation.clip_scores import leave_one_out, similarities
 
 ALPHA = 0.05  # chance of "yes" where nothing is copied, and of a bound that does not hold
 RARE = 0.05  # a training-like picture lies above the reference level with at least this chance
@@ -92,11 +92,6 @@ class CopyStudy:
         drawn = similarities(self.drawn.reshape(-1, self.drawn.shape[-1]), *reference)
         held_out = similarities(self.held_out, *reference).max(axis=1)
         return drawn.max(axis=1).reshape(self.drawn.shape[:2]), held_out, own
-
-
-def similarities(embeddings, others, mirrored):
-    """Cosine [n, m] of each embedding [n, d] to each other [m, d] or its mirror image."""
-    return np.maximum(embeddings @ others.T, embeddings @ mirrored.T)
 
 
 # ---- the test ------------------------------------------------------------------------------

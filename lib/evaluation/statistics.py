@@ -43,6 +43,8 @@ import numpy as np
 from scipy import optimize, special, stats
 from scipy.stats import qmc
 
+# Two training runs differ by one number; nothing useful can be said of others from it.
+FEWEST_RUNS = 3
 POINTS = 2**11  # of the expectation over chi2
 MOST_RUNS = 1000  # that are considered where more would decide
 

@@ -18,11 +18,15 @@ from lib.evaluation.effects import copy_study, effects, grid, kernel_distances
 from lib.evaluation.lpips_distances import pair_mean
 from lib.evaluation.memorisation import UNTOLD, memorised
 from lib.evaluation.prompts import CATEGORIES, members
-from lib.evaluation.statistics import holm, mean_interval, runs_to_decide, smallest_detectable
+from lib.evaluation.statistics import (
+    FEWEST_RUNS,
+    holm,
+    mean_interval,
+    runs_to_decide,
+    smallest_detectable,
+)
 from lib.evaluation.words import interval_text
 
-# Two training runs differ by one number; nothing useful can be said of others from it.
-FEWEST_RUNS = 3
 TOO_FEW_RUNS = {
     1: "one training run cannot tell how much training runs differ; five would.",
     2: "two training runs cannot tell how much training runs differ; five would.",

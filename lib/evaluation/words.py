@@ -2,6 +2,8 @@
 
 import math
 
+from lib.evaluation.statistics import FEWEST_RUNS
+
 NO_VERDICTS = "No verdicts: they need a CLIP model, the training pictures and several seeds."
 NAMES = {
     "clip": "CLIP score",
@@ -188,7 +190,7 @@ def pair_note(pairs):
         note += "paired by their training seed."
     else:
         note += "paired in their order where they share no training seed."
-    if counts[0] < 3:
+    if counts[0] < FEWEST_RUNS:
         note += (" With fewer than three training runs nothing is claimed: they do not show how much "
                  "training runs differ.")  # fmt: skip
     left_out = sorted({name for row in pairs for name in row["left_out"]})
