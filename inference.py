@@ -9,8 +9,9 @@
     python inference.py --score-dir BASE_FOLDER,LORA_FOLDER                # pictures drawn elsewhere
 
 Out comes, in the output folder (one subfolder a run where there are several): report.html, to open;
-images/<prompt>/{base,lora}_<seed>.png, comparison_all.png, {success,near,failure}_cases.png,
-metrics.json, metrics.csv (a row a picture) and summary.md; for several runs comparison/ beside them.
+images/<prompt>/{base,lora}_<seed>.png, overview.webp, comparison_all.png,
+{success,near,failure}_cases.png, metrics.json, metrics.csv (a row a picture) and summary.md; for
+several runs comparison/ beside them.
 Base and LoRA share one pipeline and each picture's starting noise, which comes from its seed alone.
 Runs whose configurations differ in the seed alone are training seeds of one experiment.
 """

@@ -43,7 +43,7 @@ def test_what_an_evaluation_leaves(evaluated):
     one = folder / "lora_weights_rank8"
     assert sorted(p.name for p in one.iterdir()) == [
         "comparison_all.png", "failure_cases.png", "images", "metrics.csv", "metrics.json",
-        "near_cases.png", "report.html", "success_cases.png", "summary.md",
+        "near_cases.png", "overview.webp", "report.html", "success_cases.png", "summary.md",
     ]  # fmt: skip
     pictures = sorted(p.name for p in (one / "images" / "a-red-leather-jacket").iterdir())
     assert pictures == ["base_42.png", "base_43.png", "lora_42.png", "lora_43.png"]

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from lib.evaluation.sentences import CATEGORY_TITLES
 from lib.evaluation.words import NAMES
 from lib.pictures import INK, PAPER, QUIET, fit_text
 
@@ -41,6 +42,47 @@ def comparison_figure(rows, title, pairs, side=256):
                     image.resize((side, side), Image.Resampling.LANCZOS), (x + offset, top)
                 )
         y += lines * (side + gap) + 10
+    return figure
+
+
+# How many prompts of each category stand for a run: five in all.
+OVERVIEW = {"success": 2, "near": 1, "failure": 2}
+
+
+def overview_figure(rows, pairs=3, side=256):
+    """What an adapter changed, to be read without a word more: on the left pictures of the base
+    model, on the right those of the same noise with the adapter; a row a prompt. A PIL picture.
+
+    `rows` are as for `comparison_figure`; the first OVERVIEW prompts of each category are shown,
+    with `pairs` seeds each. The letters stay readable at half its size, as a README shows it.
+    """
+    big, small = ImageFont.load_default(side // 7), ImageFont.load_default(side // 9)
+    gap, between = side // 40, side // 6
+    block = pairs * (side + gap) - gap
+    head, line = 2 * between, side // 4
+    chosen = [
+        row
+        for category, most in OVERVIEW.items()
+        for row in [row for row in rows if row["category"] == category][:most]
+    ]
+    width = 2 * block + 3 * between
+    figure = Image.new("RGB", (width, head + len(chosen) * (line + side) + between), PAPER)
+    draw = ImageDraw.Draw(figure)
+    right = 2 * between + block
+    for x, text in ((between, "Base model"), (right, "The same noise, with the LoRA")):
+        draw.text((x, between // 2), fit_text(text, big, block), INK, big)
+    for number, row in enumerate(chosen):
+        y = head + number * (line + side)
+        kind = CATEGORY_TITLES[row["category"]].lower()
+        end = width - between - small.getlength(kind)
+        prompt = fit_text(f"“{row['prompt']}”", small, end - 2 * between)
+        draw.text((between, y + line // 3), prompt, INK, small)
+        draw.text((end, y + line // 3), kind, QUIET, small)
+        y += line
+        for left, images in ((between, row["base"]), (right, row["lora"])):
+            for index, image in enumerate(images[:pairs]):
+                image = image.resize((side, side), Image.Resampling.LANCZOS)
+                figure.paste(image, (left + index * (side + gap), y))
     return figure
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
-from lib.evaluation import words
-from lib.evaluation.figures import distribution_figure, forest_figure
+from lib.evaluation import sentences, words
+from lib.evaluation.bars import forest_bars, verdict_bars
+from lib.evaluation.figures import distribution_figure
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -42,13 +43,36 @@ def figure_uri(figure):
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def coloured(verdicts):
-    """The verdicts with their `kind`: good, bad, or nothing where the answer is open."""
-    kinds = {True: "good", False: "bad"}
-    return [
-        v | dict(kind=kinds[v["answer"] == WANTED[v["question"]]] if v["answer"] in ("yes", "no") else "")
-        for v in verdicts
-    ]  # fmt: skip
+def kind(question, answer):
+    """good, bad, or open where it cannot be told: how a page marks an answer."""
+    if answer not in ("yes", "no"):
+        return "open"
+    return "good" if answer == WANTED[question] else "bad"
+
+
+def judged(summaries, concept):
+    """[(question, verdicts)]: every experiment's verdict on it, with what a page adds: the experiment's
+    `name`, `kind`, `sentence` and `bar`, its interval drawn or None. `summaries` is {experiment:
+    summary}."""
+    bars = verdict_bars(summaries)
+    questions = {}
+    for name, summary in summaries.items():
+        for v in summary["verdicts"]:
+            more = dict(name=name, kind=kind(v["question"], v["answer"]),
+                        bar=bars.get(v["question"], {}).get(name),
+                        sentence=sentences.plain_sentence(v, concept, summary))  # fmt: skip
+            questions.setdefault(v["question"], []).append(v | more)
+    return list(questions.items())
+
+
+def by_category(rows):
+    """[(title, category, rows)] of rows that have a `category`: what was taught first, unrelated
+    prompts last."""
+    found = [
+        (title, category, [row for row in rows if row["category"] == category])
+        for category, title in sentences.CATEGORY_TITLES.items()
+    ]
+    return [group for group in found if group[2]]
 
 
 def details_text(shown, adapters):
@@ -57,15 +81,15 @@ def details_text(shown, adapters):
     return json.dumps(record, indent=2, ensure_ascii=False)
 
 
-def pair_card(base, lora, base_row, lora_row):
-    """What the page shows of one prompt and seed: both pictures and their scores."""
-    scores = [f"seed {base_row['seed']}"]
-    for key, name in (("clip", "CLIP"), ("concept_similarity", "concept")):
-        if base_row[key] is not None:
-            scores.append(f"{name} {base_row[key]:.3f} → {lora_row[key]:.3f}")
-    scores.append(f"LPIPS {lora_row['lpips']:.3f}")
-    return dict(base=image_uri(base), lora=image_uri(lora), caption=" · ".join(scores),
-                alt=f"«{base_row['prompt']}», seed {base_row['seed']}")  # fmt: skip
+def score_table(rows):
+    """Every pair's scores as rows of text, the head first; `rows` are a run's, base and LoRA in turn."""
+    scores = [key for key in ("clip", "concept_similarity") if rows[1][key] is not None]
+    head = ["Prompt and seed", *(f"{words.NAMES[key]}, base → LoRA" for key in scores), "LPIPS"]
+    return [head] + [
+        [f"{base['prompt']}, seed {base['seed']}",
+         *(f"{base[key]:.3f} → {lora[key]:.3f}" for key in scores), f"{lora['lpips']:.3f}"]
+        for base, lora in zip(rows[::2], rows[1::2], strict=True)
+    ]  # fmt: skip
 
 
 def nearest_cards(run, training, limit=12):
@@ -85,16 +109,41 @@ def nearest_cards(run, training, limit=12):
     ]  # fmt: skip
 
 
+def pair_rows(run, shown):
+    """The gallery of a run: for each prompt its pairs of base and LoRA pictures, a dict a seed."""
+    jobs = [(prompt, seed) for _, prompt in shown["prompts"] for seed in shown["seeds"]]
+    with ThreadPoolExecutor() as pool:  # most of it is encoding pictures
+        base, lora = (list(pool.map(image_uri, images)) for images in (run.base, run.lora))
+    pairs = [
+        dict(seed=seed, alt=f"«{prompt}», seed {seed}", base=before, lora=after)
+        for (prompt, seed), before, after in zip(jobs, base, lora, strict=True)
+    ]
+    count = len(shown["seeds"])
+    return [
+        dict(category=category, prompt=prompt, pairs=pairs[index * count : (index + 1) * count])
+        for index, (category, prompt) in enumerate(shown["prompts"])
+    ]
+
+
+def arm_rows(groups, shown, seeds=2):
+    """The gallery of a comparison: for each prompt and seed the base's picture and one of each
+    experiment, that of its first run."""
+    firsts = {name: members[0] for name, members in groups.items()}
+    arms = [("base model", next(iter(firsts.values())).base)]
+    arms += [(name, run.lora) for name, run in firsts.items()]
+    count, rows = len(shown["seeds"]), []
+    for index, (category, prompt) in enumerate(shown["prompts"]):
+        lines = [
+            [dict(name=name, seed=seed, uri=image_uri(images[index * count + offset]),
+                  alt=f"{name}: «{prompt}», seed {seed}") for name, images in arms]
+            for offset, seed in enumerate(shown["seeds"][:seeds])
+        ]  # fmt: skip
+        rows.append(dict(category=category, prompt=prompt, lines=lines))
+    return rows
+
+
 def run_page(run, summary, shown, folder):
     """One run's report as HTML; `folder` holds the figures of a sweep."""
-    count, prompts = len(shown["seeds"]), []
-    for index, (category, prompt) in enumerate(shown["prompts"]):
-        part = slice(index * count, (index + 1) * count)
-        with ThreadPoolExecutor() as pool:  # most of it is encoding pictures
-            cards = pool.map(
-                pair_card, run.base[part], run.lora[part], run.rows[::2][part], run.rows[1::2][part]
-            )
-        prompts.append(dict(category=category, prompt=prompt, pairs=list(cards)))
     sweep = None
     if "sweep" in summary:
         charts = [
@@ -105,14 +154,15 @@ def run_page(run, summary, shown, folder):
                      table=words.sweep_table(summary["sweep"]["rows"]))  # fmt: skip
     return TEMPLATES.get_template("run.html").render(
         title=run.name,
-        verdicts=coloured(summary["verdicts"]),
+        verdicts=judged({run.name: summary}, sentences.concept_name([run.adapter])),
         warnings=shown["warnings"],
         no_verdicts=words.NO_VERDICTS,
+        groups=by_category(pair_rows(run, shown)),
         spread=words.spread_text(summary),
         table=words.summary_table(summary),
         tables=[words.kernel_table(summary), words.study_table(summary)],
-        prompts=prompts,
         distribution=figure_uri(distribution_figure(run, shown["prompts"])),
+        scores=score_table(run.rows),
         sweep=sweep,
         nearest=nearest_cards(run, shown["training"]) if shown["training"] else None,
         copies=summary.get("memorised"),
@@ -120,34 +170,37 @@ def run_page(run, summary, shown, folder):
     )
 
 
+def comparison_title(names):
+    """What a comparison is of: a few experiments by their names, more by their number."""
+    if len(names) > 4:
+        return f"{len(names)} experiments compared"
+    return f"{', '.join(names[:-1])} and {names[-1]} compared" if len(names) > 1 else names[0]
+
+
 def comparison_page(groups, summaries, pairs, shown):
-    """The report over several experiments: verdicts, differences, and pictures side by side."""
+    """The report over several experiments: pictures side by side, what can be told, differences."""
+    adapters = {run.name: run.adapter for members in groups.values() for run in members}
+    concept = sentences.concept_name(adapters.values())
     experiments = [
-        dict(name=name, verdicts=coloured(summary["verdicts"]), spread=words.spread_text(summary),
-             table=words.summary_table(summary))
+        dict(name=name, spread=words.spread_text(summary), table=words.summary_table(summary))
         for name, summary in summaries.items()
-    ]  # fmt: skip
-    firsts = [members[0] for members in groups.values()]
-    images = [("base", firsts[0].base)] + [(run.name, run.lora) for run in firsts]
-    count, prompts = len(shown["seeds"]), []
-    for index, (category, prompt) in enumerate(shown["prompts"]):
-        rows = []
-        for offset, seed in enumerate(shown["seeds"][:2]):
-            rows.append([
-                dict(uri=image_uri(found[index * count + offset], 320), caption=f"{name}, seed {seed}",
-                     alt=f"{name}: {prompt}, seed {seed}")
-                for name, found in images
-            ])  # fmt: skip
-        prompts.append(dict(category=category, prompt=prompt, rows=rows))
+    ]
+    shared = [
+        row | dict(kind=kind(row["question"], row["answer"]))
+        for row in sentences.shared_sentences(summaries, concept)
+    ]
     return TEMPLATES.get_template("comparison.html").render(
-        title="Experiments compared",
+        title=comparison_title(list(groups)),
+        answers=shared,
+        verdicts=judged(summaries, concept),
+        differences=sentences.difference_sentences(pairs),
         warnings=shown["warnings"],
         no_verdicts=words.NO_VERDICTS,
+        groups=by_category(arm_rows(groups, shown)),
         table=words.comparison_table(summaries),
         experiments=experiments,
+        forests=forest_bars(pairs),
         sentences=[words.pair_sentence(row) for row in pairs],
         note=words.pair_note(pairs) if pairs else "",
-        forest=figure_uri(forest_figure(pairs)) if pairs else "",
-        prompts=prompts,
-        details=details_text(shown, {r.name: r.adapter for g in groups.values() for r in g}),
+        details=details_text(shown, adapters),
     )

@@ -157,6 +157,7 @@ def write_run(run, summary, shown):
     with ThreadPoolExecutor() as pool:  # encoding a picture keeps a core busy, and no lock
         list(pool.map(lambda pair: pair[0].save(pair[1]), zip(images, paths, strict=True)))
     figures.comparison_figure(by_prompt, run.name, min(3, count)).save(new / "comparison_all.png")
+    figures.overview_figure(by_prompt, min(3, count)).save(new / "overview.webp", quality=90)
     for category in CATEGORIES:
         chosen = [row for row in by_prompt if row["category"] == category]
         if chosen:

@@ -23,6 +23,11 @@ def interval_text(interval, sign=True):
     return f"{mean} [{low}, {high}]"
 
 
+def number_text(value):
+    """«−0.0596»: a score by itself, with a true minus sign as the intervals have."""
+    return f"{value:.4f}".replace("-", "−")
+
+
 def spread_text(summary):
     """What the intervals of an experiment speak of."""
     runs, seeds = len(summary["runs"]), summary["seeds"]
@@ -47,8 +52,8 @@ def summary_table(summary):
     columns = [("Prompt", lambda row: row["title"])]
     if "clip" in one:
         columns += [
-            ("Base CLIP", lambda row: f"{row['base_clip']:.4f}"),
-            ("LoRA CLIP", lambda row: f"{row['lora_clip']:.4f}"),
+            ("Base CLIP", lambda row: number_text(row["base_clip"])),
+            ("LoRA CLIP", lambda row: number_text(row["lora_clip"])),
             ("CLIP difference", lambda row: interval_text(row["clip"])),
         ]
     columns += [("LPIPS", lambda row: interval_text(row["lpips"], sign=False))]
@@ -59,7 +64,7 @@ def summary_table(summary):
         ]
     if "concept_similarity" in one:
         columns += [
-            ("Base concept", lambda row: f"{row['base_concept_similarity']:.4f}"),
+            ("Base concept", lambda row: number_text(row["base_concept_similarity"])),
             ("Concept difference", lambda row: interval_text(row["concept_similarity"])),
         ]
     rows = []

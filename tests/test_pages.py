@@ -1,0 +1,347 @@
+"""The pages: what comes first, that words follow verdicts, that they fit a phone, and escape text."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_evaluation import MARGINS, PROMPTS, SEEDS, base_pairs, fake_run
+
+from lib.evaluation import bars, figures, pages, sentences
+from lib.evaluation.comparison import compare
+from lib.evaluation.memorisation import UNTOLD
+from lib.evaluation.verdicts import analyse
+
+EVIL = 'a <script>alert(1)</script> & "raincoat" onload=x'
+LONG = "a_name_without_any_place_to_break_it_that_is_wider_than_a_telephone_rank_32_unet_only"
+
+
+def drawn(run, caption="a raincoat"):
+    """A run of test_evaluation with pictures: grey ones of the base, red ones with the adapter."""
+    count = len(PROMPTS) * SEEDS
+    run.base = [Image.new("RGB", (64, 64), (90, 90, 90))] * count
+    run.lora = [Image.new("RGB", (64, 64), (200, 0, 0))] * count
+    run.adapter["metadata"]["caption"] = caption
+    return run
+
+
+def shown(prompts=PROMPTS, warnings=()):
+    return dict(prompts=prompts, seeds=list(range(SEEDS)), warnings=list(warnings), provenance={},
+                config={"steps": 2}, training=None)  # fmt: skip
+
+
+def judged(*runs):
+    return analyse(list(runs), PROMPTS, base_pairs(), MARGINS)
+
+
+def run_page(run, **more):
+    return pages.run_page(drawn(run), judged(run), shown(**more), None)
+
+
+def comparison_page(groups, **more):
+    for members in groups.values():
+        for run in members:
+            drawn(run)
+    summaries = {name: judged(*members) for name, members in groups.items()}
+    pairs = compare(groups, PROMPTS, base_pairs(), MARGINS)
+    return pages.comparison_page(groups, summaries, pairs, shown(**more))
+
+
+def two_arms(first="one", second="two"):
+    return {
+        name: [fake_run(f"{name}{seed}", concept=0.3, near=near, seed=seed) for seed in (1, 2, 3)]
+        for name, near in ((first, 0.0), (second, 0.2))
+    }
+
+
+PAGES = {
+    "run": lambda: run_page(fake_run(LONG, concept=0.3, near=0.2)),
+    "comparison": lambda: comparison_page(two_arms(second=LONG)),
+}
+
+
+# ---- what comes first ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_sentences_then_pictures_then_verdicts_then_tables(kind):
+    page = PAGES[kind]()
+    order = ["<h1>", '<ul class="answers">', "<img", '<section class="told">', 'class="interval"',
+             *(['<section class="forests">'] if kind == "comparison" else []), "<table>"]  # fmt: skip
+    places = [page.index(part) for part in order]
+    assert places == sorted(places)
+    told = page.index('<section class="told">')
+    for _, prompt in PROMPTS:  # every prompt is seen before anything is claimed
+        assert page.index(f"<h3>«{prompt}»") < told
+
+
+def test_prompts_are_grouped_whatever_their_order():
+    rows = [dict(category=c, prompt=p) for c, p in (("failure", "x"), ("success", "y"), ("failure", "z"))]  # fmt: skip
+    found = [
+        (category, [r["prompt"] for r in members])
+        for _, category, members in pages.by_category(rows)
+    ]
+    assert found == [("success", ["y"]), ("failure", ["x", "z"])]
+
+
+def test_without_verdicts_the_page_says_so():
+    run = fake_run("one")
+    summary = judged(run) | dict(verdicts=[])
+    page = pages.run_page(drawn(run), summary, shown(), None)
+    assert (
+        page.count("No verdicts: they need") == 2
+    )  # at the top and where the verdicts would stand
+
+
+# ---- words follow verdicts -----------------------------------------------------------------
+
+
+def first_sentences(page):
+    """[(kind, sentence)] of the list that a page opens with."""
+    top = page[page.index('<ul class="answers">') : page.index("</ul>")]
+    found = re.findall(r'<li class="(\w+)"><span class="mark">.</span><span>(.*?)</span></li>', top, re.S)  # fmt: skip
+    return [
+        (kind, " ".join(html.unescape(re.sub(r"<.*?>", "", text)).split())) for kind, text in found
+    ]
+
+
+def test_the_page_opens_with_what_the_verdicts_say():
+    page = run_page(fake_run("one", concept=0.3, near=0.24, cat=0.03, noise=0.001))
+    assert first_sentences(page)[:3] == [
+        ("good", "It learned «a raincoat»."),
+        ("bad", "Prompts close to it take on most of it (80%)."),
+        ("bad", "Unrelated prompts take on a little of it (10%)."),
+    ]
+    page = run_page(fake_run("two"))
+    assert first_sentences(page)[:3] == [
+        ("bad", "It did not learn «a raincoat»."),
+        ("good", "Prompts close to it do not take it on; their pictures do change."),
+        ("good", "Unrelated prompts do not take it on; their pictures do change."),
+    ]
+    page = run_page(fake_run("three", concept=0.3, clip_noise=0.3))
+    assert first_sentences(page)[0] == ("open", "Cannot be told: whether it learned «a raincoat».")
+
+
+def test_pictures_that_hardly_changed_are_said_to_stay():
+    quiet = judged(fake_run("quiet", lpips=0.0, noise=0.001))
+    verdicts = {v["question"]: v for v in quiet["verdicts"]}
+    sentence = sentences.plain_sentence(verdicts["contaminated"], "it", quiet)
+    assert sentence == "Unrelated prompts do not take it on; their pictures stay as they were."
+
+
+QUESTIONS = ["learned", "neighbours kept", "contaminated", "memorised", "collapsed"]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_each_answer_has_a_sentence_of_its_own(question):
+    summary = judged(fake_run("one", concept=0.3, near=0.2, cat=0.1))
+    for more in (None, summary):
+        found = {
+            answer: sentences.plain_sentence(dict(question=question, answer=answer), "it", more)
+            for answer in ("yes", "no", UNTOLD)
+        }
+        assert len(set(found.values())) == 3
+        assert [a for a, s in found.items() if s.startswith("Cannot be told: ")] == [UNTOLD]
+        assert all(s.endswith(".") and "{" not in s for s in found.values())
+    with pytest.raises(KeyError):  # no answer passes for another
+        sentences.plain_sentence(dict(question="learned", answer="perhaps"), "it", summary)
+
+
+def test_no_share_is_told_of_a_concept_that_was_not_gained():
+    summary = judged(fake_run("one", near=0.2))
+    verdict = dict(question="neighbours kept", answer="no")
+    assert sentences.plain_sentence(verdict, "it", summary) == "Prompts close to it take it on."
+
+
+def test_the_concept_is_called_by_its_caption_where_it_has_one():
+    def name(*captions):
+        return sentences.concept_name([dict(metadata=dict(caption=c) if c else {}) for c in captions])  # fmt: skip
+
+    assert name("a {braced} coat", "a {braced} coat") == "«a {braced} coat»"
+    assert name("a coat", "a hat") == name("32 captions") == name(None) == name() == "the concept"
+    learned = dict(question="learned", answer="yes")
+    assert sentences.plain_sentence(learned, "«{x}»") == "It learned «{x}»."
+
+
+def test_a_comparison_opens_with_who_answers_what():
+    page = comparison_page(two_arms())
+    assert first_sentences(page)[:3] == [
+        ("good", "It learned «a raincoat». (all 2)"),
+        ("good", "Prompts close to it do not take it on. (one)"),
+        ("bad", "Prompts close to it take it on. (two)"),
+    ]
+    pairs = compare(two_arms(), PROMPTS, base_pairs(), MARGINS)
+    [sentence] = sentences.difference_sentences(pairs)
+    assert sentence in page
+    for row in pairs:
+        same = [other for other in pairs if other["answer"] == row["answer"]]
+        assert f"{row['answer']} in {len(same)}" in sentence
+    many = [row | dict(second=f"arm {number}") for number in range(4) for row in pairs]
+    [sentence] = sentences.difference_sentences(many)  # no list before the pictures
+    assert sentence.startswith("4 pairs of experiments: ")
+    assert sentence.endswith(f" of {len(many)} comparisons.")
+
+
+# ---- intervals as bars ---------------------------------------------------------------------
+
+
+def places(row):
+    return {k: float(v) for k, v in re.findall(r"--([\w-]+): (-?[\d.]+)%", row["style"])}
+
+
+def test_bars_stand_where_their_intervals_do():
+    rows = [dict(mean=0.2, low=0.1, high=0.3, band=(-0.1, 0.1)),
+            dict(mean=0.0, low=math.nan, high=math.nan, band=(-0.1, 0.1))]  # fmt: skip
+    first, second = (places(row) for row in bars.placed(rows))
+    assert first["zero"] == second["zero"]
+    unit = first["range-width"] / 2  # of 0.1
+    assert first["mean"] - first["zero"] == pytest.approx(2 * unit, abs=0.02)
+    assert first["range-at"] - first["zero"] == pytest.approx(unit, abs=0.02)
+    assert first["band-width"] == pytest.approx(2 * unit, abs=0.02)
+    assert second["range-width"] == 0  # no interval, no bar
+    for found in (first, second):
+        assert all(0 <= value <= 100 for value in found.values())
+
+
+def test_questions_about_the_similarity_share_a_scale():
+    found = bars.verdict_bars({"one": judged(fake_run("one", concept=0.3, near=0.2, cat=0.0))})
+    zeros = {places(found[q]["one"])["zero"] for q in ("learned", "neighbours kept", "contaminated")}  # fmt: skip
+    assert len(zeros) == 1
+    means = [places(found[q]["one"])["mean"] for q in ("learned", "neighbours kept", "contaminated")]  # fmt: skip
+    assert means == sorted(means, reverse=True)
+
+
+# ---- escapes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison"])
+def test_text_from_anybody_is_escaped(kind):
+    prompts = [(category, f"{EVIL} {prompt}") for category, prompt in PROMPTS]
+    groups = two_arms(EVIL, "two")
+    for members in groups.values():
+        for run in members:
+            drawn(run, caption=EVIL)
+    summaries = {name: judged(*members) for name, members in groups.items()}
+    run = groups[EVIL][0]
+    for summary in summaries.values():
+        for row, (_, prompt) in zip(summary["prompts"], prompts, strict=True):
+            row["prompt"] = prompt
+    if kind == "run":
+        page = pages.run_page(run, summaries[EVIL], shown(prompts, [EVIL]), None)
+    else:
+        pairs = compare(groups, PROMPTS, base_pairs(), MARGINS)
+        page = pages.comparison_page(groups, summaries, pairs, shown(prompts, [EVIL]))
+    assert "<script" not in page
+    assert '& "raincoat"' not in page  # neither in text nor as the end of an attribute
+    assert page.count("&lt;script&gt;") > 10
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+# ---- on a phone and on a desk, light and dark ----------------------------------------------
+
+
+def chromium():
+    return (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
+
+
+# Chromium's own window is never narrower than 500 pixels, so the page lies in a frame.
+FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><title>not measured</title>
+<iframe style="border: 0" width="{width}" height="900" srcdoc="{page}"></iframe>"""
+# What the page reports in the title of the outer one: elements that stick out of the window, or are
+# wider than it. What scrolls by itself may be wide inside.
+MEASURE = """<script>
+const out = [], wide = innerWidth;
+for (const e of document.querySelectorAll("body *")) {
+  const scroller = e.parentElement.closest(".pairs, .arms, .scroll, .chart, pre");
+  const box = e.getBoundingClientRect();
+  if (!scroller && (box.width > wide || box.right > wide + 1 || box.left < -1)) out.push(e.outerHTML.slice(0, 80));
+}
+parent.document.title = JSON.stringify({out, width: wide, page: document.documentElement.scrollWidth,
+  paper: getComputedStyle(document.body).backgroundColor});
+</script>"""
+
+
+def browse(page, tmp_path, *more):
+    path = tmp_path / "page.html"
+    path.write_text(page, encoding="utf-8")
+    return subprocess.run(
+        [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", *more, path.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium here: the style sheet's rules are tested instead")  # fmt: skip
+@pytest.mark.parametrize("kind", PAGES)
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+def test_nothing_is_wider_than_the_window(kind, width, dark, tmp_path):
+    page = PAGES[kind]().replace("<details>", "<details open>")
+    frame = FRAME.format(width=width, page=html.escape(page + MEASURE))
+    done = browse(frame, tmp_path, "--window-size=1400,1000", "--dump-dom",
+                  f"--blink-settings=preferredColorScheme={0 if dark else 1}")  # fmt: skip
+    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
+    assert found["width"] == width
+    assert found["out"] == []
+    assert found["page"] <= width
+    paper = [int(number) for number in re.findall(r"\d+", found["paper"])[:3]]
+    assert max(paper) < 60 if dark else min(paper) > 240
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("kind", PAGES)
+def test_a_page_opens_without_errors(kind, tmp_path):
+    shot = tmp_path / "page.png"
+    done = browse(PAGES[kind](), tmp_path, "--window-size=390,1600", f"--screenshot={shot}")
+    assert shot.is_file(), done.stderr
+    assert "CONSOLE" not in done.stderr
+    colours = {colour for _, colour in Image.open(shot).convert("RGB").getcolors(2**24)}
+    assert {(90, 90, 90), (200, 0, 0)} <= {tuple(round(v, -1) for v in c) for c in colours}
+
+
+def test_the_style_sheet_folds_what_is_wide():
+    """What keeps a page within a phone's window, for machines without a browser."""
+    sheet = (Path(pages.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    wide, narrow = re.split(r"@media \(max-width: \d+px\) \{", sheet)
+    for selector in (".scroll", ".chart", "pre"):
+        assert re.search(rf"^{re.escape(selector)} {{[^}}]*overflow-x: auto", wide, re.M), selector
+    assert re.search(r"\.pairs, \.arms \{ display: flex; overflow-x: auto", narrow)
+    assert re.search(r"^  table, [^}]*display: block", narrow, re.M)
+    assert re.search(r"\.forests \.interval \{ grid-template-columns: 1fr;", narrow)
+    assert re.search(r"^body \{[^}]*overflow-wrap: anywhere", wide, re.M)
+    assert 'name="viewport" content="width=device-width' in PAGES["run"]()
+
+
+# ---- the picture that stands for a run -----------------------------------------------------
+
+
+def test_the_overview_has_the_base_left_and_the_adapter_right():
+    categories = ["failure", "success", "success", "success", "near", "near", "failure"]
+    rows = [
+        dict(category=category, prompt=f"{EVIL} {number}" * 9,
+             base=[Image.new("RGB", (32, 32), (0, 0, 40 * number))] * 4,
+             lora=[Image.new("RGB", (32, 32), (200, 0, 40 * number))] * 4)
+        for number, category in enumerate(categories)
+    ]  # fmt: skip
+    pixels = np.asarray(figures.overview_figure(rows, pairs=3, side=64)).astype(int)
+    middle = pixels.shape[1] // 2
+    seen = []
+    for line in pixels:
+        colours = [tuple(c) for c in np.unique(line, axis=0) if c[1] == 0]
+        if len(colours) == 2:
+            assert (line[:middle, 0] == 200).sum() == 0  # no picture of the adapter on the left
+            assert (line[middle:, 0] == 200).sum() == 3 * 64
+            seen.append(colours[0][2] // 40)
+    # Two that were taught, one near them, two unrelated, each as high as a picture.
+    assert [seen[i] for i in range(0, len(seen), 64)] == [1, 2, 4, 0, 6]
+    assert len(seen) == 5 * 64
