@@ -14,6 +14,19 @@ from lib.files import write_json
 TRAINED = ("vae", "polish", "clip", "unet")
 
 
+def run_name(stage, config):
+    """Under what a stage's run is kept: the stage, or STAGE_2, STAGE_3 where it is trained further."""
+    work, number = Path(config["work_dir"]), 1
+    while config.get(f"{stage}_resume") and (work / f"{numbered(stage, number)}.json").is_file():
+        number += 1
+    return numbered(stage, number)
+
+
+def numbered(stage, number):
+    """The name of the run of that number."""
+    return stage if number == 1 else f"{stage}_{number}"
+
+
 def record_run(stage, config, started, steps=None, name=None):
     """Note how a stage ran, for metrics.json: minutes, steps, its settings, device, versions.
 
@@ -49,8 +62,11 @@ def write_log(config):
     )
     lines = []
     for axis, stage in zip(axes, TRAINED, strict=True):
-        path = work / f"{stage}.jsonl"
-        entries = [json.loads(line) for line in path.open()] if path.is_file() else []
+        entries, done = [], 0
+        for path in sorted(work.glob(f"{stage}*.jsonl")):  # one after the other, if trained further
+            more = [json.loads(line) for line in path.open()]
+            entries += [entry | dict(step=entry["step"] + done) for entry in more]
+            done = entries[-1]["step"]
         entries = entries[:: max(len(entries) // 60, 1)]
         lines += [json.dumps(dict(stage=stage) | entry) for entry in entries]
         steps = [entry["step"] for entry in entries]

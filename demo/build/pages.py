@@ -31,6 +31,8 @@ Rows: the five prompts; columns: {config[seeds]} seeds, the same in each row; PN
     python -m demo.build all --preset cpu   # hours, smaller settings
     python -m demo.build --help             # every value, each can be overridden
 
+A number behind a stage says that it was trained further, from the weights that the run before it left.
+
 | stage | minutes | steps or pictures | device | versions |
 |---|---|---|---|---|
 {runs}
