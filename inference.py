@@ -4,14 +4,16 @@
     python inference.py --lora-dir lora_weights/lora_weights_rank_32 --output-dir results/eval_rank32
     python inference.py --lora-dir lora_weights --output-dir results/all   # every run, compared
     python inference.py --demo                                             # the embedded miniature
-    python inference.py --lora-scales 0,0.25,0.5,0.75,1                    # how much of it?
+    python inference.py --lora-dir RUN --snapshots                         # which step to take?
+    python inference.py --lora-scales 0,0.25,0.5,0.75,1                    # how much of it? (or both)
     python inference.py --rescore                                          # measure saved pictures
     python inference.py --score-dir BASE_FOLDER,LORA_FOLDER                # pictures drawn elsewhere
 
 Out comes, in the output folder (one subfolder a run where there are several): report.html, to open;
 images/<prompt>/{base,lora}_<seed>.png, overview.webp, comparison_all.png,
-{success,near,failure}_cases.png, metrics.json, metrics.csv (a row a picture) and summary.md; for
-several runs comparison/ beside them.
+{success,near,failure}_cases.png, metrics.json, metrics.csv (a row a picture) and summary.md; with
+--snapshots or --lora-scales also choose.html, to open first; for several runs comparison/ beside
+them. The model card in a run's own folder gets sample pictures and the verdicts.
 Base and LoRA share one pipeline and each picture's starting noise, which comes from its seed alone.
 Runs whose configurations differ in the seed alone are training seeds of one experiment.
 """
@@ -33,9 +35,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 CONFIG = dict(
     # what is evaluated
-    lora_dir="lora_weights/lora_weights_rank_32",  # one adapter, or a folder of runs
+    lora_dir="lora_weights/lora_weights_rank_32",  # one adapter (a folder, or kohya's file), or a folder of them
     output_dir="results/eval_rank32",  # replaced whole, once the new one is complete
-    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     data_dir="processed_data",  # the training pictures, for the concept similarity
     # what is drawn
@@ -56,7 +58,8 @@ CONFIG = dict(
     variety_margin=0.25,  # of the base's variety over the seeds; less than the rest is collapsed
     copy_margin=1 / 3,  # of success pictures may be near-copies; 8 seeds cannot rule out fewer
     # other ways to run
-    lora_scales=(1.0,),  # others: also draw with so much of the adapter, and chart the trade-off
+    snapshots=False,  # also draw with the adapter as it was kept on the way, and say which step to take
+    lora_scales=(1.0,),  # others: also draw with so much of the adapter, and say how much to take
     rescore=False,  # measure the pictures saved in output_dir again, drawing none
     score_dir=None,  # "BASE_FOLDER,LORA_FOLDER": measure these pictures, of PUBLISHED or of `prompts`
 )
@@ -97,7 +100,11 @@ def check_config(config):
     check_resolution(config)
     if config["rescore"] and config["score_dir"]:
         raise UserError("rescore and score_dir exclude one another; give one of them")
-    if not (config["rescore"] or config["score_dir"] or Path(config["lora_dir"]).is_dir()):
+    if config["snapshots"] and config["score_dir"]:
+        raise UserError(
+            "score_dir measures pictures that are there; snapshots are drawn: leave one out"
+        )
+    if not (config["rescore"] or config["score_dir"] or Path(config["lora_dir"]).exists()):
         raise UserError(
             f"{config['lora_dir']}: no such folder; train an adapter first (python train.py)"
         )
@@ -107,7 +114,8 @@ def check_config(config):
 
 def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, seeds, seed, steps,
              guidance_scale, resolution, batch_size, clip_model, clip_revision, concept_margin,
-             clip_margin, change_margin, variety_margin, copy_margin, lora_scales, rescore, score_dir):  # fmt: skip
+             clip_margin, change_margin, variety_margin, copy_margin, snapshots, lora_scales, rescore,
+             score_dir):  # fmt: skip
     """Evaluate each adapter in `lora_dir` against the base model; return the output folders.
 
     With `rescore` or `score_dir` the pictures are read, not drawn.
@@ -140,16 +148,16 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         runs, seeds = results.read_pair(score_dir, Path(output_dir), prompts)
     elif not rescore:
         plan = plan_runs(config, device)
+        runs = [run for run, _ in plan[0]]
     clip, training = scores.load_scorer(config, prompts, device)
-    if rescore:
-        scores.note_other_pictures(runs, training, data_dir)
+    scores.note_other_pictures(runs, training, data_dir)
     loaded = time.monotonic()
 
     # Draw.
     if not (rescore or score_dir):
         from lib.evaluation.drawing import draw_runs, ready_pipeline
 
-        pipeline = ready_pipeline(config, plan, prompts, training, device)
+        pipeline = ready_pipeline(config, plan, prompts, device)
         loaded = time.monotonic()
         runs = draw_runs(config, plan, pipeline, prompts, seeds)
         del pipeline  # its memory is the scorers' now
@@ -173,7 +181,8 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
 
     if not (rescore or score_dir):
         done = time.monotonic()
-        count = len(prompts) * len(seeds) * (1 + sum(len({1.0, *r.scaled} - {0.0}) for r in runs))
+        swept = (sum(p.scale > 0 and not run.is_own(p) for p in run.points) for run in runs)
+        count = len(prompts) * len(seeds) * (1 + len(runs) + sum(swept))
         memory = ""
         if device.type == "cuda":
             memory = f"; {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved at most"
@@ -184,11 +193,13 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
 
 
 def judge_and_write(runs, base_pairs, margins, shown, output_dir):
-    """Judge each run, and each experiment beside the others, and write their folders.
+    """Judge each run, and each experiment beside the others, and write their folders and the
+    adapters' model cards.
 
     `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say.
     """
     from lib.evaluation import results
+    from lib.evaluation.card import update_model_card
     from lib.evaluation.comparison import compare
     from lib.evaluation.runs import group_runs
     from lib.evaluation.sweep import sweep_summary
@@ -201,8 +212,9 @@ def judge_and_write(runs, base_pairs, margins, shown, output_dir):
     for run in runs:
         summary = analyse([run], *judged)
         if run.sweep:
-            summary["sweep"] = sweep_summary(run.sweep, prompts, base_pairs)
+            summary["sweep"] = sweep_summary(run, prompts, base_pairs, margins)
         results.write_run(run, summary, shown)
+        update_model_card(run, summary, shown)
     if len(runs) > 1:
         groups = group_runs(runs)
         summaries = {name: analyse(members, *judged) for name, members in groups.items()}

@@ -4,26 +4,25 @@
     python preprocess.py                          # data/ -> processed_data/
     python preprocess.py --data-dir ~/photographs --caption "a red umbrella"
 
-Each picture is rotated as its EXIF says, converted to sRGB, put on white where it is transparent,
-and resized and centre-cropped to a square (never squashed). What cannot be used is named with its
-reason; of near-duplicates the better one is kept. The output also holds contact_sheet.png, to look
-at, and manifest.json: for each picture its source, the source's SHA-256 and what was done to it.
+Telephones' HEIC pictures are read like others, cameras' raw files are named. Each picture is rotated
+as its EXIF says, converted to sRGB, put on white where it is transparent, and resized and
+centre-cropped to a square (never squashed). What cannot be used is named with its reason; of
+near-duplicates the better one is kept. The output also holds contact_sheet.png, to look at, and
+manifest.json: for each picture its source, the source's SHA-256 and what was done to it.
 """
 
-import io
 import json
 import re
-import warnings
 from pathlib import Path
 
 import imagehash
 import numpy as np
 import PIL
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from lib.config import check_range, parse_config
-from lib.errors import UserError, disk_for, one_line, run_script
+from lib.errors import UserError, disk_for, run_script
 from lib.files import (
     check_output_folder,
     fresh_folder,
@@ -34,6 +33,7 @@ from lib.files import (
     sha256_file,
     write_marker,
 )
+from lib.photographs import Unusable, read_picture
 from lib.pictures import contact_sheet
 
 CONFIG = dict(
@@ -47,92 +47,11 @@ CONFIG = dict(
     strict=False,  # True: any skipped or duplicate picture is an error
 )
 
-# By content, whatever the file's ending says.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 # Not pictures, and no one means them to be: neither read nor reported as skipped.
 IGNORED = re.compile(r"\..*|thumbs\.db|desktop\.ini|(readme|licen[sc]e|copying)(\..*)?", re.I)
-SRGB = ImageCms.createProfile("sRGB")
-
-
-class Unusable(Exception):
-    """Why one picture cannot be used."""
-
-
-def read_picture(path, max_megapixels=CONFIG["max_megapixels"]):
-    """One picture file as 8-bit sRGB, upright and opaque.
-
-    Returns (image, info, done): an RGB PIL image; a dict of the source's format, mode, width and
-    height; and a list of what was done beyond decoding. Raises Unusable with the reason.
-    """
-    if path.stat().st_size == 0:
-        raise Unusable("empty file")
-    Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
-            info = dict(
-                format=image.format, mode=image.mode, width=image.width, height=image.height
-            )
-            frames = getattr(image, "n_frames", 1)
-            image.seek(0)
-            image.load()
-            # MPO is the JPEG of many cameras and telephones: a picture and its preview or depth map.
-            animated = frames > 1 and image.format != "MPO"
-            done = [f"first of {frames} frames"] if animated else []
-            return to_srgb(image, done), info, done
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise Unusable(f"more than {max_megapixels} megapixels") from None
-    except PIL.UnidentifiedImageError:
-        with path.open("rb") as file:
-            kind = (
-                "a PDF" if file.read(5) == b"%PDF-" else "not a picture, or one in another format"
-            )
-        raise Unusable(f"{kind} (read are {', '.join(FORMATS)})") from None
-    # A decoder may raise almost anything on a damaged file; whatever it is, the picture is skipped
-    # and named, and the others go on.
-    except Exception as problem:
-        raise Unusable(f"damaged or truncated ({one_line(problem, 100)})") from None
-
-
-def to_srgb(image, done):
-    """An opaque 8-bit sRGB copy of a decoded picture; appends what was done to the list `done`."""
-    orientation = image.getexif().get(0x0112, 1)
-    profile = image.info.get("icc_profile")
-    if orientation in range(2, 9):
-        image = ImageOps.exif_transpose(image)
-        done.append("rotated as its EXIF says")
-    if image.mode.startswith(("I", "F")):
-        # 16-bit greys; Pillow keeps 32-bit and float TIFFs as they are, whose white is unknown.
-        levels = np.asarray(image).astype(np.float64)
-        white = (
-            65535.0 if image.mode.startswith("I") and levels.max() > 255 else max(levels.max(), 1)
-        )
-        image = Image.fromarray(np.clip(levels / white * 255 + 0.5, 0, 255).astype(np.uint8))
-        done.append("16 or more bits reduced to 8")
-        profile = None  # it describes values that are gone
-    alpha = None
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        image = image.convert("RGB")
-    elif image.mode not in ("RGB", "CMYK", "L", "LAB"):
-        image = image.convert("RGB")
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            description = ImageCms.getProfileDescription(source).strip()
-            image = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
-            if not description.startswith("sRGB"):
-                done.append(f"colours converted from «{description}» to sRGB")
-        except (ImageCms.PyCMSError, OSError) as problem:
-            done.append(f"its ICC profile was ignored ({str(problem)[:60]})")
-    image = image.convert("RGB")
-    if alpha is not None and alpha.getextrema()[0] < 255:
-        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-        done.append("put on white")
-    return image
+# What telephones lay beside a picture of the same name: the clip of a Live Photo, a record of edits.
+COMPANIONS = (".aae", ".mov", ".mp4")
 
 
 def square(image, resolution):
@@ -236,14 +155,17 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
                duplicate_colour, strict):  # fmt: skip
     """Write the training set of `data_dir` to `output_dir`; return the manifest (a dict)."""
     data_dir, output_dir = Path(data_dir), Path(output_dir)
-    names = picture_names(data_dir)
+    names, companions = picture_names(data_dir)
+    if companions:
+        print(f"{data_dir}: {len(companions)} clips and records beside pictures of the same name are passed "
+              f"over ({companions[0]}{', …' if companions[1:] else ''})")  # fmt: skip
     captions = read_captions(data_dir, names)
     pictures, skipped = read_pictures(data_dir, names, resolution, max_megapixels)
     kept, duplicates = without_duplicates(pictures, data_dir, duplicate_bits, duplicate_colour)
     report_counts(len(names), kept, skipped, duplicates, data_dir, resolution)
     if not kept:
         raise UserError(
-            f"{data_dir}: no usable picture in it; put JPEG, PNG, WebP or AVIF files there"
+            f"{data_dir}: no usable picture in it; put JPEG, PNG, WebP or HEIC files there"
         )
     if strict and (skipped or duplicates):
         raise UserError(
@@ -274,16 +196,21 @@ def preprocess(*, data_dir, output_dir, caption, resolution, max_megapixels, dup
 
 
 def picture_names(data_dir):
-    """The sorted names of what may be a picture in `data_dir`: no captions, no hidden files."""
+    """(names, companions), sorted: of what may be a picture in `data_dir`, without captions and hidden
+    files, and of what a telephone lays beside its pictures."""
     names = sorted(path.name for path in data_dir.iterdir())
+    apart = {Path(n).stem for n in names if not n.lower().endswith((".txt", *COMPANIONS))}
+    companions = [n for n in names if n.lower().endswith(COMPANIONS) and Path(n).stem in apart]
     stems = {Path(name).stem for name in names if not name.endswith(".txt")}
-    return [
+    pictures = [
         name
         for name in names
         if not IGNORED.fullmatch(name)
         and name not in CAPTION_FILES
         and not (name.endswith(".txt") and Path(name).stem in stems)
+        and name not in companions
     ]
+    return pictures, companions
 
 
 def read_pictures(data_dir, names, resolution, max_megapixels):

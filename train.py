@@ -7,9 +7,11 @@
     accelerate launch --num_processes 2 train.py       # several GPUs
 
 Out comes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format),
-config.json (configuration, versions, commit, device), log.jsonl and loss.png. An earlier run of
-that name is replaced only once the new one is complete. A run that was interrupted, by Ctrl-C, a
-signal, a crash or a power cut, goes on from its last checkpoint when the same command is run again.
+<run_name>.safetensors (kohya's: ComfyUI, A1111 and their kin), README.md (a model card),
+config.json (configuration, versions, commit, device), log.jsonl, loss.png, and what to watch and choose
+from: previews/ and previews.webp (steps across, prompts down), snapshots/ (the adapter at intervals).
+An earlier run of that name is replaced only once the new one is complete. A run that was stopped, by
+Ctrl-C, a signal, a crash or a power cut, goes on from its last checkpoint by the same command.
 
 Latents are computed once, noise and timesteps derive from (seed, sample number), and the LoRA
 parameters of a group are one flat vector: one optimizer kernel, one check for overflow and, on
@@ -34,6 +36,7 @@ from lib.files import (
     replace_folder,
     unfinished,
 )
+from lib.training.journal import check_trackers
 
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
 # Left alone they spin so long that another process on one of the cores stops nearly everything; not
@@ -42,7 +45,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 CONFIG = dict(
     # model
-    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
@@ -51,6 +54,7 @@ CONFIG = dict(
     # output
     output_dir="lora_weights",
     run_name="lora_weights_rank_32",
+    push_to_hub=None,  # owner/name: upload the finished run there, into a private repository
     # LoRA: the weights become W + alpha / rank * B A
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1
@@ -79,7 +83,17 @@ CONFIG = dict(
     seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
     log_every=10,  # steps
     validate_every=250,  # steps
+    # what to watch, and to choose from
+    preview_every=1000,  # steps, and at the start and the end: draw preview_prompts; 0: never
+    preview_prompts=(
+        "{caption}",
+        "{caption} in the rain",
+        "a cat sitting on a couch",
+    ),  # on the command line a comma ends one
+    snapshot_every=500,  # steps: keep the adapter (15 MB) for inference.py --snapshots; 0: the last alone
+    report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
+    wandb_pictures=False,  # whether W&B gets the previews too; no prompt ever leaves this machine
 )
 
 # What --demo puts in their place: the embedded miniature is 128 pixels wide and learns faster.
@@ -93,6 +107,8 @@ DEMO = dict(
     gradient_checkpointing=False,
     validate_every=100,
     checkpoint_every=200,
+    preview_every=200,
+    snapshot_every=100,
 )
 
 
@@ -133,7 +149,7 @@ def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
     for key in "rank max_steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
         check_range(config, key, 1)
-    for key in "validation_count warmup_steps seed adam_weight_decay unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
+    for key in "validation_count warmup_steps seed preview_every snapshot_every adam_weight_decay unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
         check_range(config, key, 0)
     check_range(config, "alpha", 1e-6)
     check_range(config, "seed", 0, 2**62)
@@ -149,11 +165,14 @@ def check_config(config):
             f"({config['max_steps']}); for a short run add --warmup-steps 0"
         )
     if config["mixed_precision"] not in ("fp16", "bf16", "no"):
-        raise UserError(
-            f"mixed_precision is {config['mixed_precision']}, but must be fp16, bf16 or no"
-        )
-    if Path(config["run_name"]).name != config["run_name"] or config["run_name"].startswith("."):
-        raise UserError(f"run_name {config['run_name']!r} must be a plain folder name")
+        found = config["mixed_precision"]
+        raise UserError(f"mixed_precision is {found}, but must be fp16, bf16 or no")
+    name = config["run_name"]  # diffusers looks for a file of that ending, and must find one only
+    if Path(name).name != name or name.startswith(".") or name.endswith("pytorch_lora_weights"):
+        raise UserError(f"run_name {name!r} must be a plain folder name; take another")
+    if config["preview_every"] and not config["preview_prompts"]:
+        raise UserError("preview_prompts is empty; to draw no previews: --preview-every 0")
+    check_trackers(config["report_to"])
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 
 
@@ -167,11 +186,12 @@ def not_finite(problem, step, pictures, folder):
 
 
 def train(*, base_model, revision, data_dir, resolution, validation_count, output_dir, run_name,
-          rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
-          unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
-          adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps,
-          gradient_checkpointing, mixed_precision, checkpoint_every, keep_checkpoints, resume,
-          max_overflows, seed, log_every, validate_every, wandb_project):  # fmt: skip
+          push_to_hub, rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
+          unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2, adam_weight_decay,
+          max_steps, warmup_steps, batch_size, gradient_accumulation_steps, gradient_checkpointing,
+          mixed_precision, checkpoint_every, keep_checkpoints, resume, max_overflows, seed, log_every,
+          validate_every, preview_every, preview_prompts, snapshot_every, report_to, wandb_project,
+          wandb_pictures):  # fmt: skip
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
     # Imported here, so that --help and a wrong option are answered at once.
@@ -181,28 +201,31 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     from tqdm import tqdm
 
     from lib.dataset import read_dataset
+    from lib.evaluation.drawing import preview_drawer
     from lib.models import fetch_base_model
-    from lib.training import checkpoints, setup
+    from lib.training import checkpoints, run_folder, setup
     from lib.training.journal import Journal
     from lib.training.micro_step import MicroStep
-    from lib.training.run_folder import data_record, finished_models, outcome_text, write_run
-    from lib.training.samples import Samples, split
+    from lib.training.previews import preview_texts
+    from lib.training.samples import Samples
     from lib.training.stopping import StopSignals, agreed
+    from lib.training.watch import Watch
 
     started = time.monotonic()
     # Everything that can be wrong is looked at before a model is loaded.
     rows = read_dataset(data_dir, resolution)
     on_cuda = torch.cuda.is_available()
-    base_folder = fetch_base_model(base_model, revision, half=on_cuda and mixed_precision == "fp16")
-    input_ids = setup.caption_tokens(base_folder, rows)
+    half = on_cuda and mixed_precision == "fp16"
+    base_folder = fetch_base_model(base_model, revision, half, resolution)
+    prompts = preview_texts(preview_prompts, rows) if preview_every else []
+    input_ids = setup.caption_tokens(base_folder, rows, prompts)
 
     accelerator = Accelerator(mixed_precision=mixed_precision if on_cuda else "no", cpu=not on_cuda)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
     if not on_cuda:
         say("no CUDA GPU found: training on the CPU, in fp32")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[
-        accelerator.mixed_precision
-    ]
+    dtypes = dict(fp16=torch.float16, bf16=torch.bfloat16, no=torch.float32)
+    dtype = dtypes[accelerator.mixed_precision]
 
     target_folder = Path(output_dir) / run_name
     work_folder = unfinished(target_folder)
@@ -211,24 +234,17 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
     accelerator.wait_for_everyone()  # all have read before one writes
 
-    train_indices, held_out = split(len(rows), validation_count, seed)
-    say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
-    if len(held_out) < validation_count:
-        say(f"note: not {validation_count}, as at most a quarter of the pictures is held out"
-            + ("" if len(held_out) else "; there will be no validation loss"))  # fmt: skip
-
+    train_indices, held_out = setup.divided(data_dir, len(rows), validation_count, seed, say)
     scheduler = setup.noise_scheduler(base_folder)
     latents = setup.picture_latents(base_folder, rows, resolution, dtype, device)
     unet, texts, trained = setup.adapted_models(base_folder, input_ids, config, dtype, device, say)
     flats = [part.flat for part in trained.values()]
-    optimizer = accelerator.prepare(
-        bitsandbytes.optim.AdamW8bit(
-            [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()],
-            betas=(adam_beta1, adam_beta2),
-            weight_decay=adam_weight_decay,
-        )
-    )
+    groups = [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()]
+    optimizer = accelerator.prepare(bitsandbytes.optim.AdamW8bit(
+        groups, betas=(adam_beta1, adam_beta2), weight_decay=adam_weight_decay
+    ))  # fmt: skip
 
+    data = run_folder.data_record(rows, train_indices, held_out)
     samples = Samples(
         train_indices, seed, latents[0].shape[1:], scheduler.config.num_train_timesteps, batch_size,
         accelerator.num_processes, accelerator.process_index,
@@ -242,9 +258,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     # Where the run stands: at the start, or where the last checkpoint left it.
     if is_main and not saved:
         fresh_folder(target_folder)
-    past = saved[1] if saved else dict(log=[], run_id=None)
-    journal = Journal(work_folder if is_main else None, past["log"], wandb_project, run_name, config,
-                      past["run_id"])  # fmt: skip
+    journal = Journal(work_folder if is_main else None, config, saved[1] if saved else {})
     saver = checkpoints.Saver(
         work_folder, this_run, trained, optimizer, accelerator.scaler, journal, keep_checkpoints
     )
@@ -257,8 +271,14 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     with training_memory(config):
         upcoming = samples.micro_batch(first_step * gradient_accumulation_steps)
         micro.prepare(upcoming)
-        if probes and not saved:
-            journal.record(step=0, validation_loss=micro.validation_loss(probes))
+        watch = None
+        if is_main:
+            draw = preview_drawer(base_folder, unet, trained, prompts, resolution, dtype, device)
+            watch = Watch(
+                work_folder, config, micro, probes, data, journal, first_step, prompts, draw
+            )
+            if not saved:
+                watch.look(0)
     set_up_seconds = time.monotonic() - started
     overflows = 0  # fp16 steps skipped in a row
     loop_started = time.monotonic()
@@ -315,8 +335,8 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
                 mean_loss, rate = progress.mean_loss(accelerator), unet_learning_rate * factor
                 journal.record(step=done, loss=mean_loss, learning_rate=rate)
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
-            if probes and (done % validate_every == 0 or done == max_steps):
-                journal.record(step=done, validation_loss=micro.validation_loss(probes))
+            if watch:
+                watch.look(done)
 
             stopping = agreed(stop.received, done, log_every, accelerator)
             if stopping or (done % checkpoint_every == 0 and done < max_steps):
@@ -327,20 +347,22 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
                 say(f"\nstopped after step {done}, which is saved; the same command continues")
                 journal.finish(exit_code=128 + stopping)
                 sys.exit(128 + stopping)
-    steps_a_second = (max_steps - first_step) / (time.monotonic() - loop_started)
+    seconds = time.monotonic() - loop_started - (watch.seconds if watch else 0)
 
     accelerator.wait_for_everyone()
-    models = finished_models(trained)
+    models = run_folder.finished_models(trained)
     if is_main:
         journal.finish()
-        write_run(work_folder, config, models, journal, data_record(rows, train_indices, held_out),
-                  device, processes=accelerator.num_processes,
-                  mixed_precision=accelerator.mixed_precision, skipped_steps=progress.skipped,
-                  learning_rate_changes=progress.changes, set_up_seconds=round(set_up_seconds, 2),
-                  steps_a_second=round(steps_a_second, 3))  # fmt: skip
+        run_folder.write_run(
+            work_folder, config, models, journal, data, device, processes=accelerator.num_processes,
+            prediction_type=scheduler.config.prediction_type, skipped_steps=progress.skipped,
+            mixed_precision=accelerator.mixed_precision, learning_rate_changes=progress.changes,
+            set_up_seconds=round(set_up_seconds, 2), preview_seconds=round(watch.preview_seconds, 2),
+            steps_a_second=round((max_steps - first_step) / seconds, 3),
+        )  # fmt: skip
         replace_folder(target_folder, "config.json")
         checkpoints.remove(target_folder)  # only now is the run safe without them
-        print(outcome_text(target_folder))
+        print(run_folder.outcome_text(target_folder))
     accelerator.end_training()
     return target_folder
 
@@ -359,11 +381,16 @@ def main(config, description):
         memory_for("loading the models", advice),
     ):
         if holder:
+            from lib import hub
             from lib.training import checkpoints
 
             recover_folder(target, "config.json")
             checkpoints.remove(target)  # those of a run that was killed when it was complete
+            if config["push_to_hub"]:
+                hub.check_push(config["push_to_hub"])
         train(**config)
+        if holder and config["push_to_hub"]:
+            print(f"uploaded to {hub.push(target, config['push_to_hub'])}")
 
 
 if __name__ == "__main__":

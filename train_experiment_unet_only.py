@@ -16,7 +16,7 @@ from train import main
 # The complete configuration; a line that differs from train.py's ends in "<- changed".
 CONFIG = dict(
     # model
-    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id or a local folder
+    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
@@ -25,6 +25,7 @@ CONFIG = dict(
     # output
     output_dir="lora_weights",
     run_name="lora_weights_unet_only",  # <- changed
+    push_to_hub=None,  # owner/name: upload the finished run there, into a private repository
     # LoRA: the weights become W + alpha / rank * B A
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1
@@ -53,7 +54,17 @@ CONFIG = dict(
     seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
     log_every=10,  # steps
     validate_every=250,  # steps
+    # what to watch, and to choose from
+    preview_every=1000,  # steps, and at the start and the end: draw preview_prompts; 0: never
+    preview_prompts=(
+        "{caption}",
+        "{caption} in the rain",
+        "a cat sitting on a couch",
+    ),  # on the command line a comma ends one
+    snapshot_every=500,  # steps: keep the adapter (15 MB) for inference.py --snapshots; 0: the last alone
+    report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
+    wandb_pictures=False,  # whether W&B gets the previews too; no prompt ever leaves this machine
 )
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def architecture(demo):
                 for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
             )
             text = CLIPTextConfig.from_pretrained(ROOT / "demo" / "model" / "text_encoder")
-            return unet, CLIPTextModel(text), vae, train.DEMO["resolution"] // 8
+            return unet, CLIPTextModel(text), vae, unet.config.sample_size
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         text = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072,
                               num_hidden_layers=12, num_attention_heads=12)  # fmt: skip

@@ -86,7 +86,13 @@ def full_size(rank):
 
 def main():
     short = dict(
-        train.DEMO, max_steps=40, warmup_steps=0, validation_count=0, wandb_project="bench"
+        train.DEMO,
+        max_steps=40,
+        warmup_steps=0,
+        validation_count=0,
+        preview_every=0,
+        snapshot_every=0,
+        wandb_project="bench",
     )
     config = parse_config(train.CONFIG | short, __doc__)
     rows = []

@@ -248,6 +248,7 @@ def parts(args, folder):
         config = train.CONFIG | dict(
             base_model=args.base_model, output_dir=str(folder), run_name="part", resume=False,
             gradient_checkpointing=False, max_steps=steps, warmup_steps=10, validation_count=0,
+            preview_every=0, snapshot_every=0,
         ) | differs  # fmt: skip
         with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
             for key, value in replaced.items():

@@ -1,6 +1,7 @@
 """LoRA adapters in files: found, read into an `Adapter`, written in diffusers' format.
 
-diffusers' single file and PEFT's folders are read, the latter as the published study wrote them.
+diffusers' single file, PEFT's folders, as the published study wrote them, and kohya's files
+(lib/kohya.py) are read.
 """
 
 import json
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from lib.adapters import Adapter, factors, some
 from lib.errors import UserError
 from lib.files import write_bytes
+from lib.kohya import adapter_header, is_kohya, read_kohya
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name, inside an adapter folder
 COMPONENTS = ("unet", "text_encoder")
@@ -28,8 +30,8 @@ KEY = re.compile(
 )
 
 
-def save_adapter(folder, models, rank, alpha, targets, metadata):
-    """Write the LoRA layers of `models` to `folder` in diffusers' format.
+def save_adapter(folder, models, rank, alpha, targets, metadata, half=False):
+    """Write the LoRA layers of `models` to `folder` in diffusers' format, in float32 or in half precision.
 
     `models` and `targets` are dicts by component ("unet", "text_encoder"); `metadata` is a dict of
     strings for the file's header. `pipeline.load_lora_weights(folder)` loads the result, on
@@ -43,7 +45,8 @@ def save_adapter(folder, models, rank, alpha, targets, metadata):
             for factor, weight in zip("AB", pair, strict=True):
                 # A copy of its own: the parameters may be views of one flat vector.
                 key = f"{component}.{name}.lora_{factor}.weight"
-                tensors[key] = weight.detach().float().cpu().clone()
+                weight = weight.detach().cpu().clone()
+                tensors[key] = weight.half() if half else weight.float()
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets[component]))
         for key, value in config.to_dict().items():
             # What diffusers needs to rebuild the layers; the rest would tie the file to one PEFT.
@@ -55,11 +58,14 @@ def save_adapter(folder, models, rank, alpha, targets, metadata):
 
 
 def find_adapters(folder):
-    """The adapters in `folder`: [(name, path)], itself if it is one, else its subfolders that are.
+    """The adapters in `folder`: [(name, path)], itself if it is one (a folder, or a safetensors file),
+    else its subfolders that are, else the safetensors files in it.
 
     Raises UserError if there is none.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return [(folder.stem, folder)]
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; train an adapter first (python train.py)")
     if adapter_files(folder):
@@ -69,21 +75,24 @@ def find_adapters(folder):
         for child in sorted(folder.iterdir())
         if child.is_dir() and not child.name.startswith(".") and adapter_files(child)
     ]
+    found = found or [(path.stem, path) for path in sorted(folder.glob("[!.]*.safetensors"))]
     if not found:
         raise UserError(
             f"{folder}: no adapter in it; looked for {WEIGHTS} and for PEFT's adapter_config.json, "
-            "here, in unet/ and text_encoder/, and one folder down"
+            "here, in unet/ and text_encoder/, and one folder down, and for safetensors files here"
         )
     return found
 
 
 def adapter_files(folder):
-    """[(component or None, safetensors path, adapter_config or None)] of one adapter folder.
+    """[(component or None, safetensors path, adapter_config or None)] of one adapter.
 
-    The layouts are diffusers' single file, and the published study's PEFT folders: `unet/` and
-    `text_encoder/`, or one at the root (then the component is None and told by its keys).
+    The layouts are a single file, diffusers' or kohya's, and the published study's PEFT folders:
+    `unet/` and `text_encoder/`, or one at the root (then the component is None and told by its keys).
     """
     folder = Path(folder)
+    if folder.is_file():
+        return [(None, folder, None)]
     if (folder / WEIGHTS).is_file():
         return [(None, folder / WEIGHTS, None)]
     places = [(name, folder / name) for name in COMPONENTS] + [(None, folder)]
@@ -95,7 +104,7 @@ def adapter_files(folder):
 
 
 def read_adapter(folder):
-    """Read an adapter folder, in either layout, into an Adapter.
+    """Read an adapter, a folder or a file in any of the layouts, into an Adapter.
 
     Raises UserError naming the file for anything that is not a whole LoRA adapter: a damaged file,
     a key of an unknown kind, one factor without the other, ranks that disagree, values that are not
@@ -110,6 +119,10 @@ def read_adapter(folder):
     for component, path, config_path in files:
         config = read_peft_config(config_path) if config_path else {}
         tensors, header = read_tensors(path)
+        if is_kohya(tensors):
+            adapter.metadata |= adapter_header(header)
+            add_kohya(adapter, read_kohya(tensors, path))
+            return adapter
         adapter.metadata |= header
         for key, tensor in tensors.items():
             found = KEY.fullmatch(key)
@@ -133,6 +146,25 @@ def read_adapter(folder):
         # diffusers' convention where a file does not say: alpha is the rank.
         adapter.alpha[part] = alphas[part] or adapter.rank[part]
     return adapter
+
+
+def add_kohya(adapter, layers):
+    """Put the layers of a kohya file ({component: {layer: (A, B, alpha / rank)}}) into an Adapter.
+
+    The adapter's rank is the largest. Where alpha / rank differs from layer to layer, B takes the
+    layer's, and the adapter's alpha is its rank.
+    """
+    for part, rows in layers.items():
+        halves = {name: dict(A=a, B=b) for name, (a, b, _) in rows.items()}
+        check_factors(halves, adapter.path, part, one_rank=False)
+        rank = adapter.rank[part] = max(a.shape[0] for a, _, _ in rows.values())
+        scales = {scale for _, _, scale in rows.values()}
+        alike = len(scales) == 1
+        adapter.alpha[part] = rank * scales.pop() if alike else float(rank)
+        adapter.targets[part] = None
+        adapter.factors[part] = {
+            name: (a, b if alike else b * scale) for name, (a, b, scale) in rows.items()
+        }
 
 
 def read_tensors(path):
@@ -191,8 +223,9 @@ def guess_component(layer):
     return "text_encoder" if ".self_attn." in layer or ".mlp.fc" in layer else "unet"
 
 
-def check_factors(layers, path, part):
-    """UserError unless every layer has both factors, of one rank, finite, and some B is not zero."""
+def check_factors(layers, path, part, one_rank=True):
+    """UserError unless every layer has both factors, of one rank (all of them, if `one_rank`), finite,
+    and some B is not zero."""
     single = sorted(name for name, half in layers.items() if len(half) != 2)
     if single:
         raise UserError(f"{path}: {len(single)} layers of the {part} have one factor only "
@@ -202,7 +235,7 @@ def check_factors(layers, path, part):
         for name, half in layers.items()
         if half["A"].ndim != 2 or half["B"].ndim != 2 or half["A"].shape[0] != half["B"].shape[1]
     )
-    if bad or len({half["A"].shape[0] for half in layers.values()}) != 1:
+    if bad or (one_rank and len({half["A"].shape[0] for half in layers.values()}) != 1):
         raise UserError(
             f"{path}: the factors of the {part} disagree in rank ({some(bad or list(layers))})"
         )

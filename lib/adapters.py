@@ -100,7 +100,7 @@ class Applied:
     def set_scale(self, scale):
         """Put `scale` times the adapter into the weights; 0 takes it out."""
         for weight, base, a, b in self.layers:
-            weight.copy_(base.float() + scale * (b @ a) if scale else base)
+            weight.copy_(base.float() + scale * (b @ a).view_as(base) if scale else base)
 
 
 def match_layers(rows, model, targets, path, component):
@@ -110,7 +110,7 @@ def match_layers(rows, model, targets, path, component):
     that is only off by this prefix is the same layer. `targets` are the endings of the layers that
     the adapter claims to adapt; where a file does not say, the endings that it has.
     """
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    linear = {name: m for name, m in model.named_modules() if is_matrix(m)}
     if component == "text_encoder":
         prefixed = any(name.startswith("text_model.") for name in linear)
         bare = {name.removeprefix("text_model."): factor for name, factor in rows.items()}
@@ -118,7 +118,7 @@ def match_layers(rows, model, targets, path, component):
     unknown = sorted(set(rows) - set(linear))
     # `to_out.0` and the like: a number says nothing without the name before it.
     endings = targets or {re.search(r"[^.]+(\.\d+)?$", name)[0] for name in rows}
-    empty = sorted({name for name, _ in target_layers(model, endings)} - set(rows))
+    empty = sorted({name for name in linear if matches(name, endings)} - set(rows))
     problems = []
     if unknown:
         problems.append(f"{len(unknown)} of {len(rows)} layers in the file are not in the model "
@@ -131,7 +131,7 @@ def match_layers(rows, model, targets, path, component):
         wrong = [
             name
             for name, (a, b) in rows.items()
-            if (a.shape[1], b.shape[0]) != (linear[name].in_features, linear[name].out_features)
+            if (b.shape[0], a.shape[1]) != linear[name].weight.shape[:2]
         ]
         if wrong:
             problems.append(f"{len(wrong)} layers have another shape ({some(wrong)})")
@@ -141,6 +141,14 @@ def match_layers(rows, model, targets, path, component):
             "Was it trained on another base model, or is the file damaged?"
         )
     return rows
+
+
+def is_matrix(module):
+    """Whether a layer multiplies by a matrix: a linear layer, or a convolution of 1x1 such as
+    Stable Diffusion 1.x has before and behind its transformers (proj_in, proj_out)."""
+    return isinstance(module, torch.nn.Linear) or (
+        isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1)
+    )
 
 
 def some(names):

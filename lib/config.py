@@ -67,12 +67,13 @@ def check_range(config, key, low, high=float("inf")):
 
 
 def check_resolution(config):
-    """Raise UserError unless config["resolution"] is a size that the VAE's 8x8 blocks tile."""
+    """Raise UserError unless config["resolution"] is a size that a VAE's blocks of 8x8 pixels tile; those of
+    a base model with larger ones ask for more (check_base_model)."""
     check_range(config, "resolution", 8, 4096)
     if config["resolution"] % 8:
         raise UserError(f"resolution is {config['resolution']}, but must be a multiple of 8")
 
 
 def half_resolution(resolution):
-    """About half of a resolution, in whole blocks of the VAE."""
-    return max(8, resolution // 16 * 8)
+    """About half of a resolution, in whole blocks of any VAE."""
+    return max(16, resolution // 32 * 16)

@@ -14,13 +14,14 @@ transformers.utils.logging.disable_progress_bar()
 ROOT = Path(__file__).resolve().parent.parent  # demo/model lies in it
 
 
-def fetch_base_model(name, revision=None, half=False):
-    """The local folder of a Stable Diffusion pipeline, `name` being a folder or a hub id.
+def fetch_base_model(name, revision=None, half=False, resolution=None):
+    """The local folder of a Stable Diffusion pipeline, `name` being a folder, a hub id, or a safetensors
+    file that holds all of a model (of which a folder is made, see lib/single_file.py).
 
     From the hub only what is used is fetched: UNet, VAE, text encoder, tokenizer and scheduler,
     as safetensors, in half precision where `half` is set and the repository has such a variant.
-    Raises UserError, naming the model and what to do, when it is not there, not whole or of another
-    kind; for the last no weights are fetched.
+    Raises UserError, naming the model and what to do, when it is not there, not whole, of another kind
+    or unable to draw `resolution` pixels; for the last two no weights are fetched.
     """
     parts = {
         "unet": "diffusion_pytorch_model",
@@ -28,6 +29,9 @@ def fetch_base_model(name, revision=None, half=False):
         "text_encoder": "model",
     }
     configs = ["model_index.json", "*/*.json", "tokenizer/merges.txt"]
+    endings = (".safetensors", *PICKLES)
+    if Path(name).suffix.lower() in endings and not Path(name).is_dir():
+        name = folder_of_file(Path(name))
     folder = fetch_model(name, revision, [], half, configs)
     needed = ["model_index.json", "scheduler/scheduler_config.json"]
     needed += [f"{part}/config.json" for part in parts]
@@ -36,7 +40,7 @@ def fetch_base_model(name, revision=None, half=False):
         needed += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
     missing = [path for path in needed if not (folder / path).is_file()]
     if not missing:
-        check_base_model(folder)
+        check_base_model(folder, resolution)
         weights = [f"{part}/{stem}" for part, stem in parts.items()]
         folder = fetch_model(name, revision, weights, half, configs)
     missing += [
@@ -52,6 +56,23 @@ def fetch_base_model(name, revision=None, half=False):
     return folder
 
 
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def folder_of_file(path):
+    """The folder that is made of a base model in one file; UserError if there is none, or a pickle."""
+    if path.suffix.lower() in PICKLES:
+        raise UserError(
+            f"base model {path} is a pickle, which can run any program when it is opened, and is not read; "
+            "take the model's .safetensors file"
+        )
+    if not path.is_file():
+        raise UserError(f"base model {path}: no such file")
+    from lib.single_file import converted
+
+    return str(converted(path))
+
+
 # What the configuration files of a base model may state; what they leave out is the first of each.
 SUPPORTED = {
     "model_index.json": {
@@ -60,8 +81,6 @@ SUPPORTED = {
     },
     "unet/config.json": {
         "_class_name": ("UNet2DConditionModel",),
-        "in_channels": (4,),  # inpainting: 9, depth: 5, editing: 8
-        "out_channels": (4,),
         "addition_embed_type": (None,),  # Stable Diffusion XL
         "class_embed_type": (None,),
         "num_class_embeds": (None,),
@@ -72,7 +91,6 @@ SUPPORTED = {
         "_class_name": ("AutoencoderKL",),
         "in_channels": (3,),
         "out_channels": (3,),
-        "latent_channels": (4,),
     },
     "text_encoder/config.json": {
         "model_type": ("clip_text_model",),
@@ -85,9 +103,10 @@ SUPPORTED = {
 }
 
 
-def check_base_model(folder):
+def check_base_model(folder, resolution=None):
     """UserError naming the configuration file and the key, unless the base model in `folder` is a Stable
-    Diffusion of version 1 or 2 for text to image, whether it predicts noise or velocity."""
+    Diffusion of version 1 or 2 for text to image, whether it predicts noise or velocity, whose VAE tiles
+    `resolution` pixels."""
 
     def refuse(path, what):
         raise UserError(f"{folder / path}: {what}; supported are Stable Diffusion 1.x and 2.x for text to "
@@ -112,9 +131,18 @@ def check_base_model(folder):
     if expected != width:
         what = f"cross_attention_dim is {expected}, but the text encoder's hidden_size is {width}"
         refuse("unet/config.json", what)
+    latents = stated["vae/config.json"].get("latent_channels", 4)
+    for key in ("in_channels", "out_channels"):  # in: 9 for inpainting, 5 with depth, 8 for editing
+        channels = stated["unet/config.json"].get(key, 4)
+        if channels != latents:
+            refuse("unet/config.json", f"{key} is {channels}, but the VAE's latents have {latents}")
     blocks = stated["vae/config.json"].get("block_out_channels", [64])
-    if not isinstance(blocks, list) or len(blocks) != 4:
-        refuse("vae/config.json", f"block_out_channels is {blocks}, but must be 4 numbers")
+    if not isinstance(blocks, list) or len(blocks) not in (4, 5):
+        refuse("vae/config.json", f"block_out_channels is {blocks}, but must be 4 numbers or 5")
+    pixels = 2 ** (len(blocks) - 1)
+    if resolution and resolution % pixels:
+        raise UserError(f"resolution is {resolution}, but must be a multiple of {pixels}, the side of what "
+                        f"{folder / 'vae'} makes one latent of")  # fmt: skip
 
 
 def fetch_model(name, revision, stems, half, others):

@@ -1,4 +1,4 @@
-"""Sheets of pictures: thumbnails with a title under each."""
+"""Sheets of pictures: thumbnails with a title under each, and strips that show how pictures change."""
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -22,6 +22,28 @@ def contact_sheet(images, titles, columns=8, side=160):
         thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
         sheet.paste(thumbnail, (x, y))
         draw.text((x, y + side + 2), fit_text(title, font, side), INK, font)
+    return sheet
+
+
+def strip(columns, prompts, side=192):
+    """A table of pictures, one PIL picture: a row a prompt, a column for each of `columns`.
+
+    `columns` is {label: pictures}, a picture of any size for each of `prompts`; `side` in pixels.
+    """
+    font = ImageFont.load_default(15)
+    gap, line = 6, 24
+    # A prompt stands above its row, which may be narrower at first.
+    width = max(gap + len(columns) * (side + gap), 480)
+    sheet = Image.new("RGB", (width, line + len(prompts) * (side + gap + line)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, (label, pictures) in enumerate(columns.items()):
+        x = gap + column * (side + gap)
+        draw.text((x, 3), fit_text(label, font, side), INK, font)
+        for row, (prompt, image) in enumerate(zip(prompts, pictures, strict=True)):
+            y = line + row * (side + gap + line)
+            if column == 0:
+                draw.text((x, y + 3), fit_text(prompt, font, width - 2 * gap), QUIET, font)
+            sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y + line))
     return sheet
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,11 +56,12 @@ TEXT = dict(
 )  # fmt: skip
 
 
-def tiny_vae():
-    """A VAE with random weights: halves three times, 4 latent channels, as Stable Diffusion's."""
+def tiny_vae(blocks=4, channels=4):
+    """A VAE with random weights: halves three times, 4 latent channels, as Stable Diffusion's, if not
+    told otherwise."""
     return AutoencoderKL(
-        sample_size=64, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=64, block_out_channels=(8,) * blocks, norm_num_groups=4, latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
     )  # fmt: skip
 
 
@@ -258,7 +260,7 @@ def assert_one_line(done, *words):
 
 TINY_RUN = dict(
     resolution=64, rank=4, alpha=4, max_steps=6, warmup_steps=1, log_every=2, validate_every=3,
-    validation_count=2, unet_learning_rate=1e-3, text_encoder_learning_rate=1e-3,
+    validation_count=2, unet_learning_rate=1e-3, text_encoder_learning_rate=1e-3, preview_every=0,
 )  # fmt: skip
 
 
@@ -283,3 +285,22 @@ def trained(tiny_model, processed_data, tmp_path_factory):
     run("train_experiment_rank8.py", *common, "--rank", 2, "--alpha", 2)
     run("train_experiment_unet_only.py", *common)
     return folder
+
+
+def chromium():
+    """The path of a Chromium, or None where there is none."""
+    return (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
+
+
+def browse(path, tmp_path, *more):
+    """Open a page in Chromium without a window; `more` are its options."""
+    return subprocess.run(
+        [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", *more, path.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip

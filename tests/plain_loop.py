@@ -96,7 +96,8 @@ def plain_loop(config, one_vector=False):
         picture = pictures[samples.epoch_order(config["seed"], epoch, len(pictures))[place]]
         pixels = rows[picture][2][None].to(device).float() / 127.5 - 1.0
         rng = np.random.default_rng([config["seed"], samples.SAMPLE, step])
-        shape = (vae.config.latent_channels, *(size // 8 for size in pixels.shape[2:]))
+        side = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of one latent
+        shape = (vae.config.latent_channels, *(size // side for size in pixels.shape[2:]))
         latent_noise, noise, timestep = samples.draw_noise(
             rng, shape, scheduler.config.num_train_timesteps
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import BOS, TEXT, TINY_RUN, assert_one_line, call, make_processed, options, tiny_vae
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 from test_safety import assert_equal_runs, kill, succeeded, training
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -51,20 +52,33 @@ def first_version(folder, prediction_type, tiny_model):
     return folder
 
 
+def wide_latents(folder, prediction_type, tiny_model):
+    """A first version whose VAE halves four times, into 16 channels."""
+    first_version(folder, prediction_type, tiny_model)
+    torch.manual_seed(0)
+    tiny_vae(blocks=5, channels=16).save_pretrained(folder / "vae")
+    sizes = UNet2DConditionModel.load_config(folder / "unet")
+    unet = UNet2DConditionModel.from_config(sizes | dict(in_channels=16, out_channels=16))
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
 def edit(folder, path, **changes):
     config = json.loads((folder / path).read_text())
     (folder / path).write_text(json.dumps(config | changes))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, "1 of wide latents"])
 def test_a_supported_model_is_trained_resumed_and_drawn(
     tiny_model, tmp_path, version, prediction_type
 ):
     if version == 1:
         model = first_version(tmp_path / "model", prediction_type, tiny_model)
-    else:
+    elif version == 2:
         model = second_version(tmp_path / "model", prediction_type)
+    else:
+        model = wide_latents(tmp_path / "model", prediction_type, tiny_model)
     data = make_processed(tmp_path / "data", 4)
     config = TINY_RUN | dict(base_model=model, data_dir=data, max_steps=4, checkpoint_every=2, validation_count=1)  # fmt: skip
     whole, cut = (config | dict(output_dir=tmp_path / name) for name in ("whole", "cut"))
@@ -108,7 +122,7 @@ def test_a_supported_model_is_trained_resumed_and_drawn(
         ("unet/config.json", dict(class_embed_type="projection"), "class_embed_type"),
         ("unet/config.json", dict(cross_attention_dim=768), "hidden_size is 32"),
         ("unet/config.json", dict(_class_name="SD3Transformer2DModel"), "_class_name"),
-        ("vae/config.json", dict(latent_channels=16), "latent_channels is 16"),
+        ("unet/config.json", dict(out_channels=8), "out_channels is 8"),
         ("vae/config.json", dict(block_out_channels=[8, 8]), "block_out_channels"),
         ("text_encoder/config.json", dict(model_type="t5"), 'model_type is "t5"'),
         ("scheduler/scheduler_config.json", dict(prediction_type="sample"), 'prediction_type is "sample"'),
@@ -127,6 +141,20 @@ def test_any_other_model_is_named_before_its_weights_are_read(
     assert_one_line(call("train.py", *config), model / path, words, "supported are")
     with pytest.raises(UserError, match="supported are"):
         models.fetch_base_model(str(model))
+
+
+@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+def test_a_resolution_that_the_vae_cannot_tile_is_named(script, tiny_model, trained, tmp_path):
+    model = wide_latents(tmp_path / "model", "epsilon", tiny_model)
+    config = dict(base_model=model, output_dir=tmp_path / "out", resolution=72)
+    if script == "train.py":
+        config |= dict(data_dir=make_processed(tmp_path / "data", 2))
+        for path in (tmp_path / "data" / "images").iterdir():
+            Image.open(path).resize((72, 72)).save(path)
+        config = TINY_RUN | config
+    else:
+        config |= dict(lora_dir=trained / NAME)
+    assert_one_line(call(script, *options(**config)), "is 72", "multiple of 16", model / "vae")
 
 
 def test_no_weights_of_another_model_are_fetched(tiny_model, tmp_path, monkeypatch):

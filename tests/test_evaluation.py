@@ -9,14 +9,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, call, options, picture, run
+from conftest import assert_one_line, browse, call, chromium, options, picture, run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lib.adapter_files import WEIGHTS
 from lib.errors import UserError
-from lib.evaluation import clip_scores, lpips_distances, results, scores, sweep, words
+from lib.evaluation import clip_scores, lpips_distances, results, scores, words
 from lib.evaluation.comparison import COMPARED, compare
 from lib.evaluation.effects import effects, no_change_reason
 from lib.evaluation.memorisation import UNTOLD
@@ -361,16 +361,6 @@ def test_kernel_distance_is_the_unbiased_one():
     assert torch.rand(1) == before  # it disturbs nobody's random numbers
 
 
-def test_sweep_names_the_smallest_scale_that_is_enough():
-    gains = {0.0: 0.0, 0.5: 0.095, 1.0: 0.1}
-    fakes = {s: fake_run(f"s{s}", concept=g, noise=1e-4) for s, g in gains.items()}
-    rows, advice = sweep.sweep_summary(fakes, PROMPTS, base_pairs()).values()
-    assert [row["scale"] for row in rows] == [0.0, 0.5, 1.0]
-    assert advice.startswith("Scale 0.5 is the smallest")
-    assert "near the concept" in advice
-    assert "Change, near" in words.sweep_table(rows)[0]
-
-
 def test_warnings_for_flat_and_shared_pictures():
     prompts, seeds = [("success", "x")], [1, 2]
     good = [picture(1), picture(2)]
@@ -540,6 +530,19 @@ def test_the_page_stands_alone_and_escapes_text(tmp_path, common, trained):
     assert "&lt;script&gt;" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert all(' alt="' in tag for tag in re.findall(r"<img[^>]*>", page))
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(
+    ("name", "width"), [("report.html", 390), ("report.html", 1400), ("choose.html", 390)]
+)
+def test_the_page_opens_in_a_browser_without_errors(compared, tmp_path, name, width):
+    page = compared[0] / "lora_weights_rank8" / name
+    shot = tmp_path / "page.png"
+    done = browse(page, tmp_path, f"--window-size={width},1600", f"--screenshot={shot}")
+    assert shot.is_file(), done.stderr
+    assert "CONSOLE" not in done.stderr
+    assert Image.open(shot).convert("L").getextrema()[0] < 100  # something is written on it
 
 
 def test_weights_file_name_is_diffusers_own():

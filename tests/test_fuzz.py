@@ -171,7 +171,7 @@ def read(folder):
         assert 0 < float(adapter.alpha[part]) <= 1e6
         for a, b in layers.values():
             assert a.dtype == b.dtype == torch.float32
-            assert a.shape[0] == b.shape[1] == adapter.rank[part] > 0
+            assert 0 < a.shape[0] == b.shape[1] <= adapter.rank[part]
             assert a.isfinite().all()
             assert b.isfinite().all()
     assert len(adapters.fingerprint(adapter)) == 64
@@ -264,6 +264,48 @@ def test_adapter_contents(folder, content, header):
     read(folder)
 
 
+kohya_keys = st.builds(
+    "{}{}{}".format,
+    st.sampled_from(["lora_unet_", "lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_", "bundle_emb."]),
+    st.sampled_from(["mid_block_to_q", "mid_block_to_k", "layers_0_self_attn_q_proj"]) | st.text(max_size=6),
+    st.sampled_from([".lora_down.weight", ".lora_up.weight", ".alpha", ".hada_w1_a", ".dora_scale", ".diff", ""]),
+)  # fmt: skip
+kohya_tensors = tensors | st.builds(
+    lambda shape, value: torch.full(shape, value),
+    st.lists(st.sampled_from([0, 1, 1, 2, 3]), min_size=4, max_size=5),
+    st.sampled_from([1.0, 0.0]),
+)
+kohya_layers = st.builds(
+    lambda layer, rank, a, b, alpha: {
+        f"lora_unet_{layer}.lora_down.weight": torch.full((rank, 3, 1, 1) if rank == 3 else (rank, 3), a),
+        f"lora_unet_{layer}.lora_up.weight": torch.full((4, rank), b),
+        f"lora_unet_{layer}.alpha": torch.tensor(alpha),
+    },
+    st.sampled_from(["mid_block_to_q", "mid_block_to_k"]),
+    st.sampled_from([1, 2, 3, 0]),
+    *[st.sampled_from([1.0, 1.0, 1.0, 0.0, float("nan"), -float("inf")])] * 2,
+    st.sampled_from([1.0, 2.0, 0.0, float("nan"), 1e9, [1.0, 2.0], []]),
+)  # fmt: skip
+kohya_header = st.dictionaries(
+    st.sampled_from(["ss_network_dim", "ss_seed", "modelspec.trigger_phrase", "ss_sd_model_name"]),
+    st.text(max_size=30),
+)
+
+
+@many
+@given(
+    st.dictionaries(kohya_keys, kohya_tensors, min_size=1, max_size=6)
+    | st.builds(lambda one, two: one | two, kohya_layers, kohya_layers | st.just({})),
+    kohya_header,
+)
+def test_kohya_contents(tmp_path_factory, content, header):
+    path = tmp_path_factory.getbasetemp() / "kohya.safetensors"
+    path.write_bytes(adapter_bytes(content, header))
+    adapter = read(path)
+    if adapter:
+        assert all(isinstance(value, str) for value in adapter.metadata.values())
+
+
 @many
 @given(
     json_values.map(lambda value: json.dumps(value).encode())
@@ -311,6 +353,7 @@ PICTURES = {
     "TIFF": [encoded("RGB", format="TIFF"), encoded("RGB", format="TIFF", compression="tiff_lzw"),
              sixteen_bits()],
     "AVIF": [encoded("RGB", format="AVIF")],
+    "HEIF": [encoded("RGB", format="HEIF"), encoded("RGBA", format="HEIF")],
 }  # fmt: skip
 
 

@@ -425,7 +425,7 @@ def test_the_model_computes_with_a_copy_and_the_vector_is_saved(
         for name in ("shared", "apart")
     ]
     assert logs[0] == logs[1]
-    assert logs[0].count("validation_loss") == 4
+    assert logs[0].count('"validation_loss"') == 4
 
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(

@@ -4,12 +4,11 @@ import html
 import json
 import math
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import browse, chromium
 from PIL import Image
 from test_evaluation import MARGINS, PROMPTS, SEEDS, base_pairs, fake_run
 
@@ -41,7 +40,7 @@ def judged(*runs):
 
 
 def run_page(run, **more):
-    return pages.run_page(drawn(run), judged(run), shown(**more), None)
+    return pages.run_page(drawn(run), judged(run), shown(**more))
 
 
 def comparison_page(groups, **more):
@@ -93,7 +92,7 @@ def test_prompts_are_grouped_whatever_their_order():
 def test_without_verdicts_the_page_says_so():
     run = fake_run("one")
     summary = judged(run) | dict(verdicts=[])
-    page = pages.run_page(drawn(run), summary, shown(), None)
+    page = pages.run_page(drawn(run), summary, shown())
     assert (
         page.count("No verdicts: they need") == 2
     )  # at the top and where the verdicts would stand
@@ -233,7 +232,7 @@ def test_text_from_anybody_is_escaped(kind):
         for row, (_, prompt) in zip(summary["prompts"], prompts, strict=True):
             row["prompt"] = prompt
     if kind == "run":
-        page = pages.run_page(run, summaries[EVIL], shown(prompts, [EVIL]), None)
+        page = pages.run_page(run, summaries[EVIL], shown(prompts, [EVIL]))
     else:
         pairs = compare(groups, PROMPTS, base_pairs(), MARGINS)
         page = pages.comparison_page(groups, summaries, pairs, shown(prompts, [EVIL]))
@@ -244,14 +243,6 @@ def test_text_from_anybody_is_escaped(kind):
 
 
 # ---- on a phone and on a desk, light and dark ----------------------------------------------
-
-
-def chromium():
-    return (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
 
 
 # Chromium's own window is never narrower than 500 pixels, so the page lies in a frame.
@@ -271,24 +262,15 @@ parent.document.title = JSON.stringify({out, width: wide, page: document.documen
 </script>"""
 
 
-def browse(page, tmp_path, *more):
-    path = tmp_path / "page.html"
-    path.write_text(page, encoding="utf-8")
-    return subprocess.run(
-        [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", *more, path.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-
-
 @pytest.mark.skipif(chromium() is None, reason="no Chromium here: the style sheet's rules are tested instead")  # fmt: skip
 @pytest.mark.parametrize("kind", PAGES)
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
 def test_nothing_is_wider_than_the_window(kind, width, dark, tmp_path):
     page = PAGES[kind]().replace("<details>", "<details open>")
     frame = FRAME.format(width=width, page=html.escape(page + MEASURE))
-    done = browse(frame, tmp_path, "--window-size=1400,1000", "--dump-dom",
+    path = tmp_path / "page.html"
+    path.write_text(frame, encoding="utf-8")
+    done = browse(path, tmp_path, "--window-size=1400,1000", "--dump-dom",
                   f"--blink-settings=preferredColorScheme={0 if dark else 1}")  # fmt: skip
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
     assert found["width"] == width
@@ -302,7 +284,9 @@ def test_nothing_is_wider_than_the_window(kind, width, dark, tmp_path):
 @pytest.mark.parametrize("kind", PAGES)
 def test_a_page_opens_without_errors(kind, tmp_path):
     shot = tmp_path / "page.png"
-    done = browse(PAGES[kind](), tmp_path, "--window-size=390,1600", f"--screenshot={shot}")
+    path = tmp_path / "page.html"
+    path.write_text(PAGES[kind](), encoding="utf-8")
+    done = browse(path, tmp_path, "--window-size=390,1600", f"--screenshot={shot}")
     assert shot.is_file(), done.stderr
     assert "CONSOLE" not in done.stderr
     colours = {colour for _, colour in Image.open(shot).convert("RGB").getcolors(2**24)}

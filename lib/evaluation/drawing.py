@@ -11,16 +11,20 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lib import adapters
 from lib.config import half_resolution
 from lib.errors import UserError, memory_for
+from lib.evaluation.points import Point
 from lib.evaluation.prompts import check_prompt_lengths
-from lib.evaluation.scores import note_other_pictures
 from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last
 from lib.kernels.graphs import captured
 from lib.models import load_part, loading
 
 
-def load_pipeline(folder, dtype, device):
-    """The base model of a folder as one pipeline: no safety checker, safetensors only."""
+def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
+    """The base model of a folder as one pipeline: no safety checker, safetensors only.
+
+    `unet` and `text_encoder` may be given, already on the device: they are drawn with as they are, and
+    nothing is changed in them.
+    """
     device = torch.device(device)
     with loading(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -31,24 +35,27 @@ def load_pipeline(folder, dtype, device):
     scheduler.set_timesteps = lambda steps, device=None: PNDMScheduler.set_timesteps(
         scheduler, steps
     )
+    loaded = dict(vae=load_part(AutoencoderKL, folder, "vae", dtype))
+    if unet is None:
+        loaded["unet"] = load_part(UNet2DConditionModel, folder, "unet", dtype)
+    if text_encoder is None:
+        loaded["text_encoder"] = load_part(CLIPTextModel, folder, "text_encoder", dtype)
+    for name, model in loaded.items():
+        model.to(device).eval().requires_grad_(False)
+        if name != "text_encoder":
+            channels_last(model)
+    if device.type == "cuda":
+        # One picture fills a GPU there, and a batch would need more memory than the UNet does.
+        loaded["vae"].enable_slicing()
     pipeline = StableDiffusionPipeline(
-        vae=load_part(AutoencoderKL, folder, "vae", dtype),
-        text_encoder=load_part(CLIPTextModel, folder, "text_encoder", dtype),
+        **dict(unet=unet, text_encoder=text_encoder) | loaded,
         tokenizer=tokenizer,
-        unet=load_part(UNet2DConditionModel, folder, "unet", dtype),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).to(device)
+    )
     pipeline.set_progress_bar_config(disable=True)
-    for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        model.eval().requires_grad_(False)
-    for model in (pipeline.vae, pipeline.unet):
-        channels_last(model)
-    if device.type == "cuda":
-        # One picture fills a GPU there, and a batch would need more memory than the UNet does.
-        pipeline.vae.enable_slicing()
     return pipeline
 
 
@@ -106,29 +113,29 @@ def record_unet(pipeline, samples, size):
     unet.forward = forward
 
 
-def drawing_memory(batch_size, resolution):
+def drawing_memory(batch_size, resolution, advice=None):
     """What to say when the GPU's memory is too small for so many pictures of that size."""
     smaller = (
         f"--batch-size {batch_size // 2}"
         if batch_size > 1
         else f"--resolution {half_resolution(resolution)}"
     )
-    advice = f"close what else uses the GPU (nvidia-smi lists it); {smaller} needs less"
+    advice = advice or f"close what else uses the GPU (nvidia-smi lists it); {smaller} needs less"
     return memory_for(f"drawing {batch_size} pictures at once", advice)
 
 
 @torch.no_grad()
-def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title):
+def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title, advice=None):
     """A picture for each (prompt, seed) of `jobs`, as PIL images in that order.
 
     The starting noise is drawn on the CPU from the picture's own seed, so it depends neither on
-    the device nor on the batch.
+    the device nor on the batch. `advice` is for a GPU whose memory is too small.
     """
     images = []
     size = resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, size, size)
     with (
-        drawing_memory(batch_size, resolution),
+        drawing_memory(batch_size, resolution, advice),
         tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False) as bar,
     ):
         for start in range(0, len(jobs), batch_size):
@@ -157,6 +164,44 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
             pixels = (pictures.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
             images += [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
     return images
+
+
+# How pictures are drawn while a run trains: as inference.py draws them by default, its first seed too.
+PREVIEW = dict(steps=28, guidance_scale=6.0)
+PREVIEW_SEED = 42
+NO_PREVIEWS = "--preview-every 0 draws no previews"
+
+
+def preview_drawer(folder, unet, trained, prompts, resolution, dtype, device):
+    """A function of a title that draws one picture a prompt with models in training: PIL pictures. None
+    where there are no prompts.
+
+    `unet` and, if it is trained, `trained["text_encoder"]` (LoraParameters by component) are used as
+    they lie in memory: no second UNet is loaded, only the VAE and a text encoder that is not trained.
+    Nothing random is drawn but the noise, from a generator of its own. On a GPU the UNet's predictions
+    are recorded as a CUDA graph beside those of the training, with memory of its own, and what the
+    VAE takes is given back after each call.
+    """
+    if not prompts:
+        return None
+    own_text = trained["text_encoder"].model if "text_encoder" in trained else None
+    jobs = [(prompt, PREVIEW_SEED) for prompt in prompts]
+    with memory_for("preparing the previews", NO_PREVIEWS):
+        pipeline = load_pipeline(folder, dtype, device, unet, own_text)
+        at_once = pictures_at_once(len(jobs), 0, resolution, pipeline.device)
+        how = PREVIEW | dict(resolution=resolution, batch_size=at_once)
+        if pipeline.device.type == "cuda":
+            record_unet(pipeline, 2 * at_once, resolution // pipeline.vae_scale_factor)
+
+    def pictures(title):
+        for part in trained.values():
+            part.refresh()  # the optimizer has stepped since the last pass
+        found = draw(pipeline, jobs, **how, title=title, advice=NO_PREVIEWS)
+        if pipeline.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    return pictures
 
 
 @torch.no_grad()
@@ -191,10 +236,9 @@ def check_switch(pipeline, applied, adapter, base_probe):
                             "the adapter does nothing")  # fmt: skip
 
 
-def ready_pipeline(config, plan, prompts, training, device):
+def ready_pipeline(config, plan, prompts, device):
     """The base model, ready to draw; every adapter was tried on it and taken out again."""
     planned, folder = plan
-    note_other_pictures([run for run, _ in planned], training, config["data_dir"])
     pipeline = load_pipeline(
         folder, torch.float16 if device.type == "cuda" else torch.float32, device
     )
@@ -204,7 +248,8 @@ def ready_pipeline(config, plan, prompts, training, device):
     sizes = 16, config["resolution"] // pipeline.vae_scale_factor
     compile_attention(lambda: [probe(pipeline, size) for size in sizes], device)()
     base_probe = probe(pipeline)
-    for _, adapter in planned:  # before the long part: does each fit, and does it do anything?
+    # Before the long part: does each fit, and does it do anything?
+    for adapter in (adapter for _, steps in planned for adapter in steps.values()):
         applied = adapters.Applied(adapter, models_of(pipeline))
         check_switch(pipeline, applied, adapter, base_probe)
         applied.set_scale(0)
@@ -229,16 +274,31 @@ def draw_runs(config, plan, pipeline, prompts, seeds):
         with drawing_memory(how["batch_size"], config["resolution"]):
             record_unet(pipeline, samples, config["resolution"] // pipeline.vae_scale_factor)
     base = draw(pipeline, jobs, **how, title="base")
-    scales = config["lora_scales"]
-    for run, adapter in plan[0]:
+    for run, steps in plan[0]:
+        draw_points(
+            run,
+            steps,
+            config["lora_scales"],
+            pipeline,
+            base,
+            lambda title: draw(pipeline, jobs, **how, title=title),
+        )
+    return [run for run, _ in plan[0]]
+
+
+def draw_points(run, steps, scales, pipeline, base, drawn):
+    """Draw each adapter of `steps` ({step: Adapter}, the run's own at the end) at each of `scales`, and the
+    run's own as it is; `drawn` is a function of a title that draws with what is in the pipeline."""
+    own, found = list(steps)[-1], {}
+    for step, adapter in steps.items():
         applied = adapters.Applied(adapter, models_of(pipeline))
-        drawn = {0.0: base}
-        for scale in sorted({1.0, *scales} - {0.0}):
+        for scale in sorted({*scales, *([1.0] if step == own else [])} - {0.0}):
             applied.set_scale(scale)
-            title = run.name if scale == 1 else f"{run.name} at {scale:g}"
-            drawn[scale] = draw(pipeline, jobs, **how, title=title)
+            point = Point(step, scale)
+            found[point] = drawn(run.name if point == (None, 1) else f"{run.name}, {point}")
         applied.set_scale(0)
         del applied  # with its copies of the weights
-        run.base, run.lora = base, drawn[1.0]
-        run.scaled = {scale: drawn[scale] for scale in scales} if set(scales) != {1.0} else {}
-    return [run for run, _ in plan[0]]
+    run.base, run.lora = base, found[Point(own, 1.0)]
+    if len(steps) > 1 or set(scales) != {1.0}:
+        asked = [Point(step, scale) for step in steps for scale in sorted(set(scales))]
+        run.points = {point: found.get(point, base) for point in asked}

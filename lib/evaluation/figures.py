@@ -117,60 +117,6 @@ def forest_figure(pairs):
     return figure
 
 
-def sweep_figure(rows, title):
-    """The trade-off over the adapter's scale: concept gained against other prompts moved."""
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for key, name, colour in (
-        ("change near", "near prompts", "#b8860b"),
-        ("change failure", "unrelated prompts", "#2f5ea8"),
-    ):
-        known = [row for row in rows if key in row and "concept_similarity success" in row]
-        if not known:
-            continue
-        x, y = (
-            np.array([[row[k][part] for part in ("mean", "low", "high")] for row in known])
-            for k in (key, "concept_similarity success")
-        )
-        axes.errorbar(x[:, 0], y[:, 0], xerr=np.abs(x[:, 1:] - x[:, :1]).T, yerr=np.abs(y[:, 1:] - y[:, :1]).T,
-                      fmt="o-", color=colour, ecolor="#cfd6e2", capsize=2, label=name)  # fmt: skip
-        for row, px, py in zip(known, x[:, 0], y[:, 0], strict=True):
-            axes.annotate(
-                f"{row['scale']:g}", (px, py), textcoords="offset points", xytext=(6, -12)
-            )
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, loc="lower right")
-    axes.set(title=f"{title}: how much of the adapter (the numbers are its scales)",
-             xlabel="other prompts moved: LPIPS to the base, as a share of its ceiling",
-             ylabel="concept similarity gained on success prompts")  # fmt: skip
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure
-
-
-def sweep_sheet(firsts, prompts, side=192):
-    """A row a prompt, a column a scale: the first seed's pictures. `firsts` is {scale: pictures}."""
-    font = ImageFont.load_default(15)
-    gap, line = 6, 24
-    scales = sorted(firsts)
-    sheet = Image.new(
-        "RGB",
-        (gap + len(scales) * (side + gap), line + len(prompts) * (side + gap + line)),
-        PAPER,
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, scale in enumerate(scales):
-        x = gap + column * (side + gap)
-        draw.text((x, 3), f"scale {scale:g}", INK, font)
-        for row, prompt in enumerate(prompts):
-            y = line + row * (side + gap + line)
-            if column == 0:
-                draw.text((x, y + 3), fit_text(prompt, font, sheet.width - 2 * gap), QUIET, font)
-            image = firsts[scale][row].resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(image, (x, y + line))
-    return sheet
-
-
 def distribution_figure(run, prompts):
     """For each prompt the scores of every picture, base beside LoRA: one panel a score."""
     rows = run.rows

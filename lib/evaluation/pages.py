@@ -142,16 +142,8 @@ def arm_rows(groups, shown, seeds=2):
     return rows
 
 
-def run_page(run, summary, shown, folder):
-    """One run's report as HTML; `folder` holds the figures of a sweep."""
-    sweep = None
-    if "sweep" in summary:
-        charts = [
-            image_uri(Image.open(folder / name).convert("RGB"), 1200)
-            for name in ("sweep.png", "sweep_pictures.png")
-        ]
-        sweep = dict(advice=summary["sweep"]["advice"], figure=charts[0], sheet=charts[1],
-                     table=words.sweep_table(summary["sweep"]["rows"]))  # fmt: skip
+def run_page(run, summary, shown):
+    """One run's report as HTML."""
     return TEMPLATES.get_template("run.html").render(
         title=run.name,
         verdicts=judged({run.name: summary}, sentences.concept_name([run.adapter])),
@@ -163,7 +155,7 @@ def run_page(run, summary, shown, folder):
         tables=[words.kernel_table(summary), words.study_table(summary)],
         distribution=figure_uri(distribution_figure(run, shown["prompts"])),
         scores=score_table(run.rows),
-        sweep=sweep,
+        advice=summary["sweep"]["advice"] if "sweep" in summary else None,
         nearest=nearest_cards(run, shown["training"]) if shown["training"] else None,
         copies=summary.get("memorised"),
         details=details_text(shown, {run.name: run.adapter}),

@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from lib.errors import UserError
-from lib.evaluation import figures, pages, words
+from lib.evaluation import choose_page, figures, pages, words
+from lib.evaluation.points import Point
 from lib.evaluation.prompts import CATEGORIES, slugs
 from lib.evaluation.runs import MARKER, check_fingerprints
 from lib.evaluation.scores import Run
@@ -47,7 +48,7 @@ def read_saved(output_dir, config):
             saved = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             prompts = list(dict.fromkeys((r["category"], r["prompt"]) for r in saved["pictures"]))
             seeds = list(dict.fromkeys(row["seed"] for row in saved["pictures"]))
-            scales = [float(scale) for scale in saved["config"]["lora_scales"]]
+            points = saved_points(saved)
             run = Run(saved["run"], folder, saved["adapter"], [], [])
         except (ValueError, KeyError, TypeError, OSError) as problem:
             raise UserError(f"{folder / 'metrics.json'} cannot be read: {problem}") from None
@@ -64,16 +65,28 @@ def read_saved(output_dir, config):
             [open_picture(path) for path in picture_paths(folder, prompts, seeds, [kind])]
             for kind in ("base", "lora")
         )
-        for scale in scales if scales != [1.0] else ():
-            paths = picture_paths(folder, prompts, seeds, [f"lora_scale_{scale:g}"])
-            known = {0.0: run.base, 1.0: run.lora}
-            run.scaled[scale] = known.get(scale) or [open_picture(path) for path in paths]
+        run.points = dict.fromkeys(points)
+        for point in points:
+            if point.scale == 0 or run.is_own(point):
+                run.points[point] = run.lora if point.scale else run.base
+                continue
+            paths = picture_paths(folder, prompts, seeds, [point.file_stem])
+            run.points[point] = [open_picture(path) for path in paths]
         runs.append(run)
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
     # How they were drawn is theirs, how they are scored is asked for now.
     scoring = ("clip_model", "clip_revision", "concept_margin", "clip_margin", "change_margin",
                "variety_margin", "copy_margin", "data_dir", "output_dir", "rescore")  # fmt: skip
     return runs, config | saved["config"] | {k: config[k] for k in scoring}, prompts, seeds
+
+
+def saved_points(saved):
+    """The points of a metrics.json, a list; those written before snapshots could be looked at name only
+    the scales."""
+    scales = [float(scale) for scale in saved["config"]["lora_scales"]]
+    if "points" not in saved:
+        return [Point(None, scale) for scale in scales] if scales != [1.0] else []
+    return [Point(step and int(step), float(scale)) for step, scale in saved["points"]]
 
 
 def picture_paths(folder, prompts, seeds, kinds=("base", "lora")):
@@ -149,9 +162,10 @@ def write_run(run, summary, shown):
         for i, (category, prompt) in enumerate(prompts)
     ]  # fmt: skip
     paths, images = picture_paths(new, prompts, seeds), run.base + run.lora
-    for scale in set(run.scaled) - {0.0, 1.0}:  # those two are there already
-        paths += picture_paths(new, prompts, seeds, [f"lora_scale_{scale:g}"])
-        images += run.scaled[scale]
+    for point, drawn in run.points.items():
+        if point.scale and not run.is_own(point):  # those two are there already
+            paths += picture_paths(new, prompts, seeds, [point.file_stem])
+            images += drawn
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as pool:  # encoding a picture keeps a core busy, and no lock
@@ -163,22 +177,20 @@ def write_run(run, summary, shown):
         if chosen:
             figure = figures.comparison_figure(chosen, f"{run.name}: {category}", count)
             figure.save(new / f"{category}_cases.png")
-    if run.scaled:
-        figures.sweep_figure(summary["sweep"]["rows"], run.name).savefig(new / "sweep.png")
-        firsts = {scale: images[::count] for scale, images in run.scaled.items()}
-        figures.sweep_sheet(firsts, [prompt for _, prompt in prompts]).save(
-            new / "sweep_pictures.png"
-        )
-    record = dict(run=run.name, config=shown["config"], **shown["provenance"], adapter=run.adapter,
+    if run.points:
+        choose_page.write(run, summary["sweep"], shown, new)
+    record = dict(run=run.name, config=shown["config"], **shown["provenance"], adapter=run.adapter, points=list(run.points),
                   warnings=shown["warnings"], summary=summary, pictures=run.rows)  # fmt: skip
     write_csv(new / "metrics.csv", run.rows)
     text = words.summary_text(summary)
     (new / "summary.md").write_text(f"# {run.name}\n\n{text}\n", encoding="utf-8")
-    page = pages.run_page(run, summary, shown, new)
+    page = pages.run_page(run, summary, shown)
     (new / "report.html").write_text(page, encoding="utf-8")
     write_marker(new / MARKER, record)  # last: with it the folder is whole
     replace_folder(run.target, MARKER)
     print(f"\n{run.name}\n{text}\n\nopen {run.target / 'report.html'}")
+    if run.points:
+        print(f"  and {run.target / 'choose.html'}")
 
 
 def write_comparison(target, groups, summaries, pairs, shown):

@@ -13,6 +13,7 @@ from lib import adapter_files, adapters
 from lib.errors import UserError
 from lib.evaluation.scores import Run
 from lib.files import check_output_folder
+from lib.kohya import base_model_name
 from lib.models import fetch_base_model
 
 MARKER = "metrics.json"  # the file of a results folder that is written last
@@ -20,12 +21,15 @@ MARKER = "metrics.json"  # the file of a results folder that is written last
 # how often it reports change nothing of what it learns. Of the data its hash counts, not its place.
 WITHOUT_EFFECT = (
     "seed", "data_dir", "output_dir", "run_name", "log_every", "validate_every", "checkpoint_every",
-    "keep_checkpoints", "resume", "max_overflows", "wandb_project",
+    "keep_checkpoints", "resume", "max_overflows", "preview_every", "preview_prompts",
+    "snapshot_every", "report_to", "wandb_project", "wandb_pictures", "push_to_hub",
 )  # fmt: skip
 
 
 def plan_runs(config, device):
-    """What will be drawn: ([(Run, Adapter)], base-model folder), all checked; the runs have no pictures."""
+    """What will be drawn: ([(Run, {step: Adapter})], base-model folder), all checked; the runs have no
+    pictures. Of several adapters of a run, its snapshots, its own comes last; where they are not asked for it
+    is alone, under None."""
     found = adapter_files.find_adapters(config["lora_dir"])
     output_dir, base_model = Path(config["output_dir"]), config["base_model"]
     targets = [output_dir / name if len(found) > 1 else output_dir for name, _ in found]
@@ -36,19 +40,70 @@ def plan_runs(config, device):
             print(f"note: {left.parent} is a run without its weights, and is passed over")
     read = [(name, adapter_files.read_adapter(path)) for name, path in found]
     runs = [
-        Run(name, target, describe(adapter), [], [])
+        Run(name, target, describe(adapter), [], [], folder=adapter.path)
         for (name, adapter), target in zip(read, targets, strict=True)
     ]
-    check_fingerprints([(run.name, run.adapter["fingerprint"]) for run in runs])
+    steps = [
+        with_snapshots(run, adapter) if config["snapshots"] else {None: adapter}
+        for run, (_, adapter) in zip(runs, read, strict=True)
+    ]
+    check_fingerprints([
+        (f"{run.name}, step {step}" if step else run.name, adapters.fingerprint(adapter))
+        for run, kept in zip(runs, steps, strict=True) for step, adapter in kept.items()
+    ])  # fmt: skip
     group_runs(runs)
     if device.type == "cpu":
         print("no CUDA GPU found: drawing on the CPU, in fp32")
     for name, adapter in read:
         known = adapter.metadata.get("base_model")
-        if known and known != base_model:
+        if known and base_model_name(known) != base_model_name(base_model):
             print(f"note: {name} was trained on {known}, here it is drawn with {base_model}")
-    folder = fetch_base_model(base_model, config["revision"], half=device.type == "cuda")
-    return [(run, adapter) for run, (_, adapter) in zip(runs, read, strict=True)], folder
+    half = device.type == "cuda"
+    folder = fetch_base_model(base_model, config["revision"], half, config["resolution"])
+    return list(zip(runs, steps, strict=True)), folder
+
+
+def with_snapshots(run, adapter):
+    """{step: Adapter} of a run's snapshots and, last, its own adapter; UserError if there are none.
+
+    Notes in `run.adapter` the held-out losses of these steps and of step 0, where the log has them.
+    """
+    folder = Path(adapter.path)
+    found = {}
+    for place in sorted((folder / "snapshots").glob("step_*")):
+        number = place.name.removeprefix("step_")
+        if number.isdecimal() and adapter_files.adapter_files(place):
+            found[int(number)] = adapter_files.read_adapter(place)
+    last = (run.adapter["training"] or {}).get("max_steps")
+    if not found or last is None:
+        what = "its config.json" if found else "snapshots"
+        raise UserError(
+            f"{folder}: --snapshots needs {what}, and there is none; train.py keeps them with "
+            "--snapshot-every N"
+        )
+    late = [step for step in found if step >= last]
+    if late:
+        raise UserError(f"{folder}: a snapshot of step {late[0]}, but the run ended after {last}")
+    run.adapter["held_out_losses"] = held_out_losses(folder / "log.jsonl", (0, *found, last))
+    return found | {last: adapter}
+
+
+def held_out_losses(path, steps):
+    """{step: losses of the held-out pictures} as a run's log holds them, of those of `steps` that it has."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {
+            str(row["step"]): list(map(float, row["validation_losses"]))
+            for row in rows
+            if row["step"] in steps and "validation_losses" in row
+        }
+    except OSError:
+        print(f"note: there is no {path}, so no held-out loss")
+        return {}
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(
+            f"{path} is not what train.py writes ({problem!r}); remove it to go without"
+        ) from None
 
 
 def describe(adapter):

@@ -31,13 +31,20 @@ class Run:
     adapter: dict  # fingerprint, rank, alpha, metadata, training: what metrics.json says of it
     base: list  # PIL pictures, prompt by prompt and seed by seed
     lora: list  # likewise
-    scaled: dict = field(default_factory=dict)  # {scale: pictures}, where a sweep was asked for
+    points: dict = field(
+        default_factory=dict
+    )  # {Point: pictures}, where more than `lora` was asked for
     rows: list = None  # a dict a picture; see `score`
+    folder: Path = None  # the adapter's, where its pictures are drawn; not where they are read
     pairs: np.ndarray = None  # LPIPS between the LoRA pictures of a prompt, [prompts, seeds, seeds]
     embeddings: dict = (
         None  # {"base", "lora", "lora_mirrored"}: CLIP embeddings [prompts, seeds, d]
     )
-    sweep: dict = field(default_factory=dict)  # {scale: Run} of `scaled`, scored
+    sweep: dict = field(default_factory=dict)  # {Point: Run} of `points`, scored
+
+    def is_own(self, point):
+        """Whether a Point of `points` is the adapter as training left it, whose pictures are `lora`."""
+        return point.scale == 1 and point.steps == max(other.steps for other in self.points)
 
     @property
     def training_seed(self):
@@ -126,10 +133,10 @@ def nearest_rows(count, embeddings, training, adapter):
     ]
 
 
-def score(run, prompts, seeds, clip, training, device, base_scores, pictures_only=False):
-    """Fill `run.rows` (a dict a picture, base and LoRA of each prompt and seed in turn) and, unless
-    `pictures_only`, what concerns several: `run.pairs` and `run.embeddings`. `base_scores` is
-    picture_scores of the base pictures, which runs share."""
+def score(run, prompts, seeds, clip, training, device, base_scores, embedded=True):
+    """Fill `run.rows` (a dict a picture, base and LoRA of each prompt and seed in turn), `run.pairs` and,
+    if `embedded`, `run.embeddings`. `base_scores` is picture_scores of the base pictures, which runs
+    share."""
     jobs = [(category, prompt, seed) for category, prompt in prompts for seed in seeds]
     distances = lpips_distances(run.base, run.lora, device)
     scored = picture_scores(run.lora, [prompt for _, prompt, _ in jobs], clip, training)
@@ -142,10 +149,8 @@ def score(run, prompts, seeds, clip, training, device, base_scores, pictures_onl
         job = dict(prompt=prompt, category=category, seed=seed)
         run.rows.append(job | dict(model="base", lpips=None) | models[0][i])
         run.rows.append(job | dict(model="lora", lpips=float(distances[i])) | models[1][i])
-    if pictures_only:
-        return
     run.pairs = prompt_pairs(run.lora, len(seeds), device)
-    if training:
+    if training and embedded:
         shape = len(prompts), len(seeds), -1
         mirrored = image_embeddings([ImageOps.mirror(image) for image in run.lora], clip)
         found = dict(base=base_scores[1], lora=scored[1], lora_mirrored=mirrored)
@@ -153,18 +158,21 @@ def score(run, prompts, seeds, clip, training, device, base_scores, pictures_onl
 
 
 def score_runs(runs, prompts, seeds, clip, training, device):
-    """Score every run and, where one was drawn at several scales, each of them, in `sweep`: {scale: Run}."""
+    """Score every run and, where one was drawn at several points, each of them, in `sweep`: {Point: Run}."""
     texts = [prompt for _, prompt in prompts for _ in seeds]
     for run in tqdm(runs, desc="scores", unit="run", leave=False, disable=len(runs) == 1):
         if run.base is not runs[0].base or run is runs[0]:  # drawn once, they are scored once
             base_scores = picture_scores(run.base, texts, clip, training)
         scoring = prompts, seeds, clip, training, device, base_scores
         score(run, *scoring)
-        for scale, images in sorted(run.scaled.items()):
-            part = Run(f"{run.name} at {scale:g}", None, run.adapter, run.base, images)
-            run.sweep[scale] = run if scale == 1 else part
-            if scale != 1:
-                score(part, *scoring, pictures_only=True)
+        for point, images in sorted(run.points.items()):
+            if run.is_own(point):
+                run.sweep[point] = run
+                continue
+            run.sweep[point] = part = Run(
+                f"{run.name}, {point}", None, run.adapter, run.base, images
+            )
+            score(part, *scoring, embedded=False)
 
 
 def prompt_pairs(images, count, device):

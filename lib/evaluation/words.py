@@ -122,24 +122,41 @@ def summary_text(summary):
         if table:
             parts.append(markdown_table(table))
     if "sweep" in summary:
-        parts += [markdown_table(sweep_table(summary["sweep"]["rows"])), summary["sweep"]["advice"]]
+        parts += [summary["sweep"]["advice"], markdown_table(sweep_table(summary["sweep"]["rows"]))]
     return "\n\n".join(parts)
 
 
 SWEEP_COLUMNS = {
-    "concept_similarity success": "Concept difference, success",
-    "clip success": "CLIP difference, success",
+    "concept_similarity success": "Concept gained",
+    "clip success": "Match (CLIP)",
+    "concept_similarity near": "Near prompts toward the training pictures",
+    "concept_similarity failure": "Unrelated ones",
     "change near": "Change, near",
-    "change failure": "Change, failure",
+    "change failure": "Change, unrelated",
+    "variety success": "Variety",
+    "nearest_similarity success": "Nearest copy",
+    "held_out": "Held-out loss",
 }
 
 
+SWEEP_EXPLAINED = (
+    "Concept gained and near and unrelated prompts: mean cosine to the training pictures, LoRA minus base. Change: "
+    "LPIPS to the base picture as a share of its ceiling. Variety: LPIPS between pictures at different seeds over "
+    "the same ceiling. Nearest copy: the highest cosine to a picture trained on, LoRA minus base. Held-out loss: of "
+    "pictures not trained on, less what it was before training; its interval is over these few pictures."
+)
+
+
 def sweep_table(rows):
-    keys = [key for key in SWEEP_COLUMNS if key in rows[0]]
-    return [["Scale", *(SWEEP_COLUMNS[key] for key in keys)]] + [
-        [f"{row['scale']:g}", *(interval_text(row[k], "change" not in k) for k in keys)]
-        for row in rows
-    ]
+    """Every point's figures with intervals as rows of text; the head first."""
+    keys = [key for key in SWEEP_COLUMNS if any(key in row for row in rows)]
+    places = [key for key in ("step", "scale") if len({row[key] for row in rows}) > 1] or ["scale"]
+    table = [[*(place.capitalize() for place in places), *(SWEEP_COLUMNS[key] for key in keys)]]
+    for row in rows:
+        shares = ("change", "variety")
+        cells = [interval_text(row[k], not k.startswith(shares)) if k in row else "–" for k in keys]
+        table.append([*(f"{row[place]:,g}" for place in places), *cells])
+    return table
 
 
 def comparison_table(summaries):

@@ -1,38 +1,54 @@
-"""What a run tells of itself while it trains: log.jsonl, Weights & Biases, and the loss curve."""
+"""What a run tells of itself while it trains: log.jsonl, and the trackers that were asked for."""
 
 import contextlib
-import functools
+import importlib.util
 import json
 import netrc
 import os
+import sys
 
-import matplotlib
-import numpy as np
-import wandb
-from matplotlib.figure import Figure
+from lib.errors import UserError, one_line
 
-from lib.errors import one_line
+REPORT_TO = {"wandb": ("wandb",), "tensorboard": ("tensorboard",), "none": ()}
+REPORT_TO["both"] = REPORT_TO["wandb"] + REPORT_TO["tensorboard"]
 
-matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold dollar signs
+
+def check_trackers(report_to):
+    """Raise UserError for a report_to that is unknown or whose package is not installed."""
+    if report_to not in REPORT_TO:
+        raise UserError(f"report_to is {report_to}, but must be one of {', '.join(REPORT_TO)}")
+    for package in REPORT_TO[report_to]:
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:  # a mere folder of that name, as W&B leaves one
+            other = "--report-to none" if package == "wandb" else "--report-to wandb"
+            raise UserError(
+                f"report_to is {report_to}, but {package} is not installed: pip install {package}, "
+                f"or add {other}"
+            )
 
 
 class Journal:
-    """The log of a run: `rows`, the same in `folder`/log.jsonl, and in W&B under train/.
+    """The log of a run: `rows`, the same in `folder`/log.jsonl, and their numbers under train/ in the
+    trackers that `config`, train.py's, names in report_to.
 
-    `rows` are those of an interrupted run that goes on, `run_id` its W&B run. Of several processes the
-    first one writes; the others have a Journal without a folder, which is silent.
+    Of an interrupted run that goes on, `past` is the checkpoint's state: its `log` and its W&B `run_id`.
+    Of several processes the first one writes; the others have a Journal without a folder, which is silent.
     """
 
-    def __init__(self, folder, rows=(), project=None, name=None, config=None, run_id=None):
-        self.rows, self.file, self.tracker = list(rows), None, None
+    def __init__(self, folder, config, past):
+        self.rows, self.file, self.trackers = list(past.get("log", ())), None, []
         if folder:
-            self.tracker = start_wandb(project, name, config, run_id)
+            for name in REPORT_TO[config["report_to"]]:
+                start = {"wandb": start_wandb, "tensorboard": start_tensorboard}[name]
+                self.trackers.append(start(folder, config, self.rows, past.get("run_id")))
+            self.wandb_pictures = config["wandb_pictures"]
             self.file = (folder / "log.jsonl").open("w", encoding="utf-8")
             self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
 
     @property
     def run_id(self):
-        return self.tracker and self.tracker.id
+        """The W&B run's, or None."""
+        return next((t.tracker.id for t in self.trackers if t.name == "wandb"), None)
 
     def record(self, **row):
         """Log the figures of a step."""
@@ -40,64 +56,79 @@ class Journal:
             self.rows.append(row)
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-            self.tracker.log({f"train/{key}": value for key, value in row.items()})
+            numbers = {f"train/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
+            for tracker in self.trackers:
+                # W&B counts its own calls, of which a step may have two.
+                tracker.log(numbers, step=None if tracker.name == "wandb" else row["step"])
+
+    def show(self, step, pictures):
+        """Give the trackers the PIL pictures of a preview: TensorBoard, whose files stay here, and W&B
+        where that was asked for."""
+        for tracker in self.trackers:
+            if tracker.name == "tensorboard":
+                import numpy as np
+
+                tracker.log_images({"preview": np.stack(pictures)}, step=step, dataformats="NHWC")
+            elif self.wandb_pictures:
+                from wandb import Image
+
+                tracker.log({"preview": [Image(p) for p in pictures], "train/step": step})
 
     def finish(self, exit_code=0):
-        """Close the file and the W&B run."""
+        """Close the file and the trackers."""
         if self.file:
             self.file.close()
-            self.tracker.finish(exit_code=exit_code)
+            for tracker in self.trackers:
+                if tracker.name == "wandb":
+                    tracker.tracker.finish(exit_code=exit_code)
+                else:
+                    tracker.finish()
 
 
-def start_wandb(project, name, config, run_id=None):
-    """A W&B run: online with an API key, else offline, never asking; WANDB_MODE decides if set.
+def start_tensorboard(folder, config, rows, run_id):
+    """accelerate's tracker for TensorBoard, writing to `folder`/tensorboard.
 
-    It gets the configuration and the figures, no pictures and no captions. With `run_id` a run that
-    was interrupted goes on.
+    Of an interrupted run that goes on, what was logged after its last checkpoint is to be passed over.
     """
+    from accelerate.tracking import TensorBoardTracker
+
+    done = rows[-1]["step"] if rows else -1
+    tracker = TensorBoardTracker("tensorboard", folder, purge_step=done + 1)
+    tracker.start()
+    return tracker
+
+
+def start_wandb(folder, config, rows, run_id):
+    """accelerate's tracker with a W&B run: online with an API key, else offline, never asking;
+    WANDB_MODE decides if set.
+
+    It gets the configuration and the figures, no captions, no prompts, and no pictures unless
+    `config`["wandb_pictures"]. With `run_id` a run that was interrupted goes on.
+    """
+    import wandb
+    from accelerate.tracking import WandBTracker
+
     key = os.environ.get("WANDB_API_KEY")
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         key = key or netrc.netrc().authenticators("api.wandb.ai")
     mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-    start = functools.partial(wandb.init, project=project, name=name, config=config, id=run_id,
-                              resume="allow" if run_id else None,
-                              settings=wandb.Settings(console="off", silent=True))  # fmt: skip
+    shown = {name: value for name, value in config.items() if name != "preview_prompts"}
+    # What W&B notes of the machine includes the command line.
+    typed = any(argument.startswith("--preview-prompts") for argument in sys.argv)
+
+    def start(mode):
+        tracker = WandBTracker(
+            config["wandb_project"], name=config["run_name"], config=shown, id=run_id, mode=mode,
+            resume="allow" if run_id else None,
+            settings=wandb.Settings(console="off", silent=True, x_disable_meta=typed),
+        )  # fmt: skip
+        tracker.start()
+        return tracker
+
     try:
-        return start(mode=mode)
+        return start(mode)
     except (wandb.Error, ValueError) as problem:
         # No network, a wrong key, an unknown mode: not worth a training run.
         print(f"W&B cannot start ({one_line(problem, 120)}): logging offline")
         os.environ["WANDB_MODE"] = "offline"
-        return start(mode="offline")
-
-
-def loss_figure(log, title):
-    """A matplotlib figure of a training log: loss, held-out loss and learning rate over steps.
-
-    `log` is the list of rows of log.jsonl. The training loss depends mostly on the timesteps that
-    were drawn, so its running mean is drawn over it, and the held-out loss at fixed ones beside it.
-    """
-    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
-    top, bottom = figure.subplots(2, height_ratios=[3, 1], sharex=True)
-    trained = [row for row in log if "loss" in row]
-    steps, losses = [r["step"] for r in trained], [r["loss"] for r in trained]
-    window = max(1, len(losses) // 20)
-    kernel = np.ones(window)
-    running = np.convolve(losses, kernel, "same") / np.convolve(
-        np.ones(len(losses)), kernel, "same"
-    )
-    top.plot(steps, losses, color="#b9c4d6", linewidth=0.8, label="training loss")
-    top.plot(steps, running, color="#2f5ea8", linewidth=1.8, label="its running mean")
-    held_out = [(r["step"], r["validation_loss"]) for r in log if "validation_loss" in r]
-    if held_out:
-        top.plot(*zip(*held_out, strict=True), "o-", color="#c4572e", markersize=4,
-                 label="held-out pictures, fixed noise and timesteps")  # fmt: skip
-    top.set(title=title, ylabel="mean squared error of the noise")
-    top.legend(frameon=False)
-    bottom.plot(steps, [r["learning_rate"] for r in trained], color="#555555")
-    bottom.set(xlabel="step", ylabel="learning rate")
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        axes.set_ylim(bottom=0)
-    return figure
+        return start("offline")

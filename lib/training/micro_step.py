@@ -107,13 +107,21 @@ class MicroStep:
         for part in self.trained.values():
             part.flat.grad.zero_()
 
-    def validation_loss(self, probes):
-        """Mean loss over `probes`, [(data-set index, draws)] of any number: a float."""
-        batch_size, total = len(self.indices), 0.0
+    def validation_losses(self, probes):
+        """The loss of each of `probes`, [(data-set index, draws)] of any number: a list of floats."""
+        batch_size, found = len(self.indices), []
         for start in range(0, len(probes), batch_size):
             chunk = probes[start : start + batch_size]
             padded = chunk + chunk[-1:] * (batch_size - len(chunk))
             self.fill(*zip(*padded, strict=True))
             self.measure()
-            total += self.sample_losses[: len(chunk)].sum().item()
-        return total / len(probes)
+            found += self.sample_losses[: len(chunk)].tolist()
+        return found
+
+    def validation_row(self, probes):
+        """The held-out loss for the log: its mean, and that of each picture's probes."""
+        losses = {}
+        for (picture, _), loss in zip(probes, self.validation_losses(probes), strict=True):
+            losses.setdefault(int(picture), []).append(loss)
+        each = [sum(of_one) / len(of_one) for of_one in losses.values()]
+        return dict(validation_loss=sum(each) / len(each), validation_losses=each)

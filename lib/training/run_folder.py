@@ -1,15 +1,21 @@
-"""What a finished run leaves in its folder: the adapter, config.json and the loss curve."""
+"""What a run leaves in its folder: the adapter, snapshots of it, config.json and the loss curve."""
 
+import contextlib
 import json
+import shutil
+from collections import Counter
 
 import torch
+from PIL import Image
 
 from lib import adapter_files, adapters
 from lib.dataset import data_hash
 from lib.errors import UserError
 from lib.files import write_marker
+from lib.kohya import kohya_header, save_kohya
+from lib.model_card import CARD, card_text
 from lib.provenance import provenance
-from lib.training.journal import loss_figure
+from lib.training.loss_figure import loss_figure
 from lib.training.parameters import set_views
 
 
@@ -44,32 +50,101 @@ def data_record(rows, train_indices, held_out):
     return dict(
         sha256=data_hash(rows),
         captions=sorted({caption for _, caption, _ in rows}),
+        caption_counts=dict(sorted(Counter(rows[i][1] for i in train_indices).items())),
         trained_on=[names[i] for i in train_indices],
         held_out=[names[i] for i in sorted(held_out)],
     )
 
 
-def write_run(folder, config, models, journal, data, device, **figures):
-    """Write a run into `folder`: its adapter, loss.png and, last, config.json.
-
-    `data` is from `data_record`; `figures` are what else config.json says of the run.
-    """
+def write_adapter(folder, config, models, data, step, half=False):
+    """Write the adapter in `models` after `step` steps; its header says what it was trained on."""
     captions = data["captions"]
     caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
     targets = {name: config[f"{name}_targets"] for name in models}
     adapter_files.save_adapter(folder, models, config["rank"], config["alpha"], targets, dict(
         base_model=str(config["base_model"]), caption=caption, data_sha256=data["sha256"],
-        steps=str(config["max_steps"]), seed=str(config["seed"]),
-    ))  # fmt: skip
+        steps=str(step), seed=str(config["seed"]),
+    ), half)  # fmt: skip
+
+
+@contextlib.contextmanager
+def optimizer_values(trained):
+    """{component: model} that hold, inside, the float32 values of the optimizer, not their copies in the
+    type that the models compute with. Those are in the same place as before afterwards, where a recorded
+    pass reads them."""
+    for part in trained.values():
+        set_views(part.parameters, part.flat.data)
+    try:
+        yield {name: part.model for name, part in trained.items()}
+    finally:
+        for part in trained.values():
+            set_views(part.parameters, part.working)
+
+
+def write_snapshot(folder, config, trained, data, step):
+    """Keep the adapter after `step` steps in `folder`/snapshots/step_001000, in half precision.
+
+    Not if some component's lora_B are still all zero, as after a step at the rate 0: such an adapter does
+    nothing, and no reader takes it.
+    """
+    with optimizer_values(trained) as models:
+        for name, model in models.items():
+            if not any(b.any() for _, b in adapters.factors(model).values()):
+                print(f"\nnote: no snapshot after step {step}: the {name} has not changed yet")
+                return
+        target = folder / "snapshots" / f"step_{step:06}"
+        target.mkdir(parents=True, exist_ok=True)
+        write_adapter(target, config, models, data, step, half=True)
+
+
+def drop_later_snapshots(folder, step):
+    """Remove the snapshots of a run that goes on after `step`, which lie behind it."""
+    for place in (folder / "snapshots").glob("step_*"):
+        if int(place.name.removeprefix("step_")) > step:
+            shutil.rmtree(place)
+
+
+def write_run(folder, config, models, journal, data, device, **figures):
+    """Write a run into `folder`: its adapter, what others read of it, loss.png and, last, config.json.
+
+    `data` is from `data_record`; `figures` are what else config.json says of the run, the base model's
+    prediction_type and the mixed_precision that was computed in among it.
+    """
+    write_adapter(folder, config, models, data, config["max_steps"])
     loss_figure(journal.rows, config["run_name"]).savefig(folder / "loss.png")
     sizes = {
         name: sum(w.numel() for pair in adapters.factors(model).values() for w in pair)
         for name, model in models.items()
     }
+    write_for_others(folder, config, models, data, figures)
     record = dict(config=config, **provenance(device), data=data, parameters=sizes, **figures)
     if device.type == "cuda":
         record["peak_gib_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
     write_marker(folder / "config.json", record)  # with it the folder is whole
+
+
+def write_for_others(folder, config, models, data, figures):
+    """Write what other programs and people read of a run: kohya's file and the model card.
+
+    The arguments are those of `write_run`.
+    """
+    config = config | dict(mixed_precision=figures["mixed_precision"])
+    predicts, width = figures["prediction_type"], models["unet"].config.cross_attention_dim
+    header = kohya_header(config, data, width, predicts, preview_thumbnail(folder))
+    layers = {name: adapters.factors(model) for name, model in models.items()}
+    save_kohya(folder / f"{config['run_name']}.safetensors", layers, config["alpha"], header)
+    (folder / CARD).write_text(card_text(config, data, predicts), encoding="utf-8")
+
+
+def preview_thumbnail(folder):
+    """The adapter's last preview of its caption, a PIL picture, or None where none was drawn: the
+    first square of the newest picture in previews/. Never a training picture, which may be private."""
+    newest = max((folder / "previews").glob("step_*.webp"), default=None)
+    if newest is None:
+        return None
+    with Image.open(newest, formats=("WEBP",)) as image:
+        side = min(image.size)
+        return image.convert("RGB").crop((0, 0, side, side))
 
 
 def outcome_text(folder):
@@ -83,4 +158,7 @@ def outcome_text(folder):
     )
     if "peak_gib_reserved" in record:
         text += f", {record['peak_gib_reserved']} GiB reserved at most"
-    return f"{text}\n  python inference.py --lora-dir {folder}"
+    text += f"\n  python inference.py --lora-dir {folder}"
+    if (folder / "snapshots").is_dir():
+        text += " --snapshots  # without that its last step alone"
+    return text

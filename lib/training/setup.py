@@ -9,14 +9,26 @@ from lib.errors import memory_for
 from lib.models import load_part, loading
 from lib.training.micro_step import recomputed
 from lib.training.parameters import add_lora_parameters
-from lib.training.samples import encode_captions, encode_latents, tokenize
+from lib.training.samples import encode_captions, encode_latents, split, tokenize
 
 
-def caption_tokens(base_folder, rows):
-    """Token ids of the pictures' captions, int64 [n, 77]."""
+def caption_tokens(base_folder, rows, prompts):
+    """Token ids of the pictures' captions, int64 [n, 77]; UserError if one, or one of `prompts`, is too long."""
     with loading(base_folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
+    if prompts:
+        tokenize(tokenizer, [("a preview", prompt, None) for prompt in prompts])
     return tokenize(tokenizer, rows)
+
+
+def divided(data_dir, pictures, validation_count, seed, say):
+    """(train_indices, held_out) of so many pictures, and says how many that are; see `split`."""
+    train_indices, held_out = split(pictures, validation_count, seed)
+    say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
+    if len(held_out) < validation_count:
+        say(f"note: not {validation_count}, as at most a quarter of the pictures is held out"
+            + ("" if len(held_out) else "; there will be no validation loss"))  # fmt: skip
+    return train_indices, held_out
 
 
 def noise_scheduler(base_folder):
@@ -26,7 +38,7 @@ def noise_scheduler(base_folder):
 
 
 def picture_latents(base_folder, rows, resolution, dtype, device):
-    """(means, deviations) of the pictures' latents, float32 [n, 4, h, w] each. The VAE is needed for
+    """(means, deviations) of the pictures' latents, float32 [n, c, h, w] each. The VAE is needed for
     this alone and not kept."""
     vae = load_part(AutoencoderKL, base_folder, "vae", dtype).to(device)
     advice = f"--resolution {half_resolution(resolution)} needs a quarter"

@@ -1,0 +1,161 @@
+"""Photographs as cameras, telephones and the web give them, read as upright, opaque 8-bit sRGB."""
+
+import io
+import warnings
+
+import numpy as np
+import PIL
+import pillow_heif
+from PIL import Image, ImageCms, ImageOps
+
+from lib.errors import one_line
+
+# Telephones' HEIC; of what else such a file holds (depth, mattes, thumbnails) nothing is wanted.
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+# By content, whatever the file's ending says.
+FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP")
+SRGB = ImageCms.createProfile("sRGB")
+
+# What a camera's sensor saw, which only becomes a picture when it is developed. Some of these are
+# TIFF files whose only picture, for a reader of TIFF, is a tiny preview.
+RAW_ENDINGS = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
+DNG_VERSION = 50706  # a TIFF tag
+RAW = ("a camera's raw file ({}); develop it, in the camera's program, darktable or RawTherapee, and export "
+       "a JPEG, TIFF or PNG")  # fmt: skip
+
+
+class Unusable(Exception):
+    """Why one picture cannot be used."""
+
+
+def read_picture(path, max_megapixels=200):
+    """One picture file as 8-bit sRGB, upright and opaque.
+
+    Returns (image, info, done): an RGB PIL image; a dict of the source's format, mode, width and
+    height; and a list of what was done beyond decoding. Raises Unusable with the reason.
+    """
+    if path.stat().st_size == 0:
+        raise Unusable("empty file")
+    Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)
+    try:
+        if kind := raw_kind(path):
+            raise Unusable(RAW.format(kind))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=FORMATS)
+            info = dict(
+                format=image.format, mode=image.mode, width=image.width, height=image.height
+            )
+            if image.format == "TIFF" and DNG_VERSION in image.tag_v2:
+                raise Unusable(RAW.format("DNG"))
+            frames = getattr(image, "n_frames", 1)
+            if image.format != "HEIF":  # which opens at its main picture, wherever that lies
+                image.seek(0)
+            image.load()
+            # MPO is the JPEG of many cameras and telephones: a picture and its preview or depth map.
+            animated = frames > 1 and image.format not in ("MPO", "HEIF")
+            done = [f"first of {frames} frames"] if animated else []
+            if image.format == "HEIF":
+                done += heif_notes(image, frames)
+            return to_srgb(image, done), info, done
+    except Unusable:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise Unusable(f"more than {max_megapixels} megapixels") from None
+    except PIL.UnidentifiedImageError:
+        raise Unusable(f"{unread_kind(path)} (read are {', '.join(FORMATS)})") from None
+    # A decoder may raise almost anything on a damaged file; whatever it is, the picture is skipped
+    # and named, and the others go on.
+    except Exception as problem:
+        raise Unusable(f"damaged or truncated ({one_line(problem, 100)})") from None
+
+
+def to_srgb(image, done):
+    """An opaque 8-bit sRGB copy of a decoded picture; appends what was done to the list `done`."""
+    orientation = image.getexif().get(0x0112, 1)
+    profile = image.info.get("icc_profile")
+    if orientation in range(2, 9):
+        image = ImageOps.exif_transpose(image)
+        done.append("rotated as its EXIF says")
+    if image.mode.startswith(("I", "F")):
+        # 16-bit greys; Pillow keeps 32-bit and float TIFFs as they are, whose white is unknown.
+        levels = np.asarray(image).astype(np.float64)
+        white = (
+            65535.0 if image.mode.startswith("I") and levels.max() > 255 else max(levels.max(), 1)
+        )
+        image = Image.fromarray(np.clip(levels / white * 255 + 0.5, 0, 255).astype(np.uint8))
+        done.append("16 or more bits reduced to 8")
+        profile = None  # it describes values that are gone
+    alpha = None
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("RGB")
+    elif image.mode not in ("RGB", "CMYK", "L", "LAB"):
+        image = image.convert("RGB")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            description = ImageCms.getProfileDescription(source).strip()
+            image = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
+            if not description.startswith("sRGB"):
+                done.append(f"colours converted from «{description}» to sRGB")
+        except (ImageCms.PyCMSError, OSError) as problem:
+            done.append(f"its ICC profile was ignored ({str(problem)[:60]})")
+    image = image.convert("RGB")
+    if alpha is not None and alpha.getextrema()[0] < 255:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+        done.append("put on white")
+    return image
+
+
+def raw_kind(path):
+    """What kind of raw file this is, by its first bytes and, for those that are TIFF files, its name;
+    None if it is none."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    ending = path.suffix.lower()
+    is_tiff = head[:4] in (b"II*\0", b"MM\0*")
+    if is_tiff and (head[8:10] == b"CR" or ending in RAW_ENDINGS):
+        return "CR2" if head[8:10] == b"CR" else ending[1:].upper()
+    known = {"CR3": head[4:12] == b"ftypcrx ", "RAF": head.startswith(b"FUJIFILMCCD-RAW"),
+             "ORF": head[:4] in (b"IIRO", b"IIRS", b"MMOR"), "RW2": head[:4] == b"IIU\0"}  # fmt: skip
+    return next((kind for kind, fits in known.items() if fits), None)
+
+
+def unread_kind(path):
+    """What a file is that no reader takes for a picture of its own, in words."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head.startswith(b"%PDF-"):
+        return "a PDF"
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL, which is not read; convert it to PNG or JPEG"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "a HEIC picture that is damaged or truncated"
+    if head[4:8] == b"ftyp":
+        return "a film or another kind of file"
+    if path.suffix.lower() in RAW_ENDINGS:
+        return "by its name a camera's raw file, but damaged or of an unknown kind"
+    return "not a picture, or one in another format"
+
+
+def heif_notes(image, count):
+    """What was done to a HEIC picture in reading it: a list of words."""
+    notes = []
+    if image.info.get("original_orientation") in range(2, 9):
+        notes.append("rotated as the file says")
+    if count > 1:
+        notes.append(f"the main one of {count} pictures")
+    if image.info.get("bit_depth", 8) > 8:
+        notes.append(f"{image.info['bit_depth']} bits reduced to 8")
+    # Without an ICC profile colours are described by numbers (ITU-T H.273): these are
+    # as good as sRGB's.
+    nclx = image.info.get("nclx_profile") or {}
+    numbers = [int(nclx.get(key, 2)) for key in ("color_primaries", "transfer_characteristics")]
+    if "icc_profile" not in image.info and (
+        numbers[0] not in (1, 2, 5, 6) or numbers[1] in (16, 18)
+    ):
+        notes.append(f"no ICC profile, taken for sRGB though its primaries are {numbers[0]} and its transfer "
+                     f"function {numbers[1]} (H.273)")  # fmt: skip
+    return notes

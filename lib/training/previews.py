@@ -1,0 +1,99 @@
+"""Pictures of what an adapter draws while it is trained: a file a preview, and one strip of them all."""
+
+import io
+import json
+from collections import Counter
+
+import numpy as np
+from PIL import Image
+
+from lib.files import write_bytes
+from lib.pictures import strip
+
+# The widest strip, which is read into memory as a whole: of more previews as many are shown, the first
+# and the last among them, evenly spread. Each has a file of its own all the same.
+MOST_COLUMNS = 16
+LARGEST_SIDE = 256  # pixels of a picture in the strip
+DESCRIPTION = (
+    0x010E  # the EXIF tag ImageDescription, where a preview's file says what its prompts are
+)
+
+
+def preview_texts(prompts, rows):
+    """The prompts to draw, no two equal: `prompts` with the captions' most frequent one for {caption}.
+
+    `rows` are those of `read_dataset`.
+    """
+    caption = Counter(caption for _, caption, _ in rows).most_common(1)[0][0]
+    return list(dict.fromkeys(prompt.replace("{caption}", caption) for prompt in prompts))
+
+
+def webp(image, description=None):
+    """A PIL picture as the bytes of a WebP file."""
+    exif = Image.Exif()
+    if description:
+        exif[DESCRIPTION] = description
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=90, exif=exif)
+    return buffer.getvalue()
+
+
+class Previews:
+    """The previews of one run in `folder`: previews/step_001000.webp, the prompts' pictures one under the
+    other, and previews.webp, steps across and prompts down.
+
+    `draw` is a function of a title that returns a PIL picture for each of `prompts`, all square and of one
+    size. A run that goes on after `first_step` keeps the previews up to there and drops later ones, which
+    its checkpoint does not know. Nothing is kept in memory: the strip is made from the files.
+    """
+
+    def __init__(self, folder, draw, prompts, first_step=0):
+        self.folder, self.draw, self.prompts = folder, draw, list(prompts)
+        (folder / "previews").mkdir(exist_ok=True)
+        for step, path in self.files():
+            if step > first_step:
+                path.unlink()
+
+    def files(self):
+        """[(step, path)] of the previews on disk, by step."""
+        found = (self.folder / "previews").glob("step_*.webp")
+        return sorted((int(path.stem.removeprefix("step_")), path) for path in found)
+
+    def take(self, step):
+        """Draw the preview of `step` (steps done), write it and the strip; returns the pictures."""
+        pictures = self.draw(f"preview {step}")
+        column = np.concatenate([np.asarray(picture) for picture in pictures])
+        path = self.folder / "previews" / f"step_{step:06}.webp"
+        write_bytes(path, webp(Image.fromarray(column), json.dumps(self.prompts)))
+        write_bytes(self.folder / "previews.webp", webp(self.strip()))
+        return pictures
+
+    def strip(self):
+        """The strip of the previews that were drawn of these prompts, as a PIL picture."""
+        columns = {}
+        for step, path in self.spread([pair for pair in self.files() if self.is_ours(pair[1])]):
+            with Image.open(path) as column:
+                side = column.width
+                boxes = [(0, i * side, side, (i + 1) * side) for i in range(len(self.prompts))]
+                # Made small before the next one is opened.
+                columns[f"step {step:,}"] = [
+                    column.crop(box).resize(
+                        (min(side, LARGEST_SIDE),) * 2, Image.Resampling.LANCZOS
+                    )
+                    for box in boxes
+                ]
+        return strip(columns, self.prompts, min(side, LARGEST_SIDE))
+
+    def is_ours(self, path):
+        """Whether a file holds these prompts: those of a run that was interrupted may be others."""
+        try:
+            with Image.open(path) as column:
+                return column.getexif().get(DESCRIPTION) == json.dumps(self.prompts)
+        except OSError:  # damaged
+            return False
+
+    @staticmethod
+    def spread(found):
+        """At most MOST_COLUMNS of a list, evenly spread, with its first and last."""
+        places = np.linspace(0, len(found) - 1, min(len(found), MOST_COLUMNS)).round().astype(int)
+        return [found[place] for place in places]

@@ -1,0 +1,181 @@
+"""A run on the Hugging Face Hub, against a stand-in that speaks its HTTP interface on this machine."""
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import TINY_RUN, assert_one_line, command, make_processed, options
+
+NAME = "lora_weights_rank_32"
+TOKEN = "hf_stand_in"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Who a token belongs to, the making of a repository, and a commit with its large files."""
+
+    def answer(self, status, value=None):
+        body = json.dumps(value or {}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        hub = self.server
+        hub.asked.append(f"GET {self.path}")
+        if self.path == "/api/whoami-v2":
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                return self.answer(401, {"error": "Invalid credentials"})
+            token = {"accessToken": {"role": hub.role}}
+            return self.answer(200, {"name": "anna", "orgs": [{"name": "coats"}], "auth": token})
+        return self.answer(404)
+
+    def do_POST(self):
+        hub, body = self.server, self.body()
+        hub.asked.append(f"POST {self.path}")
+        if hub.broken:
+            return self.answer(500, {"error": "out of order"})
+        if self.path == "/api/repos/create":
+            hub.made = json.loads(body)
+            return self.answer(200, {"url": f"{hub.address}/anna/coat", "name": "anna/coat"})
+        if self.path == "/api/validate-yaml":
+            hub.card = json.loads(body)["content"]
+            return self.answer(200, {"errors": [], "warnings": []})
+        if self.path.startswith("/api/models/anna/coat/preupload/"):
+            files = json.loads(body)["files"]
+            modes = [{"path": f["path"], "shouldIgnore": False,
+                      "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"} for f in files]  # fmt: skip
+            return self.answer(200, {"files": modes})
+        if self.path == "/anna/coat.git/info/lfs/objects/batch":
+            objects = [
+                dict(one, actions={"upload": {"href": f"{hub.address}/lfs/{one['oid']}"}})
+                for one in json.loads(body)["objects"]
+            ]
+            return self.answer(200, {"transfer": "basic", "objects": objects})
+        if self.path.startswith("/api/models/anna/coat/commit/"):
+            for line in body.splitlines():
+                row = json.loads(line)
+                if row["key"] == "file":
+                    hub.files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
+                if row["key"] == "lfsFile":
+                    hub.files[row["value"]["path"]] = hub.large[row["value"]["oid"]]
+            done = {"commitUrl": f"{hub.address}/anna/coat/commit/1", "commitOid": "1", "success": True}  # fmt: skip
+            return self.answer(200, done)
+        return self.answer(404)
+
+    def do_PUT(self):
+        self.server.large[self.path.rsplit("/", 1)[1]] = self.body()
+        self.answer(200)
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    server.files, server.large, server.asked, server.made = {}, {}, [], None
+    server.role, server.broken = "write", False
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def train(hub, tmp_path, tiny_model, repository="anna/coat", token=TOKEN, **env):
+    data = make_processed(tmp_path / "data", 4)
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=data, output_dir=tmp_path / "runs", max_steps=2,
+                             push_to_hub=repository)  # fmt: skip
+    # A home without a token, and no proxy between this machine and itself.
+    known = dict(HF_ENDPOINT=hub.address, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_TOKEN=token or "",
+                 HF_HOME=str(tmp_path / "home"), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # fmt: skip
+    return command("train.py", *options(**config), env=known | env, check=False)
+
+
+def test_a_finished_run_is_uploaded(hub, tmp_path, tiny_model):
+    done = train(hub, tmp_path, tiny_model)
+    assert done.returncode == 0, done.stderr
+    assert f"uploaded to {hub.address}/anna/coat" in done.stdout
+    made = hub.asked.index("POST /api/repos/create")
+    assert hub.asked.index("GET /api/whoami-v2") < made  # and all else that is sent comes later
+    assert not [line for line in hub.asked[:made] if line.startswith("POST")]
+    assert hub.made["visibility"] == "private"
+    assert (hub.made["name"], hub.made["organization"]) == ("coat", "anna")
+    folder = tmp_path / "runs" / NAME
+    there = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}  # fmt: skip
+    assert hub.files == {name: content for name, content in there.items() if name != "config.json"}
+    assert {"README.md", f"{NAME}.safetensors", "pytorch_lora_weights.safetensors"} <= hub.files.keys()  # fmt: skip
+    assert hub.card.encode() == hub.files["README.md"]  # which the hub has looked at
+    assert b'load_lora_weights("anna/coat"' in hub.files["README.md"]
+
+
+def test_an_upload_that_fails_leaves_the_run_whole(hub, tmp_path, tiny_model):
+    hub.broken = True
+    done = train(hub, tmp_path, tiny_model)
+    folder = tmp_path / "runs" / NAME
+    assert_one_line(done, f"{folder} is whole", "could not be uploaded to anna/coat")
+    assert f"hf upload anna/coat {folder} --exclude config.json" in done.stderr
+    assert json.loads((folder / "config.json").read_text())["config"]["push_to_hub"] == "anna/coat"
+
+
+def closed_port():
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (dict(token=None), "no token for the hub"),
+        (dict(token="hf_wrong"), "does not accept the token"),
+        (dict(role="read"), "can only read"),
+        (dict(repository="berta/coat"), "cannot write for berta; it can be one of anna, coats"),
+        (dict(repository="coat"), "must be owner/name"),
+        (dict(repository="a/b/c"), "no repository"),
+        (dict(endpoint="closed"), "the hub cannot be reached"),
+        (dict(offline="1"), "the hub cannot be reached"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_training(hub, tmp_path, monkeypatch, how, words):
+    """In this process, as `train.main` asks before it calls `train`; a run of its own takes ten seconds."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    from lib import hub as ours
+    from lib.errors import UserError
+
+    hub.role = how.get("role", "write")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how.get("offline") == "1")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "" if how.get("token", TOKEN) is None else how.get("token", TOKEN))  # fmt: skip
+    address = closed_port() if how.get("endpoint") else hub.address
+    monkeypatch.setattr(ours, "HfApi", lambda: huggingface_hub.HfApi(endpoint=address))
+    huggingface_hub.close_session()
+    with pytest.raises(UserError) as error:
+        ours.check_push(how.get("repository", "anna/coat"))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not [line for line in hub.asked if line.startswith("POST")]
+    huggingface_hub.close_session()
+
+
+def test_the_script_asks_before_it_trains(hub, tmp_path, tiny_model):
+    done = train(hub, tmp_path, tiny_model, token=None)
+    assert_one_line(done, "no token for the hub", "hf auth login")
+    assert not list((tmp_path / "runs").glob("*"))
+    assert "step" not in done.stdout
+    assert os.environ.get("HF_HUB_OFFLINE") == "1"  # the tests' own; the script was told otherwise

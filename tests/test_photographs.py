@@ -1,0 +1,181 @@
+"""Telephones' and cameras' files: HEIC pictures, what lies beside them, and raw files."""
+
+import io
+
+import numpy as np
+import pillow_heif
+import pytest
+from conftest import call, picture
+from PIL import Image, ImageCms, ImageDraw, TiffImagePlugin
+from test_preprocess import BLUE, GREEN, RED, WHITE, close, prepare
+
+from preprocess import Unusable, read_picture
+
+
+def halves(size=(80, 40)):
+    """A picture whose left half is green and whose right half is red."""
+    image = Image.new("RGB", size, RED)
+    ImageDraw.Draw(image).rectangle((0, 0, size[0] // 2 - 1, size[1] - 1), fill=GREEN)
+    return image
+
+
+def save_heic(image, path, **options):
+    image.save(path, "HEIF", quality=95, **options)
+
+
+def test_heic_is_told_by_content(tmp_path):
+    save_heic(Image.new("RGB", (80, 80), RED), tmp_path / "IMG_0001.jpg")
+    image, info, done = read_picture(tmp_path / "IMG_0001.jpg")
+    assert (info["format"], info["width"], info["height"]) == ("HEIF", 80, 80)
+    assert image.mode == "RGB"
+    assert close(image.getpixel((40, 40)), RED)
+    assert done == []
+
+
+@pytest.mark.parametrize(("orientation", "size", "top_left"), [(1, (80, 40), GREEN), (3, (80, 40), RED),
+                                                            (6, (40, 80), GREEN), (8, (40, 80), RED)])  # fmt: skip
+def test_heic_is_upright_once(tmp_path, orientation, size, top_left):
+    """The container turns the picture, and its EXIF tells the same: only one of the two may act."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save_heic(halves(), tmp_path / "a.heic", exif=exif.tobytes())
+    image, _, done = read_picture(tmp_path / "a.heic")
+    assert image.size == size
+    assert close(image.getpixel((5, 5)), top_left)
+    assert ("rotated as the file says" in done) == (orientation != 1)
+
+
+def test_heic_colour_profile_is_converted(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    # Red and blue exchanged: red must come out as blue.
+    swapped = bytearray(srgb)
+    at = {name: swapped.index(name, 128) for name in (b"rXYZ", b"bXYZ")}
+    red, blue = (bytes(swapped[at[n] + 4 : at[n] + 12]) for n in (b"rXYZ", b"bXYZ"))
+    swapped[at[b"rXYZ"] + 4 : at[b"rXYZ"] + 12] = blue
+    swapped[at[b"bXYZ"] + 4 : at[b"bXYZ"] + 12] = red
+    save_heic(Image.new("RGB", (64, 64), RED), tmp_path / "a.heic", icc_profile=bytes(swapped))
+    assert close(read_picture(tmp_path / "a.heic")[0].getpixel((30, 30)), BLUE)
+    save_heic(Image.new("RGB", (64, 64), RED), tmp_path / "b.heic", icc_profile=srgb)
+    assert close(read_picture(tmp_path / "b.heic")[0].getpixel((30, 30)), RED)
+
+
+def test_heic_wide_colours_without_a_profile_are_said(tmp_path):
+    for primaries, transfer in ((12, 13), (1, 16), (9, 18)):
+        save_heic(Image.new("RGB", (64, 64), RED), tmp_path / "wide.heic", color_primaries=primaries,
+                  transfer_characteristics=transfer)  # fmt: skip
+        (note,) = read_picture(tmp_path / "wide.heic")[2]
+        assert "no ICC profile" in note
+        assert f"its primaries are {primaries} and its transfer function {transfer}" in note
+    save_heic(Image.new("RGB", (64, 64), RED), tmp_path / "srgb.heic", color_primaries=1, transfer_characteristics=13)  # fmt: skip
+    assert read_picture(tmp_path / "srgb.heic")[2] == []
+
+
+def test_heic_of_more_pictures_gives_its_main_one(tmp_path):
+    file = pillow_heif.HeifFile()
+    for colour in (RED, BLUE, GREEN):
+        file.add_from_pillow(Image.new("RGB", (64, 64), colour))
+    file.save(tmp_path / "burst.heic", primary_index=1)
+    image, _, done = read_picture(tmp_path / "burst.heic")
+    assert close(image.getpixel((30, 30)), BLUE)
+    assert done == ["the main one of 3 pictures"]
+
+
+def test_heic_of_ten_bits_and_with_transparency(tmp_path):
+    grey = np.full((64, 64, 3), 32896, np.uint16)  # the middle of 16 bits
+    pillow_heif.from_bytes("RGB;16", (64, 64), grey.tobytes()).save(tmp_path / "ten.heic", quality=95)  # fmt: skip
+    image, _, done = read_picture(tmp_path / "ten.heic")
+    assert close(image.getpixel((30, 30)), (128, 128, 128))
+    assert "10 bits reduced to 8" in done or "12 bits reduced to 8" in done
+    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    save_heic(clear, tmp_path / "clear.heic")
+    image, _, done = read_picture(tmp_path / "clear.heic")
+    assert close(image.getpixel((10, 10)), BLUE)
+    assert close(image.getpixel((50, 10)), WHITE)
+    assert "put on white" in done
+
+
+def test_damaged_and_huge_heic(tmp_path):
+    whole = io.BytesIO()
+    picture(3, (300, 300)).save(whole, "HEIF", quality=95)
+    for length, words in ((40, "HEIC"), (len(whole.getvalue()) // 2, "damaged or truncated")):
+        (tmp_path / "cut.heic").write_bytes(whole.getvalue()[:length])
+        with pytest.raises(Unusable, match=words):
+            read_picture(tmp_path / "cut.heic")
+    (tmp_path / "whole.heic").write_bytes(whole.getvalue())
+    with pytest.raises(Unusable, match="megapixels"):
+        read_picture(tmp_path / "whole.heic", max_megapixels=0.04)
+    assert read_picture(tmp_path / "whole.heic", max_megapixels=0.1)[0].size == (300, 300)
+
+
+def test_what_telephones_lay_beside_pictures_is_passed_over(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    save_heic(picture(1, (100, 100)), data / "IMG_0001.HEIC")
+    for name in ("IMG_0001.MOV", "IMG_0001.AAE"):
+        (data / name).write_bytes(b"\0\0\0\x14ftypqt  film")
+    (data / "alone.mov").write_bytes(b"\0\0\0\x14ftypqt  film")
+    manifest = prepare(data, tmp_path / "out")
+    assert [row["source"] for row in manifest["pictures"]] == ["IMG_0001.HEIC"]
+    skipped = {row["source"]: row["reason"] for row in manifest["skipped"]}
+    assert list(skipped) == ["alone.mov"]
+    assert skipped["alone.mov"].startswith("a film")
+    told = capsys.readouterr().out
+    assert "2 clips and records beside pictures of the same name are passed over" in told
+    assert "IMG_0001.AAE, …" in told
+
+
+def raw_files(folder):
+    """The beginnings of raw files, those that are TIFF files with the small preview that they hold."""
+    preview = io.BytesIO()
+    picture(2, (160, 120)).save(preview, "TIFF")
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[50706] = b"\1\4\0\0"
+    tags.tagtype[50706] = 1
+    dng = io.BytesIO()
+    picture(2, (160, 120)).save(dng, "TIFF", tiffinfo=tags)
+    cr2 = bytearray(preview.getvalue())
+    cr2[8:10] = b"CR"
+    content = {
+        "a.nef": preview.getvalue(), "a.arw": preview.getvalue(), "a.cr2": bytes(cr2), "b.dng": preview.getvalue(),
+        "renamed.tif": dng.getvalue(), "a.cr3": b"\0\0\0\x18ftypcrx \0\0\0\1", "a.raf": b"FUJIFILMCCD-RAW 0201",
+        "a.orf": b"IIRO\x08\0\0\0", "a.rw2": b"IIU\0\x18\0\0\0",
+    }  # fmt: skip
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    return content
+
+
+def test_raw_files_are_named_with_what_to_do(tmp_path):
+    kinds = {"renamed.tif": "DNG"}
+    for name in raw_files(tmp_path):
+        with pytest.raises(Unusable) as error:
+            read_picture(tmp_path / name)
+        kind = kinds.get(name, name.split(".")[1].upper())
+        assert f"a camera's raw file ({kind}); develop it" in str(error.value), name
+    # An ordinary TIFF, and a picture that only has such a name.
+    picture(2, (160, 120)).save(tmp_path / "plain.tif")
+    assert read_picture(tmp_path / "plain.tif")[1]["format"] == "TIFF"
+    picture(2, (160, 120)).save(tmp_path / "renamed.dng", "JPEG")
+    assert read_picture(tmp_path / "renamed.dng")[1]["format"] == "JPEG"
+    (tmp_path / "odd.nef").write_bytes(b"something else")
+    with pytest.raises(Unusable, match="by its name a camera's raw file"):
+        read_picture(tmp_path / "odd.nef")
+
+
+@pytest.mark.parametrize("head", [b"\xff\x0a\xfa\x7f", b"\0\0\0\x0cJXL \r\n\x87\n"])
+def test_jpeg_xl_is_named(tmp_path, head):
+    (tmp_path / "a.jxl").write_bytes(head + b"\0" * 40)
+    with pytest.raises(Unusable, match="JPEG XL, which is not read; convert it"):
+        read_picture(tmp_path / "a.jxl")
+
+
+def test_a_folder_of_heic_becomes_a_training_set(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        save_heic(picture(number, (200, 120)), data / f"IMG_{number}.heic")
+    done = call("preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "out", "--resolution", 64)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "out/images/image_01.png") as image:
+        assert image.size == (64, 64)

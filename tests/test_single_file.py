@@ -1,0 +1,338 @@
+"""A base model in one file: the same model as the folder's, and what is refused by name."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, assert_one_line, call, options
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from test_base_models import second_version
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lib import models, single_file
+from lib.evaluation.drawing import draw, load_pipeline
+
+NAME = "lora_weights_rank_32"
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+          "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}  # fmt: skip
+
+
+def original_unet(tensors, layers):
+    """A UNet's tensors under the names of the original code; `layers` is its layers_per_block."""
+    attended = {k.split(".attentions")[0] for k in tensors if ".attentions" in k}
+    found = {}
+    for key, value in tensors.items():
+        place, rest = key, ""
+        if match := re.match(r"((down|up)_blocks\.(\d+))\.(\w+)\.(\d+)\.(.*)", key):
+            block, side, level, kind, number, rest = match.groups()
+            level, number = int(level), int(number)
+            if kind == "downsamplers":
+                place, rest = f"input_blocks.{(level + 1) * (layers + 1)}.0", rest.replace("conv", "op")  # fmt: skip
+            elif kind == "upsamplers":
+                place = (
+                    f"output_blocks.{level * (layers + 1) + layers}.{2 if block in attended else 1}"
+                )
+            else:
+                first = 1 if side == "down" else 0
+                place = f"{'in' if side == 'down' else 'out'}put_blocks.{level * (layers + 1) + number + first}"
+                place += f".{1 if kind == 'attentions' else 0}"
+        elif match := re.match(r"mid_block\.(\w+)\.(\d)\.(.*)", key):
+            kind, number, rest = match.groups()
+            place = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
+        else:
+            for ours, theirs in {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+                                 "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0",
+                                 "conv_out": "out.2"}.items():  # fmt: skip
+                place = place.replace(f"{ours}.", f"{theirs}.")
+        if "resnets" in key:
+            part, ending = rest.split(".")
+            rest = f"{RESNET[part]}.{ending}"
+        found["model.diffusion_model." + (f"{place}.{rest}" if rest else place)] = value
+    return found
+
+
+def original_vae(tensors):
+    found = {}
+    for key, value in tensors.items():
+        name = re.sub(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2", key)
+        name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+        name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{3 - int(m[1])}.block.{m[2]}", name)  # fmt: skip
+        name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", name)  # fmt: skip
+        name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+        name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        if "mid_block.attentions.0" in name:
+            name = name.replace("mid_block.attentions.0", "mid.attn_1").replace(
+                "group_norm", "norm"
+            )
+            name = name.replace("to_out.0", "proj_out").replace("to_", "")
+            value = value[:, :, None, None] if value.ndim == 2 else value
+        found[f"first_stage_model.{name}"] = value
+    return found
+
+
+def original_clip(tensors):
+    return {f"cond_stage_model.transformer.{key}": value for key, value in tensors.items()}
+
+
+def original_open_clip(tensors):
+    """A text encoder as OpenCLIP names it: query, key and value are one matrix."""
+    found, stacked = {}, {}
+    for key, value in tensors.items():
+        name = key.removeprefix("text_model.")
+        if match := re.match(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", name):
+            stacked.setdefault((match[1], match[3]), {})[match[2]] = value
+            continue
+        for ours, theirs in {"encoder.layers": "transformer.resblocks", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+                             "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn": "attn",
+                             "final_layer_norm": "ln_final", "embeddings.token_embedding": "token_embedding",
+                             "embeddings.position_embedding.weight": "positional_embedding"}.items():  # fmt: skip
+            name = name.replace(ours, theirs)
+        found[name] = value
+    for (layer, ending), parts in stacked.items():
+        found[f"transformer.resblocks.{layer}.attn.in_proj_{ending}"] = torch.cat([parts[p] for p in "qkv"])  # fmt: skip
+    width = found["ln_final.weight"].shape[0]
+    found["text_projection"] = torch.zeros(width, width, device=found["ln_final.weight"].device)
+    return {f"cond_stage_model.model.{name}": value for name, value in found.items()}
+
+
+def original(folder, version):
+    """All tensors of a folder in diffusers' layout as one file of the original code has them."""
+    unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))  # fmt: skip
+    text = load_file(folder / "text_encoder" / "model.safetensors")
+    text = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in text.items()}
+    tensors = original_unet(unet, 1) | original_vae(vae)
+    tensors |= original_clip(text) if version == 1 else original_open_clip(text)
+    tensors["alphas_cumprod"] = torch.ones(1000)  # such files hold more than is used
+    return tensors | {"model_ema.decay": torch.ones(())}
+
+
+@pytest.fixture
+def one_file(tmp_path, tiny_model, monkeypatch):
+    """A function that writes the tiny model of a version as one file; the folder stands for that
+    version's configurations. Returns (file, folder)."""
+    monkeypatch.setattr(single_file.constants, "HF_HOME", str(tmp_path / "cache"))
+
+    def write(version=1, prediction_type="epsilon", change=lambda tensors: tensors, header=None):
+        folder = tmp_path / f"folder{version}"
+        if version == 1:
+            shutil.copytree(tiny_model, folder)
+        else:
+            second_version(folder, prediction_type)
+        monkeypatch.setitem(single_file.CONFIGS, version, configs(folder))
+        monkeypatch.setattr(single_file, "write_tokenizer", lambda place: None)  # a tiny vocabulary
+        file = tmp_path / f"my model {version}.safetensors"
+        stated = {"epsilon": "epsilon", "v_prediction": "v"}[prediction_type]
+        header = {"modelspec.prediction_type": stated} if header is None else header
+        save_file({k: v.contiguous() for k, v in change(original(folder, version)).items()}, file, header)  # fmt: skip
+        return file, folder
+
+    return write
+
+
+def configs(folder):
+    """A copy of a base-model folder without its weights, and which says nothing of v-prediction."""
+    target = folder.with_name(f"{folder.name}_configs")
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = target / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(prediction_type="epsilon")))
+    return target
+
+
+def weights(folder):
+    found = {}
+    for part in ("unet", "vae", "text_encoder"):
+        for path in (folder / part).glob("*.safetensors"):
+            found |= {f"{part}.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}  # fmt: skip
+    return found
+
+
+def pictures(folder):
+    pipeline = load_pipeline(folder, torch.float32, "cpu")
+    jobs = [("a raincoat", 1), ("a cat", 2)]
+    return [image.tobytes() for image in draw(
+        pipeline, jobs, batch_size=2, steps=2, guidance_scale=6.0, resolution=64, title="",
+    )]  # fmt: skip
+
+
+@pytest.mark.parametrize(("version", "prediction_type"), [(1, "epsilon"), (2, "epsilon"), (2, "v_prediction")])  # fmt: skip
+def test_the_file_is_the_folder(one_file, version, prediction_type, capsys):
+    file, folder = one_file(version, prediction_type)
+    found = models.fetch_base_model(str(file))
+    told = capsys.readouterr().out
+    assert f"Stable Diffusion {version}.x in one file" in told
+    assert f"({prediction_type}), as the file's header says" in told
+    expected = weights(folder)
+    assert weights(found).keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in weights(found).items())
+    scheduler = json.loads((found / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == prediction_type
+    assert pictures(found) == pictures(folder)
+    # It is made once.
+    stamp = (found / "model_index.json").stat().st_mtime_ns
+    assert models.fetch_base_model(str(file)) == found
+    assert (found / "model_index.json").stat().st_mtime_ns == stamp
+    assert capsys.readouterr().out == ""
+
+
+def test_old_names_of_the_text_encoder_and_half_precision(one_file):
+    def change(tensors):
+        tensors = {k.replace("transformer.text_model.", "transformer."): v.half() for k, v in tensors.items()}  # fmt: skip
+        return tensors | {"cond_stage_model.transformer.embeddings.position_ids": torch.arange(77)}
+
+    file, folder = one_file(change=change)
+    found = weights(models.fetch_base_model(str(file)))
+    assert all(torch.equal(found[key], value.half()) for key, value in weights(folder).items())
+
+
+def test_train_and_inference_take_the_file(one_file, processed_data, tmp_path):
+    file, _ = one_file()
+    config = TINY_RUN | dict(base_model=file, data_dir=processed_data, output_dir=tmp_path / "runs", max_steps=3)  # fmt: skip
+    done = call("train.py", *options(**config))
+    assert done.returncode == 0, done.stderr
+    drawing = dict(base_model=file, lora_dir=tmp_path / "runs" / NAME, output_dir=tmp_path / "out",
+                   clip_model="none", data_dir="none", resolution=64, steps=1, seeds=1)  # fmt: skip
+    done = call("inference.py", *options(**drawing))
+    assert done.returncode == 0, done.stderr
+    assert "was trained on" not in done.stdout
+
+
+# ---- full size, without weights --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_configurations_are_those_of_the_full_size_models(version, tmp_path):
+    """Every weight of the real models' names and shapes finds its place."""
+    with torch.device("meta"):
+        second = dict(attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+        width, shape = (768, dict(attention_head_dim=8)) if version == 1 else (1024, second)
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=width, **shape)
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+        text = CLIPTextModel(CLIPTextConfig(
+            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12 if version == 1 else 24,
+            num_attention_heads=width // 64,
+        ))  # fmt: skip
+    states = [model.state_dict() for model in (unet, vae, text)]
+    texts = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in states[2].items()}
+    parts = dict(
+        unet=(original_unet(states[0], 2), states[0]), vae=(original_vae(states[1]), states[1]),
+        text_encoder=(original_clip(texts) if version == 1 else original_open_clip(texts), texts),
+    )  # fmt: skip
+    for part, (tensors, expected) in parts.items():
+        found = single_file.renamed(part, tensors, single_file.CONFIGS[version], "x")
+        # The last layer of OpenCLIP's text encoder is not used: the states are those before it.
+        wanted = {k for k in expected if version == 1 or not k.startswith("text_model.encoder.layers.23.")}  # fmt: skip
+        assert found.keys() == wanted
+    models.check_base_model(single_file.CONFIGS[version])
+
+
+@pytest.mark.parametrize(("version", "padding"), [(1, 49407), (2, 0)])
+def test_the_tokenizer_is_clips(version, padding, tmp_path):
+    shutil.copytree(single_file.CONFIGS[version] / "tokenizer", tmp_path / "tokenizer")
+    single_file.write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert len(tokenizer) == 49408
+    ids = tokenizer("A photo of a cat", padding="max_length").input_ids
+    assert ids == [49406, 320, 1125, 539, 320, 2368, 49407] + [padding] * 70
+
+
+# ---- noise or velocity ----------------------------------------------------------------------
+
+
+def test_what_the_miniature_predicts_is_told_from_its_answer():
+    """Of a model that was really trained, whichever of the two it was trained for."""
+    folder = ROOT / "demo/model"
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    expected = config.get("prediction_type", "epsilon")
+    assert single_file.prediction_type(folder, {})[0] == expected
+
+
+def test_velocity_is_told_from_its_answer(monkeypatch, tiny_model):
+    """What a model answers to noise that predicts velocity well: minus the mean picture."""
+
+    def forward(self, sample, *rest):
+        mean = torch.linspace(-1, 1, 32).expand_as(sample)
+        return type("Answer", (), {"sample": 0.068 * sample - mean})
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+    kind, why = single_file.prediction_type(tiny_model, {})
+    assert kind == "v_prediction"
+    assert "cosine" in why
+
+
+# ---- what is refused ------------------------------------------------------------------------
+
+
+def without(start):
+    return lambda tensors: {k: v for k, v in tensors.items() if not k.startswith(start)}
+
+
+def other_shape(tensors):
+    key = "model.diffusion_model.out.2.bias"
+    return tensors | {key: torch.ones(7)}
+
+
+def nine_channels(tensors):
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    return tensors | {key: tensors[key].repeat(1, 3, 1, 1)[:, :9]}
+
+
+def flat(tensors):
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    return tensors | {key: tensors[key].flatten()}
+
+
+def distilled(tensors):
+    return tensors | {"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(4, 4)}
+
+
+def sdxl(tensors):
+    tensors = without("cond_stage_model")(tensors)
+    return tensors | {"conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": torch.ones(4)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without("first_stage_model"), "holds no VAE"),
+        (without("cond_stage_model"), "holds no text encoder"),
+        (without("model.diffusion_model.middle_block.1"), "weights are missing (mid_block.attentions.0"),
+        (without("cond_stage_model.transformer.text_model.encoder.layers.1"), "missing (text_model.encoder.layers.1"),
+        (other_shape, "1 weights are of another shape (conv_out.bias)"),
+        (nine_channels, "made for inpainting (9 input channels)"),
+        (distilled, "1 weights are left over (model.diffusion_model.time_embed.cond_proj.weight)"),
+        (flat, "0 input channels"),
+        (without("first_stage_model.decoder.up.3.upsample.conv.bias"), "its vae cannot be converted"),
+        (sdxl, "is Stable Diffusion XL"),
+        (lambda t: {"lora_unet_mid_block_x.alpha": torch.ones(())}, "is a LoRA adapter"),
+        (lambda t: {"unet.x.lora_A.weight": torch.ones(2)}, "is a LoRA adapter"),
+        (lambda t: {"x": torch.ones(2)}, "holds no UNet, no VAE, no text encoder"),
+    ],
+)  # fmt: skip
+def test_any_other_file_is_named(one_file, processed_data, tmp_path, change, words):
+    file, _ = one_file(change=change)
+    config = options(**TINY_RUN, base_model=file, data_dir=processed_data, output_dir=tmp_path)
+    assert_one_line(call("train.py", *config), file, words)
+    # Nothing that is half there is taken for a model at the next start.
+    assert not list((tmp_path / "cache").rglob("model_index.json")) or all(
+        path.parent.name.startswith(".") for path in (tmp_path / "cache").rglob("model_index.json")
+    )
+    assert_one_line(call("train.py", *config), file, words)
+
+
+def test_pickles_damaged_and_missing_files(processed_data, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x02cposix\nsystem\n")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    for name, words in (
+        ("model.ckpt", "is a pickle"),
+        ("gone.ckpt", "is a pickle"),
+        ("cut.safetensors", "cannot be read as safetensors"),
+        ("none.safetensors", "no such file"),
+    ):
+        config = TINY_RUN | dict(base_model=tmp_path / name, data_dir=processed_data, output_dir=tmp_path)  # fmt: skip
+        assert_one_line(call("train.py", *options(**config)), tmp_path / name, words)
