@@ -13,10 +13,11 @@ from: previews/ and previews.webp (steps across, prompts down), snapshots/ (the 
 An earlier run of that name is replaced only once the new one is complete. A run that was stopped, by
 Ctrl-C, a signal, a crash or a power cut, goes on from its last checkpoint by the same command.
 
-Latents are computed once, noise and timesteps derive from (seed, sample number), and the LoRA
-parameters of a group are one flat vector: one optimizer kernel, one check for overflow and, on
-several GPUs, one all-reduce of one tensor. On a GPU a micro-step, forward and backward, is recorded
-once as a CUDA graph and replayed; a CPU calls the same function (lib/kernels/, bench/README.md).
+Latents are computed once and kept in processed_data/latents/, noise and timesteps derive from (seed,
+sample number), and the LoRA parameters of a group are one flat vector: one optimizer kernel, one check
+for overflow and, on several GPUs, one all-reduce of one tensor. On a GPU a micro-step, forward and
+backward, is recorded once as a CUDA graph and replayed; a CPU calls the same function (lib/kernels/,
+bench/README.md).
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from lib.files import (
     replace_folder,
     unfinished,
 )
+from lib.kept import first_process
 from lib.training.journal import check_trackers
 
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
@@ -51,6 +53,7 @@ CONFIG = dict(
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
     validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
+    mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
     # output
     output_dir="lora_weights",
     run_name="lora_weights_rank_32",
@@ -153,6 +156,7 @@ def check_config(config):
         check_range(config, key, 0)
     check_range(config, "alpha", 1e-6)
     check_range(config, "seed", 0, 2**62)
+    check_range(config, "mask_weight", 0, 1)
     for key in ("adam_beta1", "adam_beta2"):
         check_range(config, key, 0, 1 - 1e-9)
     check_resolution(config)
@@ -185,13 +189,12 @@ def not_finite(problem, step, pictures, folder):
     )
 
 
-def train(*, base_model, revision, data_dir, resolution, validation_count, output_dir, run_name,
-          push_to_hub, rank, alpha, unet_targets, text_encoder_targets, train_text_encoder,
-          unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2, adam_weight_decay,
-          max_steps, warmup_steps, batch_size, gradient_accumulation_steps, gradient_checkpointing,
-          mixed_precision, checkpoint_every, keep_checkpoints, resume, max_overflows, seed, log_every,
-          validate_every, preview_every, preview_prompts, snapshot_every, report_to, wandb_project,
-          wandb_pictures):  # fmt: skip
+def train(*, base_model, revision, data_dir, resolution, validation_count, mask_weight, output_dir, run_name,
+          push_to_hub, rank, alpha, unet_targets, text_encoder_targets, train_text_encoder, unet_learning_rate,
+          text_encoder_learning_rate, adam_beta1, adam_beta2, adam_weight_decay, max_steps, warmup_steps, batch_size,
+          gradient_accumulation_steps, gradient_checkpointing, mixed_precision, checkpoint_every, keep_checkpoints,
+          resume, max_overflows, seed, log_every, validate_every, preview_every, preview_prompts, snapshot_every,
+          report_to, wandb_project, wandb_pictures):  # fmt: skip
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
     # Imported here, so that --help and a wrong option are answered at once.
@@ -205,6 +208,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
     from lib.models import fetch_base_model
     from lib.training import checkpoints, run_folder, setup
     from lib.training.journal import Journal
+    from lib.training.latents import latent_masks
     from lib.training.micro_step import MicroStep
     from lib.training.previews import preview_texts
     from lib.training.samples import Samples
@@ -236,7 +240,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     train_indices, held_out = setup.divided(data_dir, len(rows), validation_count, seed, say)
     scheduler = setup.noise_scheduler(base_folder)
-    latents = setup.picture_latents(base_folder, rows, resolution, dtype, device)
+    latents = setup.picture_latents(base_folder, rows, dtype, accelerator)
     unet, texts, trained = setup.adapted_models(base_folder, input_ids, config, dtype, device, say)
     flats = [part.flat for part in trained.values()]
     groups = [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()]
@@ -246,13 +250,13 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
 
     data = run_folder.data_record(rows, train_indices, held_out)
     samples = Samples(
-        train_indices, seed, latents[0].shape[1:], scheduler.config.num_train_timesteps, batch_size,
+        train_indices, seed, latents.shape, scheduler.config.num_train_timesteps, batch_size,
         accelerator.num_processes, accelerator.process_index,
     )  # fmt: skip
     probes = samples.probes(held_out) if is_main else []
     micro = MicroStep(
         unet, scheduler, latents, texts, trained, accelerator.scaler, batch_size,
-        gradient_accumulation_steps,
+        gradient_accumulation_steps, device, latent_masks(rows, latents, mask_weight),
     )  # fmt: skip
 
     # Where the run stands: at the start, or where the last checkpoint left it.
@@ -325,7 +329,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, outpu
             if problem:
                 if is_main:
                     saver.save(progress, gave_up=True)
-                raise not_finite(problem, step, {rows[i][0] for i in step_pictures}, work_folder)
+                raise not_finite(problem, step, {rows[i].name for i in step_pictures}, work_folder)
             micro.zero_gradients()
 
             progress.add(step_loss)
@@ -372,8 +376,7 @@ def main(config, description):
     config = parse_config(config, description, demo=DEMO)
     check_config(config)
     target = Path(config["output_dir"]) / config["run_name"]
-    # Of several processes the first one writes, and holds the folder.
-    holder = os.environ.get("RANK", "0") == "0"
+    holder = first_process()  # which writes, and holds the folder
     advice = "close what else uses the GPU (nvidia-smi lists it)"
     with (
         disk_for(target),

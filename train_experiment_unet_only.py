@@ -22,6 +22,7 @@ CONFIG = dict(
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
     validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
+    mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
     # output
     output_dir="lora_weights",
     run_name="lora_weights_unet_only",  # <- changed

@@ -248,6 +248,18 @@ def flush(path):
         os.close(opened)
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """A path beside `path`, of this process's own, which takes its place at the end of the block and is
+    gone if the block fails. (It is not flushed: for what can be made again and is checked when read.)"""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_bytes(path, data):
     """Write a file so that it is there whole or, as before, not at all: beside it, flushed to the
     disk, then renamed. UserError with the path and the bytes needed if the disk is full."""
@@ -270,6 +282,14 @@ def write_json(path, value):
     """Write `value` as readable JSON, whole or not at all; NaN becomes null."""
     value = json.loads(json.dumps(value), parse_constant=lambda name: None)
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def first_and_last(path):
+    """The first and the last MiB of a file, by which, and by its size, a large one is known quickly."""
+    with open(path, "rb") as file:
+        first = file.read(2**20)
+        file.seek(max(0, os.path.getsize(path) - 2**20))
+        return first + file.read()
 
 
 def sha256_file(path):

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import re
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from lib.errors import UserError
 from lib.files import write_bytes
-from lib.provenance import ROOT
+from lib.models import base_model_name
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 KEY = re.compile(
@@ -140,21 +140,6 @@ def kohya_header(config, data, width, prediction_type, thumbnail=None):
     if thumbnail is not None:
         header["modelspec.thumbnail"] = thumbnail_uri(thumbnail)
     return {"format": "pt"} | {key: str(value) for key, value in header.items()}
-
-
-def hub_id(name):
-    """The base model `name` if it is a hub id, not a local folder or file; else None."""
-    text = str(name)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        return None
-    return None if Path(text).exists() or (ROOT / text).exists() else text
-
-
-def base_model_name(name):
-    """A base model as others may read it: a hub id, the embedded one's place, or the name of a local
-    folder or file without the way to it."""
-    embedded = not Path(name).is_absolute() and (ROOT / name).is_dir()
-    return str(name) if hub_id(name) or embedded else PurePath(name).name
 
 
 def thumbnail_uri(image, side=256):

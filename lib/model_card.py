@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from lib.errors import UserError
 from lib.files import locked, write_bytes, write_json
-from lib.kohya import base_model_name, hub_id
+from lib.models import base_model_name, hub_id
 
 CARD = "README.md"
 # An evaluation writes what is between these anew, and leaves all else of the card alone.

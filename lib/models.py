@@ -1,17 +1,18 @@
 """Base models: fetched from the hub or found in a folder, checked, and loaded part by part."""
 
 import contextlib
+import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import transformers
 
 from lib.errors import UserError, one_line
+from lib.files import first_and_last
+from lib.provenance import ROOT
 
 # The scripts show bars of their own work; the libraries' bars for reading a file only blink.
 transformers.utils.logging.disable_progress_bar()
-
-ROOT = Path(__file__).resolve().parent.parent  # demo/model lies in it
 
 
 def fetch_base_model(name, revision=None, half=False, resolution=None):
@@ -145,13 +146,31 @@ def check_base_model(folder, resolution=None):
                         f"{folder / 'vae'} makes one latent of")  # fmt: skip
 
 
+def is_hub_form(name):
+    """Whether `name` is of the form owner/name, as hub ids are."""
+    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
+
+
+def hub_id(name):
+    """The base model `name` if it is a hub id, not a local folder or file; else None."""
+    there = Path(name).exists() or (ROOT / name).exists()
+    return str(name) if is_hub_form(name) and not there else None
+
+
+def base_model_name(name):
+    """A base model as others may read it: a hub id, the embedded one's place, or the name of a local
+    folder or file without the way to it."""
+    embedded = not Path(name).is_absolute() and (ROOT / name).is_dir()
+    return str(name) if hub_id(name) or embedded else PurePath(name).name
+
+
 def fetch_model(name, revision, stems, half, others):
     """The local folder of `name`: itself if it is a folder, else a hub snapshot of the weights
     `stems` (paths without .safetensors) and of files that match the patterns `others`."""
     for place in (Path(name), ROOT / name):  # demo/model lies beside the scripts
         if place.is_dir():
             return place
-    if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
+    if not is_hub_form(name):
         raise UserError(f"model {name}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import HfApi, snapshot_download
 
@@ -183,6 +202,18 @@ def variant_suffix(files, stem, half):
 def weight_files(folder, stem="*"):
     """The safetensors files of one model folder, whole or in shards."""
     return sorted(folder.glob(f"{stem}*.safetensors"))
+
+
+def model_digest(folder):
+    """SHA-256 over the names, sizes and first and last MiB of the weight files in a model's folder, and over
+    its JSON files."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")):
+        found.update(path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(f"{path.name} {path.stat().st_size}".encode())
+        found.update(first_and_last(path))
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Sheets of pictures: thumbnails with a title under each, and strips that show how pictures change."""
 
+import io
+
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PAPER, QUIET = (24, 26, 31), (255, 255, 255), (110, 115, 125)
@@ -45,6 +47,13 @@ def strip(columns, prompts, side=192):
                 draw.text((x, y + 3), fit_text(prompt, font, width - 2 * gap), QUIET, font)
             sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y + line))
     return sheet
+
+
+def webp(image, quality=90, exif=None):
+    """A PIL picture as the bytes of a WebP file, with a PIL Exif if one is given."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, **(dict(exif=exif) if exif else {}))
+    return buffer.getvalue()
 
 
 def fit_text(text, font, width):

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib.adapters import some
 from lib.errors import UserError, one_line
-from lib.files import flush, write_json
+from lib.files import first_and_last, flush, write_json
 
 BASE_MODELS = Path(__file__).parent / "base_models"
 CONFIGS = {version: BASE_MODELS / f"stable_diffusion_{version}" for version in (1, 2)}
@@ -90,12 +90,8 @@ class reading:
 
 def file_digest(path):
     """16 hex digits by which a file is known: of its size, its first and its last MiB."""
-    size = path.stat().st_size
-    found = hashlib.sha256(f"{CONVERTER} {size}".encode())
-    with path.open("rb") as file:
-        found.update(file.read(2**20))
-        file.seek(max(0, size - 2**20))
-        found.update(file.read())
+    found = hashlib.sha256(f"{CONVERTER} {path.stat().st_size}".encode())
+    found.update(first_and_last(path))
     return found.hexdigest()[:16]
 
 

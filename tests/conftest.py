@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import io
 import json
+import multiprocessing.forkserver
 import os
 import runpy
 import shutil
@@ -175,6 +176,8 @@ def forked(work, folder):
         if THREADS > 1:
             one_thread()
         AcceleratorState._reset_state(reset_partial_state=True)
+        # The server of processes that this one may have started is no child of its fork.
+        multiprocessing.forkserver._forkserver.__init__()
         work()
         code = 0
     except SystemExit as stop:

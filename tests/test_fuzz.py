@@ -16,11 +16,12 @@ import torch
 from conftest import picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-import preprocess
-from lib import adapter_files, adapters
+from lib import adapter_files, adapters, photographs
 from lib.dataset import read_dataset
 from lib.errors import UserError
+from lib.preparation import sources
 
 many = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", 1000)),
@@ -119,10 +120,10 @@ def test_captions(data, content):
     except UserError as error:
         check_line(error, data)
         return
-    for name, caption, pixels in rows:
-        assert (data / name).exists() or (data / "images" / name).exists()
-        assert caption.strip()
-        assert pixels.shape == (3, 8, 8)
+    for index, row in enumerate(rows):
+        assert (data / row.name).exists() or (data / "images" / row.name).exists()
+        assert row.caption.strip()
+        assert rows.pixels(index).shape == (3, 8, 8)
 
 
 @many
@@ -131,7 +132,7 @@ def test_captions_beside_the_pictures(data, content):
     """The listing that preprocess.py reads."""
     (data / "captions.jsonl").write_bytes(content)
     try:
-        captions = preprocess.read_captions(data, ["a.png"])
+        captions = sources.read_captions(data, ["a.png"])
     except UserError as error:
         check_line(error, data)
         return
@@ -338,7 +339,7 @@ def encoded(mode, **options):
 
 def sixteen_bits():
     buffer = io.BytesIO()
-    image = preprocess.Image.fromarray(np.arange(384, dtype=np.uint16).reshape(16, 24) * 99)
+    image = Image.fromarray(np.arange(384, dtype=np.uint16).reshape(16, 24) * 99)
     image.save(buffer, "TIFF")
     return buffer.getvalue()
 
@@ -365,8 +366,8 @@ def test_pictures(tmp_path_factory, content):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on damaged metadata
-            image, info, done = preprocess.read_picture(path, max_megapixels=1)
-    except preprocess.Unusable as reason:
+            image, info, done = photographs.read_picture(path, max_megapixels=1)
+    except photographs.Unusable as reason:
         check_line(reason)
         return
     assert image.mode == "RGB"
@@ -378,5 +379,5 @@ def test_pictures(tmp_path_factory, content):
 def test_the_pictures_that_are_mutated_are_whole(tmp_path, kind):
     for content in PICTURES[kind]:
         (tmp_path / "picture").write_bytes(content)
-        image, info, _ = preprocess.read_picture(tmp_path / "picture")
+        image, info, _ = photographs.read_picture(tmp_path / "picture")
         assert (image.size, image.mode, info["format"]) == ((24, 16), "RGB", kind)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,18 +15,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, TINY_RUN, make_processed
+from conftest import ROOT, TINY_RUN, make_processed, picture
 from diffusers import UNet2DConditionModel
 from plain_loop import plain_loop
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
+import preprocess
 import train
-from lib import adapter_files, adapters
+from lib import adapter_files, adapters, dataset
 from lib.evaluation import drawing
 from lib.kernels import attention, channels_last, compiling, graphs, lora, norms
-from lib.training import micro_step, parameters
+from lib.training import latents, micro_step, parameters, setup
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_triton = pytest.mark.skipif(norms.triton is None, reason="this torch came without Triton")
@@ -501,6 +504,55 @@ def test_the_graph_is_the_eager_loop(half_runs):
     print(f"graph apart from eager: {found}")
     assert found[0] < 2e-3
     assert found[1] < 0.05
+
+
+@pytest.fixture
+def several_sizes(tmp_path):
+    """Portraits, landscapes and squares as preprocess.py --buckets makes them."""
+    (tmp_path / "data").mkdir()
+    for number, size in enumerate([(120, 160)] * 4 + [(160, 120)] * 4 + [(100, 100)] * 4):
+        picture(number, size).save(tmp_path / "data" / f"{number:02}.png")
+    config = preprocess.CONFIG | dict(data_dir=tmp_path / "data", output_dir=tmp_path / "processed")
+    preprocess.preprocess(**config | dict(resolution=64, buckets=True))
+    return tmp_path / "processed"
+
+
+@needs_gpu
+def test_graphs_of_several_sizes_are_the_eager_loop(several_sizes, tmp_path, monkeypatch):
+    """A graph for each size, all in one pool of memory: the same numbers, and no second pool's worth of it."""
+    found, reserved = {}, {}
+    for name in ("graphs", "eager"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        if name == "eager":
+            monkeypatch.setattr(micro_step, "captured", lambda functions, *_: functions)
+        found[name] = run_of(
+            HALF["base_model"], several_sizes, tmp_path / name, rank=8, alpha=8.0, batch_size=2
+        )
+        reserved[name] = torch.cuda.max_memory_reserved() / 2**20
+    AcceleratorState._reset_state(reset_partial_state=True)
+    apart = distances(found["eager"], found["graphs"])
+    print(f"graphs of three sizes apart from eager: {apart}; MiB reserved at most: {reserved}")
+    assert apart[0] < 2e-3
+    assert apart[1] < 0.05
+
+
+@needs_gpu
+def test_latents_encoded_together_are_those_of_each_alone_and_stay_off_the_gpu(
+    several_sizes, monkeypatch, new_precision
+):
+    """Several at once on a GPU, in float32, differ by rounding; what is kept lies in mapped memory."""
+    found, folder = [], HALF["base_model"]
+    for at_once in (1, latents.AT_ONCE):
+        monkeypatch.setattr(latents, "AT_ONCE", at_once)
+        shutil.rmtree(several_sizes / dataset.KEPT, ignore_errors=True)
+        rows = dataset.read_dataset(several_sizes, 64)
+        kept = setup.picture_latents(folder, rows, torch.float32, Accelerator())
+        assert all(part.device.type == "cpu" for pair in kept.groups.values() for part in pair)
+        assert len(kept.groups) == 3
+        found.append(torch.cat([part.flatten() for i in range(len(kept)) for part in kept[i]]))
+    assert close(found[:1], found[1:], 1e-3)
 
 
 @needs_gpu

@@ -17,8 +17,14 @@ NAME = "lora_weights_rank_32"
 
 @pytest.fixture
 def run_folder(trained, tmp_path):
-    """A run of its own, which an evaluation may change."""
-    return shutil.copytree(trained / NAME, tmp_path / NAME)
+    """A run of its own, not evaluated yet; other tests evaluate the shared one, which changes its card."""
+    folder = shutil.copytree(trained / NAME, tmp_path / NAME)
+    record = json.loads((folder / "config.json").read_text())
+    config = record["config"] | dict(mixed_precision=record["mixed_precision"])
+    text = model_card.card_text(config, record["data"], record["prediction_type"])
+    (folder / "README.md").write_text(text)
+    shutil.rmtree(folder / "samples", ignore_errors=True)
+    return folder
 
 
 def evaluate(model, clip, data, folder, output_dir, **more):

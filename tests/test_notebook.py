@@ -63,7 +63,7 @@ def test_it_runs_from_pictures_to_the_file(notebook, tmp_path, monkeypatch):
     client.execute()
     assert "32 kept" in outputs(notebook, "preprocess.py")[0]
     assert "torch" in outputs(notebook, "lib.provenance")[0]
-    assert "image/png" in outputs(notebook, "contact_sheet.png")[1]
+    assert "image/jpeg" in outputs(notebook, "contact_sheet.jpg")[1]
     assert "12 steps" in outputs(notebook, "train.py {demo}")[0]
     assert "text/html" in outputs(notebook, "train.py {demo}")[1]
     assert "image/png" in outputs(notebook, "loss.png")[1]

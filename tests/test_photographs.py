@@ -9,7 +9,7 @@ from conftest import call, picture
 from PIL import Image, ImageCms, ImageDraw, TiffImagePlugin
 from test_preprocess import BLUE, GREEN, RED, WHITE, close, prepare
 
-from preprocess import Unusable, read_picture
+from lib.photographs import Unusable, read_picture
 
 
 def halves(size=(80, 40)):

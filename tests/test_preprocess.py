@@ -8,7 +8,8 @@ import pytest
 from conftest import assert_one_line, call, picture, run
 from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
-from preprocess import CONFIG, Unusable, preprocess, read_picture
+from lib.photographs import Unusable, read_picture
+from preprocess import CONFIG, preprocess
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -201,7 +202,7 @@ def test_same_input_same_bytes_and_old_output_survives_a_failure(tmp_path):
     for name in ("one", "two"):
         prepare(data, tmp_path / name)
     files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.*"))
-    assert {"manifest.json", "captions.jsonl", "contact_sheet.png"} <= {str(f) for f in files}
+    assert {"manifest.json", "captions.jsonl", "contact_sheet.jpg"} <= {str(f) for f in files}
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     before = (tmp_path / "one" / "manifest.json").read_bytes()
@@ -222,7 +223,7 @@ def test_small_pictures_and_counts_are_said(tmp_path):
         "preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "out", "--resolution", 128
     )
     assert "3 files, 2 pictures read, 1 skipped, 0 duplicates, 2 kept" in done.stdout
-    assert "small.png: 60x90 is enlarged" in done.stdout
+    assert "small.png: 60x90 is enlarged to 128x128" in done.stdout
     assert "large.png" not in done.stdout
 
 

@@ -20,6 +20,7 @@ import inference
 import train
 from lib import adapter_files, adapters, files
 from lib.adapter_files import WEIGHTS
+from lib.dataset import Row
 from lib.evaluation import drawing
 from lib.training import (
     checkpoints,
@@ -32,6 +33,7 @@ from lib.training import (
 )
 
 NAME = "lora_weights_rank_32"
+OTHERS = ("README.md", f"{NAME}.safetensors")  # for people and other programs
 WATCHED = TINY_RUN | dict(
     max_steps=6, preview_every=2, snapshot_every=2, checkpoint_every=2, validate_every=3,
     preview_prompts="{caption},a cat", report_to="none",
@@ -73,7 +75,7 @@ def assert_same_pictures_and_weights(one, two):
 def test_a_run_is_the_same_bit_for_bit_with_and_without(common, watched, tmp_path):
     without = common | dict(output_dir=tmp_path, preview_every=0, snapshot_every=0)
     run("train.py", *options(**without))
-    assert tree(tmp_path / NAME) == {"config.json", "log.jsonl", "loss.png", WEIGHTS}
+    assert tree(tmp_path / NAME) == {"config.json", "log.jsonl", "loss.png", WEIGHTS, *OTHERS}
     seen, unseen = (load_file(folder / WEIGHTS) for folder in (watched, tmp_path / NAME))
     assert all(torch.equal(seen[key], unseen[key]) for key in seen | unseen)
 
@@ -122,6 +124,7 @@ def test_what_is_left_to_look_at(watched):
         "log.jsonl",
         "loss.png",
         WEIGHTS,
+        *OTHERS,
         "previews.webp",
         *steps,
         *snapshots,
@@ -207,7 +210,8 @@ def test_a_strip_is_bounded_and_of_one_kind(tmp_path):
 
 
 def test_the_prompts_of_a_preview():
-    rows = [("1", "a dog", None), ("2", "a zwx dog", None), ("3", "a zwx dog", None)]
+    captions = ("a dog", "a zwx dog", "a zwx dog")
+    rows = [Row(str(number), caption, None, None) for number, caption in enumerate(captions, 1)]
     found = previews.preview_texts(
         ["{caption}", "{caption} in the rain", "a zwx dog", "a cat"], rows
     )

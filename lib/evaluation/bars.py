@@ -5,13 +5,12 @@ A page draws them from these numbers with HTML alone, so that they follow its wi
 
 import math
 
+from lib.evaluation.sentences import OTHERS
 from lib.evaluation.words import NAMES, interval_text
 
 # The verdicts that rest on the similarity to the training pictures, and on which prompts.
-SIMILARITY_OF = {
-    "learned": ("success", "prompts that ask for it"),
-    "neighbours kept": ("near", "prompts close to it"),
-    "contaminated": ("failure", "unrelated prompts"),
+SIMILARITY_OF = {"learned": ("success", "prompts that ask for it")} | {
+    question: (category, who) for question, (category, who, _) in OTHERS.items()
 }
 
 

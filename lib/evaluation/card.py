@@ -1,10 +1,9 @@
 """What an evaluation puts into an adapter's model card: pictures with their prompts, and verdicts."""
 
-import io
-
 from lib.evaluation import words
-from lib.kohya import base_model_name
 from lib.model_card import code, update_card
+from lib.models import base_model_name
+from lib.pictures import webp
 
 
 def update_model_card(run, summary, shown):
@@ -31,10 +30,3 @@ def update_model_card(run, summary, shown):
         words.verdict_text(summary), "", words.spread_text(summary),
     ])  # fmt: skip
     update_card(run.folder, section, widget, files)
-
-
-def webp(image):
-    """A PIL picture as the bytes of a WebP file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=90)
-    return buffer.getvalue()

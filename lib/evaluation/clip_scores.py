@@ -3,8 +3,13 @@
 CLIP scores are cosines in float32, neither clamped nor scaled by 100.
 """
 
+import hashlib
+import json
 import warnings
+import zipfile
+import zlib
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -12,8 +17,10 @@ from PIL import ImageOps
 from torchmetrics.image.kid import KernelInceptionDistance
 from transformers import CLIPModel, CLIPProcessor
 
+from lib.dataset import KEPT, Pictures
 from lib.errors import UserError, one_line
-from lib.models import fetch_model
+from lib.kept import keep
+from lib.models import fetch_model, model_digest
 
 
 @dataclass
@@ -55,7 +62,8 @@ def image_embeddings(images, clip, batch_size=32):
     """CLIP image embeddings of unit length, float32 [n, d]."""
     device, parts = clip.model.device, []
     for start in range(0, len(images), batch_size):
-        batch = [image.convert("RGB") for image in images[start : start + batch_size]]
+        places = range(start, min(start + batch_size, len(images)))
+        batch = [images[place].convert("RGB") for place in places]
         pixels = clip.processor.image_processor(batch, return_tensors="pt").pixel_values.to(device)
         pooled = clip.model.vision_model(pixel_values=pixels).pooler_output
         parts.append(clip.model.visual_projection(pooled))
@@ -105,10 +113,44 @@ def nearest_training(embeddings, training, mirrored):
     return cosines.max(axis=1), cosines.argmax(axis=1)
 
 
-def training_embeddings(images, clip):
-    """(embeddings, embeddings of the mirrored pictures) of the training pictures, [m, d] each."""
-    mirrored = [ImageOps.mirror(image) for image in images]
-    return image_embeddings(images, clip), image_embeddings(mirrored, clip)
+def training_embeddings(images, clip, at_once=32):
+    """(embeddings, embeddings of the mirrored pictures) of the training pictures, [m, d] each.
+
+    So many are held at once; `images` may be a sequence that reads each when it is asked for.
+    """
+    parts = []
+    for start in range(0, len(images), at_once):
+        chunk = [images[i] for i in range(start, min(start + at_once, len(images)))]
+        mirrored = [ImageOps.mirror(image) for image in chunk]
+        parts.append((image_embeddings(chunk, clip), image_embeddings(mirrored, clip)))
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+
+def kept_training_embeddings(data, folder, clip):
+    """training_embeddings of a Dataset: those that an earlier run kept beside the pictures, if they are of the same
+    pictures and made by the same model, that of `folder`, in the same way; else they are computed and kept."""
+    made_of = [[row.sha256 for row in data], data.resolution, model_digest(folder)]
+    made_of += [version("torch"), version("transformers"), clip.model.device.type]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    path = data.folder / KEPT / f"embeddings_{made_of[2][:16]}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            found = kept["embeddings"], kept["mirrored"]
+            if str(kept["key"]) == key and all(len(part) == len(data) for part in found):
+                return found
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        print(f"note: {path} is damaged; the training pictures are embedded again")
+    found = training_embeddings(Pictures(data), clip)
+    arrays = dict(embeddings=found[0], mirrored=found[1], key=np.array(key))
+
+    def write(path):
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+
+    keep(path, write)
+    return found
 
 
 def kernel_distance(embeddings, training, subsets=50):

@@ -12,6 +12,7 @@ from PIL import Image
 from lib.evaluation import sentences, words
 from lib.evaluation.bars import forest_bars, verdict_bars
 from lib.evaluation.figures import distribution_figure
+from lib.pictures import webp
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -21,19 +22,16 @@ TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 # The answers that one wants of an adapter: the concept learned, nothing else changed.
-WANTED = {
-    "learned": "yes", "neighbours kept": "yes", "contaminated": "no", "memorised": "no",
-    "collapsed": "no",
-}  # fmt: skip
+WANTED = dict(learned="yes", memorised="no", collapsed="no") | {
+    question: kept for question, (_, _, kept) in sentences.OTHERS.items()
+}
 
 
 def image_uri(image, side=512):
     """A PIL picture, no larger than `side` pixels, as a data: URI (WebP)."""
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=88)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/webp;base64," + base64.b64encode(webp(image, quality=88)).decode()
 
 
 def figure_uri(figure):

@@ -13,8 +13,7 @@ from lib import adapter_files, adapters
 from lib.errors import UserError
 from lib.evaluation.scores import Run
 from lib.files import check_output_folder
-from lib.kohya import base_model_name
-from lib.models import fetch_base_model
+from lib.models import base_model_name, fetch_base_model
 
 MARKER = "metrics.json"  # the file of a results folder that is written last
 # Keys of train.py's CONFIG that may differ between two runs of one experiment: where a run lies and

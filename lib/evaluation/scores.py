@@ -5,18 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from tqdm import tqdm
 
-from lib.dataset import data_hash, read_dataset
+from lib.dataset import Pictures, read_dataset
 from lib.evaluation.clip_scores import (
     concept_similarity,
     fetch_clip,
     image_embeddings,
+    kept_training_embeddings,
     load_clip,
     nearest_training,
     text_embeddings,
-    training_embeddings,
 )
 from lib.evaluation.lpips_distances import lpips_distances, pairwise_lpips
 from lib.evaluation.prompts import check_prompt_lengths
@@ -57,7 +57,7 @@ class TrainingSet:
     """The training pictures as the scores need them."""
 
     names: list
-    pictures: list  # PIL
+    pictures: Pictures  # PIL, each read when it is asked for
     sha256: str
     embeddings: np.ndarray  # [m, d]
     mirrored: np.ndarray  # of the mirrored pictures
@@ -87,9 +87,8 @@ def load_scorer(config, prompts, device):
     check_prompt_lengths(prompts, clip.processor.tokenizer, clip.max_tokens, config["clip_model"])
     if not rows:
         return clip, None
-    pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for *_, pixels in rows]
-    embeddings = training_embeddings(pictures, clip)
-    return clip, TrainingSet([name for name, *_ in rows], pictures, data_hash(rows), *embeddings)
+    embeddings = kept_training_embeddings(rows, folder, clip)
+    return clip, TrainingSet([row.name for row in rows], Pictures(rows), rows.sha256, *embeddings)
 
 
 def note_other_pictures(runs, training, data_dir):

@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from lib.dataset import data_hash
 from lib.errors import UserError, one_line
 from lib.files import write_bytes
 from lib.provenance import code_commit
@@ -111,10 +110,12 @@ def weights_digest(folder):
     return found.hexdigest()
 
 
-def identity(config, rows, base_folder, accelerator):
+def identity(config, data, base_folder, accelerator):
     """What must be equal for a checkpoint to be continued bit for bit: a dict of JSON values."""
     found = {key: value for key, value in config.items() if key not in FREE}
-    found["pictures and captions"] = data_hash(rows)
+    found["pictures and captions"] = data.sha256
+    if config["mask_weight"] != 1.0:
+        found["masks"] = data.masks_sha256()
     found["weights of the base model"] = weights_digest(base_folder)
     found |= {package: version(package) for package in NUMERIC}
     found["processes"] = accelerator.num_processes

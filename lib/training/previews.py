@@ -1,6 +1,5 @@
 """Pictures of what an adapter draws while it is trained: a file a preview, and one strip of them all."""
 
-import io
 import json
 from collections import Counter
 
@@ -8,15 +7,14 @@ import numpy as np
 from PIL import Image
 
 from lib.files import write_bytes
-from lib.pictures import strip
+from lib.pictures import strip, webp
 
 # The widest strip, which is read into memory as a whole: of more previews as many are shown, the first
 # and the last among them, evenly spread. Each has a file of its own all the same.
 MOST_COLUMNS = 16
 LARGEST_SIDE = 256  # pixels of a picture in the strip
-DESCRIPTION = (
-    0x010E  # the EXIF tag ImageDescription, where a preview's file says what its prompts are
-)
+# The EXIF tag ImageDescription, where a preview's file says what its prompts are.
+DESCRIPTION = 0x010E
 
 
 def preview_texts(prompts, rows):
@@ -24,18 +22,8 @@ def preview_texts(prompts, rows):
 
     `rows` are those of `read_dataset`.
     """
-    caption = Counter(caption for _, caption, _ in rows).most_common(1)[0][0]
+    caption = Counter(row.caption for row in rows).most_common(1)[0][0]
     return list(dict.fromkeys(prompt.replace("{caption}", caption) for prompt in prompts))
-
-
-def webp(image, description=None):
-    """A PIL picture as the bytes of a WebP file."""
-    exif = Image.Exif()
-    if description:
-        exif[DESCRIPTION] = description
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=90, exif=exif)
-    return buffer.getvalue()
 
 
 class Previews:
@@ -64,7 +52,9 @@ class Previews:
         pictures = self.draw(f"preview {step}")
         column = np.concatenate([np.asarray(picture) for picture in pictures])
         path = self.folder / "previews" / f"step_{step:06}.webp"
-        write_bytes(path, webp(Image.fromarray(column), json.dumps(self.prompts)))
+        exif = Image.Exif()
+        exif[DESCRIPTION] = json.dumps(self.prompts)
+        write_bytes(path, webp(Image.fromarray(column), exif=exif))
         write_bytes(self.folder / "previews.webp", webp(self.strip()))
         return pictures
 

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from lib import adapter_files, adapters
-from lib.dataset import data_hash
 from lib.errors import UserError
 from lib.files import write_marker
 from lib.kohya import kohya_header, save_kohya
@@ -44,13 +43,13 @@ def finished_models(trained):
     return models
 
 
-def data_record(rows, train_indices, held_out):
+def data_record(data, train_indices, held_out):
     """What config.json says of the data set: its hash, captions, and which pictures were trained on."""
-    names = [name for name, _, _ in rows]
+    names = [row.name for row in data]
     return dict(
-        sha256=data_hash(rows),
-        captions=sorted({caption for _, caption, _ in rows}),
-        caption_counts=dict(sorted(Counter(rows[i][1] for i in train_indices).items())),
+        sha256=data.sha256,
+        captions=sorted({row.caption for row in data}),
+        caption_counts=dict(sorted(Counter(data[i].caption for i in train_indices).items())),
         trained_on=[names[i] for i in train_indices],
         held_out=[names[i] for i in sorted(held_out)],
     )

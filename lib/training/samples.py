@@ -1,10 +1,9 @@
-"""What a training step draws from: captions as tokens, pictures as latents, samples by their number."""
+"""What a training step draws from: captions as tokens, samples by their number."""
 
 import functools
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lib.errors import UserError
 
@@ -13,36 +12,25 @@ MAX_TOKENS = 77  # CLIP's text length, begin and end token included
 ORDER, SAMPLE, HELD_OUT = 1, 2, 3
 
 
-def tokenize(tokenizer, rows):
+def tokenize(tokenizer, data):
     """Token ids of the captions, int64 [n, 77]; UserError naming a caption that does not fit."""
-    for name, caption, _ in rows:
-        length = len(tokenizer(caption, verbose=False).input_ids)
+    lengths = {}  # each caption is read once, however many pictures have it
+    for row in data:
+        caption = row.caption
+        if caption not in lengths:
+            lengths[caption] = len(tokenizer(caption, verbose=False).input_ids)
+        length = lengths[caption]
         if length > MAX_TOKENS:
             raise UserError(
-                f"the caption of {name} has {length} tokens, {MAX_TOKENS} is the most "
+                f"the caption of {row.name} has {length} tokens, {MAX_TOKENS} is the most "
                 f"(begin and end included); shorten «{caption[:60]}…»"
             )
     return tokenizer(
-        [caption for _, caption, _ in rows],
+        [row.caption for row in data],
         padding="max_length",
         max_length=MAX_TOKENS,
         return_tensors="pt",
     ).input_ids
-
-
-@torch.no_grad()
-def encode_latents(vae, rows, device):
-    """Mean and standard deviation of each picture's latent distribution, float32 [n, 4, h, w] each,
-    scaled as the UNet expects them. The VAE runs once a picture; training samples from these."""
-    means, deviations = [], []
-    for name, _, pixels in tqdm(rows, desc="latents", unit="picture", leave=False):
-        batch = pixels[None].to(device, vae.dtype) / 127.5 - 1.0  # [-1, 1]
-        latent = vae.encode(batch).latent_dist
-        if not latent.mean.isfinite().all():
-            raise UserError(f"the VAE gives NaN for {name}; try --mixed-precision no")
-        means.append(latent.mean.float() * vae.config.scaling_factor)
-        deviations.append(latent.std.float() * vae.config.scaling_factor)
-    return torch.cat(means), torch.cat(deviations)
 
 
 @torch.no_grad()
@@ -81,31 +69,55 @@ def epoch_order(seed, epoch, count):
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
 
 
+def epoch_chunks(seed, epoch, shapes, size):
+    """The epoch's order in chunks of `size` pictures of one shape each, in the order of their first pictures: a list of
+    lists of numbers. `shapes` are those of the pictures; a chunk that lacks some begins again with its shape."""
+    chunks, groups = [], {}
+    for rank, number in enumerate(epoch_order(seed, epoch, len(shapes))):
+        groups.setdefault(shapes[number], []).append((rank, number))
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            chunk = group[start : start + size]
+            chunks.append(chunk + [group[i % len(group)] for i in range(size - len(chunk))])
+    return [[number for _, number in chunk] for chunk in sorted(chunks, key=lambda c: c[0])]
+
+
 class Samples:
     """The training samples by their number: which picture, and its noise and timestep.
 
     Sample number s is picture s mod n of epoch s div n, and its draws derive from (seed, s).
     Processes and micro-steps take consecutive samples, so two processes see what one with twice the
-    batch size sees, and a run that goes on after an interruption needs no random state.
+    batch size sees, and a run that goes on after an interruption needs no random state. Where pictures
+    have several shapes, the micro-batches of all processes together hold one, see `epoch_chunks`.
     """
 
-    def __init__(
-        self, pictures, seed, latent_shape, timesteps_count, batch_size, processes, process
-    ):
+    def __init__(self, pictures, seed, shape_of, timesteps_count, batch_size, processes, process):
         self.pictures, self.seed = pictures, seed  # indices into the data set
-        self.latent_shape, self.timesteps_count = latent_shape, timesteps_count
+        self.shape_of, self.timesteps_count = shape_of, timesteps_count  # of an index: [c, h, w]
         self.batch_size, self.processes, self.process = batch_size, processes, process
+        shapes = list(map(shape_of, pictures))
+        self.one_shape = len(set(shapes)) == 1
+        self.chunks = functools.lru_cache(maxsize=2)(
+            lambda epoch: epoch_chunks(seed, epoch, shapes, batch_size * processes)
+        )
+
+    def picture(self, sample):
+        """The data-set index of a sample."""
+        if self.one_shape:
+            epoch, place = divmod(sample, len(self.pictures))
+            return self.pictures[epoch_order(self.seed, epoch, len(self.pictures))[place]]
+        chunk, place = divmod(sample, self.batch_size * self.processes)
+        epoch, chunk = divmod(chunk, len(self.chunks(0)))  # as many in every epoch
+        return self.pictures[self.chunks(epoch)[chunk][place]]
 
     def micro_batch(self, number):
         """(data-set indices, draws) of this process's samples of micro-step `number`."""
         first = (number * self.processes + self.process) * self.batch_size
         pictures, draws = [], []
         for sample in range(first, first + self.batch_size):
-            epoch, place = divmod(sample, len(self.pictures))
-            order = epoch_order(self.seed, epoch, len(self.pictures))
-            pictures.append(self.pictures[order[place]])
+            pictures.append(self.picture(sample))
             rng = np.random.default_rng([self.seed, SAMPLE, sample])
-            draws.append(draw_noise(rng, self.latent_shape, self.timesteps_count))
+            draws.append(draw_noise(rng, self.shape_of(pictures[-1]), self.timesteps_count))
         return pictures, draws
 
     def probes(self, held_out):
@@ -114,7 +126,7 @@ class Samples:
         found = []
         for picture in held_out:
             rng = np.random.default_rng([self.seed, HELD_OUT, picture])
-            noise = draw_noise(rng, self.latent_shape, self.timesteps_count)[:2]
+            noise = draw_noise(rng, self.shape_of(picture), self.timesteps_count)[:2]
             found += [
                 (picture, (*noise, (self.timesteps_count * (2 * k + 1)) // 8)) for k in range(4)
             ]

@@ -1,24 +1,35 @@
 """From a base-model folder to what the loop needs: latents, the adapted models, texts."""
 
+import functools
+
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lib.config import half_resolution
+from lib.dataset import Row
 from lib.errors import memory_for
 from lib.models import load_part, loading
+from lib.training.latents import (
+    arranged,
+    encode_latents,
+    kept_path,
+    latent_shape,
+    make_latents,
+    read_kept,
+)
 from lib.training.micro_step import recomputed
 from lib.training.parameters import add_lora_parameters
-from lib.training.samples import encode_captions, encode_latents, split, tokenize
+from lib.training.samples import encode_captions, split, tokenize
 
 
-def caption_tokens(base_folder, rows, prompts):
+def caption_tokens(base_folder, data, prompts):
     """Token ids of the pictures' captions, int64 [n, 77]; UserError if one, or one of `prompts`, is too long."""
     with loading(base_folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
     if prompts:
-        tokenize(tokenizer, [("a preview", prompt, None) for prompt in prompts])
-    return tokenize(tokenizer, rows)
+        tokenize(tokenizer, [Row("a preview", prompt, None, None) for prompt in prompts])
+    return tokenize(tokenizer, data)
 
 
 def divided(data_dir, pictures, validation_count, seed, say):
@@ -37,13 +48,26 @@ def noise_scheduler(base_folder):
         return DDPMScheduler.from_pretrained(base_folder / "scheduler")
 
 
-def picture_latents(base_folder, rows, resolution, dtype, device):
-    """(means, deviations) of the pictures' latents, float32 [n, c, h, w] each. The VAE is needed for
-    this alone and not kept."""
-    vae = load_part(AutoencoderKL, base_folder, "vae", dtype).to(device)
-    advice = f"--resolution {half_resolution(resolution)} needs a quarter"
-    with memory_for("encoding the pictures", advice):
-        return encode_latents(vae, rows, device)
+def picture_latents(base_folder, data, dtype, accelerator):
+    """The Latents of a Dataset's pictures: those that were kept, and of the others what the VAE, which is needed
+    for this alone and not kept, makes of them. Of several processes the first encodes and writes."""
+    device, first = accelerator.device, accelerator.is_main_process
+    path = kept_path(data, base_folder / "vae", dtype, device)
+    if not first:
+        accelerator.wait_for_everyone()
+    kept = read_kept(path)
+    latents = arranged(kept, data)
+    if latents is None:
+        vae = load_part(AutoencoderKL, base_folder, "vae", dtype).to(device)
+        advice = f"--resolution {half_resolution(data.resolution)} needs a quarter"
+        with memory_for("encoding the pictures", advice):
+            latents = make_latents(
+                path if first else None, data, functools.partial(latent_shape, vae), kept,
+                lambda indices: encode_latents(vae, data, indices, device),
+            )  # fmt: skip
+    if first:
+        accelerator.wait_for_everyone()
+    return latents
 
 
 def adapted_models(base_folder, input_ids, config, dtype, device, say):

@@ -1,0 +1,90 @@
+"""What lies in a folder of source pictures: the pictures, and the captions that a person wrote."""
+
+import json
+import re
+from pathlib import Path
+
+from lib.errors import UserError
+
+CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
+# Not pictures, and no one means them to be: neither read nor reported as skipped.
+IGNORED = re.compile(r"\..*|thumbs\.db|desktop\.ini|(readme|licen[sc]e|copying)(\..*)?", re.I)
+# What telephones lay beside a picture of the same name: the clip of a Live Photo, a record of edits.
+COMPANIONS = (".aae", ".mov", ".mp4")
+
+
+def picture_names(data_dir):
+    """(names, companions), sorted: of what may be a picture in `data_dir`, without captions and hidden
+    files, and of what a telephone lays beside its pictures."""
+    names = sorted(path.name for path in data_dir.iterdir())
+    apart = {Path(n).stem for n in names if not n.lower().endswith((".txt", *COMPANIONS))}
+    companions = [n for n in names if n.lower().endswith(COMPANIONS) and Path(n).stem in apart]
+    passed_over = set(companions)
+    stems = {Path(name).stem for name in names if not name.endswith(".txt")}
+    pictures = [
+        name
+        for name in names
+        if not IGNORED.fullmatch(name)
+        and name not in CAPTION_FILES
+        and not (name.endswith(".txt") and Path(name).stem in stems)
+        and name not in passed_over
+        and not (name.lower().endswith(".mask.png") and name[: -len(".mask.png")] in stems)
+    ]
+    return pictures, companions
+
+
+def read_captions(folder, names):
+    """Captions that a person wrote: {picture name: (caption, file it came from)}.
+
+    `photo.txt` beside `photo.jpg` comes before a row of captions.jsonl or metadata.jsonl
+    (`file_name` and `text`). Raises UserError naming the file and line of a malformed row, of an
+    empty caption, of a picture that is not there or one that has two different captions.
+    """
+    captions, known = {}, set(names)
+    for source in CAPTION_FILES:
+        if not (folder / source).is_file():
+            continue
+        for number, line in enumerate(read_text(folder / source).splitlines(), 1):
+            where = f"{folder / source}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                name, text = row["file_name"], row["text"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise UserError(f'{where}: not of the form {{"file_name": …, "text": …}}') from None
+            if not isinstance(name, str) or name not in known:
+                raise UserError(f"{where}: there is no {name} in {folder}")
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"{where}: the caption of {name} is empty")
+            text = " ".join(text.split())
+            if not is_text(text):
+                raise UserError(f"{where}: the caption of {name} holds half of a character")
+            if captions.get(name, (text,))[0] != text:
+                raise UserError(f"{where}: a second, different caption for {name}; keep one")
+            captions[name] = (text, source)
+    for name in names:
+        beside = folder / f"{Path(name).stem}.txt"
+        if beside.is_file() and beside.name != name:
+            text = " ".join(read_text(beside).split())
+            if not text:
+                raise UserError(f"{beside} is empty; write a caption into it or delete it")
+            captions[name] = (text, beside.name)
+    return captions
+
+
+def is_text(words):
+    """Whether a string can be written as UTF-8: JSON and file names can hold what cannot."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_text(path):
+    """A text file's content; UserError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as problem:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {problem}") from None

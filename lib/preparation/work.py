@@ -1,0 +1,243 @@
+"""Pictures made ready on every core, each in parts that wait on disk until the training set is written.
+
+The parts of a picture are named after what they are made from: the bytes of its file and the settings.
+What a run that was interrupted has made is therefore found again, and made again where either changed.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from lib.errors import UserError
+from lib.files import replacing, sha256_file
+from lib.photographs import FORMATS, Unusable, read_picture
+from lib.preparation.duplicates import fingerprint
+from lib.preparation.framing import framed, view
+from lib.preparation.sources import is_text
+
+FEW = 8  # pictures that are made ready sooner than a process that would help starts
+MEGAPIXELS_AT_ONCE = 32  # in all processes together; a picture takes about 16 MB a megapixel
+# Endings of a picture's parts.
+PNG, MASK, VIEW, RECORD = ".png", ".mask.png", ".jpg", ".json"
+
+
+def prepare_pictures(data_dir, names, sizes, parts, settings, processes=0):
+    """(pictures, skipped): a dict of what is known of each picture of `names` in the folder `data_dir`,
+    and source and reason of each that cannot be used, both in the order of the names.
+
+    A picture's `key` is the name of its parts in the folder `parts`: PNG, as it is trained on, at its size of
+    `sizes`; MASK, where it has one; and VIEW, a thumbnail for the contact sheet. `settings` are `crop`, see
+    `framed`, and `max_megapixels`. `processes` work at once, 0 meaning one a core.
+    """
+    work = functools.partial(prepared, data_dir, parts, settings)
+    workers = min(processes or cores(), math.ceil(len(names) / FEW))
+    found = []
+    bar = functools.partial(tqdm, total=len(names), desc="preparing", unit="picture", leave=False)
+    try:
+        if workers <= 1:
+            found.extend(bar(map(work, names, sizes)))
+        else:
+            with process_pool(workers) as pool:
+                found.extend(bar(pool.map(work, names, sizes, chunksize=2)))
+    except (KeyboardInterrupt, SystemExit):
+        print(
+            f"stopped at {len(found)} of {len(names)} pictures; the same command goes on from there"
+        )
+        raise
+    except BrokenProcessPool:
+        raise UserError(
+            f"a process that prepares pictures died after {len(found)} of {len(names)}, for want of memory "
+            "perhaps; the same command goes on from there, with --processes 1 one picture at a time"
+        ) from None
+    if ready := sum(picture.pop("ready", False) for picture in found):
+        print(f"{ready} pictures were made ready before an interruption and have not changed since")
+    skipped = [row for row in found if "reason" in row]
+    return [row for row in found if "reason" not in row], skipped
+
+
+def cores():
+    """How many processes can work at once."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# ---- one picture ------------------------------------------------------------------------------
+
+
+def prepared(data_dir, parts, settings, name, size):
+    """What `prepare_pictures` tells of one picture; its parts are in their folder afterwards."""
+    path = data_dir / name
+    try:
+        if not is_text(name):
+            name = name.encode("utf-8", "replace").decode()
+            raise Unusable("its name is not UTF-8; give it another")
+        if not path.is_file():
+            raise Unusable("a folder or special file; only files directly in it are read")
+        if name.lower().endswith(MASK):
+            raise Unusable("a mask, but there is no picture of that name")
+        mask = path.with_suffix(MASK)
+        try:
+            sha256 = sha256_file(path)
+            mask_sha256 = sha256_file(mask) if mask.is_file() else None
+        except OSError as problem:
+            raise Unusable(f"cannot be read ({problem.strerror})") from None
+        made_from = json.dumps([sha256, mask_sha256, path.suffix.lower(), size, settings])
+        part = parts / hashlib.sha256(made_from.encode()).hexdigest()[:32]
+        record = kept_record(part)
+        if record is None:
+            with room_for(path):
+                record = dict(sha256=sha256, bytes=path.stat().st_size)
+                record |= write_parts(path, mask if mask_sha256 else None, part, size, settings)
+            write_beside(
+                part.with_suffix(RECORD), lambda file: file.write(json.dumps(record).encode())
+            )
+        else:
+            record["ready"] = True
+    except Unusable as reason:
+        return dict(source=name, reason=str(reason))
+    return dict(source=name, key=part.name, **record)
+
+
+def write_parts(path, mask_path, part, size, settings):
+    """Make the picture at `path`, whose mask may lie at `mask_path`, ready: write its parts, return what is known."""
+    image, info, done = read_picture(path, settings["max_megapixels"])
+    mask = subject_mask(path, mask_path, image, done, settings["max_megapixels"])
+    ready, ready_mask, frame = framed(image, size, settings["crop"], mask)
+    done.append(frame["words"])
+    write_beside(part.with_suffix(PNG), lambda file: ready.save(file, "PNG"))
+    if mask is not None:
+        write_beside(part.with_suffix(MASK), lambda file: ready_mask.save(file, "PNG"))
+    sheet = view(image, frame, mask)
+    write_beside(part.with_suffix(VIEW), lambda file: sheet.save(file, "JPEG", quality=90))
+    endings = (PNG, MASK) if mask is not None else (PNG,)
+    return dict(
+        **info, done=done, size=list(size), pixels=image.width * image.height, kept=frame["kept"],
+        enlarged=frame["enlarged"], **fingerprint(image),
+        files={ending: sha256_file(part.with_suffix(ending)) for ending in endings},
+    )  # fmt: skip
+
+
+def kept_record(part):
+    """The record of a picture whose parts are all there and whole, or None."""
+    try:
+        record = json.loads(part.with_suffix(RECORD).read_bytes())
+        whole = all(
+            sha256_file(part.with_suffix(ending)) == sha256
+            for ending, sha256 in record["files"].items()
+        )
+        with Image.open(part.with_suffix(VIEW), formats=("JPEG",)) as image:
+            image.load()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return record if whole else None
+
+
+def subject_mask(path, mask_path, image, done, max_megapixels):
+    """The mask of a picture, white where the subject is: the picture at `mask_path` or, where that is None, the
+    transparency of the one at `path`, if it has any (`done` is what reading it did); else None."""
+    if mask_path is not None:
+        try:
+            mask = read_picture(mask_path, max_megapixels)[0].convert("L")
+        except Unusable as reason:
+            raise Unusable(f"its mask {mask_path.name}: {reason}") from None
+        if abs(mask.width / mask.height * image.height / image.width - 1) > 0.02:
+            raise Unusable(
+                f"its mask {mask_path.name} is {mask.width}x{mask.height}, another shape than the picture's "
+                f"{image.width}x{image.height}"
+            )
+        done.append(f"masked by {mask_path.name}")
+    elif "put on white" in done:
+        with Image.open(path, formats=FORMATS) as source:
+            source.load()
+            mask = ImageOps.exif_transpose(source).convert("RGBA").getchannel("A")
+        done.append("masked by its transparency")
+    else:
+        return None
+    return mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BILINEAR)
+
+
+def upright_shape(path):
+    """(width, height) of a picture as it is shown, from its header; None where that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                turned = image.format != "HEIF" and image.getexif().get(0x0112, 1) in range(5, 9)
+                return image.size[::-1] if turned else image.size
+    except Exception:  # what is wrong with it is told when it is read
+        return None
+
+
+def write_beside(path, write):
+    """Let `write` fill the file `path`, which is there whole or not at all; what a power cut leaves half is
+    seen by its checksum."""
+    with replacing(path) as beside, beside.open("wb") as file:
+        write(file)
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+# In a process of a pool: its share of the memory, and the lock under which a picture takes what it needs.
+_share = None
+
+
+@contextlib.contextmanager
+def process_pool(workers):
+    """So many processes, which end with this one however that ends. What is waiting is dropped if the
+    block is left by an exception."""
+    ways = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
+    if "forkserver" in ways:  # whose processes share the memory of what it has imported
+        context.set_forkserver_preload([__name__, "scipy.fftpack"])
+    share = context.Semaphore(MEGAPIXELS_AT_ONCE), context.Lock()
+    pool = ProcessPoolExecutor(workers, context, initializer=begin, initargs=share)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def begin(slots, turn):
+    """What a process of the pool does first: Ctrl-C is for the one that started it, whose end it shares."""
+    global _share
+    _share = slots, turn
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def end_with(parent):
+    parent.join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def room_for(path):
+    """Wait until the picture at `path` fits into the memory that is meant for all processes."""
+    if _share is None:  # the only process
+        yield
+        return
+    slots, turn = _share
+    width, height = upright_shape(path) or (1, 1)
+    wanted = min(MEGAPIXELS_AT_ONCE, math.ceil(width * height / 1e6))
+    with turn:  # one at a time, so that no two wait for what the other holds
+        for _ in range(wanted):
+            slots.acquire()
+    try:
+        yield
+    finally:
+        for _ in range(wanted):
+            slots.release()

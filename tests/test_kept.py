@@ -1,0 +1,234 @@
+"""What is computed of the training pictures once and kept beside them: latents, embeddings, hashes."""
+
+import hashlib
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TINY_RUN as TINY
+from conftest import call, make_processed, options, picture, tiny_vae
+from safetensors.torch import load_file
+
+from lib import dataset
+from lib.dataset import KEPT, read_dataset
+from lib.evaluation import clip_scores
+from lib.training import setup
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_processed(tmp_path / "processed", 6)
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(3)
+    tiny_vae().save_pretrained(tmp_path / "model" / "vae")
+    return tmp_path / "model"
+
+
+def encoded(data, model, monkeypatch, dtype=torch.float32):
+    """(latents of the data set in `data`, names of the pictures that the VAE saw)."""
+    seen, whole = [], setup.encode_latents
+
+    def watched(vae, found, indices, device):
+        seen.extend(found[i].name for i in indices)
+        return whole(vae, found, indices, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "encode_latents", watched)
+        rows = read_dataset(data, 64)
+        return setup.picture_latents(model, rows, dtype, Accelerator(cpu=True)), seen
+
+
+def as_before(data, model):
+    """Mean and deviation of each picture by the plain code: the VAE once a picture."""
+    vae = latents_vae(model)
+    found = []
+    for path in sorted((data / "images").glob("*.png")):
+        pixels = dataset.read_pixels(path, (64, 64))
+        with torch.no_grad():
+            latent = vae.encode(pixels[None].to(torch.float32) / 127.5 - 1.0).latent_dist
+        scale = vae.config.scaling_factor
+        found.append((latent.mean.float()[0] * scale, latent.std.float()[0] * scale))
+    return found
+
+
+def latents_vae(model):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(model / "vae")
+
+
+def equal(found, expected):
+    return len(found) == len(expected) and all(
+        torch.equal(a, b)
+        for index, pair in enumerate(expected)
+        for a, b in zip(found[index], pair, strict=True)
+    )
+
+
+def kept_file(data):
+    (path,) = (data / KEPT).glob("*.safetensors")
+    return path
+
+
+def test_latents_are_the_plain_codes_and_are_encoded_once(data, model, monkeypatch):
+    expected = as_before(data, model)
+    found, seen = encoded(data, model, monkeypatch)
+    assert len(seen) == 6
+    assert equal(found, expected)
+    again, seen = encoded(data, model, monkeypatch)
+    assert seen == []
+    assert equal(again, expected)
+    # A file that others can read, and nothing half beside it.
+    assert load_file(kept_file(data))["4x8x8.means"].shape == (6, 4, 8, 8)
+    assert sorted(p.name for p in (data / KEPT).iterdir()) == sorted(
+        [kept_file(data).name, "pictures.json"]
+    )
+
+
+def test_only_new_pictures_are_encoded_whatever_they_are_called(data, model, monkeypatch):
+    encoded(data, model, monkeypatch)
+    images = data / "images"
+    images.joinpath("image_01.png").unlink()
+    images.joinpath("image_06.png").rename(images / "image_01.png")
+    picture(77).save(images / "image_03.png")
+    rows = (data / "captions.jsonl").read_text().splitlines()
+    (data / "captions.jsonl").write_text("\n".join(rows[:5]) + "\n")
+    found, seen = encoded(data, model, monkeypatch)
+    assert seen == ["images/image_03.png"]
+    assert equal(found, as_before(data, model))
+    assert load_file(kept_file(data))["4x8x8.means"].shape[0] == 5
+    # The same pictures in another order need no VAE.
+    (data / "captions.jsonl").write_text("\n".join(rows[4::-1]) + "\n")
+    found, seen = encoded(data, model, monkeypatch)
+    assert seen == []
+    assert equal(found, as_before(data, model)[::-1])
+
+
+def test_another_vae_or_precision_has_latents_of_its_own(data, model, monkeypatch):
+    encoded(data, model, monkeypatch)
+    _, seen = encoded(data, model, monkeypatch, torch.bfloat16)
+    assert len(seen) == 6
+    torch.manual_seed(4)
+    tiny_vae().save_pretrained(model / "vae")
+    found, seen = encoded(data, model, monkeypatch)
+    assert len(seen) == 6
+    assert equal(found, as_before(data, model))
+    assert len(list((data / KEPT).glob("*.safetensors"))) == 3
+
+
+def zeroed(content):
+    return content[:-64] + bytes(64)
+
+
+def flipped(content):
+    return content[:-7] + bytes([content[-7] ^ 16]) + content[-6:]
+
+
+def cut(content):
+    return content[:-1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "encoded_again", "said"),
+    [(zeroed, 1, "1 latents in"), (flipped, 1, "1 latents in"), (cut, 6, "is damaged"),
+     (lambda content: b"", 6, "is damaged"), (lambda content: b"\xff" * 300, 6, "is damaged"),
+     (lambda content: content.replace(b'"pictures"', b'"somethin"'), 6, "is damaged")],
+)  # fmt: skip
+def test_damaged_latents_are_named_and_encoded_again(
+    data, model, monkeypatch, capsys, damage, encoded_again, said
+):
+    encoded(data, model, monkeypatch)
+    path = kept_file(data)
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(damage(whole))
+    found, seen = encoded(data, model, monkeypatch)
+    assert len(seen) == encoded_again
+    assert said in capsys.readouterr().out
+    assert equal(found, as_before(data, model))
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_time(data, model, monkeypatch, capsys):
+    (data / KEPT).write_text("a file where the folder would be")
+    found, _ = encoded(data, model, monkeypatch)
+    assert equal(found, as_before(data, model))
+    assert capsys.readouterr().out.count("cannot be written") == 2  # latents and pictures.json
+
+
+def test_pictures_are_read_again_only_where_they_changed(data, monkeypatch):
+    read, whole = [], dataset.read_pixels
+    monkeypatch.setattr(
+        dataset, "read_pixels", lambda path, *rest: read.append(path.name) or whole(path, *rest)
+    )
+    first = read_dataset(data, 64)
+    assert len(read) == 6
+    expected = hashlib.sha256()
+    for path in sorted((data / "images").iterdir()):
+        pixels = np.ascontiguousarray(whole(path, (64, 64)).numpy())
+        expected.update(b"a holographic raincoat\0" + pixels.tobytes())
+    assert first.sha256 == expected.hexdigest()
+    read.clear()
+    assert read_dataset(data, 64).sha256 == first.sha256
+    assert read == []
+    # Another picture of the same size on disk, a little later.
+    changed = data / "images" / "image_02.png"
+    state, content = changed.stat(), changed.read_bytes()
+    picture(50).save(changed)
+    longer = max(len(content), changed.stat().st_size)
+    changed.write_bytes(changed.read_bytes().ljust(longer, b"\0"))
+    os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns + 10**7))
+    assert read_dataset(data, 64).sha256 != first.sha256
+    assert read_dataset(data, 32).sha256 != first.sha256
+    (data / KEPT / "pictures.json").write_text('{"pictures": 3, "data": {}}')
+    changed.write_bytes(content)
+    assert read_dataset(data, 64).sha256 == first.sha256
+
+
+def test_a_run_with_kept_latents_is_the_run_that_made_them(tiny_model, data, tmp_path):
+    adapters = []
+    for name in ("made", "kept", "other_seed"):
+        config = TINY | dict(base_model=tiny_model, data_dir=data, output_dir=tmp_path / name)
+        done = call("train.py", *options(**config, seed=43 if name == "other_seed" else 42))
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / name).iterdir()
+        adapters.append(load_file(folder / "pytorch_lora_weights.safetensors"))
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+    assert any(not torch.equal(adapters[0][key], adapters[2][key]) for key in adapters[0])
+    assert len(list((data / KEPT).glob("*.safetensors"))) == 1
+
+
+def test_embeddings_of_training_pictures_are_kept(data, tiny_clip, tmp_path, monkeypatch, capsys):
+    asked, whole = [], clip_scores.image_embeddings
+    monkeypatch.setattr(
+        clip_scores, "image_embeddings",
+        lambda images, *rest: asked.append(len(images)) or whole(images, *rest),
+    )  # fmt: skip
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    clip = clip_scores.load_clip(folder)
+
+    def embedded():
+        asked.clear()
+        found = clip_scores.kept_training_embeddings(read_dataset(data, 64), folder, clip)
+        return [part.tolist() for part in found], sum(asked)
+
+    rows = read_dataset(data, 64)
+    plain = clip_scores.training_embeddings([rows.image(i) for i in range(6)], clip)
+    first, count = embedded()
+    assert count == 12
+    assert first == [part.tolist() for part in plain]
+    assert embedded() == (first, 0)
+    (path,) = (data / KEPT).glob("embeddings_*.npz")
+    content = bytearray(path.read_bytes())
+    content[content.index(plain[0].tobytes()) + 9] ^= 1
+    path.write_bytes(content)
+    assert embedded() == (first, 12)
+    assert "is damaged" in capsys.readouterr().out
+    picture(91).save(data / "images" / "image_04.png")
+    assert embedded()[1] == 12
