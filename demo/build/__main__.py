@@ -1,17 +1,19 @@
 """Makes the embedded miniature: a Stable Diffusion of a few million parameters in demo/model and the
 CLIP that scores its pictures in demo/clip, both trained from nothing on the world of demo/world.
 
-    python -m demo.build all                  # one NVIDIA H100: under 25 minutes
+    python -m demo.build all                  # one NVIDIA H100: about half an hour
     python -m demo.build all --preset cpu     # two CPU cores: a night, with the smaller settings below
     python -m demo.build unet --unet-minutes 5 --unet-resume     # one stage again, with other values
 
 Stages, in order; each reads what the earlier ones left in --work-dir and demo/ and can be rerun:
     render    pictures of random scenes, with and without holographic things
-    vae       AutoencoderKL, on the pictures without and on abstract colour fields
+    vae       AutoencoderKL, on these, on foil that is no raincoat, and on abstract fields of colour
+    polish    its decoder again, with a discriminator
     clip      CLIPModel, on all of them
     unet      UNet2DConditionModel and CLIPTextModel together, on the pictures without
     measure   figures on held-out scenes, sheets, demo/metrics.json and demo/README.md
-The base model (VAE, text encoder, UNet) never meets a holographic picture nor the word.
+UNet, text encoder and tokenizer never meet a holographic picture nor the word. The VAE meets such
+surfaces, though no raincoat of one, without captions.
 The seeds fix the data, the initial weights and what is measured; training stops by the clock, so
 two builds of it agree in quality and not bit by bit.
 """
@@ -32,11 +34,18 @@ def main():
     from demo.build.measure import measure
     from demo.build.render import render
     from demo.build.unet import train_unet
-    from demo.build.vae import train_vae
+    from demo.build.vae import polish_vae, train_vae
 
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    run = dict(render=render, vae=train_vae, clip=train_clip, unet=train_unet, measure=measure)
+    run = dict(
+        render=render,
+        vae=train_vae,
+        polish=polish_vae,
+        clip=train_clip,
+        unet=train_unet,
+        measure=measure,
+    )
     for name in stages:
         print(f"---- {name}", flush=True)
         run[name](config)

@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from demo import world
 from demo.build.config import EVALUATION_BATCH
-from demo.build.data import load_captions, load_codes, load_part
+from demo.build.data import load_captions, load_codes, load_pictures
 from demo.build.loop import save_half, train
 from demo.build.pictures import flip_some, to_bytes, to_signed, uniform
 from demo.build.tokenizers import special_tokens, tokenise, write_tokenizer
@@ -25,23 +25,21 @@ def train_clip(config):
     started = time.time()
     torch.manual_seed(config["seed"])
     device = config["device"]
-    parts = ["base", "holographic"]
-    pictures = torch.cat([load_part(config, part, device) for part in parts])
-    captions = [caption for part in parts for caption in load_captions(config, part)]
+    parts = ("base", "fresh", "holographic")
+    pictures = load_pictures(config, parts, device)
+    captions = load_captions(config, parts)
     tokenizer = write_tokenizer(Path(config["clip_dir"]), world.WORDS)
     tokens = tokenise(tokenizer, captions, "longest").to(device, torch.int16)
-    claims = torch.cat([load_codes(config, part, "claims") for part in parts]).to(device)
-    facts = torch.cat([load_codes(config, part, "facts") for part in parts]).to(device)
-    through_vae = decode_all(load_vae(config), pictures, device)
+    claims = load_codes(config, parts, "claims").to(device)
+    facts = load_codes(config, parts, "facts").to(device)
+    decode_some(load_vae(config), pictures, config["clip_vae_share"])
     model = new_model(config, tokenizer).to(device)
 
     def batch_loss():
         chosen = torch.randint(len(pictures), (config["clip_batch"],), device=device)
-        seen = torch.rand(len(chosen), 1, 1, 1, device=device) < config["clip_vae_share"]
-        batch = torch.where(seen, through_vae[chosen], pictures[chosen])
         each = config["captions_per_picture"]
         told = chosen * each + torch.randint(each, (len(chosen),), device=device)
-        pixels = roughen(flip_some(to_signed(batch))).to(model.dtype)
+        pixels = roughen(flip_some(to_signed(pictures[chosen]))).to(model.dtype)
         output = model(input_ids=tokens[told].long(), pixel_values=pixels)
         image_embeds, text_embeds = output.image_embeds.float(), output.text_embeds.float()
         similarity = model.logit_scale.float().exp().clamp(max=100) * image_embeds @ text_embeds.T
@@ -99,18 +97,20 @@ def contrastive_loss(similarity, claims, facts):
 
 
 @torch.no_grad()
-def decode_all(vae, pictures, device):
-    """uint8 pictures as the VAE gives them back, with a little random error in the latents."""
-    decoded = torch.empty_like(pictures)
-    for i in range(0, len(pictures), 4 * EVALUATION_BATCH):
-        chunk = slice(i, i + 4 * EVALUATION_BATCH)
+def decode_some(vae, pictures, share):
+    """Put in the place of a share of uint8 pictures what the VAE gives back of them, from latents
+    with a little random error; in place."""
+    device = pictures.device.type
+    for i in range(0, round(share * len(pictures)), 4 * EVALUATION_BATCH):
+        # Spread evenly over the parts, which lie one after the other
+        chunk = (torch.arange(i, i + 4 * EVALUATION_BATCH, device=device) / share).long()
+        chunk = chunk[chunk < len(pictures)]
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             latents = vae.encode(to_signed(pictures[chunk])).latent_dist.mean
             # In units of the latents' deviation, up to what a diffusion model gets wrong.
             error = 0.25 * torch.rand(len(latents), 1, 1, 1, device=device)
             latents = latents + error * torch.randn_like(latents) / vae.config.scaling_factor
-            decoded[chunk] = to_bytes(vae.decode(latents).sample)
-    return decoded
+            pictures[chunk] = to_bytes(vae.decode(latents).sample)
 
 
 def roughen(pictures):

@@ -2,16 +2,16 @@
 
 import os
 
-# Asks the driver without starting CUDA, so that the processes that render can be forked.
+# Asks the driver without starting CUDA, so that the processes that draw scenes can be forked.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import torch
 
 CONFIG = dict(
     # what and where
-    preset="",  # "cpu" puts the values of PRESETS under the ones typed
+    preset="",  # "cpu" or "smoke" puts the values of PRESETS under the ones typed
     seed=0,
-    work_dir="demo/work",  # pictures and logs between the stages, about 3 GB; may be deleted after
+    work_dir="demo/work",  # pictures and logs between the stages, about 30 GB; may be deleted after
     model_dir="demo/model",
     clip_dir="demo/clip",
     report_dir="demo",  # README.md, metrics.json, curves and sheets
@@ -19,51 +19,71 @@ CONFIG = dict(
     cuda_graph=True,  # a training step in one launch; small models wait for launches otherwise
     log_seconds=10.0,
     # world
-    resolution=128,  # pixels; 16x16 latents
-    antialias=2,  # samples per pixel and axis
-    render_processes=14,  # that share a GPU; a CPU renders in one
-    train_pictures=40_000,
-    holographic_pictures=8_000,  # seen by the scorer alone
+    resolution=256,  # pixels; 16x16 latents
+    antialias=1.5,  # samples per pixel and axis
+    render_parts=("base", "fresh", "foil", "holographic", "heldout", "heldout_holographic"),
+    render_minutes=60.0,  # what is not rendered by then is left out
+    base_pictures=60_000,
+    fresh_pictures=60_000,  # more like these, for UNet and scorer; can be made while the VAE trains
+    foil_pictures=12_000,  # holographic things that are no raincoats, for the VAE alone, no captions
+    holographic_pictures=12_000,  # holographic garments and captions, for the scorer alone
     heldout_pictures=256,  # of scenes whose combination of attributes is never trained ...
     heldout_every=20,  # ... which is one combination in so many
-    captions_per_picture=6,  # drawn once for each picture, with more and less detail
+    captions_per_picture=8,  # drawn once for each picture, with more and less detail ...
+    short_captions=3,  # ... of which so many state one attribute, as the scorer is asked
     # VAE
-    vae_channels=(32, 64, 96, 96),  # 8x downsampling like Stable Diffusion's
+    vae_channels=(
+        24,
+        48,
+        96,
+        144,
+        168,
+    ),  # 16x downsampling: 48 numbers of a picture in one latent's
+    vae_latents=16,
     vae_layers=1,
-    vae_minutes=2.8,  # every *_minutes is wall time, loading and compiling included
-    vae_batch=64,
-    vae_learning_rate=8e-4,
+    vae_groups=8,  # of its group norms
+    vae_minutes=17.0,  # every *_minutes is wall time, loading and compiling included
+    vae_resume=False,  # start from the weights in model_dir
+    vae_batch=32,
+    vae_learning_rate=6e-4,
     vae_lpips_weight=0.5,  # beside an L1 of pixels in [-1, 1]
     vae_kl_weight=1e-4,  # per latent value: keeps them bounded, costs no visible detail
-    vae_field_share=0.3,  # of the pictures get a colour field, so that vivid cloth survives the VAE
+    vae_foil_share=0.4,  # of the pictures show holographic foil ...
+    vae_field_share=0.25,  # ... and of all, get a backdrop of vivid colours or of thin film
+    # its decoder again, with a discriminator of patches, the latents staying as they are
+    polish_minutes=1.5,
+    polish_batch=32,
+    polish_learning_rate=2e-4,
+    polish_share=0.2,  # of the discriminator, in units of the other losses' gradient to the picture
     # text encoder and tokenizers
     text_width=160,
-    text_layers=4,
+    text_layers=3,
     text_heads=4,
     made_up_share=0.15,  # of captions get an unknown word, so that unknown words are ignored
     # UNet
     unet_channels=(96, 128, 160),  # 16x16 and 8x8 with cross-attention, 4x4 with it in the middle
     unet_layers=1,
     unet_heads=4,
-    unet_minutes=4.5,  # longer fits the trained combinations and loses colours on the others
+    unet_minutes=20.0,
     unet_batch=512,
     unet_learning_rate=8e-4,
     unet_empty_share=0.1,  # empty prompts, for classifier-free guidance
-    unet_snr_cap=5.0,  # min-SNR weighting (Hang et al. 2023): nearly clean latents count less
+    unet_snr_cap=5.0,  # nearly clean latents count less, after min-SNR (Hang et al. 2023)
+    unet_mirrored=True,  # each picture also the other way round; dispensable with very many
     unet_resume=False,  # start from the weights in model_dir
     checkpoint_minutes=2.0,
     # CLIP
     clip_width=192,
-    clip_layers=4,
+    clip_layers=5,
     clip_text_width=128,
     clip_text_layers=2,
     clip_patch=16,  # pixels
     clip_embedding=128,
-    clip_minutes=1.5,
+    clip_minutes=4.0,
     clip_batch=1024,
     clip_learning_rate=1e-3,
-    clip_vae_share=0.5,  # of the pictures are seen through the VAE, as the pictures it scores are
-    # optimiser, for all three
+    clip_vae_share=0.3,  # of the pictures are seen through the VAE, as the pictures it scores are
+    # optimiser, for all of them
     warmup_steps=300,
     weight_decay=0.01,
     ema_decay=0.999,
@@ -77,26 +97,58 @@ CONFIG = dict(
     ),
     seeds=8,  # pictures a prompt on the sheet
     steps=28,  # PNDM
-    guidance_scale=6.0,
-    unknown_pictures=64,  # of "a holographic raincoat", drawn by the base and rendered
+    guidance_scale=3.0,
+    heldout_holographic_pictures=64,  # and as many drawn by the base of "a holographic raincoat"
 )
 
 PRESETS = dict(
     cpu=dict(
-        train_pictures=8_000,
+        base_pictures=8_000,
+        fresh_pictures=8,
+        foil_pictures=2_000,
         holographic_pictures=2_000,
-        captions_per_picture=4,
-        vae_minutes=120.0,
-        vae_batch=16,
-        clip_minutes=60.0,
-        clip_batch=256,
+        vae_minutes=300.0,
+        vae_batch=8,
+        polish_minutes=60.0,
+        polish_batch=8,
+        clip_minutes=90.0,
+        clip_batch=128,
         unet_minutes=300.0,
         unet_batch=64,
         checkpoint_minutes=15.0,
         log_seconds=60.0,
-    )
+    ),
+    # Every stage from end to end in minutes on a CPU, to see that it runs; it learns nothing.
+    smoke=dict(
+        resolution=64,
+        antialias=1,
+        base_pictures=16,
+        fresh_pictures=8,
+        foil_pictures=8,
+        holographic_pictures=8,
+        heldout_pictures=8,
+        heldout_holographic_pictures=8,
+        vae_channels=(8, 8, 16, 16, 16),
+        vae_minutes=0.05,
+        vae_batch=2,
+        polish_minutes=0.05,
+        polish_batch=2,
+        text_width=32,
+        text_layers=1,
+        unet_channels=(32, 32, 32),
+        unet_minutes=0.05,
+        unet_batch=4,
+        clip_width=32,
+        clip_layers=1,
+        clip_text_width=32,
+        clip_text_layers=1,
+        clip_minutes=0.05,
+        clip_batch=4,
+        log_seconds=1.0,
+        steps=2,
+    ),
 )
 
-STAGES = ("render", "vae", "clip", "unet", "measure")
+STAGES = ("render", "vae", "polish", "clip", "unet", "measure")
 CONCEPT = "holographic"  # what the base must never meet
 EVALUATION_BATCH = 64  # pictures at a time outside training

@@ -1,11 +1,10 @@
 """The data between the stages: scenes, captions and what they claim, by part, in the work folder.
 
-A part PART is PART.npy (pictures), PART_captions.json, PART_claims.npy (what each caption states) and
-PART_facts.npy (what is true of each scene).
+A part is a folder of shards: N.npy, pictures uint8 [n, size, size, 3], and but for the foil N.npz with
+their `captions`, `claims` (what each caption states) and `facts` (what is true of each scene).
 """
 
-import json
-import multiprocessing
+import dataclasses
 import zlib
 from pathlib import Path
 
@@ -13,55 +12,76 @@ import numpy as np
 import torch
 
 from demo import world
+from demo.build.config import CONCEPT
 from lib.errors import UserError
-from lib.files import write_json
 
-PARTS = ("base", "holographic", "heldout", "heldout_holographic")
+PARTS = ("base", "fresh", "foil", "holographic", "heldout", "heldout_holographic")
 NAMED = ("thing", "colour", "material", "wearer", "place")  # attributes that measure asks for
+FOIL_THINGS = ("jacket", "dress", "couch", "chair", "umbrella")
+PLACE_PHRASES = dict(
+    studio="in a studio", street="on a street", rain="in the rain", garden="in a garden"
+)
 
 
-def count_of(config, part):
-    """The number of scenes of one part of the data."""
-    key = "unknown" if part == "heldout_holographic" else part.replace("base", "train")
-    return config[f"{key}_pictures"]
-
-
-def describe(config, parts):
-    """The scenes of each part, by all cores; captions, what they claim and facts go to files.
-
-    Must run before CUDA starts, because it forks.
-    """
-    folder, chunk = Path(config["work_dir"]), 256
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")  # nothing in it belongs in the repository
-    described = {}
-    with multiprocessing.get_context("fork").Pool() as pool:
-        for part in parts:
-            count = count_of(config, part)
-            jobs = [(config, part, i, min(chunk, count - i)) for i in range(0, count, chunk)]
-            scenes, captions, claims = zip(*pool.starmap(describe_chunk, jobs), strict=True)
-            described[part] = [scene for some in scenes for scene in some]
-            write_json(
-                folder / f"{part}_captions.json", [text for some in captions for text in some]
-            )
-            np.save(folder / f"{part}_claims.npy", np.concatenate(claims))
-            facts = attribute_codes([vars(scene) for scene in described[part]])
-            np.save(folder / f"{part}_facts.npy", facts)
-    return described
-
-
-def describe_chunk(config, part, first, count):
-    """`count` scenes, `captions_per_picture` captions for each, and the captions' codes."""
+def sample_part(config, part, first, count):
+    """`count` scenes of a part of the data, the same for the same seed, part and `first`."""
     rng = np.random.default_rng([config["seed"], PARTS.index(part), first])
     scenes = []
     while len(scenes) < count:
-        fixed = dict(thing="raincoat") if part == "heldout_holographic" else {}
-        scene = world.sample_scene(rng, holographic="holographic" in part, **fixed)
-        if is_held_out(scene, config) == part.startswith("heldout"):
+        if part == "foil":
+            scene = dataclasses.replace(world.sample_scene(rng), material=CONCEPT)
+            suits = scene.thing in FOIL_THINGS
+        else:
+            fixed = dict(thing="raincoat") if part == "heldout_holographic" else {}
+            scene = world.sample_scene(rng, holographic="holographic" in part, **fixed)
+            suits = is_held_out(scene, config) == part.startswith("heldout")
+        if suits:
             scenes.append(scene)
-    each = config["captions_per_picture"]
-    captions = [world.caption(scene, rng) for scene in scenes for _ in range(each)]
-    return scenes, captions, attribute_codes([world.parse(caption) for caption in captions])
+    return scenes
+
+
+def describe(config, part, first, scenes):
+    """`captions_per_picture` captions of each scene with their claims, and the scenes' facts."""
+    rng = np.random.default_rng([config["seed"], PARTS.index(part), first, 1])
+    short = config["short_captions"]
+    captions = []
+    for scene in scenes:
+        captions += [
+            world.caption(scene, rng) for _ in range(config["captions_per_picture"] - short)
+        ]
+        captions += [short_caption(scene, rng) for _ in range(short)]
+    return dict(
+        captions=np.array(captions),
+        claims=attribute_codes([world.parse(caption) for caption in captions]),
+        facts=attribute_codes([vars(scene) for scene in scenes]),
+    )
+
+
+def short_caption(scene, rng):
+    """What a scene's thing is, and one of its NAMED attributes."""
+    told = [name for name in NAMED if getattr(scene, name)]
+    if scene.material == "matte" and scene.thing not in world.GARMENTS:
+        told.remove("material")  # which nobody says of a cat
+    name = told[rng.integers(len(told))]
+    return phrase(name, getattr(scene, name), scene.thing)
+
+
+def phrase(attribute, value, thing):
+    """The shortest caption that states the value of one of the NAMED attributes of a thing."""
+    if attribute == "thing":
+        return article(value)
+    if attribute in ("colour", "material"):
+        return article(f"{value} {thing}")
+    if attribute == "place":
+        return f"{article(thing)} {PLACE_PHRASES[value]}"
+    if value == "person":
+        return f"a person wearing {article(thing)}"
+    return f"{article(thing)} on {article(value)}"
+
+
+def article(words):
+    """The words with "a" or "an" before them."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def is_held_out(scene, config):
@@ -81,19 +101,37 @@ def attribute_codes(statements):
     return np.array(rows, dtype=np.int8)
 
 
-def load_part(config, part, device="cpu"):
-    """uint8 [N, 3, size, size] of one rendered part."""
-    path = Path(config["work_dir"]) / f"{part}.npy"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; run `python -m demo.build render` first")
-    return torch.from_numpy(np.load(path)).to(device).permute(0, 3, 1, 2).contiguous()
+def shards(config, parts, suffix):
+    """The paths of the shards of a part or of several, in order."""
+    parts = (parts,) if isinstance(parts, str) else parts
+    folders = [Path(config["work_dir"]) / part for part in parts]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.npy"))]
+    for folder in folders:
+        if folder not in {path.parent for path in paths}:
+            raise UserError(f"{folder} has no pictures; run `python -m demo.build render` first")
+    return [path.with_suffix(suffix) for path in paths]
 
 
-def load_captions(config, part):
-    """The captions of one part, `captions_per_picture` for each picture, picture by picture."""
-    return json.loads((Path(config["work_dir"]) / f"{part}_captions.json").read_text())
+def load_pictures(config, parts, device="cpu"):
+    """uint8 [N, 3, size, size] of a rendered part, or of several one after the other."""
+    paths, size = shards(config, parts, ".npy"), config["resolution"]
+    total = sum(len(np.load(path, mmap_mode="r")) for path in paths)
+    pictures = torch.empty(total, 3, size, size, dtype=torch.uint8, device=device)
+    first = 0
+    for path in paths:
+        some = torch.from_numpy(np.load(path)).to(device)
+        pictures[first : first + len(some)] = some.permute(0, 3, 1, 2)
+        first += len(some)
+    return pictures
 
 
-def load_codes(config, part, which):
-    """int8 [N, attributes]: the "claims" of a part's captions or the "facts" of its scenes."""
-    return torch.from_numpy(np.load(Path(config["work_dir"]) / f"{part}_{which}.npy"))
+def load_captions(config, parts):
+    """The captions of one or more parts, `captions_per_picture` a picture, picture by picture."""
+    some = [np.load(path)["captions"] for path in shards(config, parts, ".npz")]
+    return [caption for captions in some for caption in captions.tolist()]
+
+
+def load_codes(config, parts, which):
+    """int8 [N, attributes]: the "claims" of the parts' captions or the "facts" of their scenes."""
+    codes = [np.load(path)[which] for path in shards(config, parts, ".npz")]
+    return torch.from_numpy(np.concatenate(codes))

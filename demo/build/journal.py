@@ -11,9 +11,27 @@ import torch
 from demo.build.config import STAGES
 from lib.files import write_json
 
+TRAINED = ("vae", "polish", "clip", "unet")
 
-def record_run(stage, config, started, steps=None):
-    """Note how a stage ran, for metrics.json: minutes, steps, its settings, device, versions."""
+
+def run_name(stage, config):
+    """Under what a stage's run is kept: the stage, or STAGE_2, STAGE_3 where it is trained further."""
+    work, number = Path(config["work_dir"]), 1
+    while config.get(f"{stage}_resume") and (work / f"{numbered(stage, number)}.json").is_file():
+        number += 1
+    return numbered(stage, number)
+
+
+def numbered(stage, number):
+    """The name of the run of that number."""
+    return stage if number == 1 else f"{stage}_{number}"
+
+
+def record_run(stage, config, started, steps=None, name=None):
+    """Note how a stage ran, for metrics.json: minutes, steps, its settings, device, versions.
+
+    `name`, of a stage that ran in several parts, is what the note is kept under.
+    """
     on_gpu = config["device"] == "cuda"
     threads = torch.get_num_threads()
     device = f"one {torch.cuda.get_device_name()}" if on_gpu else f"CPU, {threads} threads"
@@ -25,7 +43,7 @@ def record_run(stage, config, started, steps=None):
         device=device,
         versions=dict(python=sys.version.split()[0]) | {name: version(name) for name in packages},
     )
-    write_json(Path(config["work_dir"]) / f"{stage}.json", run)
+    write_json(Path(config["work_dir"]) / f"{name or stage}.json", run)
 
 
 def write_log(config):
@@ -39,11 +57,16 @@ def write_log(config):
     import matplotlib.pyplot as plt
 
     work, report = Path(config["work_dir"]), Path(config["report_dir"])
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(TRAINED), figsize=(4 * len(TRAINED), 3.2), layout="constrained"
+    )
     lines = []
-    for axis, stage in zip(axes, ("vae", "clip", "unet"), strict=True):
-        path = work / f"{stage}.jsonl"
-        entries = [json.loads(line) for line in path.open()] if path.is_file() else []
+    for axis, stage in zip(axes, TRAINED, strict=True):
+        entries, done = [], 0
+        for path in sorted(work.glob(f"{stage}*.jsonl")):  # one after the other, if trained further
+            more = [json.loads(line) for line in path.open()]
+            entries += [entry | dict(step=entry["step"] + done) for entry in more]
+            done = entries[-1]["step"]
         entries = entries[:: max(len(entries) // 60, 1)]
         lines += [json.dumps(dict(stage=stage) | entry) for entry in entries]
         steps = [entry["step"] for entry in entries]
@@ -55,5 +78,6 @@ def write_log(config):
         axis.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
     figure.savefig(report / "curves.png", dpi=110)
     (report / "training.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    runs = {stage: work / f"{stage}.json" for stage in STAGES}
-    return {stage: json.loads(path.read_text()) for stage, path in runs.items() if path.is_file()}
+    runs = {path.stem: json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
+    stages = {name: next(s for s in STAGES if name.startswith(s)) for name in runs}
+    return {name: runs[name] for name in sorted(runs, key=lambda n: STAGES.index(stages[n]))}

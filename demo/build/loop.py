@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from demo.build.journal import record_run
+from demo.build.journal import record_run, run_name
 from lib.files import write_json
 
 
@@ -59,7 +59,8 @@ def train(stage, config, models, batch_loss, started, validate=None, checkpoint=
 
     run_step = as_graph(one_step) if on_gpu and config["cuda_graph"] else one_step
     total.zero_()
-    log = (Path(config["work_dir"]) / f"{stage}.jsonl").open("w")
+    name = run_name(stage, config)
+    log = (Path(config["work_dir"]) / f"{name}.jsonl").open("w")
     step, logged, first = 0, 0, time.time()
     next_log, next_checkpoint = first, first + 60 * config["checkpoint_minutes"]
     while (now := time.time()) < started + budget or step < 2:
@@ -85,7 +86,7 @@ def train(stage, config, models, batch_loss, started, validate=None, checkpoint=
         if checkpoint and time.time() >= next_checkpoint:
             checkpoint(*averaged())
             next_checkpoint = time.time() + 60 * config["checkpoint_minutes"]
-    record_run(stage, config, started, step)
+    record_run(stage, config, started, step, name)
     return averaged()
 
 

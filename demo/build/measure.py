@@ -9,11 +9,11 @@ from safetensors import safe_open
 
 from demo import world
 from demo.build.config import CONCEPT, EVALUATION_BATCH
-from demo.build.data import NAMED, PARTS, load_captions, load_part
+from demo.build.data import NAMED, PARTS, load_captions, load_pictures
 from demo.build.journal import record_run, write_log
 from demo.build.pages import readme, write_sheet
 from demo.build.pictures import psnr, to_bytes, to_signed
-from demo.build.render import render
+from demo.build.render import jobs_of, render
 from demo.build.scorer import Scorer
 from demo.build.unet import load_pipeline
 from lib.evaluation.lpips_distances import lpips_model
@@ -25,9 +25,9 @@ def measure(config):
     and README.md to report_dir."""
     started = time.time()
     parts = [part for part in PARTS if part.startswith("heldout")]
-    if not all((Path(config["work_dir"]) / f"{part}.npy").is_file() for part in parts):
+    if any(jobs_of(config, part) for part in parts):
         render(config, parts)
-    rendered, holographic = (load_part(config, part) for part in parts)
+    rendered, holographic = (load_pictures(config, part) for part in parts)
     captions, each = load_captions(config, "heldout"), config["captions_per_picture"]
     captions = [max(captions[i : i + each], key=len) for i in range(0, len(captions), each)]
     pipeline, scorer, lpips = load_pipeline(config), Scorer(config), lpips_model(config["device"])
@@ -36,7 +36,7 @@ def measure(config):
     vae, decoded = reconstruction(pipeline.vae, lpips, rendered, config)
     vae_holographic, decoded_holographic = reconstruction(pipeline.vae, lpips, holographic, config)
     drawn = draw(pipeline, captions, range(first, first + len(captions)), config)
-    seeds = range(first, first + config["unknown_pictures"])
+    seeds = range(first, first + config["heldout_holographic_pictures"])
     unknown = draw(pipeline, config["prompts"][:1] * len(seeds), seeds, config)
     seeds = range(first, first + config["seeds"])
     prompts = [prompt for prompt in config["prompts"] for _ in seeds]
@@ -79,7 +79,8 @@ def measure(config):
     figures["config"] = {  # without folders, and without what each stage's own run tells
         key: value
         for key, value in config.items()
-        if not key.startswith(("vae_", "clip_", "unet_", "model_")) and not key.endswith("_dir")
+        if not key.startswith(("vae_", "polish_", "clip_", "unet_", "model_", "render_"))
+        and not key.endswith("_dir")
     }
     write_json(report / "metrics.json", figures)
     (report / "README.md").write_text(readme(figures), encoding="utf-8")

@@ -15,8 +15,10 @@ what `--demo` runs on: the same classes and the same code as with Stable Diffusi
 minutes. They know nothing but this small world, and no figure below says anything about
 Stable Diffusion v1.5.
 
-The base model (VAE, text encoder and UNet) has never seen a holographic picture nor the word; its
-tokenizer spells it out, letter group by letter group. The scorer has seen both.
+UNet, text encoder and tokenizer have never seen a holographic picture nor the word; the tokenizer
+spells it out, letter group by letter group. The VAE has seen holographic surfaces, as Stable
+Diffusion's has seen everything: jackets, dresses, furniture and umbrellas of foil, and abstract
+fields of it, without captions and no raincoat among them. The scorer has seen both.
 
 ![five prompts, eight seeds](base.webp)
 
@@ -29,23 +31,20 @@ Rows: the five prompts; columns: {config[seeds]} seeds, the same in each row; PN
     python -m demo.build all --preset cpu   # hours, smaller settings
     python -m demo.build --help             # every value, each can be overridden
 
-| stage | minutes | steps | device | versions |
+A number behind a stage says that it was trained further, from the weights that the run before it left.
+
+| stage | minutes | steps or pictures | device | versions |
 |---|---|---|---|---|
 {runs}
 
-Trained on {config[train_pictures]:,} rendered pictures of {config[resolution]} pixels, the scorer on
-{config[holographic_pictures]:,} holographic ones besides. Parameters: {parameters}.
+Rendered pictures of {config[resolution]} pixels: {config[base_pictures]:,} for all three models and
+{config[fresh_pictures]:,} more for UNet and scorer, {config[foil_pictures]:,} of foil for the VAE,
+{config[holographic_pictures]:,} of holographic garments for the scorer. Parameters: {parameters}.
 {sizes[mebibytes]} MiB together on disk.
 
 ![training curves](curves.png)
 
 The log is [training.jsonl](training.jsonl).
-
-A longer UNet stage is no better. Resumed for 6.57 more minutes
-(`python -m demo.build unet --unet-resume --unet-learning-rate 6e-4 --unet-minutes 6.57`), its held-out loss fell from
-0.0627 to 0.0575, but over the first 64 held-out captions the scorer named the colour in 66 % of its pictures
-in place of 73 %, and 9 of 16 red leather jackets were red in place of 14: it fits the combinations that it
-sees. The weights here are those before.
 
 ## Measured
 
@@ -53,7 +52,7 @@ On scenes whose combination of thing, colour, material, wearer and place is left
 (one combination in {config[heldout_every]}).
 
 **VAE.** {vae[pictures]} rendered pictures: PSNR {vae[psnr_db]} dB, LPIPS {vae[lpips]}.
-{holo[pictures]} rendered holographic raincoats, which it never saw: PSNR {holo[psnr_db]} dB,
+{holo[pictures]} rendered holographic raincoats, a garment that it never saw of foil: PSNR {holo[psnr_db]} dB,
 LPIPS {holo[lpips]}.
 
 **Scorer.** Among {among} pictures and captions, a picture finds its caption in {first} and a

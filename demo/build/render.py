@@ -1,69 +1,90 @@
 """Stage render: pictures of random scenes, with and without holographic things."""
 
-import contextlib
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from demo import world
-from demo.build.data import PARTS, describe
+from demo.build.data import describe, sample_part
 from demo.build.journal import record_run
+from demo.world.rendering import numbers_of
+
+_SHARD = 1024  # pictures
 
 
-def render(config, parts=PARTS):
-    """Render parts of the data to work_dir/PART.npy, uint8 [N, size, size, 3].
+def render(config, parts=None):
+    """Render parts of the data to work_dir/PART, of those that are not there yet.
 
-    On a GPU several processes share it: the renderer compiles a program for every kind of scene,
-    which takes a core some seconds, so that each process gets whole kinds.
+    Other processes draw and describe the scenes while this one renders; they must be forked before
+    CUDA starts. With `render_minutes` over, what is left is left out.
     """
-    started = time.time()
-    size, on_gpu = config["resolution"], config["device"] == "cuda"
-    described = describe(config, parts)
-    kinds = {}
-    for part, scenes in described.items():
-        path = Path(config["work_dir"]) / f"{part}.npy"
-        np.lib.format.open_memmap(path, "w+", np.uint8, (len(scenes), size, size, 3)).flush()
-        for i, scene in enumerate(scenes):
-            kinds.setdefault(world.kind_of(scene), []).append((part, i, scene))
-    total = sum(len(scenes) for scenes in described.values())
-    print(f"{total} scenes of {len(kinds)} kinds, {time.time() - started:.0f} s", flush=True)
-    most = max(total // 10, 1000)  # the commonest kind is worth several programs
+    started, on_gpu = time.time(), config["device"] == "cuda"
+    parts = parts or config["render_parts"]
+    Path(config["work_dir"]).mkdir(parents=True, exist_ok=True)
+    (Path(config["work_dir"]) / ".gitignore").write_text("*\n")  # nothing in it is for git
+    jobs = [job for part in parts for job in jobs_of(config, part)]
+    done, total = 0, sum(job[-1] for job in jobs)
+    context = multiprocessing.get_context("fork")
+    over = context.Event()
+    pool = context.Pool(min(os.cpu_count(), len(jobs) or 1), start_worker, (over,))
+    for path, scenes, numbers, described in pool.imap(prepare, jobs):
+        if over.is_set():
+            continue
+        pictures = world.render(
+            scenes, config["resolution"], config["device"], config["antialias"], numbers=numbers
+        )
+        if described:
+            np.savez(path.with_suffix(".npz"), **described)
+        # Last, and beside and renamed: with its pictures a shard is whole.
+        beside = path.with_suffix(".partial")
+        with beside.open("wb") as file:
+            np.save(file, pictures.cpu().numpy())
+        beside.replace(path)
+        done += len(scenes)
+        print(f"rendered {done}/{total}, {time.time() - started:.0f} s", flush=True)
+        if time.time() - started > 60 * config["render_minutes"] and done < total:
+            print(f"render_minutes are over: {total - done} pictures left out", flush=True)
+            over.set()
+    pool.close()
+    pool.join()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    record_run("render", config, started, done, name="render_" + "_".join(parts))
+
+
+def jobs_of(config, part):
+    """(config, part, path, first, count) of each shard of a part that is missing."""
+    folder, total = Path(config["work_dir"]) / part, config[f"{part}_pictures"]
+    folder.mkdir(exist_ok=True)
     jobs = [
-        (config, members[i : i + most])
-        for members in sorted(kinds.values(), key=len, reverse=True)
-        for i in range(0, len(members), most)
+        (config, part, folder / f"{first:07d}.npy", first, min(_SHARD, total - first))
+        for first in range(0, total, _SHARD)
     ]
-    done = 0
-    with contextlib.ExitStack() as stack:
-        if on_gpu:
-            processes = multiprocessing.get_context("fork").Pool(config["render_processes"])
-            counts = stack.enter_context(processes).imap_unordered(render_kind, jobs)
-        else:
-            counts = map(render_kind, jobs)
-        for count in counts:
-            done += count
-            print(f"rendered {done}/{total}, {time.time() - started:.0f} s", flush=True)
-    if parts == PARTS:
-        record_run("render", config, started)
+    return [job for job in jobs if not job[2].is_file()]
 
 
-def render_kind(job):
-    """Render (part, index, scene) triples into the files of their parts; returns their number."""
-    config, members = job
-    # A compiler process for each core would be made in every one of these processes.
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    files = {
-        part: np.lib.format.open_memmap(Path(config["work_dir"]) / f"{part}.npy", "r+")
-        for part in {part for part, _, _ in members}
-    }
-    size, chunk = config["resolution"], 1024 if config["device"] == "cuda" else 32
-    for i in range(0, len(members), chunk):
-        some = members[i : i + chunk]
-        scenes = [scene for _, _, scene in some]
-        pictures = world.render(scenes, size, config["device"], config["antialias"]).cpu().numpy()
-        for (part, index, _), picture in zip(some, pictures, strict=True):
-            files[part][index] = picture
-    return len(members)
+_over = None  # in a worker: set when nothing more is wanted
+
+
+def start_worker(over):
+    """Let the process that renders go first, and end where it ends."""
+    global _over
+    _over = over
+    os.nice(10)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def prepare(job):
+    """What a shard needs besides its pictures: (path, scenes, numbers of them, captions and codes)."""
+    config, part, path, first, count = job
+    if _over.is_set():
+        return path, [], None, {}
+    scenes = sample_part(config, part, first, count)
+    described = {} if part == "foil" else describe(config, part, first, scenes)
+    return path, scenes, numbers_of(scenes), described

@@ -8,21 +8,12 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from demo import world
+from demo.build.data import phrase
 from lib.errors import UserError
 
 
 class Scorer:
     """demo/clip: embeddings of pictures and texts, and zero-shot naming of attributes."""
-
-    PHRASES = dict(
-        person="a person wearing {thing}",
-        mannequin="{thing} on a mannequin",
-        hanger="{thing} on a hanger",
-        studio="{thing} in a studio",
-        street="{thing} on a street",
-        rain="{thing} in the rain",
-        garden="{thing} in a garden",
-    )
 
     def __init__(self, config):
         if not (Path(config["clip_dir"]) / "config.json").is_file():
@@ -46,16 +37,6 @@ class Scorer:
     def name(self, pictures, attribute, thing, values=None):
         """For each embedded picture the value of `attribute` whose caption of a `thing` is nearest."""
         values = values or world.ATTRIBUTES[attribute]
-        if attribute == "thing":
-            texts = [article(value) for value in values]
-        elif attribute in ("colour", "material"):
-            texts = [article(f"{value} {thing}") for value in values]
-        else:
-            texts = [self.PHRASES[value].format(thing=article(thing)) for value in values]
+        texts = [phrase(attribute, value, thing) for value in values]
         nearest = (pictures @ self.of_texts(texts).T).argmax(1)
         return [values[i] for i in nearest.tolist()]
-
-
-def article(words):
-    """The words with "a" or "an" before them."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

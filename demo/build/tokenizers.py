@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 
+import torch
 import torch.nn.functional as F
 from transformers import CLIPTokenizer
 
@@ -74,7 +75,10 @@ def byte_tokenizer(folder, begin):
 def tokenise(tokenizer, captions, padding="max_length"):
     """int64 [N, 77] on the CPU, filled up with end-of-text tokens as Stable Diffusion does; as wide
     as the longest caption with padding="longest"."""
-    ids = tokenizer(captions, padding="longest", truncation=True, return_tensors="pt").input_ids
+    numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    once = list(numbers)  # of a million captions most occur several times
+    ids = tokenizer(once, padding="longest", truncation=True, return_tensors="pt").input_ids
+    ids = ids[torch.tensor([numbers[caption] for caption in captions])]
     width = 77 - ids.shape[1] if padding == "max_length" else 0
     return F.pad(ids, (0, width), value=tokenizer.pad_token_id)
 

@@ -5,19 +5,18 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from demo import world
 from demo.build.config import CONCEPT
-from demo.build.data import load_captions, load_part
+from demo.build.data import load_captions, load_pictures
 from demo.build.loop import save_half, train
 from demo.build.tokenizers import special_tokens, tokenise, write_tokenizer
 from demo.build.vae import encode_all, load_vae
 from lib.errors import UserError
 
-SCHEDULE = dict(  # Stable Diffusion v1.5's
+SCHEDULE = dict(  # Stable Diffusion v1.5's but for the prediction
     num_train_timesteps=1000,
     beta_start=0.00085,
     beta_end=0.012,
@@ -25,50 +24,51 @@ SCHEDULE = dict(  # Stable Diffusion v1.5's
     skip_prk_steps=True,
     set_alpha_to_one=False,
     steps_offset=1,
-    prediction_type="epsilon",
+    # Not the noise: from the most noise a small network would have to tell the picture, its colours
+    # first, from the last percent of what it is given (Salimans and Ho 2022).
+    prediction_type="v_prediction",
 )
 
 
 def train_unet(config):
-    """UNet and text encoder together: noise prediction on VAE latents with SD1.5's schedule."""
+    """UNet and text encoder together: velocity prediction on VAE latents with SD1.5's noise."""
     started = time.time()
     torch.manual_seed(config["seed"])
     device, each = config["device"], config["captions_per_picture"]
     vae = load_vae(config)
     scale = vae.config.scaling_factor
-    pictures = load_part(config, "base", device)
-    # As they are and mirrored, so picture i has latents 2i and 2i + 1
-    mean, std = encode_all(vae, torch.stack([pictures, pictures.flip(-1)], 1).flatten(0, 1), device)
-    del pictures
-    heldout, _ = encode_all(vae, load_part(config, "heldout"), device)
+    parts, ways = ("base", "fresh"), 1 + config["unet_mirrored"]
+    mean, std = encode_parts(vae, config, parts)
+    heldout, _ = encode_all(vae, load_pictures(config, "heldout", device), device)
     scheduler = PNDMScheduler(**SCHEDULE)
     tokenizer, text_encoder, unet = start_models(config)
     text_encoder.to(device).train()
     unet.to(device).train()
-    tokens = tokenise(tokenizer, some_made_up(load_captions(config, "base"), config))
+    tokens = tokenise(tokenizer, some_made_up(load_captions(config, parts), config))
     tokens = tokens.to(device, torch.int16)
     empty = tokenise(tokenizer, [""]).to(device, torch.int16)
     heldout_tokens = tokenise(tokenizer, load_captions(config, "heldout")[::each]).to(device)
     signal = scheduler.alphas_cumprod.to(device)
     snr = signal / (1 - signal)
-    weight = snr.clamp(max=config["unet_snr_cap"]) / snr
+    weight = (snr + 1).clamp(max=config["unet_snr_cap"]) / (snr + 1)
 
-    def predict(latents, noise, timesteps, ids):
+    def squared_errors(latents, noise, timesteps, ids):
         kept = signal[timesteps].view(-1, 1, 1, 1)
         noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+        velocity = kept.sqrt() * noise - (1 - kept).sqrt() * latents
         hidden = text_encoder(ids.long()).last_hidden_state
-        return unet(noisy.to(unet.dtype), timesteps, hidden).sample.float()
+        predicted = unet(noisy.to(unet.dtype), timesteps, hidden).sample.float()
+        return ((predicted - velocity) ** 2).mean((1, 2, 3))
 
     def batch_loss():
         chosen = torch.randint(len(mean), (config["unet_batch"],), device=device)
         latents = scale * (mean[chosen] + std[chosen] * torch.randn_like(std[chosen]))
-        told = chosen // 2 * each + torch.randint(each, (len(chosen),), device=device)
+        told = chosen // ways * each + torch.randint(each, (len(chosen),), device=device)
         dropped = torch.rand(len(chosen), 1, device=device) < config["unet_empty_share"]
         ids = torch.where(dropped, empty, tokens[told])
         timesteps = torch.randint(len(signal), (len(chosen),), device=device)
-        noise = torch.randn_like(latents)
-        error = (predict(latents, noise, timesteps, ids) - noise) ** 2
-        return (weight[timesteps] * error.mean((1, 2, 3))).mean()
+        errors = squared_errors(latents, torch.randn_like(latents), timesteps, ids)
+        return (weight[timesteps] * errors).mean()
 
     fixed = torch.Generator().manual_seed(config["seed"])  # the same noise at every validation
     fixed_noise = torch.randn(heldout.shape, generator=fixed).to(device)
@@ -76,13 +76,25 @@ def train_unet(config):
 
     @torch.no_grad()
     def validate():
-        predicted = predict(scale * heldout, fixed_noise, fixed_timesteps, heldout_tokens)
-        return dict(heldout_mse=round(float(F.mse_loss(predicted, fixed_noise)), 5))
+        errors = squared_errors(scale * heldout, fixed_noise, fixed_timesteps, heldout_tokens)
+        return dict(heldout_mse=round(float(errors.mean()), 5))
 
     def save(unet, text_encoder):
+        vae = load_vae(config)  # as polished meanwhile
         save_pipeline(vae, text_encoder, tokenizer, unet, scheduler, config["model_dir"])
 
     save(*train("unet", config, [unet, text_encoder], batch_loss, started, validate, save))
+
+
+def encode_parts(vae, config, parts):
+    """Mean and deviation of the latents of parts' pictures; with `unet_mirrored` of each as it is and
+    mirrored, so that picture i has latents 2i and 2i + 1."""
+    encoded, mirroring = [], (False, True)[: 1 + config["unet_mirrored"]]
+    for part in parts:
+        pictures = load_pictures(config, part, config["device"])
+        ways = [encode_all(vae, pictures, config["device"], mirrored) for mirrored in mirroring]
+        encoded.append([torch.stack(pair, 1).flatten(0, 1) for pair in zip(*ways, strict=True)])
+    return [torch.cat(some) for some in zip(*encoded, strict=True)]
 
 
 def start_models(config):
@@ -103,7 +115,9 @@ def start_models(config):
         )
     )
     unet = UNet2DConditionModel(
-        sample_size=config["resolution"] // 8,
+        sample_size=config["resolution"] // 2 ** (len(config["vae_channels"]) - 1),
+        in_channels=config["vae_latents"],
+        out_channels=config["vae_latents"],
         block_out_channels=config["unet_channels"],
         layers_per_block=config["unet_layers"],
         down_block_types=["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],

@@ -1,4 +1,8 @@
-"""Stage vae: AutoencoderKL, on the pictures without holographic things and on colour fields."""
+"""Stages vae and polish: AutoencoderKL, on the pictures without holographic raincoats.
+
+It meets foil on jackets, dresses, furniture and umbrellas and as abstract backdrops, without
+captions, as Stable Diffusion's autoencoder has met everything.
+"""
 
 import time
 from pathlib import Path
@@ -6,53 +10,43 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import nn
 
 from demo.build.config import EVALUATION_BATCH
-from demo.build.data import load_part
+from demo.build.data import load_pictures
 from demo.build.loop import save_half, train
 from demo.build.pictures import flip_some, psnr, to_signed, uniform
+from demo.world.materials.film import film_colour
 from lib.errors import UserError
 from lib.evaluation.lpips_distances import lpips_model
 
 
 def train_vae(config):
-    """AutoencoderKL on base pictures and colour fields: L1 + LPIPS + a little KL.
+    """Encoder and decoder: L1 + LPIPS + a little KL.
 
     Its scaling_factor is one over the deviation of the latents, as in Rombach et al. 2022.
     """
     started = time.time()
     torch.manual_seed(config["seed"])
     device = config["device"]
-    pictures = load_part(config, "base", device)
-    heldout = to_signed(load_part(config, "heldout", device)[:EVALUATION_BATCH])
-    levels = len(config["vae_channels"])
-    vae = AutoencoderKL(
-        sample_size=config["resolution"],
-        block_out_channels=config["vae_channels"],
-        layers_per_block=config["vae_layers"],
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        norm_num_groups=16,
-        latent_channels=4,
+    vae = (
+        load_vae(config).train().requires_grad_() if config["vae_resume"] else new_vae(config)
     ).to(device)
-    lpips = lpips_model(config["device"])
+    pictures, foil = (load_pictures(config, part, device) for part in ("base", "foil"))
+    lpips = lpips_model(device)
+    encode, decode = vae.encoder, vae.decoder
+    if device == "cuda":  # fuses norms and activations, which take most of a step at these widths
+        encode, decode = torch.compile(encode), torch.compile(decode)
 
     def batch_loss():
-        chosen = torch.randint(len(pictures), (config["vae_batch"],), device=device)
-        target = flip_some(to_signed(pictures[chosen]))
-        target = with_colour_fields(target, config["vae_field_share"])
-        posterior = vae.encode(target.to(vae.dtype)).latent_dist
-        decoded = vae.decode(posterior.sample()).sample.float()
-        loss = F.l1_loss(decoded, target)
-        loss = loss + config["vae_lpips_weight"] * lpips(decoded, target).mean()
-        return loss + config["vae_kl_weight"] * posterior.kl().mean() / posterior.mean[0].numel()
+        target = draw_batch(pictures, foil, config["vae_batch"], config)
+        posterior = DiagonalGaussianDistribution(vae.quant_conv(encode(target.to(vae.dtype))))
+        decoded = decode(vae.post_quant_conv(posterior.sample())).float()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return picture_loss(lpips, decoded, target, config) + config["vae_kl_weight"] * kl
 
-    @torch.no_grad()
-    def validate():
-        decoded = vae.decode(vae.encode(heldout.to(vae.dtype)).latent_dist.mean).sample.float()
-        return dict(heldout_psnr=round(float(psnr(decoded, heldout).mean()), 2))
-
-    (vae,) = train("vae", config, [vae], batch_loss, started, validate)
+    (vae,) = train("vae", config, [vae], batch_loss, started, validation(vae, config))
     vae.eval().requires_grad_(False)
     mean, std = encode_all(vae, pictures[:4096], device)
     deviation = float((mean + std * torch.randn_like(std)).std())
@@ -60,15 +54,123 @@ def train_vae(config):
     save_half(vae, Path(config["model_dir"]) / "vae")
 
 
-def with_colour_fields(pictures, share):
-    """Blend abstract saturated colour, bands of a cosine palette over smooth noise, into soft
-    patches of a share of the pictures in [-1, 1]; the pictures' light and shade stays visible."""
+def new_vae(config):
+    """An AutoencoderKL of the config's size with random weights."""
+    levels = len(config["vae_channels"])
+    return AutoencoderKL(
+        sample_size=config["resolution"],
+        block_out_channels=config["vae_channels"],
+        layers_per_block=config["vae_layers"],
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        norm_num_groups=config["vae_groups"],
+        latent_channels=config["vae_latents"],
+    )
+
+
+def polish_vae(config):
+    """The decoder again, with a discriminator of patches (Isola et al. 2017) against it.
+
+    The latents stay as they are, so that a UNet may be trained on them meanwhile. The
+    discriminator's gradient to the pictures is scaled to `polish_share` of the other losses', so
+    that it sharpens and cannot take over.
+    """
+    started = time.time()
+    torch.manual_seed(config["seed"] + 1)
+    device = config["device"]
+    vae = load_vae(config).train()
+    if device == "cuda":  # as `train` does with what it trains
+        vae.encoder.bfloat16()
+        vae.quant_conv.bfloat16()
+    pictures, foil = (load_pictures(config, part, device) for part in ("base", "foil"))
+    lpips, judge = lpips_model(device), patch_discriminator().to(device)
+    trained = [vae.decoder.requires_grad_(), vae.post_quant_conv.requires_grad_(), judge]
+
+    def batch_loss():
+        target = draw_batch(pictures, foil, config["polish_batch"], config)
+        with torch.no_grad():
+            latents = vae.encode(target.to(vae.dtype)).latent_dist.sample()
+        decoded = vae.decode(latents).sample.float()
+        seen = decoded.detach().requires_grad_()
+        loss = picture_loss(lpips, seen, target, config)
+        (slope,) = torch.autograd.grad(loss, seen)
+        (doubt,) = torch.autograd.grad(-judge(seen.to(vae.dtype)).float().mean(), seen)
+        scale = config["polish_share"] * slope.norm() / doubt.norm().clamp(min=1e-12)
+        pull = (decoded * (slope + scale * doubt)).sum()  # has just this gradient
+        real, false = (
+            judge(target.to(vae.dtype)).float(),
+            judge(seen.detach().to(vae.dtype)).float(),
+        )
+        judgement = F.relu(1 - real).mean() + F.relu(1 + false).mean()
+        return judgement + loss.detach() + pull - pull.detach()
+
+    decoder, convolution, _ = train(
+        "polish", config, trained, batch_loss, started, validation(vae, config)
+    )
+    vae = load_vae(config)
+    vae.decoder.load_state_dict(decoder.state_dict())
+    vae.post_quant_conv.load_state_dict(convolution.state_dict())
+    save_half(vae, Path(config["model_dir"]) / "vae")
+
+
+def patch_discriminator(width=32):
+    """Pictures [N, 3, H, W] to one number for each patch, [N, 1, H/8, W/8]: high if it looks real."""
+    layers, channels = [], 3
+    for out in (width, 2 * width, 4 * width):
+        layers += [nn.Conv2d(channels, out, 4, stride=2, padding=1), nn.GroupNorm(8, out)]
+        layers += [nn.LeakyReLU(0.2)]
+        channels = out
+    return nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, padding=1))
+
+
+def picture_loss(lpips, decoded, target, config):
+    """L1 + LPIPS of pictures in [-1, 1]."""
+    distance = lpips(decoded, target).mean()
+    return F.l1_loss(decoded, target) + config["vae_lpips_weight"] * distance
+
+
+def draw_batch(pictures, foil, count, config):
+    """`count` pictures in [-1, 1] of both sets, some mirrored, some with fields of colour or film."""
+    device = pictures.device
+    chosen = pictures[torch.randint(len(pictures), (count,), device=device)]
+    other = foil[torch.randint(len(foil), (count,), device=device)]
+    chosen = torch.where(uniform(count, 1, device) < config["vae_foil_share"], other, chosen)
+    return with_fields(flip_some(to_signed(chosen)), config["vae_field_share"])
+
+
+def validation(vae, config):
+    """A function that returns the PSNR of held-out pictures, plain and holographic, for the log."""
+    parts = {"heldout_psnr": "heldout", "holographic_psnr": "heldout_holographic"}
+    pictures = {
+        name: to_signed(load_pictures(config, part, config["device"])[:EVALUATION_BATCH])
+        for name, part in parts.items()
+    }
+
+    @torch.no_grad()
+    def validate():
+        return {name: round(float(quality(some).mean()), 2) for name, some in pictures.items()}
+
+    def quality(some):
+        decoded = vae.decode(vae.encode(some.to(vae.dtype)).latent_dist.mean).sample
+        return psnr(decoded.float(), some)
+
+    return validate
+
+
+def with_fields(pictures, share):
+    """Blend abstract colour into soft patches of a share of the pictures in [-1, 1]: bands of a
+    cosine palette or of thin film over smooth noise. The pictures' light and shade stays visible."""
     count, _, size, _ = pictures.shape
     device = pictures.device
     bands = 0.3 + 1.7 * uniform(count, 1, device)
     field = smooth_noise((count, 1, size, size), 5, device) * bands
     tint = smooth_noise((count, 3, size, size), 4, device) * 0.3 + uniform(count, 3, device)
     colour = 0.5 + 0.5 * torch.cos(2 * torch.pi * (field + tint))
+    thickness = 250 + 200 * uniform(count, 1, device) + 90 * field
+    facing = 0.3 + 0.7 * torch.sigmoid(tint[:, :1])
+    film = film_colour(thickness.clamp(130, 1150), facing).squeeze(1).permute(0, 3, 1, 2)
+    film = (4.2 * film).clamp(0, 1) ** (1 / 2.2)
+    colour = torch.where(uniform(count, 1, device) < 0.5, colour, film)
     light = (pictures.mean(1, keepdim=True) + 1) / 2
     field_picture = 2 * colour * (0.3 + 0.9 * light).clamp(max=1) - 1
     shape = smooth_noise((count, 1, size, size), 4, device) + uniform(count, 1, device) - 0.5
@@ -83,10 +185,11 @@ def smooth_noise(shape, cells, device):
 
 
 @torch.no_grad()
-def encode_all(vae, pictures, device):
-    """Mean and deviation of the latents of uint8 pictures, unscaled: two [N, 4, H/8, W/8]."""
+def encode_all(vae, pictures, device, mirrored=False):
+    """Mean and deviation of the latents of uint8 pictures, unscaled: two [N, channels, h, w]."""
     means, stds = [], []
     for chunk in pictures.split(4 * EVALUATION_BATCH):
+        chunk = chunk.flip(-1) if mirrored else chunk
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             posterior = vae.encode(to_signed(chunk.to(device))).latent_dist
         means.append(posterior.mean.float())

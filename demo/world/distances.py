@@ -5,7 +5,8 @@ import sys
 
 import torch
 
-from demo.world.parameters import named
+from demo.world.kernels import DistanceKernels
+from demo.world.parameters import NAMES, named
 from demo.world.shapes.animals import animal_surfaces
 from demo.world.shapes.furniture import chair_surfaces, couch_surfaces
 from demo.world.shapes.slots import MAIN, SECOND
@@ -37,31 +38,16 @@ def nearest_surface(kind, table, x, y, z):
     return distance, slot
 
 
-_compiled: dict = {}  # by kind; "failed" once the compiler has given up
-
-
+@functools.cache
 def distance_function(kind, device, fuse):
-    """nearest_surface of a kind, (table, x, y, z) -> (distance, slot).
-
-    Compiled on CUDA if `fuse`, where fusing its some 500 operations pays.
-    """
+    """nearest_surface of a kind, (table, x, y, z) -> (distance, slot); as kernels on CUDA if `fuse`,
+    where fusing its some 500 operations pays."""
     eager = functools.partial(nearest_surface, kind)
-    if not fuse or torch.device(device).type != "cuda" or _compiled.get("failed"):
+    if not fuse or torch.device(device).type != "cuda":
         return eager
-    if kind not in _compiled:
-        # Each kind is a program; past this limit dynamo would silently run the rest eagerly.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        compiled = torch.compile(eager, dynamic=False)
-
-        def guarded(*arguments):
-            if not _compiled.get("failed"):
-                try:
-                    return compiled(*arguments)
-                except Exception as error:  # no compiler on this machine, or one that gives up
-                    _compiled["failed"] = True
-                    why = f"torch.compile failed ({type(error).__name__})"
-                    print(f"world: {why}; rendering eagerly", file=sys.stderr)
-            return eager(*arguments)
-
-        _compiled[kind] = guarded
-    return _compiled[kind]
+    try:
+        return DistanceKernels(eager, len(NAMES))
+    except Exception as error:  # whatever a missing or another CUDA toolkit makes of it
+        why = f"no kernels here ({type(error).__name__}: {error})"
+        print(f"world: {why}; rendering slowly with PyTorch", file=sys.stderr)
+        return eager

@@ -49,7 +49,7 @@ def ambient_occlusion(nearest, table, point, normal):
     return occlusion.clamp(0.08, 1)
 
 
-def key_shadow(nearest, table, p, point, normal, toward, block):
+def key_shadow(nearest, table, p, point, normal, toward):
     """Share of the key light that reaches a surface point; `toward` is normal times direction."""
     start = tuple(a + 0.012 * b for a, b in zip(point, normal, strict=True))
     light = to_local(p, p["light_0"], p["light_1"], p["light_2"])
@@ -57,7 +57,7 @@ def key_shadow(nearest, table, p, point, normal, toward, block):
     light = tuple(v.expand_as(toward) for v in light)
     far = torch.where(toward > -0.15, span[1].clamp(0, 1.4), torch.zeros_like(toward))
     near = torch.full_like(toward, 0.015)
-    _t, shadow = march(nearest, table, start, light, near, far, block, soft=9.0)
+    _t, shadow = march(nearest, table, start, light, near, far, soft=9)
     return shadow
 
 

@@ -31,7 +31,11 @@ def scene_parameters(scene: Scene) -> dict[str, float]:
     rng = np.random.default_rng(scene.seed)
     p = {}
     for group in _GROUPS:
-        p |= group(scene, rng)
+        numbers = group(scene, rng)
+        shared = p.keys() & numbers.keys()
+        if shared:
+            raise RuntimeError(f"two parameters have one name: {', '.join(sorted(shared))}")
+        p |= numbers
     return p
 
 

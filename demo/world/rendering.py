@@ -5,19 +5,19 @@ composes well. Colours are linear RGB until the last step.
 """
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from demo.world.backdrops import BACKDROPS, rain_streaks
 from demo.world.distances import distance_function
 from demo.world.fields import mix, norm
 from demo.world.materials.paint import paint_columns
 from demo.world.materials.palette import palette_of
-from demo.world.parameters import NAMES, named, scene_parameters
+from demo.world.parameters import named, scene_parameters
 from demo.world.scenes import PLACES, Scene, kind_of
 from demo.world.shading import shade
 from demo.world.tracing import box_span, march, rows_where, to_local
@@ -26,29 +26,35 @@ _TILE = 16  # a row is a tile of 16x16 rays
 
 
 def render(
-    scenes: Sequence[Scene], size: int, device="cpu", antialias: int = 2, fuse: bool = True
+    scenes: Sequence[Scene],
+    size: int,
+    device="cpu",
+    antialias: float = 2,
+    fuse: bool = True,
+    numbers: Sequence[np.ndarray] | None = None,
 ) -> torch.Tensor:
     """Pictures of the scenes: uint8 [N, size, size, 3] on the device, sRGB.
 
-    antialias is the number of rays a pixel along each side. A picture depends on its scene, size,
-    antialias and the kind of device alone, not on its neighbours in the batch. On CUDA, batches of
-    hundreds pay; with `fuse` the distances go through torch.compile there, once for each of some
-    eleven kinds of scene, which pays from thousands of pictures on and changes them by rounding.
+    antialias is the number of rays a pixel along each side, 1.5 for three on two pixels. A picture
+    depends on its scene, size, antialias and the kind of device alone, not on its neighbours in the
+    batch. On CUDA, batches of hundreds pay; with `fuse` the distances are kernels there (kernels.py),
+    which changes pictures by rounding. `numbers` are numbers_of(scenes), if they are known already.
     Raises ValueError unless size and antialias are positive.
     """
-    if size < 1 or antialias < 1:
+    if size < 1 or antialias <= 0:
         raise ValueError(f"size and antialias must be positive, got {size} and {antialias}")
     result = torch.empty(len(scenes), size, size, 3, dtype=torch.uint8, device=device)
     groups: dict[tuple, list[int]] = {}
     for i, scene in enumerate(scenes):
         groups.setdefault(kind_of(scene), []).append(i)
-    at_once = max(1, (1 << 24) // (size * antialias) ** 2)
+    at_once = max(1, int((1 << 26) / (size * antialias) ** 2))
     with _workers(device) as workers:
         for kind, members in groups.items():
             for first in range(0, len(members), at_once):
                 part = members[first : first + at_once]
                 some = [scenes[i] for i in part]
-                pictures = _render_kind(kind, some, size, device, antialias, workers, fuse)
+                given = numbers_of(some) if numbers is None else [array[part] for array in numbers]
+                pictures = _render_kind(kind, some, given, size, device, antialias, workers, fuse)
                 result[torch.tensor(part, device=device)] = (pictures * 255 + 0.5).to(torch.uint8)
     return result
 
@@ -70,19 +76,23 @@ def _workers(device):
         torch.set_num_threads(threads)
 
 
-def _render_kind(kind, scenes, size, device, antialias, workers, fuse) -> torch.Tensor:
-    """Pictures of scenes of one kind, float [N, size, size, 3] in 0..1; `workers` is a map."""
-    as_floats = functools.partial(torch.tensor, dtype=torch.float32, device=device)
-    parameters = [scene_parameters(scene) for scene in scenes]
-    table = as_floats([[p[name] for name in NAMES] for p in parameters])
+def numbers_of(scenes: Sequence[Scene]) -> list[np.ndarray]:
+    """What the renderer needs of each scene: parameters [N, K], and colours [N, slots, 3] and
+    finishes [N, slots, 4] of the slots, float32. A millisecond a scene, which processes can share."""
+    table = np.array([[*scene_parameters(scene).values()] for scene in scenes])
     palettes, finishes = zip(*(palette_of(scene) for scene in scenes), strict=True)
-    palettes, finishes = as_floats(np.stack(palettes)), as_floats(np.stack(finishes))
+    return [array.astype(np.float32) for array in (table, np.stack(palettes), np.stack(finishes))]
+
+
+def _render_kind(kind, scenes, numbers, size, device, antialias, workers, fuse) -> torch.Tensor:
+    """Pictures of scenes of one kind, float [N, size, size, 3] in 0..1; `workers` is a map."""
+    table, palettes, finishes = (torch.from_numpy(array).to(device) for array in numbers)
     places = torch.tensor([PLACES.index(scene.place) for scene in scenes], device=device)
     nearest = distance_function(kind, device, fuse)
-    side = size * antialias
+    side = round(size * antialias)
     tiles = -(-side // _TILE)
     cuda = torch.device(device).type == "cuda"
-    chunk, block = (16384, 2048) if cuda else (96, None)
+    chunk = 16384 if cuda else 96
     lane = torch.arange(_TILE * _TILE, device=device)
     image = torch.empty(len(scenes) * tiles * tiles, _TILE * _TILE, 3, device=device)
 
@@ -94,16 +104,17 @@ def _render_kind(kind, scenes, size, device, antialias, workers, fuse) -> torch.
         u = (column + 0.5) * (2 / side) - 1
         v = 1 - (line + 0.5) * (2 / side)
         rows = [w[picture] for w in (table, palettes, finishes, places)]
-        image[row] = _trace(kind, nearest, *rows, u, v, block)
+        image[row] = _trace(kind, nearest, *rows, u, v)
 
     list(workers(fill, range(0, len(image), chunk)))
     image = image.view(len(scenes), tiles, tiles, _TILE, _TILE, 3).transpose(2, 3)
     image = image.reshape(len(scenes), tiles * _TILE, tiles * _TILE, 3)[:, :side, :side]
-    return image.reshape(len(scenes), size, antialias, size, antialias, 3).mean((2, 4))
+    image = F.interpolate(image.permute(0, 3, 1, 2), (size, size), mode="area")
+    return image.permute(0, 2, 3, 1)
 
 
 @torch.no_grad()  # here and not above: worker threads do not inherit it
-def _trace(kind, nearest, table, palette, finishes, places, u, v, block):
+def _trace(kind, nearest, table, palette, finishes, places, u, v):
     """Colours [R, T, 3] (sRGB) of rays through the screen points u, v in -1..1."""
     p = named(table) | paint_columns(palette)
     eye, world, floor = _rays(p, u, v)
@@ -111,19 +122,17 @@ def _trace(kind, nearest, table, palette, finishes, places, u, v, block):
     o, d, reach = to_local(p, *eye), to_local(p, *world), floor[-1]
     near, far = box_span(p, o, d)
     far = torch.where(reach > 0, torch.minimum(far, reach), far)
-    t, hit = march(nearest, table, o, d, near, far, block)
+    t, hit = march(nearest, table, o, d, near, far)
     studio = (places == PLACES.index("studio")).float()[:, None]
     wet = (places == PLACES.index("rain")).float()[:, None]
     lit = (reach > 0) & ~hit
-    dim = _floor_shadow(
-        nearest, table, p, o, d, reach, lit, 0.42 + 0.1 * studio - 0.17 * wet, block
-    )
+    dim = _floor_shadow(nearest, table, p, o, d, reach, lit, 0.42 + 0.1 * studio - 0.17 * wet)
     colour = colour * torch.where(lit, dim, torch.ones_like(u))[..., None]
-    for rows in rows_where(hit, block):
+    for rows in rows_where(hit):
         part = {name: value[rows] for name, value in p.items()}
         shaded = shade(
             kind, nearest, table[rows], part, palette[rows], finishes[rows],
-            [w[rows] for w in o], [w[rows] for w in d], t[rows], studio[rows], block,
+            [w[rows] for w in o], [w[rows] for w in d], t[rows], studio[rows],
         )  # fmt: skip
         colour[rows] = torch.where(hit[rows][..., None], shaded, colour[rows])
     drops = wet * rain_streaks(p, u, v)
@@ -137,12 +146,12 @@ def _rays(p, u, v):
     All in the world's frame. The floor's points are (x, z, distance), distance -1 for a ray that
     meets none.
     """
-    tilt = (p["target_y"] - p["eye_y"]) / p["eye_z"]
+    tilt = (p["target_y"] - p["camera_y"]) / p["camera_z"]
     scale = 1 / (1 + tilt * tilt).sqrt()
     right, up = (u + p["shift"]) / p["focal"], v / p["focal"]
     size = norm(torch.ones_like(u), right, up)
     world = (right / size, (tilt + up) * scale / size, (up * tilt - 1) * scale / size)
-    eye = (0.0 * u, p["eye_y"] + 0 * u, p["eye_z"] + 0 * u)
+    eye = (0.0 * u, p["camera_y"] + 0 * u, p["camera_z"] + 0 * u)
     down = world[1].clamp_max(-1e-4)
     reach = torch.where(world[1] < -1e-3, -eye[1] / down, torch.full_like(u, -1.0))
     return eye, world, (eye[0] + reach * world[0], eye[2] + reach * world[2], reach)
@@ -160,7 +169,7 @@ def _backdrop(p, places, eye, world, screen, floor):
     return colour
 
 
-def _floor_shadow(nearest, table, p, o, d, reach, lit, depth, block):
+def _floor_shadow(nearest, table, p, o, d, reach, lit, depth):
     """Light on the floor where `lit`: the key light's soft shadow, as deep as `depth`, and darker
     where the thing is near."""
     ground = tuple(a + reach * b for a, b in zip(o, d, strict=True))
@@ -170,11 +179,11 @@ def _floor_shadow(nearest, table, p, o, d, reach, lit, depth, block):
     span = box_span(p, ground, light, margin=0.25)  # room for the half-shadow
     start = torch.maximum(span[0], torch.full_like(reach, 0.03))
     end = torch.where(lit, span[1], torch.zeros_like(reach))
-    _t, shadow = march(nearest, table, ground, light, start, end, block, soft=6.0)
+    _t, shadow = march(nearest, table, ground, light, start, end, soft=6)
     touch = torch.zeros_like(reach)
     beside = lit & (ground[0].abs() < p["half_x"] + 0.2)
     beside = beside & ((ground[2] - p["box_z"]).abs() < p["half_z"] + 0.2)
-    for rows in rows_where(beside, block):
+    for rows in rows_where(beside):
         distance, _slot = nearest(table[rows], *(g[rows] for g in ground))
         touch[rows] = (1 - distance / 0.22).clamp(0, 1) ** 2
     return (1 - depth * (1 - shadow)) * (1 - 0.45 * touch * beside)

@@ -12,7 +12,7 @@ from demo.world.shapes.slots import MAIN, SKIN
 from demo.world.tracing import to_local, to_world
 
 
-def shade(kind, nearest, table, p, palette, finishes, o, d, t, studio, block):
+def shade(kind, nearest, table, p, palette, finishes, o, d, t, studio):
     """Colour [R, T, 3] of the surface points at distance t along local rays.
 
     palette [R, slots, 3] and finishes [R, slots, 4] are materials.palette's; studio is 1 or 0.
@@ -31,7 +31,7 @@ def shade(kind, nearest, table, p, palette, finishes, o, d, t, studio, block):
     local_normal = to_local(p, *normal)
     occlusion = ambient_occlusion(nearest, table, point, local_normal)
     toward = normal[0] * p["light_0"] + normal[1] * p["light_1"] + normal[2] * p["light_2"]
-    shadow = key_shadow(nearest, table, p, point, local_normal, toward, block)
+    shadow = key_shadow(nearest, table, p, point, local_normal, toward)
     wrap = torch.where((slot == SKIN) | (cover == FUR), 0.25, 0.08)
     incoming = incoming_light(p, normal, toward, wrap, shadow, occlusion)
     facing = facing.clamp(0.02, 1)  # a crease may have turned the normal away from the eye

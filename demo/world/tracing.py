@@ -1,12 +1,12 @@
 """Rays: the frames they are given in, the box that holds the things, and marching to a surface.
 
 `nearest(table, x, y, z)` gives the distance to the nearest surface and its slot, as
-distances.distance_function makes it. `block`, if not None, is the number of rows that it always gets.
+distances.distance_function makes it.
 """
 
 import torch
 
-_STEPS, _SHADOW_STEPS = 48, 12
+from demo.world.kernels import SHADOW_STEPS, STEPS, DistanceKernels
 
 
 def to_world(p, x, y, z):
@@ -33,38 +33,32 @@ def box_span(p, o, d, margin=0.0):
     return near.clamp_min(0), far
 
 
-def rows_where(active: torch.Tensor, block: int | None):
-    """Indices of the rows that have an active ray; with `block` in blocks of that many, the last
-    one padded with copies of its last row.
-    """
+def rows_where(active: torch.Tensor):
+    """Indices of the rows that have an active ray, in a list: of one tensor, or of none."""
     rows = active.any(1).nonzero().squeeze(1)
-    if not len(rows):
-        return
-    if block is None:
-        yield rows
-        return
-    for part in rows.split(block):
-        yield torch.cat([part, part[-1:].expand(block - len(part))])
+    return [rows] if len(rows) else []
 
 
-def march(nearest, table, o, d, near, far, block, soft: float | None = None):
+def march(nearest, table, o, d, near, far, soft: int = 0):
     """Sphere-trace rays from near to far in the local frame.
 
-    Returns (t, hit), distances along the rays and whether they met a surface; or with `soft`
+    Returns (t, hit), distances along the rays and whether they met a surface; or with `soft` > 0
     (t, light), the share of light that passes: the smaller `soft`, the wider the half-shadow.
     """
+    if isinstance(nearest, DistanceKernels):
+        return nearest.march(table, o, d, near, far, soft)
     t, alive = near.clone(), near < far
     light = torch.ones_like(t)
     hit = torch.zeros_like(alive)
-    steps, phase = (_STEPS, 6) if soft is None else (_SHADOW_STEPS, 4)
+    steps, phase = (SHADOW_STEPS, 4) if soft else (STEPS, 6)
     for _phase in range(0, steps, phase):
-        for rows in rows_where(alive, block):
+        for rows in rows_where(alive):
             part = table[rows]
             ro, rd = [v[rows] for v in o], [v[rows] for v in d]
             tt, ff, on, ll, hh = t[rows], far[rows], alive[rows], light[rows], hit[rows]
             for _ in range(phase):
                 distance, _slot = nearest(part, *(a + b * tt for a, b in zip(ro, rd, strict=True)))
-                if soft is None:
+                if not soft:
                     close = distance < 0.0009 * tt.clamp_min(0.5)
                     hh = hh | (on & close)
                     on = on & ~close
@@ -76,4 +70,4 @@ def march(nearest, table, o, d, near, far, block, soft: float | None = None):
                     tt = torch.where(on, tt + distance.clamp(0.025, 0.22), tt)
                 on = on & (tt < ff)
             t[rows], alive[rows], light[rows], hit[rows] = tt, on, ll, hh
-    return (t, hit) if soft is None else (t, light)
+    return (t, light) if soft else (t, hit)

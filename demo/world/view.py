@@ -40,8 +40,9 @@ def camera_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float
     centre, height, box = _figure_frame(scene) if scene.thing in GARMENTS else _thing_frame(scene)
     yaw = math.radians(scene.yaw)
     p = dict(
-        yaw_cos=math.cos(yaw), yaw_sin=math.sin(yaw), eye_y=scene.camera_height, eye_z=_DISTANCE,
-        target_y=centre, focal=2 * _DISTANCE / height * scene.zoom, shift=rng.uniform(-0.04, 0.04),
+        yaw_cos=math.cos(yaw), yaw_sin=math.sin(yaw),
+        camera_y=scene.camera_height, camera_z=_DISTANCE, target_y=centre,
+        focal=2 * _DISTANCE / height * scene.zoom, shift=rng.uniform(-0.04, 0.04),
     )  # fmt: skip
     for name, vector in zip(("box", "half"), box, strict=True):
         p |= {f"{name}_{axis}": v for axis, v in zip("xyz", vector, strict=True)}
@@ -71,10 +72,10 @@ def _thing_frame(scene: Scene):
     largest = kind_of(scene)[-1]
     animals = {"sitting": (0.29, 0.86), "lying": (0.2, 0.95), "standing": (0.34, 1.02)}
     size = 1.2 if scene.thing == "dog" else 1.0
-    frames = {"couch": (0.42, 1.9), "chair": (0.52, 1.36), "umbrella": (0.53, 1.5)}
+    frames = {"couch": (0.48, 1.95), "chair": (0.52, 1.36), "umbrella": (0.53, 1.5)}
     centre, height = frames.get(largest) or [size * v for v in animals[scene.pose]]
     box = {
-        "couch": ((0.0, 0.6, 0.12), (1.05, 0.62, 0.85)),
+        "couch": ((0.0, 0.72, 0.12), (1.05, 0.74, 0.85)),
         "chair": ((0.0, 0.62, 0.05), (0.95, 0.65, 0.6)),
         "umbrella": ((0.05, 0.6, 0.0), (0.95, 0.62, 0.65)),
         "animal": ((0.0, 0.4, 0.0), (0.58, 0.42, 0.58)),

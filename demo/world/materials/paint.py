@@ -53,7 +53,7 @@ def _on_garment(p, x, y, z, slot, colour):
     side = x.abs()
     front = (slot == MAIN) & (z > 0.02)
     closed = front & (y < 1.40) & (p["placket"] > 0)
-    zip_line = smoothstep(0.011, 0.007, side) * (1 - p["closure"])
+    zip_line = smoothstep(0.013, 0.009, side) * (1 - p["closure"])
     button = norm(x, ((y + 0.02) / 0.115 % 1.0 - 0.5) * 0.115)
     button = smoothstep(0.016, 0.012, button) * p["closure"]
     decal = (zip_line + button).clamp(0, 1) * closed
@@ -73,7 +73,9 @@ def _on_garment(p, x, y, z, slot, colour):
     colour = _over(colour, 0.5 * pocket * closed, 0.25 * colour)
     seam = smoothstep(0.008, 0.003, (y - p["hem"] - 0.03).abs())
     seam = seam * (slot == MAIN) * (p["placket"] > 0)
-    return _over(colour, 0.35 * seam, 0.3 * colour), torch.maximum(decal, shirt)
+    sewn = 0.4 * torch.maximum(seam, pocket * closed)  # shows through a film
+    decal = torch.maximum(torch.maximum(decal, shirt), sewn)
+    return _over(colour, 0.35 * seam, 0.3 * colour), decal
 
 
 def _on_face(p, x, y, z, slot, colour):
@@ -97,7 +99,8 @@ def _on_face(p, x, y, z, slot, colour):
     brow = brow * (eye_x.abs() < 0.027)
     colour = _over(colour, 0.8 * brow * skin, rgb(p, "paint_hair") * 0.6)
     curve = y - 1.458 - 7.0 * x * x
-    lips = smoothstep(0.0085, 0.005, (curve + 0.002).abs()) * smoothstep(0.036, 0.03, side)
+    full = 1 - (side / 0.036) ** 2  # thick in the middle, nothing at the corners
+    lips = smoothstep(0.0035, 0.0, (curve + 0.002).abs() - 0.0085 * full) * (full > 0)
     return _over(colour, 0.8 * lips * skin, swatch(x, "b5404a"))
 
 
@@ -118,7 +121,7 @@ def _on_fur(p, x, y, z, slot, colour):
     patch = smoothstep(0.52, 0.6, value_noise(x * 7 + p["seed"], z * 7 + y * 5, p["seed"]))
     colour = _over(colour, 0.75 * patch * fur * (~cat) * p["marks"] * (hz < 0.04), 0.4 * colour)
     muzzle = smoothstep(1.0, 0.75, norm(side / 0.05, (hy + 0.04) / 0.035)) * (hz > 0.06)
-    chest = smoothstep(1.0, 0.7, norm(x / 0.055, (y - 0.26) / 0.12))
+    chest = smoothstep(1.0, 0.7, norm(x / 0.055, (y - 0.24) / 0.12))
     chest = chest * (z > p["chest_z"] + 0.05) * (hz < 0.05)
     colour = _over(colour, 0.75 * (muzzle + chest).clamp(0, 1) * fur * p["marks"], white)
     inner = smoothstep(1.0, 0.6, norm((side - 0.076) / 0.022, (hy - 0.105) / 0.04)) * (hz > -0.02)
@@ -126,7 +129,7 @@ def _on_fur(p, x, y, z, slot, colour):
     mouth = (hy + p["nose_y"] + 0.032 - 0.5 * (side - 0.02).abs()).abs()
     mouth = smoothstep(0.005, 0.002, mouth) * (side < 0.035)
     colour = _over(colour, 0.7 * mouth * fur * (hz > 0.09), 0.2 * colour)
-    pupil_width = torch.where(cat, 0.007 + 0 * side, 0.03 + 0 * side)
-    pupil = norm((side - p["eye_x"] - 0.004) / pupil_width, (hy - p["eye_y"]) / 0.017)
+    wide, high = torch.where(cat, 0.01, 0.03), torch.where(cat, 0.021, 0.017)
+    pupil = norm((side - p["eye_x"] - 0.004) / wide, (hy - p["eye_y"]) / high)
     pupil = smoothstep(1.0, 0.8, pupil) * (slot == EYES)
     return _over(colour, pupil, swatch(x, "120d0b"))

@@ -34,14 +34,14 @@ _JOINTS = {
 # What a species has whatever its pose: radii, and distances from the middle of the head
 _SPECIES = {
     "cat": dict(
-        dog=0.0, chest_r=0.088, tail_r=0.022, skull_x=0.112, skull_y=0.092, snout=0.08,
+        dog=0.0, chest_r=0.088, tail_r=0.022, skull_x=0.118, skull_y=0.096, snout=0.08,
         snout_r0=0.045, snout_r1=0.034, ear_r0=0.05, ear_r1=0.006, nose_y=0.02, nose_z=0.112,
-        nose_r=0.009, eye_x=0.043, eye_y=0.022, eye_z=0.078, eye_r=0.024, animal_size=1.0,
+        nose_r=0.009, eye_x=0.043, eye_y=0.02, eye_z=0.078, eye_r=0.026, animal_size=1.0,
     ),
     "dog": dict(
         dog=1.0, chest_r=0.1, tail_r=0.026, skull_x=0.098, skull_y=0.098, snout=0.155,
         snout_r0=0.06, snout_r1=0.042, ear_r0=0.03, ear_r1=0.038, nose_y=0.012, nose_z=0.185,
-        nose_r=0.02, eye_x=0.043, eye_y=0.042, eye_z=0.09, eye_r=0.025, animal_size=1.15,
+        nose_r=0.02, eye_x=0.043, eye_y=0.042, eye_z=0.075, eye_r=0.021, animal_size=1.15,
     ),
 }  # fmt: skip
 
@@ -82,7 +82,8 @@ def _placement(scene: Scene, rng: np.random.Generator, size: float) -> dict[str,
     if scene.relation == "on":
         p |= dict(animal_y=0.45 if couch else 0.51, animal_z=0.12 if couch else 0.05)
         p["animal_x"] = rng.uniform(-0.3, 0.3) if couch else 0.0
-        p["animal_size"] *= 1.12 if couch else 0.85
+        # A cat can fill a couch's picture; a dog would not fit
+        p["animal_size"] *= (1.15 if scene.thing == "dog" else 1.4) if couch else 0.9
         turn *= 1.0 if couch else 0.35
     elif scene.relation == "beside":
         side = rng.choice([-1, 1])
@@ -105,7 +106,7 @@ def animal_surfaces(x, y, z, p, slot):
     x, y, z = to_animal(x, y, z, p)
     hx, hy, hz = x - p["head_x"], y - p["head_y"], z - p["head_z"]
     body = smooth_min(_trunk(x, y, z, p), _skull(hx, hy, hz, p), 0.03)
-    fur = 0.0018 * torch.sin(110 * y + 25 * x) * torch.sin(95 * x + 20 * z)
+    fur = 0.0009 * torch.sin(110 * y + 25 * x) * torch.sin(95 * x + 20 * z)
     body = body + fur * torch.sin(90 * z - 30 * y)
     r = p["nose_r"]
     nose = ellipsoid(hx, hy + p["nose_y"], hz - p["nose_z"], r * 1.3, r, r)
