@@ -83,7 +83,8 @@ DEMO = dict(
     output_dir="results/demo_rank32",
     base_model="demo/model",
     clip_model="demo/clip",
-    resolution=128,
+    guidance_scale=3.0,
+    resolution=256,
     batch_size=8,
 )
 
