@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo study test lint format clean
 
 help:
 	@echo "make demo    set up, then run the whole job on the embedded miniature model (CPU, minutes)"
+	@echo "make study   set up, then train and evaluate every arm of the study (a GPU, or a CPU and hours);"
+	@echo "             BASE_MODEL=... with that Stable Diffusion, SEEDS=42,43 with other training seeds"
 	@echo "make test    set up, then run every test (CPU, no network beyond the packages)"
 	@echo "make lint    check format and style"
 	@echo "make format  mend format and style"
@@ -28,6 +30,10 @@ demo: .venv/installed
 	@echo
 	@echo "Open this page to see what the adapter learned and what it spoiled:"
 	@echo "  $(CURDIR)/results/demo_rank32/report.html"
+
+study: .venv/installed
+	test -f processed_data/captions.jsonl || $(BIN)/python preprocess.py
+	$(BIN)/python study.py $(if $(BASE_MODEL),--base-model "$(BASE_MODEL)",--demo) $(if $(SEEDS),--seeds $(SEEDS))
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal

@@ -214,7 +214,7 @@ def judge_and_write(runs, base_pairs, margins, shown, output_dir):
         summary = analyse([run], *judged)
         if run.sweep:
             summary["sweep"] = sweep_summary(run, prompts, base_pairs, margins)
-        results.write_run(run, summary, shown)
+        results.write_run(run, summary, shown, base_pairs)
         update_model_card(run, summary, shown)
     if len(runs) > 1:
         groups = group_runs(runs)

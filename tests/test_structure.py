@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {"preprocess", "train", "inference"} | {
+SCRIPTS = {"preprocess", "train", "inference", "study"} | {
     path.stem for path in ROOT.glob("train_experiment_*.py")
 }
 LONGEST_FILE, LONGEST_SCRIPT, LONGEST_FUNCTION = 350, 400, 80
@@ -69,7 +69,7 @@ def test_the_root_holds_the_scripts_and_the_folders_that_a_user_knows():
     top = {name.split("/")[0] for name in done.stdout.splitlines()}
     assert top == {
         *(f"{script}.py" for script in SCRIPTS),
-        "data", "lora_weights", "results", "lib", "demo", "bench", "notebooks", "tests",
+        "data", "prompts", "lora_weights", "results", "lib", "demo", "bench", "notebooks", "tests",
         "requirements.txt", "requirements-dev.txt", "pyproject.toml", "Makefile",
         "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".ci", ".github", ".gitignore",
     }  # fmt: skip

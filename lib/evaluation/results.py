@@ -7,6 +7,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from lib.errors import UserError
@@ -152,8 +153,30 @@ def open_picture(path):
         raise UserError(f"{path} cannot be read as a picture: {problem}") from None
 
 
-def write_run(run, summary, shown):
-    """Write one run's pictures, figures, tables and page to its folder, whole or not at all."""
+def raw_scores(run, base_pairs):
+    """What `effects` needs beside the rows of a run's pictures, so that metrics.json alone can be judged
+    again: {"pairs", "swept"}.
+
+    `pairs` are the LPIPS between pictures of one prompt at different seeds, {"base", "lora"}: for each
+    prompt those of the seeds (0, 1), (0, 2), …, (1, 2), …. `swept` has, of each other point that was
+    drawn, its step and scale, its LoRA pictures' rows and their pairs.
+    """
+    first, second = np.triu_indices(base_pairs.shape[-1], 1)
+
+    def listed(pairs):
+        return pairs[:, first, second].astype(float).round(6).tolist()
+
+    swept = [
+        dict(point._asdict(), pictures=[row for row in part.rows if row["model"] == "lora"],
+             pairs=listed(part.pairs))
+        for point, part in run.sweep.items() if point.scale and not run.is_own(point)
+    ]  # fmt: skip
+    return dict(pairs=dict(base=listed(base_pairs), lora=listed(run.pairs)), swept=swept)
+
+
+def write_run(run, summary, shown, base_pairs):
+    """Write one run's pictures, figures, tables and page to its folder, whole or not at all; `base_pairs`
+    as for `effects`."""
     new = fresh_folder(run.target)
     prompts, seeds, count = shown["prompts"], shown["seeds"], len(shown["seeds"])
     by_prompt = [
@@ -180,7 +203,8 @@ def write_run(run, summary, shown):
     if run.points:
         choose_page.write(run, summary["sweep"], shown, new)
     record = dict(run=run.name, config=shown["config"], **shown["provenance"], adapter=run.adapter, points=list(run.points),
-                  warnings=shown["warnings"], summary=summary, pictures=run.rows)  # fmt: skip
+                  warnings=shown["warnings"], summary=summary, pictures=run.rows,
+                  **raw_scores(run, base_pairs))  # fmt: skip
     write_csv(new / "metrics.csv", run.rows)
     text = words.summary_text(summary)
     (new / "summary.md").write_text(f"# {run.name}\n\n{text}\n", encoding="utf-8")

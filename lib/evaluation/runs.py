@@ -24,6 +24,9 @@ WITHOUT_EFFECT = (
     "snapshot_every", "report_to", "wandb_project", "wandb_pictures", "push_to_hub",
 )  # fmt: skip
 
+# What config.json says of how long a run took, where.
+SPEED = ("steps_a_second", "set_up_seconds", "peak_gib_reserved", "device")
+
 
 def plan_runs(config, device):
     """What will be drawn: ([(Run, {step: Adapter})], base-model folder), all checked; the runs have no
@@ -108,7 +111,8 @@ def held_out_losses(path, steps):
 def describe(adapter):
     """What the results say of a read adapter: a dict for metrics.json.
 
-    `training` is what decides its experiment, or None where it has no config.json.
+    `training` is what decides its experiment, or None where it has no config.json; `speed` what that
+    says of the time and memory that the run took.
     """
     metadata = {
         k: v for k, v in adapter.metadata.items() if k not in ("lora_adapter_metadata", "format")
@@ -130,6 +134,7 @@ def describe(adapter):
                 learning_rate_changes=written.get("learning_rate_changes") or [],
             )  # fmt: skip
             found["held_out"] = list(data["held_out"])
+            found["speed"] = {key: written[key] for key in SPEED if key in written}
             found["metadata"] = {"seed": str(config["seed"])} | metadata
         except (ValueError, KeyError, TypeError, OSError) as problem:
             raise UserError(
