@@ -277,7 +277,8 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, mask_
         micro.prepare(upcoming)
         watch = None
         if is_main:
-            draw = preview_drawer(base_folder, unet, trained, prompts, resolution, dtype, device)
+            size = rows.commonest_size()
+            draw = preview_drawer(base_folder, unet, trained, prompts, size, dtype, device)
             watch = Watch(
                 work_folder, config, micro, probes, data, journal, first_step, prompts, draw
             )

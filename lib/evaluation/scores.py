@@ -8,7 +8,8 @@ import numpy as np
 from PIL import ImageOps
 from tqdm import tqdm
 
-from lib.dataset import Pictures, read_dataset
+from lib.config import picture_size
+from lib.dataset import Pictures, prepared_as, read_dataset
 from lib.evaluation.clip_scores import (
     concept_similarity,
     fetch_clip,
@@ -61,6 +62,7 @@ class TrainingSet:
     sha256: str
     embeddings: np.ndarray  # [m, d]
     mirrored: np.ndarray  # of the mirrored pictures
+    sizes: list = ()  # (width, height) of each
 
     def is_of(self, adapter):
         """Whether these are the pictures that `adapter`, as `describe` gives it, was trained on."""
@@ -72,7 +74,7 @@ class TrainingSet:
         return [i for i, name in enumerate(self.names) if name not in held_out]
 
 
-def load_scorer(config, prompts, device):
+def load_scorer(config, prompts, runs, device):
     """(Clip, TrainingSet), each None, and said aloud, where it is not asked for or not there."""
     if config["clip_model"] == "none":
         print("note: without a CLIP model only LPIPS is computed")
@@ -80,7 +82,7 @@ def load_scorer(config, prompts, device):
     folder = fetch_clip(config["clip_model"], config["clip_revision"])
     data_dir, rows = config["data_dir"], None
     if (Path(data_dir) / "captions.jsonl").is_file():
-        rows = read_dataset(data_dir, config["resolution"])
+        rows = read_dataset(data_dir, training_resolution(config, runs))
     else:
         print(f"note: {data_dir} holds no captions.jsonl; the concept similarity is not computed")
     clip = load_clip(folder, device)
@@ -88,7 +90,18 @@ def load_scorer(config, prompts, device):
     if not rows:
         return clip, None
     embeddings = kept_training_embeddings(rows, folder, clip)
-    return clip, TrainingSet([row.name for row in rows], Pictures(rows), rows.sha256, *embeddings)
+    names = [row.name for row in rows]
+    return clip, TrainingSet(names, Pictures(rows), rows.sha256, *embeddings, rows.sizes)
+
+
+def training_resolution(config, runs):
+    """The resolution of the training pictures, whatever size is drawn: where they kept their shapes the one that
+    they were prepared for, else that which the first of `runs` was trained at, as far as it is known."""
+    prepared, kept_shapes = prepared_as(config["data_dir"])
+    if kept_shapes:
+        return prepared
+    trained = [(run.adapter.get("training") or {}).get("resolution") for run in runs]
+    return next(filter(None, [*trained, prepared]), min(picture_size(config["resolution"])))
 
 
 def note_other_pictures(runs, training, data_dir):
@@ -172,6 +185,17 @@ def score_runs(runs, prompts, seeds, clip, training, device):
                 f"{run.name}, {point}", None, run.adapter, run.base, images
             )
             score(part, *scoring, embedded=False)
+
+
+def shape_warnings(runs, training):
+    """That no training picture has the shape of the pictures drawn, if so: sentences."""
+    if not training:
+        return []
+    width, height = runs[0].lora[0].size
+    if any(abs(w / h / (width / height) - 1) < 0.1 for w, h in training.sizes):
+        return []
+    return [f"the pictures are {width}x{height}, and no training picture has that shape: compared as squares, "
+            "they lie further from the training pictures, and copies are found less surely"]  # fmt: skip
 
 
 def prompt_pairs(images, count, device):
