@@ -235,8 +235,10 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, mask_
     work_folder = unfinished(target_folder)
     this_run = checkpoints.identity(config, rows, base_folder, accelerator)
     saved = checkpoints.latest(work_folder, say) if resume else None
+    checkpoints.check_same_everywhere(
+        this_run, saved, accelerator
+    )  # all have read before one writes
     changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
-    accelerator.wait_for_everyone()  # all have read before one writes
 
     train_indices, held_out = setup.divided(data_dir, len(rows), validation_count, seed, say)
     scheduler = setup.noise_scheduler(base_folder)

@@ -194,8 +194,8 @@ def shape_warnings(runs, training):
     width, height = runs[0].lora[0].size
     if any(abs(w / h / (width / height) - 1) < 0.1 for w, h in training.sizes):
         return []
-    return [f"the pictures are {width}x{height}, and no training picture has that shape: compared as squares, "
-            "they lie further from the training pictures, and copies are found less surely"]  # fmt: skip
+    return [f"The pictures are {width}x{height}, a shape that no training picture has: resized to squares for CLIP, "
+            "they lie further from the training pictures, and copies are found less surely."]  # fmt: skip
 
 
 def prompt_pairs(images, count, device):
