@@ -235,9 +235,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, mask_
     work_folder = unfinished(target_folder)
     this_run = checkpoints.identity(config, rows, base_folder, accelerator)
     saved = checkpoints.latest(work_folder, say) if resume else None
-    checkpoints.check_same_everywhere(
-        this_run, saved, accelerator
-    )  # all have read before one writes
+    checkpoints.check_same_everywhere(this_run, saved, accelerator)  # all have read it by then
     changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
 
     train_indices, held_out = setup.divided(data_dir, len(rows), validation_count, seed, say)
@@ -279,8 +277,7 @@ def train(*, base_model, revision, data_dir, resolution, validation_count, mask_
         micro.prepare(upcoming)
         watch = None
         if is_main:
-            size = rows.commonest_size()
-            draw = preview_drawer(base_folder, unet, trained, prompts, size, dtype, device)
+            draw = preview_drawer(base_folder, unet, trained, prompts, rows.sizes, dtype, device)
             watch = Watch(
                 work_folder, config, micro, probes, data, journal, first_step, prompts, draw
             )

@@ -106,10 +106,10 @@ def check_resolution(config, step=8, least=8, square=True):
             "shapes (preprocess.py --buckets)"
         )
     for side in sides:
-        if not least <= side <= 4096:
-            raise UserError(f"resolution is {resolution}, but must be from {least} to 4096")
         if side % step:
             raise UserError(f"resolution is {resolution}, but must be a multiple of {step}")
+        if not least <= side <= 4096:
+            raise UserError(f"resolution is {resolution}, but must be from {least} to 4096")
 
 
 def half_resolution(resolution):

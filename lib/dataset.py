@@ -6,7 +6,6 @@ names, sizes and times of change is kept in latents/pictures.json beside them.
 
 import hashlib
 import json
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,10 +46,6 @@ class Dataset:
 
     def __getitem__(self, index):
         return self.rows[index]
-
-    def commonest_size(self):
-        """(width, height) of most pictures."""
-        return Counter(self.sizes).most_common(1)[0][0]
 
     def key(self, index):
         """By what a picture is known, whatever it is called: its bytes and its size."""

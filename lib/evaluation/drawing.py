@@ -1,6 +1,7 @@
 """Pictures of the base model and of adapters on it: one pipeline, each picture from its own seed."""
 
 import math
+from collections import Counter
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -177,9 +178,9 @@ PREVIEW_SEED = 42
 NO_PREVIEWS = "--preview-every 0 draws no previews"
 
 
-def preview_drawer(folder, unet, trained, prompts, size, dtype, device):
-    """A function of a title that draws one picture a prompt of `size`, (width, height), with models in
-    training: PIL pictures. None where there are no prompts.
+def preview_drawer(folder, unet, trained, prompts, sizes, dtype, device):
+    """A function of a title that draws one picture a prompt with models in training: PIL pictures, of the
+    commonest of `sizes`, those of the pictures trained on. None where there are no prompts.
 
     `unet` and, if it is trained, `trained["text_encoder"]` (LoraParameters by component) are used as
     they lie in memory: no second UNet is loaded, only the VAE and a text encoder that is not trained.
@@ -190,7 +191,8 @@ def preview_drawer(folder, unet, trained, prompts, size, dtype, device):
     if not prompts:
         return None
     own_text = trained["text_encoder"].model if "text_encoder" in trained else None
-    jobs, resolution = [(prompt, PREVIEW_SEED) for prompt in prompts], "x".join(map(str, size))
+    jobs = [(prompt, PREVIEW_SEED) for prompt in prompts]
+    resolution = "{}x{}".format(*Counter(sizes).most_common(1)[0][0])
     with memory_for("preparing the previews", NO_PREVIEWS):
         pipeline = load_pipeline(folder, dtype, device, unet, own_text)
         at_once = pictures_at_once(len(jobs), 0, resolution, pipeline.device)
