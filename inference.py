@@ -6,6 +6,7 @@
     python inference.py --demo                                             # the embedded miniature
     python inference.py --lora-dir RUN --snapshots                         # which step to take?
     python inference.py --lora-scales 0,0.25,0.5,0.75,1                    # how much of it? (or both)
+    python inference.py --resolution 512x768                               # portraits
     python inference.py --rescore                                          # measure saved pictures
     python inference.py --score-dir BASE_FOLDER,LORA_FOLDER                # pictures drawn elsewhere
 
