@@ -6,6 +6,7 @@
     python inference.py --demo                                             # the embedded miniature
     python inference.py --lora-dir RUN --snapshots                         # which step to take?
     python inference.py --lora-scales 0,0.25,0.5,0.75,1                    # how much of it? (or both)
+    python inference.py --resolution 512x768                               # portraits
     python inference.py --rescore                                          # measure saved pictures
     python inference.py --score-dir BASE_FOLDER,LORA_FOLDER                # pictures drawn elsewhere
 
@@ -46,7 +47,7 @@ CONFIG = dict(
     seed=42,  # of the first picture; the others count up from it
     steps=28,
     guidance_scale=6.0,
-    resolution=512,  # pixels
+    resolution=512,  # pixels, or "WIDTHxHEIGHT"; each a multiple of 8
     batch_size=0,  # pictures drawn at once; 0: what the GPU's free memory holds, at most 8
     # how it is scored
     clip_model="openai/clip-vit-base-patch32",
@@ -98,7 +99,7 @@ def check_config(config):
         check_range(config, key, 1e-6, 1 - 1e-6)
     check_range(config, "seed", 0, 2**62)
     check_range(config, "guidance_scale", 0, 100)
-    check_resolution(config)
+    check_resolution(config, least=32, square=False)  # LPIPS sees nothing in fewer pixels
     if config["rescore"] and config["score_dir"]:
         raise UserError("rescore and score_dir exclude one another; give one of them")
     if config["snapshots"] and config["score_dir"]:
@@ -150,7 +151,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     elif not rescore:
         plan = plan_runs(config, device)
         runs = [run for run, _ in plan[0]]
-    clip, training = scores.load_scorer(config, prompts, device)
+    clip, training = scores.load_scorer(config, prompts, runs, device)
     scores.note_other_pictures(runs, training, data_dir)
     loaded = time.monotonic()
 
@@ -173,7 +174,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     scored = time.monotonic()
 
     # Judge, and write.
-    warnings = scores.picture_warnings(runs, prompts, seeds)
+    warnings = scores.shape_warnings(runs, training) + scores.picture_warnings(runs, prompts, seeds)
     if reason := no_change_reason(base_pairs):
         print(f"note: {reason}")
     shown = dict(prompts=prompts, seeds=seeds, warnings=warnings, provenance=provenance(device),

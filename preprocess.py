@@ -19,7 +19,7 @@ from pathlib import Path
 
 import PIL
 
-from lib.config import check_range, parse_config
+from lib.config import check_range, check_resolution, parse_config
 from lib.errors import UserError, disk_for, run_script
 from lib.files import (
     beside,
@@ -55,7 +55,7 @@ CONFIG = dict(
 
 def check_config(config):
     """Refuse values that make no sense, and folders that would eat one another."""
-    check_range(config, "resolution", 8, 4096)
+    check_resolution(config, step=1)
     if config["crop"] not in CROPS:
         raise UserError(f"crop is {config['crop']}, but must be one of {', '.join(CROPS)}")
     check_range(config, "max_megapixels", 1)

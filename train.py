@@ -222,8 +222,8 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     work_folder = unfinished(target_folder)
     this_run = checkpoints.identity(config, rows, base_folder, accelerator)
     saved = checkpoints.latest(work_folder, say) if resume else None
+    checkpoints.check_same_everywhere(this_run, saved, accelerator)  # all have read it by then
     changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
-    accelerator.wait_for_everyone()  # all have read before one writes
 
     train_indices, held_out = setup.divided(data_dir, len(rows), validation_count, seed, say)
     scheduler = setup.noise_scheduler(base_folder)
@@ -265,7 +265,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
         micro.prepare(upcoming)
         watch = None
         if is_main:
-            draw = preview_drawer(base_folder, unet, trained, prompts, resolution, dtype, device)
+            draw = preview_drawer(base_folder, unet, trained, prompts, rows.sizes, dtype, device)
             watch = Watch(work_folder, config, micro, probes, data, journal, first_step, prompts, draw)  # fmt: skip
             if not saved:
                 watch.look(0)

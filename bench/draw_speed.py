@@ -91,7 +91,7 @@ def ours(args, how, batch_size, merged=True, graph=True):
     else:
         pipeline.load_lora_weights(ROOT / args.lora_dir)
     if graph and DEVICE.type == "cuda":
-        size = how["resolution"] // pipeline.vae_scale_factor
+        size = drawing.latent_size(pipeline, how["resolution"])
         drawing.record_unet(pipeline, 2 * batch_size, size)
     drawing.draw(
         pipeline, JOBS[:batch_size], batch_size=batch_size, title="", **how | dict(steps=2)

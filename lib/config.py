@@ -1,6 +1,7 @@
 """A script's CONFIG and its command line."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def parse_config(config, description, demo=None, argv=None):
                 help=shown,
                 metavar="A,B,…",
             )
+        elif key == "resolution":
+            parser.add_argument(option, type=_resolution, help=shown, metavar="PIXELS")
         else:
             kind = str if value is None else type(value)
             parser.add_argument(option, type=kind, help=shown, metavar=kind.__name__.upper())
@@ -64,6 +67,15 @@ def _tuple_of(kind):
     return convert
 
 
+def _resolution(text):
+    """As it stands in CONFIG; what is no resolution stays as it is, for check_resolution to refuse."""
+    try:
+        width, height = picture_size(text.lower())
+    except UserError:
+        return text
+    return width if width == height else f"{width}x{height}"
+
+
 def check_range(config, key, low, high=float("inf")):
     """Raise UserError unless low <= config[key] <= high (NaN is never in range)."""
     if not low <= config[key] <= high:
@@ -71,14 +83,41 @@ def check_range(config, key, low, high=float("inf")):
         raise UserError(f"{key} is {config[key]}, but must be {bound}")
 
 
-def check_resolution(config):
-    """Raise UserError unless config["resolution"] is a size that a VAE's blocks of 8x8 pixels tile; those of
-    a base model with larger ones ask for more (check_base_model)."""
-    check_range(config, "resolution", 8, 4096)
-    if config["resolution"] % 8:
-        raise UserError(f"resolution is {config['resolution']}, but must be a multiple of 8")
+def picture_size(resolution):
+    """(width, height) in pixels of a resolution: a number, for a square, or the text "WIDTHxHEIGHT".
+
+    UserError for anything else.
+    """
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(resolution))
+    if not found:
+        raise UserError(
+            f"resolution is {resolution}, but must be a number of pixels, or WIDTHxHEIGHT as in 512x768"
+        )
+    return int(found[1]), int(found[2] or found[1])
+
+
+def check_resolution(config, step=8, least=8, square=True):
+    """Raise UserError unless the sides of config["resolution"] are multiples of `step` from `least` to 4096
+    pixels and, if `square`, one number.
+
+    Blocks of 8x8 pixels are what a VAE makes a latent of; that of a base model with larger ones asks for more
+    (check_base_model).
+    """
+    resolution = config["resolution"]
+    sides = picture_size(resolution)
+    if square and not isinstance(resolution, int):
+        raise UserError(
+            f"resolution is {resolution}, but must be one number here: pictures become squares, or keep their "
+            "shapes (preprocess.py --buckets)"
+        )
+    for side in sides:
+        if side % step:
+            raise UserError(f"resolution is {resolution}, but must be a multiple of {step}")
+        if not least <= side <= 4096:
+            raise UserError(f"resolution is {resolution}, but must be from {least} to 4096")
 
 
 def half_resolution(resolution):
-    """About half of a resolution, in whole blocks of any VAE."""
-    return max(16, resolution // 32 * 16)
+    """About half of a resolution, in whole blocks of any VAE, as text."""
+    halves = [max(16, side // 32 * 16) for side in picture_size(resolution)]
+    return "x".join(map(str, dict.fromkeys(halves)))

@@ -122,15 +122,8 @@ def picture_sizes(data_dir, rows, resolution):
 
     UserError if it was told another resolution.
     """
-    try:
-        manifest = json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))
-        if not manifest["config"]["buckets"]:
-            return [(resolution, resolution)] * len(rows)
-        prepared = manifest["config"]["resolution"]
-        said = {picture["file_name"]: tuple(picture["size"]) for picture in manifest["pictures"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return [(resolution, resolution)] * len(rows)
-    if prepared != resolution:
+    prepared, said = prepared_as(data_dir)
+    if said and prepared != resolution:
         raise UserError(
             f"{data_dir}: its pictures were prepared with --buckets for a resolution of {prepared}, not {resolution}; "
             f"add --resolution {prepared}, or run preprocess.py again with --resolution {resolution}"
@@ -141,6 +134,22 @@ def picture_sizes(data_dir, rows, resolution):
                 f"{data_dir / 'manifest.json'}: the size of {name} is no width and height in steps of 8"
             )
     return [said.get(row.name, (resolution, resolution)) for row in rows]
+
+
+def prepared_as(data_dir):
+    """(resolution, {file name: (width, height)} of the pictures whose shape was kept) as preprocess.py says in
+    manifest.json; (None, {}) where there is none of its."""
+    try:
+        manifest = json.loads((Path(data_dir) / "manifest.json").read_text(encoding="utf-8"))
+        config, pictures = manifest["config"], manifest["pictures"]
+        sizes = {
+            picture["file_name"]: tuple(picture["size"])
+            for picture in pictures
+            if config["buckets"]
+        }
+        return int(config["resolution"]), sizes
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None, {}
 
 
 def read_known(data_dir):

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 
 import transformers
 
+from lib.config import picture_size
 from lib.errors import UserError, one_line
 from lib.files import first_and_last
 from lib.provenance import ROOT
@@ -141,7 +142,7 @@ def check_base_model(folder, resolution=None):
     if not isinstance(blocks, list) or len(blocks) not in (4, 5):
         refuse("vae/config.json", f"block_out_channels is {blocks}, but must be 4 numbers or 5")
     pixels = 2 ** (len(blocks) - 1)
-    if resolution and resolution % pixels:
+    if resolution and any(side % pixels for side in picture_size(resolution)):
         raise UserError(f"resolution is {resolution}, but must be a multiple of {pixels}, the side of what "
                         f"{folder / 'vae'} makes one latent of")  # fmt: skip
 

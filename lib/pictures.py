@@ -27,25 +27,37 @@ def contact_sheet(images, titles, columns=8, side=160):
     return sheet
 
 
+def height_at(image, width):
+    """How high a PIL picture is when it is `width` pixels wide."""
+    return max(1, round(width * image.height / image.width))
+
+
+def shown(image, width):
+    """A PIL picture resized to `width` pixels, in its own shape."""
+    return image.resize((width, height_at(image, width)), Image.Resampling.LANCZOS)
+
+
 def strip(columns, prompts, side=192):
     """A table of pictures, one PIL picture: a row a prompt, a column for each of `columns`.
 
-    `columns` is {label: pictures}, a picture of any size for each of `prompts`; `side` in pixels.
+    `columns` is {label: pictures}, a picture of any size for each of `prompts`; `side` is their width in
+    pixels.
     """
     font = ImageFont.load_default(15)
     gap, line = 6, 24
     # A prompt stands above its row, which may be narrower at first.
     width = max(gap + len(columns) * (side + gap), 480)
-    sheet = Image.new("RGB", (width, line + len(prompts) * (side + gap + line)), PAPER)
+    height = max(height_at(image, side) for images in columns.values() for image in images)
+    sheet = Image.new("RGB", (width, line + len(prompts) * (height + gap + line)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, (label, pictures) in enumerate(columns.items()):
         x = gap + column * (side + gap)
         draw.text((x, 3), fit_text(label, font, side), INK, font)
         for row, (prompt, image) in enumerate(zip(prompts, pictures, strict=True)):
-            y = line + row * (side + gap + line)
+            y = line + row * (height + gap + line)
             if column == 0:
                 draw.text((x, y + 3), fit_text(prompt, font, width - 2 * gap), QUIET, font)
-            sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y + line))
+            sheet.paste(shown(image, side), (x, y + line))
     return sheet
 
 

@@ -680,12 +680,15 @@ def test_channels_last_gives_the_same_unet():
 
 
 @needs_gpu
-def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures():
+@pytest.mark.parametrize("times", [2, 3])
+def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures(times):
+    side = train.DEMO["resolution"]
+    resolution = f"{side}x{side * times // 2}"  # a square, and a portrait
     pipeline = drawing.load_pipeline(ROOT / "demo" / "model", torch.float16, "cuda")
     jobs = [("a red leather jacket", seed) for seed in range(8)]
-    how = dict(steps=8, guidance_scale=6.0, resolution=128, title="")
+    how = dict(steps=8, guidance_scale=6.0, resolution=resolution, title="")
     plain = [drawing.draw(pipeline, jobs, batch_size=size, **how) for size in (1, 8)]
-    drawing.record_unet(pipeline, 16, 16)
+    drawing.record_unet(pipeline, 16, drawing.latent_size(pipeline, resolution))
     recorded = drawing.draw(pipeline, jobs, batch_size=8, **how)
     base, batched, graph = (np.stack([np.asarray(i, np.float32) for i in images])
                             for images in (*plain, recorded))  # fmt: skip
@@ -727,7 +730,7 @@ def test_a_recorded_unet_draws_the_same_pictures(tiny_model, monkeypatch):
         return [lambda: calls.append(1) or functions[0]()]
 
     monkeypatch.setattr(drawing, "captured", counted)
-    drawing.record_unet(pipeline, 8, 8)
+    drawing.record_unet(pipeline, 8, (8, 8))
     found = drawing.draw(pipeline, jobs, guidance_scale=6.0, **how)
     assert len(calls) == 2 * 4  # two batches, each of a call more than steps
     for a, b in zip(expected, found, strict=True):

@@ -296,7 +296,8 @@ def test_mistakes_get_one_line(tmp_path):
     assert_one_line(fails("--data-dir", empty, "--output-dir", out), "no usable picture")
     assert_one_line(fails("--data-dir", empty, "--output-dir", empty / "out"), "in one another")
     assert_one_line(fails("--data-dir", empty, "--output-dir", mine), "holds files")
-    assert_one_line(fails("--resolution", "many"), "--resolution")
+    assert_one_line(fails("--resolution", "many"), "resolution is many", "WIDTHxHEIGHT")
+    assert_one_line(fails("--resolution", "64x96"), "resolution is 64x96", "--buckets")
     assert_one_line(fails("--resolution", 0), "resolution is 0")
     assert_one_line(fails("--resolutoin", 64), "--resolutoin")
     assert (mine / "letter.txt").read_text() == "keep me"

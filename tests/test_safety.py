@@ -195,24 +195,30 @@ def test_a_killed_command_goes_on_bit_for_bit(exact, uninterrupted, tmp_path):
     assert_equal_runs(tmp_path / NAME, uninterrupted)
 
 
+def training_in_two(folder, config, at=None, other=None):
+    """`training` in two processes, of which the second may have `other` settings: how both ended."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    children = []
+    for rank, mine in enumerate((config, config | (other or {}))):
+        places = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2,
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+        (folder / str(rank)).mkdir(parents=True, exist_ok=True)
+
+        def prepare(places=places):
+            os.environ.update({name: str(value) for name, value in places.items()})
+
+        children.append(start_training(folder / str(rank), mine, at, prepare))
+    return [finish(child, folder / str(rank)) for rank, child in enumerate(children)]
+
+
 def test_two_processes_go_on_bit_for_bit(exact, tmp_path):
     """Both are killed, as a launcher does with the others when it has lost one."""
 
     def train_in_two(folder, at=None):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        children = []
-        for rank in range(2):
-            places = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2,
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
-            (folder / str(rank)).mkdir(parents=True, exist_ok=True)
-
-            def prepare(places=places):
-                os.environ.update({name: str(value) for name, value in places.items()})
-
-            config = exact | dict(output_dir=folder, gradient_accumulation_steps=1)
-            children.append(start_training(folder / str(rank), config, at, prepare))
-        return [finish(child, folder / str(rank)) for rank, child in enumerate(children)]
+        return training_in_two(
+            folder, exact | dict(output_dir=folder, gradient_accumulation_steps=1), at
+        )
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     assert [done.returncode for done in train_in_two(killed, {5: kill})] == [-signal.SIGKILL] * 2

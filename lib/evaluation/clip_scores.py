@@ -1,6 +1,8 @@
 """CLIP embeddings of pictures and texts, and the scores that compare them.
 
-CLIP scores are cosines in float32, neither clamped nor scaled by 100.
+CLIP scores are cosines in float32, neither clamped nor scaled by 100. A picture that is not square is resized
+to CLIP's square with all that it shows: the processor's centre crop would pass over the head and the hem of a
+portrait (`python bench/clip_shapes.py`).
 """
 
 import hashlib
@@ -61,10 +63,13 @@ def load_clip(folder, device="cpu"):
 def image_embeddings(images, clip, batch_size=32):
     """CLIP image embeddings of unit length, float32 [n, d]."""
     device, parts = clip.model.device, []
+    process = clip.processor.image_processor
+    side = process.size.get("shortest_edge")  # to which it would resize the shorter side alone
+    size = dict(height=side, width=side) if side else process.size
     for start in range(0, len(images), batch_size):
         places = range(start, min(start + batch_size, len(images)))
         batch = [images[place].convert("RGB") for place in places]
-        pixels = clip.processor.image_processor(batch, return_tensors="pt").pixel_values.to(device)
+        pixels = process(batch, size=size, return_tensors="pt").pixel_values.to(device)
         pooled = clip.model.vision_model(pixel_values=pixels).pooler_output
         parts.append(clip.model.visual_projection(pooled))
     return unit_length(torch.cat(parts))
@@ -130,7 +135,7 @@ def kept_training_embeddings(data, folder, clip):
     """training_embeddings of a Dataset: those that an earlier run kept beside the pictures, if they are of the same
     pictures and made by the same model, that of `folder`, in the same way; else they are computed and kept."""
     made_of = [[row.sha256 for row in data], data.resolution, model_digest(folder)]
-    made_of += [version("torch"), version("transformers"), clip.model.device.type]
+    made_of += [version("torch"), version("transformers"), clip.model.device.type, "whole pictures"]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     path = data.folder / KEPT / f"embeddings_{made_of[2][:16]}.npz"
     try:

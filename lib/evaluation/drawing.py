@@ -1,6 +1,7 @@
 """Pictures of the base model and of adapters on it: one pipeline, each picture from its own seed."""
 
 import math
+from collections import Counter
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -9,7 +10,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lib import adapters
-from lib.config import half_resolution
+from lib.config import half_resolution, picture_size
 from lib.errors import UserError, memory_for
 from lib.evaluation.points import Point
 from lib.evaluation.prompts import check_prompt_lengths
@@ -74,20 +75,25 @@ def pictures_at_once(jobs, asked, resolution, device):
         most = 4
     else:
         free = torch.cuda.mem_get_info(device)[0] / 2**30 - SPARE_GIB
-        most = int(free / (PICTURE_GIB * (resolution / 512) ** 2))
+        width, height = picture_size(resolution)
+        most = int(free / (PICTURE_GIB * (width * height / 512**2)))
         most = min(8, max(1, most))
     return math.ceil(jobs / math.ceil(jobs / most))
 
 
+def latent_size(pipeline, resolution):
+    """(h, w) of the latents of a picture of `resolution`; see picture_size."""
+    width, height = picture_size(resolution)
+    return height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+
+
 @torch.no_grad()
 def record_unet(pipeline, samples, size):
-    """Let the UNet predict up to `samples` latents of size x size at once by a CUDA graph, which
+    """Let the UNet predict up to `samples` latents of `size`, (h, w), at once by a CUDA graph, which
     always computes that many. Every other call goes to the UNet itself."""
     unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
     plain, device = unet.forward, unet.device
-    latents = torch.zeros(
-        samples, unet.config.in_channels, size, size, device=device, dtype=unet.dtype
-    )
+    latents = torch.zeros(samples, unet.config.in_channels, *size, device=device, dtype=unet.dtype)
     states = torch.zeros(
         samples, tokens, unet.config.cross_attention_dim, device=device, dtype=unet.dtype
     )
@@ -132,8 +138,8 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
     the device nor on the batch. `advice` is for a GPU whose memory is too small.
     """
     images = []
-    size = resolution // pipeline.vae_scale_factor
-    shape = (pipeline.unet.config.in_channels, size, size)
+    width, height = picture_size(resolution)
+    shape = (pipeline.unet.config.in_channels, *latent_size(pipeline, resolution))
     with (
         drawing_memory(batch_size, resolution, advice),
         tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False) as bar,
@@ -155,8 +161,8 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
                 latents=torch.stack(noise).to(pipeline.device, pipeline.unet.dtype),
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
-                height=resolution,
-                width=resolution,
+                height=height,
+                width=width,
                 callback_on_step_end=progress,
                 output_type="pt",
             ).images
@@ -172,9 +178,9 @@ PREVIEW_SEED = 42
 NO_PREVIEWS = "--preview-every 0 draws no previews"
 
 
-def preview_drawer(folder, unet, trained, prompts, resolution, dtype, device):
-    """A function of a title that draws one picture a prompt with models in training: PIL pictures. None
-    where there are no prompts.
+def preview_drawer(folder, unet, trained, prompts, sizes, dtype, device):
+    """A function of a title that draws one picture a prompt with models in training: PIL pictures, of the
+    commonest of `sizes`, those of the pictures trained on. None where there are no prompts.
 
     `unet` and, if it is trained, `trained["text_encoder"]` (LoraParameters by component) are used as
     they lie in memory: no second UNet is loaded, only the VAE and a text encoder that is not trained.
@@ -186,12 +192,13 @@ def preview_drawer(folder, unet, trained, prompts, resolution, dtype, device):
         return None
     own_text = trained["text_encoder"].model if "text_encoder" in trained else None
     jobs = [(prompt, PREVIEW_SEED) for prompt in prompts]
+    resolution = "{}x{}".format(*Counter(sizes).most_common(1)[0][0])
     with memory_for("preparing the previews", NO_PREVIEWS):
         pipeline = load_pipeline(folder, dtype, device, unet, own_text)
         at_once = pictures_at_once(len(jobs), 0, resolution, pipeline.device)
         how = PREVIEW | dict(resolution=resolution, batch_size=at_once)
         if pipeline.device.type == "cuda":
-            record_unet(pipeline, 2 * at_once, resolution // pipeline.vae_scale_factor)
+            record_unet(pipeline, 2 * at_once, latent_size(pipeline, resolution))
 
     def pictures(title):
         for part in trained.values():
@@ -205,14 +212,14 @@ def preview_drawer(folder, unet, trained, prompts, resolution, dtype, device):
 
 
 @torch.no_grad()
-def probe(pipeline, size=16):
-    """Outputs of the text encoder and of the UNet at one fixed input (for the UNet, latents of size
-    x size), to tell models apart."""
+def probe(pipeline, size=(16, 16)):
+    """Outputs of the text encoder and of the UNet at one fixed input (for the UNet, latents of `size`,
+    (h, w)), to tell models apart."""
     text_encoder, unet = pipeline.text_encoder, pipeline.unet
     ids = torch.arange(77, device=pipeline.device)[None] % text_encoder.config.vocab_size
     states = text_encoder(ids)[0]
     generator = torch.Generator().manual_seed(0)
-    shape = (1, unet.config.in_channels, size, size)
+    shape = (1, unet.config.in_channels, *size)
     latents = torch.randn(shape, generator=generator).to(pipeline.device, unet.dtype)
     # A fixed text for the UNet, so that it is not moved by the text encoder's adapter.
     text = torch.randn(states.shape, generator=generator).to(pipeline.device, unet.dtype)
@@ -245,7 +252,7 @@ def ready_pipeline(config, plan, prompts, device):
     limit = pipeline.tokenizer.model_max_length
     check_prompt_lengths(prompts, pipeline.tokenizer, limit, config["base_model"])
     # For the probes and for drawing; what is compiled for one sample serves for more.
-    sizes = 16, config["resolution"] // pipeline.vae_scale_factor
+    sizes = (16, 16), latent_size(pipeline, config["resolution"])
     compile_attention(lambda: [probe(pipeline, size) for size in sizes], device)()
     base_probe = probe(pipeline)
     # Before the long part: does each fit, and does it do anything?
@@ -272,7 +279,7 @@ def draw_runs(config, plan, pipeline, prompts, seeds):
     if pipeline.device.type == "cuda":
         samples = how["batch_size"] * (2 if config["guidance_scale"] > 1 else 1)
         with drawing_memory(how["batch_size"], config["resolution"]):
-            record_unet(pipeline, samples, config["resolution"] // pipeline.vae_scale_factor)
+            record_unet(pipeline, samples, latent_size(pipeline, config["resolution"]))
     base = draw(pipeline, jobs, **how, title="base")
     for run, steps in plan[0]:
         draw_points(

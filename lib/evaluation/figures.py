@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lib.evaluation.sentences import CATEGORY_TITLES
 from lib.evaluation.words import NAMES
-from lib.pictures import INK, PAPER, QUIET, fit_text
+from lib.pictures import INK, PAPER, QUIET, fit_text, height_at, shown
 
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
 
@@ -17,15 +17,17 @@ matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
 def comparison_figure(rows, title, pairs, side=256):
     """Base and LoRA side by side: a row a prompt, `pairs` seeds in it, as one PIL picture.
 
-    `rows` are dicts with `prompt`, `category`, and `base` and `lora`, lists of PIL pictures. Rows
-    of more than four pairs are wrapped, so that a picture stays large enough to see.
+    `rows` are dicts with `prompt`, `category`, and `base` and `lora`, lists of PIL pictures; `side` is
+    the width of each in pixels. Rows of more than four pairs are wrapped, so that a picture stays large
+    enough to see.
     """
     big, small = ImageFont.load_default(22), ImageFont.load_default(15)
     gap, between, head = 6, 22, 54
     a_line = min(pairs, 4)
     lines = -(-pairs // a_line)
     width = a_line * (2 * side + gap + between) + between
-    height = head + len(rows) * (lines * (side + gap) + 34) + between
+    tall = max(height_at(image, side) for row in rows for image in row["base"] + row["lora"])
+    height = head + len(rows) * (lines * (tall + gap) + 34) + between
     figure = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(figure)
     draw.text((between, 14), fit_text(title, big, width - 2 * between), INK, big)
@@ -36,12 +38,10 @@ def comparison_figure(rows, title, pairs, side=256):
         y += 24
         for index in range(pairs):
             x = between + index % a_line * (2 * side + gap + between)
-            top = y + index // a_line * (side + gap)
+            top = y + index // a_line * (tall + gap)
             for offset, image in ((0, row["base"][index]), (side + gap, row["lora"][index])):
-                figure.paste(
-                    image.resize((side, side), Image.Resampling.LANCZOS), (x + offset, top)
-                )
-        y += lines * (side + gap) + 10
+                figure.paste(shown(image, side), (x + offset, top))
+        y += lines * (tall + gap) + 10
     return figure
 
 
@@ -54,7 +54,8 @@ def overview_figure(rows, pairs=3, side=256):
     model, on the right those of the same noise with the adapter; a row a prompt. A PIL picture.
 
     `rows` are as for `comparison_figure`; the first OVERVIEW prompts of each category are shown,
-    with `pairs` seeds each. The letters stay readable at half its size, as a README shows it.
+    with `pairs` seeds each, `side` pixels wide. The letters stay readable at half its size, as a README
+    shows it.
     """
     big, small = ImageFont.load_default(side // 7), ImageFont.load_default(side // 9)
     gap, between = side // 40, side // 6
@@ -66,13 +67,14 @@ def overview_figure(rows, pairs=3, side=256):
         for row in [row for row in rows if row["category"] == category][:most]
     ]
     width = 2 * block + 3 * between
-    figure = Image.new("RGB", (width, head + len(chosen) * (line + side) + between), PAPER)
+    tall = max(height_at(image, side) for row in chosen for image in row["base"] + row["lora"])
+    figure = Image.new("RGB", (width, head + len(chosen) * (line + tall) + between), PAPER)
     draw = ImageDraw.Draw(figure)
     right = 2 * between + block
     for x, text in ((between, "Base model"), (right, "The same noise, with the LoRA")):
         draw.text((x, between // 2), fit_text(text, big, block), INK, big)
     for number, row in enumerate(chosen):
-        y = head + number * (line + side)
+        y = head + number * (line + tall)
         kind = CATEGORY_TITLES[row["category"]].lower()
         end = width - between - small.getlength(kind)
         prompt = fit_text(f"“{row['prompt']}”", small, end - 2 * between)
@@ -81,8 +83,7 @@ def overview_figure(rows, pairs=3, side=256):
         y += line
         for left, images in ((between, row["base"]), (right, row["lora"])):
             for index, image in enumerate(images[:pairs]):
-                image = image.resize((side, side), Image.Resampling.LANCZOS)
-                figure.paste(image, (left + index * (side + gap), y))
+                figure.paste(shown(image, side), (left + index * (side + gap), y))
     return figure
 
 

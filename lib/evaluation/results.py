@@ -136,11 +136,22 @@ def read_pair(score_dir, output_dir, prompts):
                 "of both folders by the same numbers"
             )
     base, lora = ([open_picture(path) for path in paths] for paths in files)
-    for a, b, path in zip(base, lora, files[1], strict=True):
+    count = len(base) // len(prompts)
+    for index, (a, b, path) in enumerate(zip(base, lora, files[1], strict=True)):
         if a.size != b.size:
             raise UserError(f"{path} is {b.size}, its base picture {a.size}; nothing is resized")
+        first = index - index % count  # each is compared with the others of its prompt
+        if b.size != lora[first].size:
+            raise UserError(
+                f"{path} is {b.size}, {files[1][first]} of the same prompt {lora[first].size}; "
+                "nothing is resized"
+            )
+        if min(b.size) < 32:
+            raise UserError(
+                f"{path} is {b.size}, too small for LPIPS, which needs 32 pixels a side"
+            )
     run = Run(places[1].name, output_dir, {}, base, lora)
-    return [run], list(range(1, len(base) // len(prompts) + 1))
+    return [run], list(range(1, count + 1))
 
 
 def open_picture(path):

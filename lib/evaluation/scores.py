@@ -9,7 +9,8 @@ import numpy as np
 from PIL import ImageOps
 from tqdm import tqdm
 
-from lib.dataset import Pictures, read_dataset
+from lib.config import picture_size
+from lib.dataset import Pictures, prepared_as, read_dataset
 from lib.errors import UserError
 from lib.evaluation.clip_scores import (
     concept_similarity,
@@ -63,6 +64,7 @@ class TrainingSet:
     hashes: tuple  # SHA-256 of them with each column of captions that a run can have trained on
     embeddings: np.ndarray  # [m, d]
     mirrored: np.ndarray  # of the mirrored pictures
+    sizes: list = ()  # (width, height) of each
 
     def is_of(self, adapter):
         """Whether these are the pictures that `adapter`, as `describe` gives it, was trained on."""
@@ -74,7 +76,7 @@ class TrainingSet:
         return [i for i, name in enumerate(self.names) if name not in held_out]
 
 
-def load_scorer(config, prompts, device):
+def load_scorer(config, prompts, runs, device):
     """(Clip, TrainingSet), each None, and said aloud, where it is not asked for or not there."""
     if config["clip_model"] == "none":
         print("note: without a CLIP model only LPIPS is computed")
@@ -82,7 +84,7 @@ def load_scorer(config, prompts, device):
     folder = fetch_clip(config["clip_model"], config["clip_revision"])
     data_dir, rows = config["data_dir"], None
     if (Path(data_dir) / "captions.jsonl").is_file():
-        rows = read_dataset(data_dir, config["resolution"])
+        rows = read_dataset(data_dir, training_resolution(config, runs))
     else:
         print(f"note: {data_dir} holds no captions.jsonl; the concept similarity is not computed")
     clip = load_clip(folder, device)
@@ -91,10 +93,20 @@ def load_scorer(config, prompts, device):
         return clip, None
     hashes = [rows.sha256]
     with contextlib.suppress(UserError):  # where the pictures have descriptions too
-        hashes.append(read_dataset(data_dir, config["resolution"], "description").sha256)
+        hashes.append(read_dataset(data_dir, rows.resolution, "description").sha256)
     embeddings = kept_training_embeddings(rows, folder, clip)
     names = [row.name for row in rows]
-    return clip, TrainingSet(names, Pictures(rows), tuple(hashes), *embeddings)
+    return clip, TrainingSet(names, Pictures(rows), tuple(hashes), *embeddings, rows.sizes)
+
+
+def training_resolution(config, runs):
+    """The resolution of the training pictures, whatever size is drawn: where they kept their shapes the one that
+    they were prepared for, else that which the first of `runs` was trained at, as far as it is known."""
+    prepared, kept_shapes = prepared_as(config["data_dir"])
+    if kept_shapes:
+        return prepared
+    trained = [(run.adapter.get("training") or {}).get("resolution") for run in runs]
+    return next(filter(None, [*trained, prepared]), min(picture_size(config["resolution"])))
 
 
 def note_other_pictures(runs, training, data_dir):
@@ -178,6 +190,17 @@ def score_runs(runs, prompts, seeds, clip, training, device):
                 f"{run.name}, {point}", None, run.adapter, run.base, images
             )
             score(part, *scoring, embedded=False)
+
+
+def shape_warnings(runs, training):
+    """That no training picture has the shape of the pictures drawn, if so: sentences."""
+    if not training:
+        return []
+    width, height = runs[0].lora[0].size
+    if any(abs(w / h / (width / height) - 1) < 0.1 for w, h in training.sizes):
+        return []
+    return [f"The pictures are {width}x{height}, a shape that no training picture has: resized to squares for CLIP, "
+            "they lie further from the training pictures, and copies are found less surely."]  # fmt: skip
 
 
 def prompt_pairs(images, count, device):

@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 import safetensors.torch
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from lib.errors import UserError, one_line
@@ -26,6 +27,8 @@ FREE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "
         "wandb_project", "wandb_pictures", "push_to_hub", "output_dir", "run_name")  # fmt: skip
 # Those of a run that stopped at numbers that are not finite: they may be the reason.
 LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
+# Those that may be called otherwise on another machine: their hashes count.
+PLACES = ("data_dir", "base_model")
 # Packages whose version may change the numbers.
 NUMERIC = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 NAME = re.compile(r"checkpoint_(\d+)\.safetensors")
@@ -147,6 +150,25 @@ def check_same_run(state, now, folder):
             "Change that back to continue it, or add --no-resume to drop it and start anew"
         )
     return differing
+
+
+def check_same_everywhere(this_run, saved, accelerator):
+    """UserError in every process unless all, perhaps on several machines, are about to train the same run from the
+    same checkpoint: `this_run` is `identity`'s, `saved` what `latest` gave. All have read it when this returns."""
+    step = f"step {saved[1]['step']}" if saved else "none"
+    mine = {"checkpoint": step} | {k: v for k, v in this_run.items() if k not in PLACES}
+    every = gather_object([mine])
+    for process, other in enumerate(every):
+        differing = [
+            f"{key} ({every[0].get(key)} in process 0, {other.get(key)} there)"
+            for key in mine
+            if other.get(key) != every[0].get(key)
+        ]
+        if differing:
+            raise UserError(
+                f"process {process} trains something else than process 0: {'; '.join(differing)}. All machines "
+                "need the same command, packages and base model, and data_dir and output_dir in a shared folder"
+            )
 
 
 def continued(state, now, folder, say):

@@ -7,12 +7,12 @@ import numpy as np
 from PIL import Image
 
 from lib.files import write_bytes
-from lib.pictures import strip, webp
+from lib.pictures import shown, strip, webp
 
 # The widest strip, which is read into memory as a whole: of more previews as many are shown, the first
 # and the last among them, evenly spread. Each has a file of its own all the same.
 MOST_COLUMNS = 16
-LARGEST_SIDE = 256  # pixels of a picture in the strip
+LARGEST_SIDE = 256  # pixels that a picture in the strip is wide
 # The EXIF tag ImageDescription, where a preview's file says what its prompts are.
 DESCRIPTION = 0x010E
 
@@ -30,9 +30,9 @@ class Previews:
     """The previews of one run in `folder`: previews/step_001000.webp, the prompts' pictures one under the
     other, and previews.webp, steps across and prompts down.
 
-    `draw` is a function of a title that returns a PIL picture for each of `prompts`, all square and of one
-    size. A run that goes on after `first_step` keeps the previews up to there and drops later ones, which
-    its checkpoint does not know. Nothing is kept in memory: the strip is made from the files.
+    `draw` is a function of a title that returns a PIL picture for each of `prompts`, all of one size. A run
+    that goes on after `first_step` keeps the previews up to there and drops later ones, which its checkpoint
+    does not know. Nothing is kept in memory: the strip is made from the files.
     """
 
     def __init__(self, folder, draw, prompts, first_step=0):
@@ -63,16 +63,12 @@ class Previews:
         columns = {}
         for step, path in self.spread([pair for pair in self.files() if self.is_ours(pair[1])]):
             with Image.open(path) as column:
-                side = column.width
-                boxes = [(0, i * side, side, (i + 1) * side) for i in range(len(self.prompts))]
+                width, height = column.width, column.height // len(self.prompts)
+                side = min(width, LARGEST_SIDE)
+                boxes = [(0, i * height, width, (i + 1) * height) for i in range(len(self.prompts))]
                 # Made small before the next one is opened.
-                columns[f"step {step:,}"] = [
-                    column.crop(box).resize(
-                        (min(side, LARGEST_SIDE),) * 2, Image.Resampling.LANCZOS
-                    )
-                    for box in boxes
-                ]
-        return strip(columns, self.prompts, min(side, LARGEST_SIDE))
+                columns[f"step {step:,}"] = [shown(column.crop(box), side) for box in boxes]
+        return strip(columns, self.prompts, side)
 
     def is_ours(self, path):
         """Whether a file holds these prompts: those of a run that was interrupted may be others."""

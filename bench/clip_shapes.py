@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""How CLIP should see a picture that is not square, tried on the miniature's scorer (no GPU needed).
+
+    python bench/clip_shapes.py                # minutes on a CPU core, most of which is rendering
+    python bench/clip_shapes.py --scenes 40
+
+Rendered scenes with true captions are cut to portraits and landscapes that show them from edge to edge, and made into
+CLIP's square in four ways: its centre is cut out (what CLIP's processor does), all of it is resized to a square (what the
+evaluation does), or it is padded to a square, with grey or with its outermost pixels. For each way: the share of pictures
+whose nearest caption is true of them; the mean cosine to the square scene that they were cut from, less that to the
+nearest other scene (what a copy in another shape is told by); and the share of which that is above 0.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from demo import world
+from inference import DEMO
+from lib.evaluation import clip_scores
+
+SHAPES = ((3, 4), (2, 3), (9, 16), (4, 3), (3, 2), (16, 9))
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def window(image, shape):
+    """The largest part of a square picture around its middle that has a shape, (width, height)."""
+    width, height = (image.width * side // max(shape) for side in shape)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def centre(image, side):
+    return ImageOps.fit(image, (side, side), BICUBIC)
+
+
+def padded(image, side):
+    return ImageOps.pad(image, (side, side), BICUBIC, (128, 128, 128))
+
+
+def continued(image, side):
+    """Padded to a square with its outermost pixels."""
+    most = max(image.size)
+    edges = [((most - n) // 2, most - n - (most - n) // 2) for n in (image.height, image.width)]
+    pixels = np.pad(np.asarray(image), (*edges, (0, 0)), mode="edge")
+    return Image.fromarray(pixels).resize((side, side), BICUBIC)
+
+
+WAYS = {
+    "centre": centre,
+    "all of it, resized": lambda image, side: image,
+    "padded with grey": padded,
+    "padded with its edges": continued,
+}
+
+
+def measure(pictures, texts, true, scenes):
+    """The three figures of embedded pictures [n, d]; `texts` and `scenes` [n, d] are their captions' and the square
+    scenes', `true` [n, n] says which caption holds for which picture."""
+    named = true[np.arange(len(pictures)), (pictures @ texts.T).argmax(axis=1)]
+    cosines = pictures @ scenes.T
+    own = cosines.diagonal().copy()
+    np.fill_diagonal(cosines, -1)
+    margins = own - cosines.max(axis=1)
+    return named.mean(), margins.mean(), (margins > 0).mean()
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scenes", type=int, default=200)
+    count = parser.parse_args().scenes
+    rng = np.random.default_rng(5)
+    scenes = [world.sample_scene(rng, holographic=number % 6 == 0) for number in range(count)]
+    captions = [world.caption(scene, rng) for scene in scenes]
+    claims = [world.parse(caption) for caption in captions]
+    true = np.array([
+        [all(getattr(scene, key) == value for key, value in claim.items()) for claim in claims]
+        for scene in scenes
+    ])  # fmt: skip
+    clip = clip_scores.load_clip(ROOT / DEMO["clip_model"])
+    side = clip.model.config.vision_config.image_size
+    rendered = world.render(scenes, side * 3 // 2, antialias=1).numpy()
+    squares = [Image.fromarray(pixels) for pixels in rendered]
+    texts, whole = (
+        clip_scores.text_embeddings(captions, clip),
+        clip_scores.image_embeddings(squares, clip),
+    )
+
+    print(f"{count} scenes, captions found / cosine above the nearest other scene's / above 0:\n")
+    print("| shape | " + " | ".join(WAYS) + " |")
+    print("|--:|" + "--:|" * len(WAYS))
+    for shape in SHAPES:
+        cut = [window(square, shape) for square in squares]
+        cells = []
+        for way in WAYS.values():
+            seen = clip_scores.image_embeddings([way(image, side) for image in cut], clip)
+            found, margin, above = measure(seen, texts, true, whole)
+            cells.append(f"{found:.0%} / {margin:.3f} / {above:.0%}")
+        print(f"| {shape[0]}:{shape[1]} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
