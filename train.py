@@ -101,6 +101,7 @@ CONFIG = dict(
         "{caption} in the rain",
         "a cat sitting on a couch",
     ),  # on the command line a comma ends one
+    preview_guidance_scale=6.0,  # as inference.py draws by default
     snapshot_every=500,  # steps: keep the adapter (15 MB) for inference.py --snapshots; 0: the last alone
     report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
@@ -119,6 +120,7 @@ DEMO = dict(
     validate_every=100,
     checkpoint_every=200,
     preview_every=200,
+    preview_guidance_scale=3.0,  # as inference.py --demo draws
     snapshot_every=100,
 )
 
@@ -143,6 +145,7 @@ def check_config(config):
     check_range(config, "alpha", 1e-6)
     check_range(config, "seed", 0, 2**62)
     check_range(config, "mask_weight", 0, 1)
+    check_range(config, "preview_guidance_scale", 0, 100)
     for key in ("adam_beta1", "adam_beta2"):
         check_range(config, key, 0, 1 - 1e-9)
     check_resolution(config)
@@ -181,7 +184,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
           warmup_steps, batch_size, gradient_accumulation_steps, preservation_weight, preservation_every,
           preservation_per_picture, preservation_captions, gradient_checkpointing, mixed_precision, checkpoint_every,
           keep_checkpoints, resume, max_overflows, seed, log_every, validate_every, preview_every, preview_prompts,
-          snapshot_every, report_to, wandb_project, wandb_pictures):  # fmt: skip
+          preview_guidance_scale, snapshot_every, report_to, wandb_project, wandb_pictures):  # fmt: skip
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
     # Imported here, so that --help and a wrong option are answered at once.
@@ -265,7 +268,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
         micro.prepare(upcoming)
         watch = None
         if is_main:
-            draw = preview_drawer(base_folder, unet, trained, prompts, rows.sizes, dtype, device)
+            draw = preview_drawer(base_folder, unet, trained, prompts, preview_guidance_scale, rows.sizes, dtype, device)  # fmt: skip
             watch = Watch(work_folder, config, micro, probes, data, journal, first_step, prompts, draw)  # fmt: skip
             if not saved:
                 watch.look(0)

@@ -69,6 +69,7 @@ CONFIG = dict(
         "{caption} in the rain",
         "a cat sitting on a couch",
     ),  # on the command line a comma ends one
+    preview_guidance_scale=6.0,  # as inference.py draws by default
     snapshot_every=500,  # steps: keep the adapter (15 MB) for inference.py --snapshots; 0: the last alone
     report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off

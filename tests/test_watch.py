@@ -155,7 +155,10 @@ def test_a_preview_is_what_inference_draws(common, watched, tiny_model, tmp_path
     done = call("train.py", *options(**common | rates | dict(output_dir=tmp_path)))
     assert done.returncode == 0, done.stderr
     how = {key: inference.CONFIG[key] for key in ("steps", "guidance_scale")}
-    assert how == drawing.PREVIEW
+    assert how == dict(
+        steps=drawing.PREVIEW_STEPS, guidance_scale=train.CONFIG["preview_guidance_scale"]
+    )
+    assert inference.DEMO["guidance_scale"] == train.DEMO["preview_guidance_scale"]
     assert inference.CONFIG["seed"] == drawing.PREVIEW_SEED
     pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
     jobs = [(prompt, inference.CONFIG["seed"]) for prompt in ("a holographic raincoat", "a cat")]

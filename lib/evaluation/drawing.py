@@ -172,13 +172,13 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
     return images
 
 
-# How pictures are drawn while a run trains: as inference.py draws them by default, its first seed too.
-PREVIEW = dict(steps=28, guidance_scale=6.0)
+# How pictures are drawn while a run trains: as inference.py draws them by default.
+PREVIEW_STEPS = 28
 PREVIEW_SEED = 42
 NO_PREVIEWS = "--preview-every 0 draws no previews"
 
 
-def preview_drawer(folder, unet, trained, prompts, sizes, dtype, device):
+def preview_drawer(folder, unet, trained, prompts, guidance_scale, sizes, dtype, device):
     """A function of a title that draws one picture a prompt with models in training: PIL pictures, of the
     commonest of `sizes`, those of the pictures trained on. None where there are no prompts.
 
@@ -196,7 +196,7 @@ def preview_drawer(folder, unet, trained, prompts, sizes, dtype, device):
     with memory_for("preparing the previews", NO_PREVIEWS):
         pipeline = load_pipeline(folder, dtype, device, unet, own_text)
         at_once = pictures_at_once(len(jobs), 0, resolution, pipeline.device)
-        how = PREVIEW | dict(resolution=resolution, batch_size=at_once)
+        how = dict(steps=PREVIEW_STEPS, guidance_scale=guidance_scale, resolution=resolution, batch_size=at_once)  # fmt: skip
         if pipeline.device.type == "cuda":
             record_unet(pipeline, 2 * at_once, latent_size(pipeline, resolution))
 

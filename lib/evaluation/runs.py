@@ -21,7 +21,8 @@ MARKER = "metrics.json"  # the file of a results folder that is written last
 WITHOUT_EFFECT = (
     "seed", "data_dir", "output_dir", "run_name", "log_every", "validate_every", "checkpoint_every",
     "keep_checkpoints", "resume", "max_overflows", "preview_every", "preview_prompts",
-    "snapshot_every", "report_to", "wandb_project", "wandb_pictures", "push_to_hub",
+    "preview_guidance_scale", "snapshot_every", "report_to", "wandb_project", "wandb_pictures",
+    "push_to_hub",
 )  # fmt: skip
 
 # What config.json says of how long a run took, where.

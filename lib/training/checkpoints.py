@@ -23,7 +23,7 @@ from lib.provenance import code_commit
 
 # Keys of train.py's CONFIG that may differ between an interrupted run and the one that continues it.
 FREE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "resume",
-        "max_overflows", "preview_every", "preview_prompts", "snapshot_every", "report_to",
+        "max_overflows", "preview_every", "preview_prompts", "preview_guidance_scale", "snapshot_every", "report_to",
         "wandb_project", "wandb_pictures", "push_to_hub", "output_dir", "run_name")  # fmt: skip
 # Those of a run that stopped at numbers that are not finite: they may be the reason.
 LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
