@@ -5,7 +5,6 @@ import zlib
 
 import numpy as np
 
-
 ARMS = ("rank32", "rank8", "unet_only", "dora", "preservation", "varied_captions", "large_batch")
 SCALED = ("rank32", "preservation")
 SCALES = (0.25, 0.5, 0.75, 1.0)
@@ -53,7 +52,9 @@ def rows_of(does, scale, rng, noise, of_run, base):
     return rows
 
 
-def write_study(folder, seeds=(1, 2, 3, 4, 5, 6), noise=0.003, of_runs=0.002, scales=SCALES, **arms):
+def write_study(
+    folder, seeds=(1, 2, 3, 4, 5, 6), noise=0.003, of_runs=0.002, scales=SCALES, **arms
+):
     """Write a study into `folder`; `arms` are {arm: what differs from PLAIN}. `noise` is a picture's, `of_runs`
     a run's own share."""
     base = np.random.default_rng(0).normal(0.4, 0.01, (len(PROMPTS), SEEDS, 2))
@@ -64,7 +65,9 @@ def write_study(folder, seeds=(1, 2, 3, 4, 5, 6), noise=0.003, of_runs=0.002, sc
             rng = np.random.default_rng(zlib.crc32(name.encode()))
             shift = of_runs * rng.standard_normal()
             own = rows_of(does, 1.0, rng, noise, shift, base)
-            write(folder / f"seed{seed}" / name, record(name, arm, seed, does, own, base_pairs, rng))
+            write(
+                folder / f"seed{seed}" / name, record(name, arm, seed, does, own, base_pairs, rng)
+            )
             if arm in SCALED:
                 swept = []
                 for scale in scales:

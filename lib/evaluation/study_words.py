@@ -119,8 +119,8 @@ def claims_table(claims):
     for claim in claims:
         whose = f"“{claim['words']}”" if claim["words"] else "ours"
         rests_on = "; ".join(telling(part) for part in claim["parts"]) or " ".join(claim["notes"])
-        rows.append([f"{claim['number']}. {claim['title']}", whose, rests_on, f"**{verdict_text(claim)}**",
-                     f"[picture]({claim['figure']})"])  # fmt: skip
+        figure = f"[picture]({claim['figure']})" if claim["parts"] else "–"
+        rows.append([f"{claim['number']}. {claim['title']}", whose, rests_on, f"**{verdict_text(claim)}**", figure])  # fmt: skip
     return rows
 
 
