@@ -278,6 +278,7 @@ def test_runs_to_tell_is_about_the_number_that_tells_in_80_percent(effect, margi
 def test_runs_to_tell_where_no_number_of_runs_does():
     values = simulate(np.random.default_rng(3), 1, 5, 4, 0.1, 5, 0.1, effect=0.5)[0]
     assert statistics.runs_to_tell(values, 0.1) is None  # the sampling seeds alone vary too much
+    assert statistics.runs_to_tell(values, 0.1, seeds=8000) is not None
     assert statistics.runs_to_tell(values[:1], 0.1) is None
     assert statistics.runs_to_tell(np.ones((3, 8)), 0.1) == 2
 

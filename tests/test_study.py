@@ -333,6 +333,18 @@ def test_what_cannot_be_told_names_a_number_of_training_seeds(tmp_path):
     assert verdicts(made(tmp_path / "many", seeds=2 * needed, **noisy))[1, TAUGHT] != "undecided"
 
 
+def test_where_sampling_seeds_are_what_is_missing_their_number_is_told():
+    rng = np.random.default_rng(0)
+    values = 0.01 + 0.04 * rng.standard_normal((1, SEEDS)) + 0.002 * rng.standard_normal((6, SEEDS))
+    row = dict(margin=0.02, runs=6)
+    found = study_claims.deciding(row, values, 27)
+    seeds = int(re.search(r"of (\d+) sampling seeds", found["text"])[1])
+    assert seeds > SEEDS and found["training_seeds"] > 6
+    assert study_claims.deciding(row, 10 * values, 27)["training_seeds"] is not None
+    row = dict(margin=1e-9, runs=6)
+    assert study_claims.deciding(row, values - values.mean(), 27)["training_seeds"] is None
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_training_seeds_claim_nothing(seeds, tmp_path):
     found = verdicts(made(tmp_path / "study", seeds=seeds, of_runs=0.0, noise=1e-4, unet_only=dict(near=(0.3, 0.9))))  # fmt: skip

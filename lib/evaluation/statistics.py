@@ -254,18 +254,20 @@ def runs_to_decide(values, margin, alpha=0.05, power=0.8):
     return fewest(enough)
 
 
-def runs_to_tell(values, margin=None, alpha=0.05, power=0.8):
+def runs_to_tell(values, margin=None, alpha=0.05, power=0.8, seeds=None):
     """Training runs with which `power` of studies tell that the mean is not 0 or, with a `margin`, that it
     lies within ±`margin`, whichever takes fewer, if the true mean is that of `values` [runs, seeds].
 
-    Both are tested at `alpha`. None if 1,000 runs would not do, and with fewer than two runs.
+    Both are tested at `alpha`, with `seeds` sampling seeds, as many as there are if None. None if 1,000 runs
+    would not do, and with fewer than two runs.
     """
-    mean, squares, runs, seeds = one_study(values)
+    mean, squares, runs, drawn = one_study(values)
+    seeds = seeds or drawn
     if runs < 2:
         return None
     if not squares.any():
         return 2
-    variances = estimated_variances(squares[0], runs, seeds)
+    variances = estimated_variances(squares[0], runs, drawn)
 
     def enough(number):
         again, error = repetitions(variances, number, seeds)

@@ -260,8 +260,12 @@ def deciding(row, values, tests):
     runs, seeds = values.shape
     if runs < FEWEST_RUNS:
         return dict(training_seeds=5, text="five training seeds would tell how much runs differ")
-    needed = runs_to_tell(values, row["margin"], 0.05 / tests)
-    if needed is None:
-        return dict(training_seeds=None, text=f"more sampling seeds than {seeds} would decide")
-    needed = max(needed, runs + 1)
-    return dict(training_seeds=needed, text=f"about {needed} training seeds would decide")
+    for more in (seeds, 2 * seeds, 4 * seeds, 8 * seeds):
+        needed = runs_to_tell(values, row["margin"], 0.05 / tests, seeds=more)
+        if needed is not None:
+            needed = max(needed, runs + 1)
+            drawn = f" of {more} sampling seeds" if more != seeds else ""
+            return dict(
+                training_seeds=needed, text=f"about {needed} training seeds{drawn} would decide"
+            )
+    return dict(training_seeds=None, text="no study of this kind would decide")

@@ -13,8 +13,8 @@ QUIET = dict(
 
 
 def most_of(decides):
-    """Of what would decide several comparisons, that which takes most, or None; more sampling seeds take
-    more than any number of training seeds."""
+    """Of what would decide several comparisons, that which takes most, or None; what no number of training
+    seeds decides takes more than any."""
     ranked = sorted(decides, key=lambda found: found["training_seeds"] or np.inf)
     return ranked[-1] if ranked else None
 
