@@ -382,20 +382,25 @@ def simulated_blocks(rng, trials, training_seeds, adapters=6, prompts=5):
     return change, moved
 
 
-def test_the_interval_of_the_correlation_holds_the_truth():
-    """And one that counts points as independent does not."""
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("training_seeds", [3, 5, 8])
+def test_the_interval_of_the_correlation_holds_the_truth(training_seeds):
+    """And one that counts points as independent does not. `-s` prints both."""
+    rng, trials = np.random.default_rng(0), 1000
     ceilings = np.ones((5, SEEDS, SEEDS)) - np.eye(SEEDS)
-    z = [rank_correlations(*pair, ceilings).mean() for pair in zip(*simulated_blocks(rng, 400, 5), strict=True)]  # fmt: skip
-    truth = np.mean(z)
+    blocks = zip(*simulated_blocks(rng, trials, training_seeds), strict=True)
+    truth = np.mean([rank_correlations(*pair, ceilings).mean() for pair in blocks])
     covered, naive = [], []
-    for change, moved in zip(*simulated_blocks(rng, 400, 5), strict=True):
+    for change, moved in zip(*simulated_blocks(rng, trials, training_seeds), strict=True):
         found = mean_interval(rank_correlations(change, moved, ceilings))
         covered.append(found["low"] <= truth <= found["high"])
         points = stats.spearmanr(change.mean(-1).ravel(), moved.mean(-1).ravel())[0]
-        naive.append(abs(np.arctanh(points) - truth) < 1.96 * 1.03 / np.sqrt(change[..., 0].size - 3))  # fmt: skip
-    assert 0.95 - 1.65 * np.sqrt(0.05 * 0.95 / 400) <= np.mean(covered)
-    assert np.mean(naive) < 0.85
+        half = 1.96 * 1.03 / np.sqrt(change[..., 0].size - 3)
+        naive.append(abs(np.arctanh(points) - truth) < half)
+    print(
+        f"\n{training_seeds} training seeds: {np.mean(covered):.1%}, counting points {np.mean(naive):.1%}"
+    )
+    assert 0.93 <= np.mean(covered)
+    assert np.mean(naive) < 0.75
 
 
 def test_the_correlation_is_spearmans_over_all_adapters_and_prompts(tmp_path):
