@@ -11,7 +11,8 @@ lora_weights/study/seed42/rank32_seed42 and so on, and evaluates the seven toget
 into results/study/seed42; the arms that the question of preservation is about are drawn again with less
 of the adapter, into results/study/scales_seed42. A stop leaves whole seeds behind and one that is under
 way; the same command goes on there. What one process trains and draws is no other's: several can each take
-some of the seeds.
+some of the seeds. At the end, and when everything is there already, results/study/ gets report.html,
+claims.md, study.json and figures over all whole seeds in it, from the metrics.json files alone.
 """
 
 import json
@@ -37,6 +38,7 @@ CONFIG = dict(
     seeds=(42, 43, 44, 45, 46),  # training seeds; fewer than three claim nothing
     sampling_seeds=8,  # pictures a prompt
     scales=(0.2, 0.4, 0.6, 0.8, 1.0),  # that the arms of SCALED are drawn with
+    page=True,  # write report.html, claims.md, study.json and figures over all whole seeds in output_dir
     max_steps=None,  # for a trial: so many for each arm, without warm-up, and `lora_dir` and `output_dir` get an ending
 )
 
@@ -236,6 +238,16 @@ def study(config, prompts):
     write_strips(config, prompts)
 
 
+def write_page(config):
+    """Judge all whole seeds and write the page; say what was found."""
+    from lib.evaluation.study_page import write_study
+    from lib.evaluation.study_words import sentence
+
+    claims = write_study(config["output_dir"], ARMS, SCALED)
+    print("\n" + "\n".join(sentence(claim) for claim in claims))
+    print(f"\nopen {Path(config['output_dir']) / 'report.html'}")
+
+
 def main():
     config = parse_config(CONFIG, __doc__, demo=DEMO)
     prompts = check_config(config)
@@ -244,6 +256,8 @@ def main():
             config[key] += f"_{config['max_steps']}_steps"
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # the scripts' words in order with these
     study(config, prompts)
+    if config["page"]:
+        write_page(config)
 
 
 if __name__ == "__main__":

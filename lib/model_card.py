@@ -81,8 +81,29 @@ def recipe(config, prediction_type):
                       f"weight decay {config['adam_weight_decay']:g}"),
         ("resolution, precision", f"{config['resolution']}, {config['mixed_precision']}"),
         ("prediction", prediction_type),
+        *special(config),
         ("seed", config["seed"]),
     ]  # fmt: skip
+
+
+def special(config):
+    """What of a configuration goes beyond the plain recipe, as rows of `recipe`."""
+    rows = []
+    if config["dora"]:
+        rows.append(("kind", "DoRA: each output's norm is trained beside LoRA's factors"))
+    if config["caption_from"] != "text":
+        rows.append(("captions", f"each picture's own {config['caption_from']}"))
+    if config["mask_weight"] < 1:
+        rows.append(("outside the masks", f"the loss counts {config['mask_weight']:g} times"))
+    if config["preservation_weight"]:
+        often = config["preservation_every"]
+        steps = "every step" if often == 1 else f"one step in {often}"
+        rows.append((
+            "preservation",
+            f"held to the base model's predictions under {len(config['preservation_captions'])} other captions: weight "
+            f"{config['preservation_weight']:g}, {config['preservation_per_picture']} a picture, {steps}",
+        ))  # fmt: skip
+    return rows
 
 
 def update_card(folder, section, widget, files):

@@ -74,6 +74,27 @@ def test_the_base_model_is_linked_or_told_by_name(trained):
     assert "/home/anna" not in single
 
 
+def test_the_recipe_tells_what_goes_beyond_the_plain_one(trained):
+    """A row for each key that differs, and none where it does not."""
+
+    def text(**changes):
+        config, data = record_of(trained / NAME, **changes)
+        return model_card.card_text(config, data, "epsilon")
+
+    def more(**changes):
+        return sorted(set(text(**changes).splitlines()) - set(text().splitlines()))
+
+    [first, kind] = more(dora=True)
+    assert first.startswith("A DoRA adapter (rank 4)") and kind.startswith("| kind | DoRA")
+    assert more(caption_from="description") == ["| captions | each picture's own description |"]
+    assert more(mask_weight=0.2) == ["| outside the masks | the loss counts 0.2 times |"]
+    held = dict(preservation_captions=["a coat", "a hat"], preservation_per_picture=2)
+    [row] = more(preservation_weight=4.0, preservation_every=3, **held)
+    assert row == ("| preservation | held to the base model's predictions under 2 other captions: weight 4, "
+                   "2 a picture, one step in 3 |")  # fmt: skip
+    assert more(**held) == more(mask_weight=1.0) == []  # captions without a weight do nothing
+
+
 def test_nobodys_words_break_the_card(trained):
     config, data = record_of(trained / NAME)
     caption = '`; "x": y\n---\n# head <b>'

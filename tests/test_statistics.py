@@ -256,6 +256,33 @@ def test_variances_are_estimated_too_low_as_often_as_too_high():
     np.testing.assert_allclose((found > variances).mean(axis=0), 0.5, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("effect", "margin"), [(0.0, 0.7), (0.7, 0.7), (1.5, None), (1.5, 0.7), (0.2, 0.9)]
+)
+def test_runs_to_tell_is_about_the_number_that_tells_in_80_percent(effect, margin):
+    """Difference or equivalence, whichever comes first, at the truth that the study appears to show."""
+    rng = np.random.default_rng(1)
+    numbers = []
+    for values in simulate(rng, 41, 12, 8, 1, 0.3, 0.3):
+        values = values - values.mean() + effect  # as spread as studies are, its mean the truth
+        numbers.append(statistics.runs_to_tell(values, margin) or np.inf)
+    number = int(np.median(numbers))
+    told = []
+    for values in simulate(rng, 400, number, 8, 1, 0.3, 0.3, effect=effect):
+        p = statistics.mean_interval(values)["p"]
+        same = margin is not None and statistics.equivalence(values, margin)["p"] < 0.05
+        told.append(p < 0.05 or same)
+    assert 0.7 <= np.mean(told) <= 0.93
+
+
+def test_runs_to_tell_where_no_number_of_runs_does():
+    values = simulate(np.random.default_rng(3), 1, 5, 4, 0.1, 5, 0.1, effect=0.5)[0]
+    assert statistics.runs_to_tell(values, 0.1) is None  # the sampling seeds alone vary too much
+    assert statistics.runs_to_tell(values, 0.1, seeds=8000) is not None
+    assert statistics.runs_to_tell(values[:1], 0.1) is None
+    assert statistics.runs_to_tell(np.ones((3, 8)), 0.1) == 2
+
+
 def test_runs_to_decide_is_the_smallest_number_that_decides_in_80_percent():
     values = simulate(np.random.default_rng(11), 1, 5, 8, 1, 0.3, 0.3)[0]
     variances = statistics.estimated_variances(statistics.sums_of_squares(values[None])[0], 5, 8)

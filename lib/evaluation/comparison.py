@@ -32,6 +32,60 @@ def paired(a, b):
     return a, b, bool(shared), sorted(every - {run.name for run in (*a, *b)})
 
 
+def difference(values, margin, **names):
+    """One comparison, not yet answered: (`names` with the figures of a difference, `values`).
+
+    `values` [runs, seeds] are second minus first, paired.
+    """
+    same = equivalence(values, margin)
+    return dict(names, margin=margin, **mean_interval(values), equivalence=same), values
+
+
+def differences(pairs, compared, prompts, base_pairs, margins):
+    """The comparisons of experiments that are asked for, as `difference` gives them: a list.
+
+    `pairs` are ((name, runs), (name, runs)), `compared` (score, category)s; what was not measured is
+    left out.
+    """
+    found = []
+    for (first, a), (second, b) in pairs:
+        a, b, by_seed, left_out = paired(a, b)
+        one, two = (effects(group, prompts, base_pairs) for group in (a, b))
+        for key, category in compared:
+            chosen = members(prompts, category)
+            if key in one and chosen:
+                values = (two[key] - one[key])[:, chosen].mean(axis=1)
+                found.append(difference(values, margins[key], first=first, second=second, metric=key,
+                                        category=category, paired_by_training_seed=by_seed, left_out=left_out))  # fmt: skip
+    return found
+
+
+def decided_by(row, values, tests):
+    """What would decide a comparison, one of `tests`: a sentence or two."""
+    if row["runs"] in TOO_FEW_RUNS:
+        few = TOO_FEW_RUNS[row["runs"]]
+        return few[0].upper() + few[1:]
+    return deciding_text(values, row["margin"], tests)
+
+
+def answered(found, decided_by=decided_by):
+    """The rows of comparisons (a list from `difference`) with their answers, corrected for their number;
+    an undecided one with what `decided_by` says of it."""
+    rows = [row for row, _ in found]
+    for (row, values), p, same in zip(found, holm([row["p"] for row in rows]),
+                                      holm([row["equivalence"]["p"] for row in rows]), strict=True):  # fmt: skip
+        row["p_holm"], row["equivalence"]["p_holm"] = float(p), float(same)
+        row["answer"] = "undecided"
+        if row["runs"] >= FEWEST_RUNS:
+            if p < 0.05:
+                row["answer"] = "higher" if row["mean"] > 0 else "lower"
+            if same < 0.05:
+                row["answer"] = "equivalent"
+        if row["answer"] == "undecided":
+            row["decides"] = decided_by(row, values, len(rows))
+    return rows
+
+
 def compare(groups, prompts, base_pairs, margins):
     """Every pair of experiments on the same prompts and seeds: a list of dicts.
 
@@ -41,30 +95,5 @@ def compare(groups, prompts, base_pairs, margins):
     difference within the margin is certain) or undecided, then with `decides`, what would decide it.
     With fewer than FEWEST_RUNS training runs nothing is claimed.
     """
-    rows, arrays = [], []
-    for (first, a), (second, b) in itertools.combinations(groups.items(), 2):
-        a, b, by_seed, left_out = paired(a, b)
-        one, two = (effects(group, prompts, base_pairs) for group in (a, b))
-        for key, category in COMPARED:
-            chosen = members(prompts, category)
-            if key in one and chosen:
-                values = (two[key] - one[key])[:, chosen].mean(axis=1)
-                margin = margins[key]
-                arrays.append(values)
-                rows.append(dict(first=first, second=second, metric=key, category=category,
-                                 paired_by_training_seed=by_seed, left_out=left_out, margin=margin,
-                                 **mean_interval(values), equivalence=equivalence(values, margin)))  # fmt: skip
-    for row, values, p, same in zip(rows, arrays, holm([row["p"] for row in rows]),
-                                    holm([row["equivalence"]["p"] for row in rows]), strict=True):  # fmt: skip
-        row["p_holm"], row["equivalence"]["p_holm"] = float(p), float(same)
-        row["answer"] = "undecided"
-        if row["runs"] >= FEWEST_RUNS:
-            if p < 0.05:
-                row["answer"] = "higher" if row["mean"] > 0 else "lower"
-            if same < 0.05:
-                row["answer"] = "equivalent"
-        if row["answer"] == "undecided":
-            few = TOO_FEW_RUNS.get(row["runs"])
-            text = few[0].upper() + few[1:] if few else ""
-            row["decides"] = text or deciding_text(values, row["margin"], len(rows))
-    return rows
+    pairs = itertools.combinations(groups.items(), 2)
+    return answered(differences(pairs, COMPARED, prompts, base_pairs, margins))

@@ -251,6 +251,39 @@ def runs_to_decide(values, margin, alpha=0.05, power=0.8):
         room = margin - half_widths(again, number, seeds, alpha)
         return np.maximum(2 * special.ndtr(room / error) - 1, 0).mean() >= power
 
+    return fewest(enough)
+
+
+def runs_to_tell(values, margin=None, alpha=0.05, power=0.8, seeds=None):
+    """Training runs with which `power` of studies tell that the mean is not 0 or, with a `margin`, that it
+    lies within ±`margin`, whichever takes fewer, if the true mean is that of `values` [runs, seeds].
+
+    Both are tested at `alpha`, with `seeds` sampling seeds, as many as there are if None. None if 1,000 runs
+    would not do, and with fewer than two runs.
+    """
+    mean, squares, runs, drawn = one_study(values)
+    seeds = seeds or drawn
+    if runs < 2:
+        return None
+    if not squares.any():
+        return 2
+    variances = estimated_variances(squares[0], runs, drawn)
+
+    def enough(number):
+        again, error = repetitions(variances, number, seeds)
+        half = half_widths(again, number, seeds, alpha / 2)
+        found = special.ndtr((abs(mean) - half) / error).mean()
+        if margin is not None:
+            room = margin - half_widths(again, number, seeds, alpha)
+            within = special.ndtr((room - mean) / error) - special.ndtr((-room - mean) / error)
+            found = max(found, np.maximum(within, 0).mean())
+        return found >= power
+
+    return fewest(enough)
+
+
+def fewest(enough):
+    """The smallest number from 2 to MOST_RUNS for which `enough`, or None; it is monotone."""
     few, many = 1, MOST_RUNS  # too few, and enough
     if not enough(many):
         return None

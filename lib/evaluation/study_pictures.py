@@ -2,6 +2,7 @@
 
 from lib.evaluation.prompts import CATEGORIES, members
 from lib.evaluation.results import open_picture, picture_paths
+from lib.evaluation.study_words import arm_name
 from lib.files import write_bytes
 from lib.pictures import strip, webp
 
@@ -17,7 +18,7 @@ def write_strip(path, folders, prompts, sampling_seed):
     """
     chosen = [i for name in CATEGORIES for i in members(prompts, name)[:SHOWN]]
     columns = {"base model": (next(iter(folders.values())), "base")}
-    columns |= {arm.replace("_", " "): (folder, "lora") for arm, folder in folders.items()}
+    columns |= {arm_name(arm): (folder, "lora") for arm, folder in folders.items()}
     paths = {}
     for title, (folder, kind) in columns.items():
         every = picture_paths(folder, prompts, [sampling_seed], [kind])

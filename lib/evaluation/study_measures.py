@@ -1,0 +1,189 @@
+"""What the study measures beyond differences of two arms: whether change tells contamination, two arms
+at equal concept, columns that are equal to the last digit, and times."""
+
+import numpy as np
+from scipy import stats
+
+from lib.evaluation.effects import grid
+from lib.evaluation.lpips_distances import pair_mean
+from lib.evaluation.prompts import members
+from lib.evaluation.statistics import jackknife
+
+BASELINE, HELD = "rank32", "preservation"
+# What is compared at equal concept: (score, category).
+AT_EQUAL = (
+    ("change", "near"),
+    ("concept_similarity", "near"),
+    ("change", "failure"),
+    ("concept_similarity", "failure"),
+)
+
+
+def concept_moved(runs, prompts):
+    """How far each picture moved toward the training pictures: [runs, prompts, seeds]."""
+    found = [[grid(r, "concept_similarity", model, prompts) for model in ("lora", "base")] for r in runs]  # fmt: skip
+    return np.stack([lora - base for lora, base in found])
+
+
+def distances(runs, prompts):
+    """LPIPS of each picture to the base's: [runs, prompts, seeds]."""
+    return np.stack([grid(run, "lpips", "lora", prompts) for run in runs])
+
+
+def ceiling(base_pairs, kept):
+    """LPIPS between base pictures of a prompt at different seeds of `kept`: [prompts]."""
+    return pair_mean(base_pairs[:, kept][:, :, kept])
+
+
+def adapters(study):
+    """Every adapter that was drawn: [runs of each training seed], an arm as it is or with a scale below 1."""
+    less = [runs for points in study.scaled.values() for scale, runs in points.items() if scale != 1]  # fmt: skip
+    return [*study.arms.values(), *less]
+
+
+def change_and_movement(study, category):
+    """(change, movement toward the concept) of every adapter and prompt of a category over all sampling
+    seeds: two arrays [training seeds, adapters, prompts]."""
+    chosen = members(study.prompts, category)
+    every = np.arange(len(study.sampling_seeds))
+    return points_at(*raw_points(study, chosen), study.base_pairs[chosen], every)
+
+
+def raw_points(study, chosen):
+    """LPIPS and movement of every picture: two arrays [training seeds, adapters, prompts, seeds]."""
+    found = adapters(study)
+    moved = np.stack([concept_moved(runs, study.prompts)[:, chosen] for runs in found], axis=1)
+    return np.stack([distances(runs, study.prompts)[:, chosen] for runs in found], axis=1), moved
+
+
+def points_at(lpips, moved, base_pairs, kept):
+    return lpips[..., kept].mean(axis=-1) / ceiling(base_pairs, kept), moved[..., kept].mean(axis=-1)  # fmt: skip
+
+
+def rank_correlations(lpips, moved, base_pairs):
+    """Spearman's rank correlation of change and movement toward the concept over all adapters and
+    prompts, once a training seed, as Fisher's z: [training seeds, sampling seeds], for `mean_interval`.
+
+    `lpips` and `moved` are [training seeds, adapters, prompts, sampling seeds].
+
+    Points are not independent: those of one run share its weights, those of one training seed its
+    noise and order of pictures, and all training seeds the noise that they are drawn from. So no interval
+    that counts points may be used. Arms, scales and prompts are the ones that are named; a training
+    seed is the unit that is drawn at random, and all its adapters together give one correlation. These
+    are as many independent values as there are training seeds. They share the sampling seeds, whose part
+    the jackknife's values carry, and the two crossed factors are those of statistics.py. (A bootstrap over
+    training seeds counts the same units, but covers 77% with three of them, see there.)
+    """
+
+    def z(kept):
+        change, movement = points_at(lpips, moved, base_pairs, kept)
+        ranks = (stats.rankdata(v.reshape(len(v), -1), axis=1) for v in (change, movement))
+        x, y = (r - r.mean(axis=1, keepdims=True) for r in ranks)
+        spread = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+        found = (x * y).sum(axis=1) / np.where(spread > 0, spread, 1)
+        return np.arctanh(np.clip(found, -1 + 1e-9, 1 - 1e-9))
+
+    return jackknife(z, lpips.shape[-1])
+
+
+def raw_curves(study, arm):
+    """(scales, LPIPS, movement toward the concept) of an arm's pictures: [scales] and twice [training
+    seeds, scales, prompts, sampling seeds]."""
+    points = sorted(study.scaled[arm].items())
+    moved = np.stack([concept_moved(runs, study.prompts) for _, runs in points], axis=1)
+    lpips = np.stack([distances(runs, study.prompts) for _, runs in points], axis=1)
+    return [scale for scale, _ in points], lpips, moved
+
+
+def curves(study, raw, kept):
+    """Over the scales of an arm, the base model first: {"scale": [scales], (score, category): [training
+    seeds, scales]}, over the sampling seeds `kept`; `raw` is from `raw_curves`."""
+    scales, lpips, moved = raw
+    change, movement = points_at(lpips, moved, study.base_pairs, kept)
+    values = dict(concept_similarity=movement, change=change)
+    found = {"scale": np.array([0.0, *scales])}
+    for key, category in (("concept_similarity", "success"), *AT_EQUAL):
+        line = values[key][..., members(study.prompts, category)].mean(axis=-1)
+        found[key, category] = np.pad(line, ((0, 0), (1, 0)))  # the base model has moved nowhere
+    return found
+
+
+def reached(level, concept, others):
+    """`others` [k, scales] where `concept` [scales] first reaches `level`, between two scales on a
+    straight line: [k]."""
+    after = int(np.argmax(concept >= level))
+    if after == 0:
+        return others[:, 0]
+    low, high = concept[after - 1], concept[after]
+    share = (level - low) / (high - low)
+    return others[:, after - 1] + share * (others[:, after] - others[:, after - 1])
+
+
+def at_equal_concept(study):
+    """The two arms of the question of preservation where both have the same concept similarity on success
+    prompts: a dict of arrays [training seeds, sampling seeds] for `mean_interval`, or None.
+
+    Lowering an adapter's scale also trades the concept for what is kept, so two arms are compared at equal
+    concept: for each training seed at the greatest that both reach, each interpolated over its scales.
+    (score, category) are HELD minus BASELINE there; "log change near" and so on the logarithm of the ratio
+    of their changes; "level" that concept similarity; "scale rank32" and so on how much of each adapter that
+    is. Everything is computed again without each sampling seed (jackknife), so that the interval
+    holds the error of the interpolation too. None where an arm moves its success prompts nowhere.
+    """
+    keys = [*AT_EQUAL, "scale"]
+    names = [*AT_EQUAL, *(f"log change {c}" for c in ("near", "failure")), "level",
+             *(f"scale {arm}" for arm in (BASELINE, HELD))]  # fmt: skip
+    raw = [raw_curves(study, arm) for arm in (BASELINE, HELD)]
+
+    def measured(kept):
+        arms = [curves(study, points, kept) for points in raw]
+        taught = [arm["concept_similarity", "success"] for arm in arms]
+        levels = np.minimum(*(line.max(axis=1) for line in taught))
+        rows = []
+        for seed, level in enumerate(levels):
+            ends = []
+            for arm, line in zip(arms, taught, strict=True):
+                others = np.stack([arm[k] if k == "scale" else arm[k][seed] for k in keys])
+                ends.append(dict(zip(keys, reached(level, line[seed], others), strict=True)))
+            one, two = ends
+            ratios = [np.log(max(two["change", c], 1e-9) / max(one["change", c], 1e-9)) for c in ("near", "failure")]  # fmt: skip
+            rows.append([*(two[k] - one[k] for k in AT_EQUAL), *ratios, level, one["scale"], two["scale"]])  # fmt: skip
+        return np.array(rows).T
+
+    every = np.arange(len(study.sampling_seeds))
+    if not (measured(every)[names.index("level")] > 0).all():
+        return None
+    return dict(zip(names, jackknife(measured, len(every)), strict=True))
+
+
+def columns(study, one=BASELINE, other="rank8"):
+    """The published study's three figures of two arms, made as it made them, of one picture a prompt:
+    a dict, or None where its prompts are not all there.
+
+    For each training seed and sampling seed CLIP and LPIPS of the three success prompts that it names first
+    and LPIPS of the cat: `same` [training seeds, sampling seeds], whether all agree to four digits, and
+    `apart`, the mean distance of each.
+    """
+    success, cat = members(study.prompts, "success")[:3], "a cat sitting on a couch"
+    found = [i for i, (_, prompt) in enumerate(study.prompts) if prompt == cat]
+    if len(success) < 3 or not found:
+        return None
+    figures = []
+    for arm in (one, other):
+        clip = np.stack([grid(run, "clip", "lora", study.prompts) for run in study.arms[arm]])
+        lpips = distances(study.arms[arm], study.prompts)
+        figures.append(np.stack([clip[:, success].mean(1), lpips[:, success].mean(1), lpips[:, found[0]]]))  # fmt: skip
+    apart = np.abs(figures[1] - figures[0])
+    same = (np.round(figures[0], 4) == np.round(figures[1], 4)).all(axis=0)
+    return dict(same=same, apart=dict(zip(("clip", "lpips", "cat"), apart.mean(axis=(1, 2)), strict=True)))  # fmt: skip
+
+
+def training_seconds(study):
+    """{arm: [seconds of training steps of each run]}, of those arms whose runs all say it."""
+    found = {}
+    for arm, runs in study.arms.items():
+        speeds = [run.adapter.get("speed", {}).get("steps_a_second") for run in runs]
+        steps = [(run.adapter.get("training") or {}).get("max_steps") for run in runs]
+        if all(speeds) and all(steps):
+            found[arm] = np.array(steps) / np.array(speeds)
+    return found
