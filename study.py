@@ -63,10 +63,10 @@ ARMS = dict(
 SCALED = ("rank32", "preservation")
 SAMPLING_SEED = 42  # of the first picture of a prompt, inference.py's
 
-# Measured on one NVIDIA H100 80GB (bench/README.md): steps a second of the arms that were timed, the steps and
-# the set-up of a run, and a picture drawn and scored.
-H100_STEPS_A_SECOND = dict(rank32=41.0, rank8=42.4, unet_only=47.5)
-H100_STEPS, H100_SET_UP, H100_PICTURE = 4000, 15.6, 0.186
+# Measured on one NVIDIA H100 80GB (bench/README.md): training pictures a second of the arms that were timed (steps
+# times batch), then those of a run, the seconds of its set-up, and those of a picture drawn and scored.
+H100_SAMPLES_A_SECOND = dict(rank32=41.0, rank8=42.4, unet_only=47.5)
+H100_SAMPLES, H100_SET_UP, H100_PICTURE = 4000, 15.6, 0.186
 
 
 class Step(NamedTuple):
@@ -198,10 +198,10 @@ def h100_text(steps, config, prompts):
         if step.kind in drawn:
             seconds += drawn[step.kind] * pictures * H100_PICTURE
             continue
-        if step.kind not in H100_STEPS_A_SECOND:
+        if step.kind not in H100_SAMPLES_A_SECOND:
             untimed.add(step.kind)
-        rate = H100_STEPS_A_SECOND.get(step.kind, H100_STEPS_A_SECOND["rank32"])
-        seconds += H100_STEPS / rate + H100_SET_UP
+        rate = H100_SAMPLES_A_SECOND.get(step.kind, H100_SAMPLES_A_SECOND["rank32"])
+        seconds += H100_SAMPLES / rate + H100_SET_UP
     text = f"on one NVIDIA H100 about {duration(seconds)}, at the rates of bench/README.md"
     if untimed:
         text += f" ({', '.join(sorted(untimed))} were not timed there and count as rank32)"
