@@ -157,7 +157,8 @@ def one_thread():
 def forked(work, folder):
     """Start `work` in a fork of this process, which has imported everything, and return its id.
 
-    It computes with one thread; its output goes to `folder`/out and err.
+    It computes on the CPU, since a fork of a process that has used a GPU cannot use it, with one thread;
+    its output goes to `folder`/out and err.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -175,6 +176,7 @@ def forked(work, folder):
         torch.set_num_threads(THREADS)
         if THREADS > 1:
             one_thread()
+        torch.cuda.is_available = lambda: False
         AcceleratorState._reset_state(reset_partial_state=True)
         # The server of processes that this one may have started is no child of its fork.
         multiprocessing.forkserver._forkserver.__init__()
