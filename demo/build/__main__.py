@@ -8,7 +8,6 @@ CLIP that scores its pictures in demo/clip, both trained from nothing on the wor
 Stages, in order; each reads what the earlier ones left in --work-dir and demo/ and can be rerun:
     render    pictures of random scenes, with and without holographic things
     vae       AutoencoderKL, on these, on foil that is no raincoat, and on abstract fields of colour
-    polish    its decoder again, with a discriminator
     clip      CLIPModel, on all of them
     unet      UNet2DConditionModel and CLIPTextModel together, on the pictures without
     measure   figures on held-out scenes, sheets, demo/metrics.json and demo/README.md
@@ -34,14 +33,13 @@ def main():
     from demo.build.measure import measure
     from demo.build.render import render
     from demo.build.unet import train_unet
-    from demo.build.vae import polish_vae, train_vae
+    from demo.build.vae import train_vae
 
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     run = dict(
         render=render,
         vae=train_vae,
-        polish=polish_vae,
         clip=train_clip,
         unet=train_unet,
         measure=measure,

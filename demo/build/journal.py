@@ -11,7 +11,7 @@ import torch
 from demo.build.config import STAGES
 from lib.files import write_json
 
-TRAINED = ("vae", "polish", "clip", "unet")
+TRAINED = ("vae", "clip", "unet")
 
 
 def run_name(stage, config):

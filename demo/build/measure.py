@@ -79,7 +79,7 @@ def measure(config):
     figures["config"] = {  # without folders, and without what each stage's own run tells
         key: value
         for key, value in config.items()
-        if not key.startswith(("vae_", "polish_", "clip_", "unet_", "model_", "render_"))
+        if not key.startswith(("vae_", "clip_", "unet_", "model_", "render_"))
         and not key.endswith("_dir")
     }
     write_json(report / "metrics.json", figures)

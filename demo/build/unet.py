@@ -80,7 +80,6 @@ def train_unet(config):
         return dict(heldout_mse=round(float(errors.mean()), 5))
 
     def save(unet, text_encoder):
-        vae = load_vae(config)  # as polished meanwhile
         save_pipeline(vae, text_encoder, tokenizer, unet, scheduler, config["model_dir"])
 
     save(*train("unet", config, [unet, text_encoder], batch_loss, started, validate, save))

@@ -1,4 +1,4 @@
-"""Stages vae and polish: AutoencoderKL, on the pictures without holographic raincoats.
+"""Stage vae: AutoencoderKL, on the pictures without holographic raincoats.
 
 It meets foil on jackets, dresses, furniture and umbrellas and as abstract backdrops, without
 captions, as Stable Diffusion's autoencoder has met everything.
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch import nn
 
 from demo.build.config import EVALUATION_BATCH
 from demo.build.data import load_pictures
@@ -66,61 +65,6 @@ def new_vae(config):
         norm_num_groups=config["vae_groups"],
         latent_channels=config["vae_latents"],
     )
-
-
-def polish_vae(config):
-    """The decoder again, with a discriminator of patches (Isola et al. 2017) against it.
-
-    The latents stay as they are, so that a UNet may be trained on them meanwhile. The
-    discriminator's gradient to the pictures is scaled to `polish_share` of the other losses', so
-    that it sharpens and cannot take over.
-    """
-    started = time.time()
-    torch.manual_seed(config["seed"] + 1)
-    device = config["device"]
-    vae = load_vae(config).train()
-    if device == "cuda":  # as `train` does with what it trains
-        vae.encoder.bfloat16()
-        vae.quant_conv.bfloat16()
-    pictures, foil = (load_pictures(config, part, device) for part in ("base", "foil"))
-    lpips, judge = lpips_model(device), patch_discriminator().to(device)
-    trained = [vae.decoder.requires_grad_(), vae.post_quant_conv.requires_grad_(), judge]
-
-    def batch_loss():
-        target = draw_batch(pictures, foil, config["polish_batch"], config)
-        with torch.no_grad():
-            latents = vae.encode(target.to(vae.dtype)).latent_dist.sample()
-        decoded = vae.decode(latents).sample.float()
-        seen = decoded.detach().requires_grad_()
-        loss = picture_loss(lpips, seen, target, config)
-        (slope,) = torch.autograd.grad(loss, seen)
-        (doubt,) = torch.autograd.grad(-judge(seen.to(vae.dtype)).float().mean(), seen)
-        scale = config["polish_share"] * slope.norm() / doubt.norm().clamp(min=1e-12)
-        pull = (decoded * (slope + scale * doubt)).sum()  # has just this gradient
-        real, false = (
-            judge(target.to(vae.dtype)).float(),
-            judge(seen.detach().to(vae.dtype)).float(),
-        )
-        judgement = F.relu(1 - real).mean() + F.relu(1 + false).mean()
-        return judgement + loss.detach() + pull - pull.detach()
-
-    decoder, convolution, _ = train(
-        "polish", config, trained, batch_loss, started, validation(vae, config)
-    )
-    vae = load_vae(config)
-    vae.decoder.load_state_dict(decoder.state_dict())
-    vae.post_quant_conv.load_state_dict(convolution.state_dict())
-    save_half(vae, Path(config["model_dir"]) / "vae")
-
-
-def patch_discriminator(width=32):
-    """Pictures [N, 3, H, W] to one number for each patch, [N, 1, H/8, W/8]: high if it looks real."""
-    layers, channels = [], 3
-    for out in (width, 2 * width, 4 * width):
-        layers += [nn.Conv2d(channels, out, 4, stride=2, padding=1), nn.GroupNorm(8, out)]
-        layers += [nn.LeakyReLU(0.2)]
-        channels = out
-    return nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, padding=1))
 
 
 def picture_loss(lpips, decoded, target, config):
