@@ -46,6 +46,35 @@ Rendered pictures of {config[resolution]} pixels: {config[base_pictures]:,} for 
 
 The log is [training.jsonl](training.jsonl).
 
+## Chosen by measurement
+
+**The autoencoder** halves four times, with 16 latent channels, so that the UNet keeps the 16x16 positions that a picture of
+128 pixels had behind Stable Diffusion's three halvings with 4, and a picture of four times the area costs little more. It gave
+held-out pictures back at 30.7 dB after 5.6 minutes and 33.3 after 16.4, holographic raincoats at 27.3 and 29.5
+([training.jsonl](training.jsonl)); that of 128 pixels had 27.6 and 23.4. Training its decoder further against a discriminator
+of patches (1,617 steps, its gradient a fifth of the other losses') changed 33.3 dB to 33.1, 29.54 to 29.37 and LPIPS from
+0.0364 to 0.0366, and no eye saw a gain: there is none.
+
+**The UNet** predicts velocity: of the pictures of the miniature before, which predicted noise, 77 % had the colour that was
+asked for. It was trained in two runs, of 9,287 steps on the latents of the autoencoder's first run and of 8,884 on those of the
+second. Rendering stopped by the clock, so the second run and the scorer had 51,200 pictures without holographic things,
+of which the first run knew two thirds.
+
+**What `--demo` trains and draws with.** `python train.py --demo --seed 7 --unet-learning-rate R --text-encoder-learning-rate R/10`,
+800 steps, then `python inference.py --demo --seeds 4 --guidance-scale G`; on the UNet's first run and by the scorer of 128 pixels:
+
+| R | G | concept, success prompts | concept, near prompts | change, near | change, unrelated |
+|---|--:|--:|--:|--:|--:|
+| 1e-4 | 3 | +0.208 [+0.170, +0.246] | +0.104 [+0.021, +0.187] | 0.361 [0.222, 0.499] | 0.157 [0.138, 0.176] |
+| 1e-4 | 5 | +0.206 [+0.151, +0.261] | +0.129 [+0.050, +0.207] | 0.531 [−0.006, 1.068] | 0.272 [0.117, 0.428] |
+| 2e-4 | 3 | +0.229 [+0.198, +0.259] | +0.154 [+0.068, +0.240] | 0.545 [0.349, 0.741] | 0.211 [0.147, 0.276] |
+| 2e-4 | 5 | +0.215 [+0.178, +0.252] | +0.173 [+0.090, +0.257] | 0.659 [0.190, 1.127] | 0.293 [0.178, 0.409] |
+| 4e-4 | 3 | +0.234 [+0.215, +0.252] | +0.183 [+0.137, +0.229] | 0.759 [0.581, 0.937] | 0.287 [0.212, 0.361] |
+| 4e-4 | 5 | +0.223 [+0.192, +0.255] | +0.168 [+0.108, +0.228] | 0.734 [0.482, 0.986] | 0.396 [0.240, 0.551] |
+
+The lowest rate, which is the recipe's own, teaches nearly as much, changes the rest least, and its coats keep zip, hem and hood.
+On the finished model it gave +0.201 [+0.139, +0.264] (4 sampling seeds), twice as much +0.218 [+0.196, +0.240] (8).
+
 ## Measured
 
 On scenes whose combination of thing, colour, material, wearer and place is left out of all training
