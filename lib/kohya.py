@@ -103,7 +103,6 @@ def kohya_header(config, data, width, prediction_type, thumbnail=None):
     second = width == 1024
     captions = data["caption_counts"]
     trigger = max(sorted(captions), key=captions.get)
-    side = f"{config['resolution']}x{config['resolution']}"
     architecture = "stable-diffusion-v1"
     if second:
         architecture = "stable-diffusion-v2-" + ("768-v" if prediction_type == "v_prediction" else "512")  # fmt: skip
@@ -132,13 +131,14 @@ def kohya_header(config, data, width, prediction_type, thumbnail=None):
         "ss_optimizer": "bitsandbytes.optim.adamw.AdamW8bit",
         "ss_mixed_precision": config["mixed_precision"],
         "ss_resolution": f"({config['resolution']}, {config['resolution']})",
+        "ss_enable_bucket": len(data["size_counts"]) > 1,
         "ss_seed": config["seed"],
         "ss_clip_skip": None,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": config["run_name"],
-        "modelspec.resolution": side,
+        "modelspec.resolution": next(iter(data["size_counts"])),  # the commonest
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
         "modelspec.trigger_phrase": trigger,
         "modelspec.tags": trigger,

@@ -57,13 +57,13 @@ def card_text(config, data, prediction_type):
         name=name, config=config, captions=captions, pictures=sum(count for _, count in captions),
         held_out=len(data["held_out"]), sha256=data["sha256"], repository=repository, marks=MARKS, loader=loader,
         base=f"[{base}](https://huggingface.co/{base})" if base else code(known),
-        recipe=recipe(config, prediction_type),
+        recipe=recipe(config, data["size_counts"], prediction_type),
     )  # fmt: skip
     return f"---\n{front.to_yaml()}\n---\n{body}"
 
 
-def recipe(config, prediction_type):
-    """[(what, how)] of a training configuration, in words."""
+def recipe(config, size_counts, prediction_type):
+    """[(what, how)] of a training configuration and of its pictures' sizes, in words."""
     rates = f"UNet {config['unet_learning_rate']:g}"
     trained = "UNet " + ", ".join(config["unet_targets"])
     if config["train_text_encoder"]:
@@ -79,7 +79,7 @@ def recipe(config, prediction_type):
         ("steps", steps),
         ("optimizer", f"8-bit AdamW, betas {config['adam_beta1']:g} and {config['adam_beta2']:g}, "
                       f"weight decay {config['adam_weight_decay']:g}"),
-        ("resolution, precision", f"{config['resolution']}, {config['mixed_precision']}"),
+        ("sizes, precision", f"{', '.join(size_counts)}; {config['mixed_precision']}"),
         ("prediction", prediction_type),
         *special(config),
         ("seed", config["seed"]),

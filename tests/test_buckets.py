@@ -1,6 +1,8 @@
 """Pictures that keep their shape, what is cut off of them, and masks: prepared, and trained on."""
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +246,14 @@ def test_training_on_buckets_goes_on_bit_for_bit(tiny_model, buckets, tmp_path, 
     key = "validation_preservation_loss"
     first, *later = [row.get(key) for row in log if "validation_loss" in row]
     assert first < 1e-9 < min(later) if more else [first, *later] == [None] * 4
+    record = json.loads((tmp_path / "whole" / folder / "config.json").read_text())
+    shown = Counter(
+        Image.open(buckets / "images" / Path(name).name).size
+        for name in record["data"]["trained_on"]
+    )
+    assert record["data"]["size_counts"] == {"{}x{}".format(*size): n for size, n in shown.items()}
+    card = (tmp_path / "whole" / folder / "README.md").read_text()
+    assert f"| sizes, precision | {', '.join(record['data']['size_counts'])}; no |" in card
 
 
 def test_the_held_out_loss_of_buckets_does_not_depend_on_the_batch(tiny_model, buckets, tmp_path):

@@ -187,12 +187,15 @@ def test_the_header_says_what_was_trained(trained, tiny_model):
 
 def test_the_second_version_and_several_captions_are_told(trained):
     record = json.loads((trained / NAME / "config.json").read_text())
-    data = dict(caption_counts={"a cat": 1, "a dog": 3})
+    sizes = {"512x768": 3, "576x704": 1}
+    data = dict(caption_counts={"a cat": 1, "a dog": 3}, size_counts=sizes)
     header = kohya.kohya_header(record["config"], data, 1024, "v_prediction", picture(1))
     assert header["ss_base_model_version"] == "sd_v2"
     assert header["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
     assert header["modelspec.prediction_type"] == "v"
     assert header["modelspec.trigger_phrase"] == "a dog"
+    assert header["modelspec.resolution"] == "512x768"
+    assert header["ss_enable_bucket"] == "True"
     assert header["modelspec.thumbnail"].startswith("data:image/jpeg;base64,/9j/")
 
 

@@ -47,12 +47,16 @@ def finished_models(trained):
 
 
 def data_record(data, train_indices, held_out):
-    """What config.json says of the data set: its hash, captions, and which pictures were trained on."""
+    """What config.json says of the data set: its hash, captions, and which pictures were trained on, of
+    which sizes."""
     names = [row.name for row in data]
     return dict(
         sha256=data.sha256,
         captions=sorted({row.caption for row in data}),
         caption_counts=dict(sorted(Counter(data[i].caption for i in train_indices).items())),
+        size_counts=dict(
+            Counter("{}x{}".format(*data.sizes[i]) for i in train_indices).most_common()
+        ),
         trained_on=[names[i] for i in train_indices],
         held_out=[names[i] for i in sorted(held_out)],
     )
