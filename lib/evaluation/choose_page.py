@@ -158,7 +158,8 @@ def draw_curve(axes, curve, sweep):
     if len(axes.get_legend_handles_labels()[1]) > 1:
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the lines
-        axes.legend(frameon=False, fontsize=7.5, loc="upper left", ncols=2)
+        # Over the line of the chosen step, which may run through it.
+        axes.legend(framealpha=1, edgecolor="none", fontsize=7.5, loc="upper left", ncols=2)
     return True
 
 
