@@ -183,7 +183,6 @@ def study_page(study, claims, rows, questions, drawn, strip, record):
         claim | dict(kind=KINDS[study_words.stands(claim)], verdict=study_words.verdict_text(claim), bars=claim_bars(claim))
         for claim in claims
     ]  # fmt: skip
-    times = time_table(study)
     return pages.TEMPLATES.get_template("study.html").render(
         title="An answer to every claim",
         what=study_words.what_was_done(study),
@@ -196,7 +195,7 @@ def study_page(study, claims, rows, questions, drawn, strip, record):
         questions=[question_bars(question) for question in questions],
         charts={name: pages.figure_uri(figure) for name, figure in drawn.items()},
         figures=words.comparison_table(summaries),
-        times=times and [times[0], *([study_words.arm_name(row[0]), *row[1:]] for row in times[1:])],
+        times=time_table(study, study_words.arm_name),
         details=json.dumps(
             {key: record[key] for key in ("config", "margins", "prompts", "versions", "commit", "device", "devices", "files")},
             indent=2, ensure_ascii=False,

@@ -54,12 +54,17 @@ def time_ratios(study):
     return found
 
 
-def time_text(ratio):
-    """«1.24 [1.20, 1.28] times as long as those of rank 32»."""
+def ratio_text(ratio):
+    """«1.24 [1.20, 1.28] times»; without an interval where one run gave none."""
     text = f"{ratio['mean']:.2f}"
     if np.isfinite(ratio["low"]):
         text += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-    return f"{text} times as long as those of rank 32"
+    return f"{text} times"
+
+
+def time_text(ratio):
+    """«1.24 [1.20, 1.28] times as long as those of rank 32»."""
+    return f"{ratio_text(ratio)} as long as those of rank 32"
 
 
 def time_part(ratio, devices):
@@ -83,8 +88,8 @@ def devices_text(study):
     )
 
 
-def time_table(study):
-    """What each arm costs, rows of text, the head first; None where no run says how long it took."""
+def time_table(study, arm_name):
+    """What each arm, called as `arm_name` calls it, costs: rows of text, the head first; None where no run says how long it took."""
     seconds, ratios = training_seconds(study), time_ratios(study)
     if not seconds:
         return None
@@ -92,6 +97,6 @@ def time_table(study):
     for arm, took in seconds.items():
         memory = [run.adapter["speed"].get("peak_gib_reserved") for run in study.arms[arm]]
         ratio = ratios.get(arm)
-        beside = time_text(ratio).removesuffix(" as long as those of rank 32") if ratio and arm != BASELINE else "–"  # fmt: skip
-        rows.append([arm, f"{took.mean():.1f}", beside, f"{np.mean(memory):.2f}" if all(memory) else "–"])  # fmt: skip
+        beside = ratio_text(ratio) if ratio and arm != BASELINE else "–"
+        rows.append([arm_name(arm), f"{took.mean():.1f}", beside, f"{np.mean(memory):.2f}" if all(memory) else "–"])  # fmt: skip
     return rows

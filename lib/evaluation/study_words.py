@@ -143,8 +143,7 @@ def claims_markdown(study, claims, rows):
         *study.notes,
         *map(claim_section, claims),
     ]
-    if times := time_table(study):
-        times = [times[0]] + [[arm_name(row[0]), *row[1:]] for row in times[1:]]
+    if times := time_table(study, arm_name):
         parts += ["## What the arms cost", markdown_table(times)]
     return "\n\n".join(parts) + "\n"
 
