@@ -8,8 +8,8 @@
 
 For each training seed it trains what is not there yet, each arm by its own script into
 lora_weights/study/seed42/rank32_seed42 and so on, and evaluates the seven together on prompts/study.txt
-into results/study/seed42; the arms that the question of preservation is about are drawn again with less
-of the adapter, into results/study/scales_seed42. A stop leaves whole seeds behind and one that is under
+into results/study/seed42; rank 32 is drawn again with less of the adapter, into results/study/scales_seed42,
+since that, too, spoils less and teaches less. A stop leaves whole seeds behind and one that is under
 way; the same command goes on there. What one process trains and draws is no other's: several can each take
 some of the seeds. At the end, and when everything is there already, results/study/ gets report.html,
 claims.md, study.json and figures over all whole seeds in it, from the metrics.json files alone.
@@ -37,7 +37,7 @@ CONFIG = dict(
     output_dir="results/study_sd15",  # likewise
     seeds=(42, 43, 44, 45, 46),  # training seeds; fewer than three claim nothing
     sampling_seeds=8,  # pictures a prompt
-    scales=(0.2, 0.4, 0.6, 0.8, 1.0),  # that the arms of SCALED are drawn with
+    scales=(0.2, 0.4, 0.6, 0.8, 1.0),  # that rank 32 is drawn with
     page=True,  # write report.html, claims.md, study.json and figures over all whole seeds in output_dir
     max_steps=None,  # for a trial: so many for each arm, without warm-up, and `lora_dir` and `output_dir` get an ending
 )
@@ -60,7 +60,7 @@ ARMS = dict(
     varied_captions="train_experiment_varied_captions.py",
     large_batch="train_experiment_large_batch.py",
 )
-SCALED = ("rank32", "preservation")
+SCALED = ("rank32",)
 SAMPLING_SEED = 42  # of the first picture of a prompt, inference.py's
 
 # Measured on one NVIDIA H100 80GB (bench/README.md): training pictures a second of the arms that were timed (steps

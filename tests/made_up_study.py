@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 
 ARMS = ("rank32", "rank8", "unet_only", "dora", "preservation", "varied_captions", "large_batch")
-SCALED = ("rank32", "preservation")
+SCALED = ("rank32",)
 SCALES = (0.25, 0.5, 0.75, 1.0)
 MARGINS = dict(concept_similarity=0.02, clip=0.02, change=0.05, variety=0.25, copies=1 / 3)
 SEEDS = 8

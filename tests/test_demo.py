@@ -13,6 +13,7 @@ import train
 from demo import world
 from demo.build import config as build_config
 from demo.build import data, unet
+from demo.build.clip import alike
 from lib.adapter_files import WEIGHTS
 from lib.evaluation import clip_scores, drawing
 from lib.files import sha256_file
@@ -138,3 +139,15 @@ def test_sizes():
         sizes = [path.stat().st_size for path in files if path.is_file()]
         assert sum(sizes) <= 72 * 2**20
         assert max(sizes) <= 24 * 2**20
+
+
+def test_groups_of_a_batch_differ_in_little():
+    """Half of the windows at least are of pictures that agree in all attributes but the one left out."""
+    facts = torch.cartesian_prod(*(torch.arange(-1, 3) for _ in range(3))).repeat_interleave(40, 0)
+    chosen = alike(facts, 50, window=8)
+    assert chosen.shape == (400,) and chosen.min() >= 0 and chosen.max() < len(facts)
+    groups = facts[chosen].view(50, 8, 3)
+    assert all(len(group.unique()) == 8 for group in chosen.view(50, 8))
+    different = torch.tensor([[len(group[:, k].unique()) for k in range(3)] for group in groups])
+    assert ((different > 1).sum(1) <= 1).float().mean() > 0.5
+    assert (different > 1).any(0).sum() >= 1

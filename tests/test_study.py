@@ -126,22 +126,22 @@ def test_seed_by_seed_every_arm_and_then_its_evaluation(plan):
         assert command[0] == study.ARMS[arm] and "--demo" in command
         assert (ROOT / command[0]).is_file()
         assert command[command.index("--seed") + 1] == "1"
-    assert "20 left" in done.stdout and "[20 of 20] seed 2" in done.stdout
+    assert "18 left" in done.stdout and "[18 of 18] seed 2" in done.stdout
     assert (plan.results / "study.json").is_file()
 
 
 def test_what_is_there_is_not_done_again(plan):
-    plan.stop_at = 12  # in the middle of the second seed
+    plan.stop_at = 11  # in the middle of the second seed
     assert_one_line(plan.start(), "ended with status 1")
     assert arms_of(plan.calls) == seed_plan(1) + seed_plan(2)[:2]
     assert not (plan.results / "study.json").exists()
     plan.stop_at, before = None, len(plan.calls)
     done = plan.start()
     assert arms_of(plan.calls[before:]) == seed_plan(2)[2:]
-    assert "12 of 20 steps are done, 8 left" in done.stdout
+    assert "11 of 18 steps are done, 7 left" in done.stdout
     before = len(plan.calls)
     (plan.results / "study.json").unlink()
-    assert "20 of 20 steps are done" in plan.start().stdout
+    assert "18 of 18 steps are done" in plan.start().stdout
     assert len(plan.calls) == before
     assert (plan.results / "study.json").is_file()
 
@@ -163,7 +163,7 @@ def test_processes_that_share_the_seeds_share_nothing_else(plan):
     plan.start("--seeds", "2")  # the page is over all that is whole
     assert json.loads((plan.results / "study.json").read_text())["training_seeds"] == [1, 2]
     places = [{part for part in command if part.startswith(str(plan.folder)) and "seed" in part} for command in plan.calls]  # fmt: skip
-    assert all("seed1" not in place for found in places[10:] for place in found)
+    assert all("seed1" not in place for found in places[9:] for place in found)
 
 
 def test_a_trial_lies_in_folders_of_its_own(plan):
@@ -228,7 +228,7 @@ def test_hours_come_from_the_rates_in_the_bench():
     prompts = read_prompts(config["prompts"])
     steps = study.steps_of(42, config, prompts)
     text = study.h100_text(steps, config, prompts)
-    pictures = 27 * 8 * (1 + 7 + 2 * (1 + 5))
+    pictures = 27 * 8 * (1 + 7 + 1 + 5)
     known = {arm: study.H100_SAMPLES_A_SECOND.get(arm, 41.0) for arm in study.ARMS}
     seconds = pictures * 0.186 + sum(4000 / rate + 15.6 for rate in known.values())
     assert f"about {seconds / 60:.0f} min" in text or f"about {seconds / 3600:.1f} h" in text
@@ -407,8 +407,8 @@ def test_the_correlation_is_spearmans_over_all_adapters_and_prompts(tmp_path):
     found = made(tmp_path / "study", seeds=3)
     row, _ = study_claims.correlation(found, "near")
     lpips, moved = study_claims.raw_points(found, members(PROMPTS, "near"))
-    # Seven arms, and two of them at three scales below 1.
-    assert lpips.shape == (3, 7 + 2 * 3, 3, SEEDS)
+    # Seven arms, and rank 32 at three scales below 1.
+    assert lpips.shape == (3, 7 + 3, 3, SEEDS)
     ceiling = found.base_pairs[members(PROMPTS, "near")].sum((1, 2)) / (SEEDS * (SEEDS - 1))
     each = [
         stats.spearmanr((a.mean(-1) / ceiling).ravel(), b.mean(-1).ravel())[0] for a, b in zip(lpips, moved, strict=True)
@@ -668,7 +668,7 @@ def test_a_verdict_tells_its_parts_apart_and_what_takes_most():
 
 def test_each_number_names_its_file(written):
     record = json.loads((written / "study.json").read_text())
-    assert len(record["files"]) == 5 * (7 + 2)
+    assert len(record["files"]) == 5 * (7 + 1)
     assert all((written / name).is_file() for name in record["files"])
     assert len(record["runs"]) == 5 * 7
     row = record["runs"][9]

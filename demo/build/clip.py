@@ -9,18 +9,22 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from demo import world
 from demo.build.config import EVALUATION_BATCH
-from demo.build.data import load_captions, load_codes, load_pictures
+from demo.build.data import NAMED, load_captions, load_codes, load_pictures
 from demo.build.loop import save_half, train
 from demo.build.pictures import flip_some, to_bytes, to_signed, uniform
 from demo.build.tokenizers import special_tokens, tokenise, write_tokenizer
 from demo.build.vae import load_vae
+
+WINDOW = 32  # pictures that differ in little
+_VALUES = 1 + max(map(len, world.ATTRIBUTES.values()))  # an attribute's, and none
 
 
 def train_clip(config):
     """CLIPModel on all pictures, contrastive (Radford et al. 2021).
 
     A caption that is true of another picture of the batch is no negative for it: world.parse says
-    what a caption claims, and pairs in which all of that holds are left out of the sums.
+    what a caption claims, and pairs in which all of that holds are left out of the sums. A part of each
+    batch is drawn by `alike`.
     """
     started = time.time()
     torch.manual_seed(config["seed"])
@@ -34,9 +38,13 @@ def train_clip(config):
     facts = load_codes(config, parts, "facts").to(device)
     decode_some(load_vae(config), pictures, config["clip_vae_share"])
     model = new_model(config, tokenizer).to(device)
+    named = facts[:, [list(world.ATTRIBUTES).index(name) for name in NAMED]].long()
+    similar = round(config["clip_alike_share"] * config["clip_batch"] / WINDOW)
 
     def batch_loss():
-        chosen = torch.randint(len(pictures), (config["clip_batch"],), device=device)
+        rest = config["clip_batch"] - similar * WINDOW
+        chosen = torch.randint(len(pictures), (rest,), device=device)
+        chosen = torch.cat([chosen, alike(named, similar)])
         each = config["captions_per_picture"]
         told = chosen * each + torch.randint(each, (len(chosen),), device=device)
         pixels = roughen(flip_some(to_signed(pictures[chosen]))).to(model.dtype)
@@ -57,6 +65,25 @@ def train_clip(config):
         ),
         tokenizer=tokenizer,
     ).save_pretrained(config["clip_dir"])
+
+
+def alike(facts, groups, window=WINDOW):
+    """Numbers of `groups` times `window` pictures that differ in little, int64.
+
+    `facts` are integers from -1 on, [N, attributes]; each group is a window of an order of the pictures by
+    all attributes but one, which is drawn at random, and by chance where these are the same. Among pictures
+    drawn at random hardly two differ in one attribute alone, so a model is asked about the place and the colour and
+    learns that in such a place and colour the training pictures have dogs, not what tells a dog from a cat.
+    """
+    device, (count, attributes) = facts.device, facts.shape
+    left_out = torch.arange(attributes, device=device) == torch.randint(
+        attributes, (1,), device=device
+    )
+    place = _VALUES ** torch.arange(attributes, device=device)
+    key = ((facts + 1) * place * ~left_out).sum(1)
+    order = torch.argsort(key * count + torch.randint(count, (count,), device=device))
+    first = torch.randint(count - window + 1, (groups, 1), device=device)
+    return order[first + torch.arange(window, device=device)].flatten()
 
 
 def new_model(config, tokenizer):

@@ -38,7 +38,7 @@ A number behind a stage says that it was trained further, from the weights that 
 {runs}
 
 Rendered pictures of {config[resolution]} pixels: {config[base_pictures]:,} for all three models and
-{config[fresh_pictures]:,} more for UNet and scorer, {config[foil_pictures]:,} of foil for the VAE,
+{config[fresh_pictures]:,} more for the scorer, of which the UNet had 17,408, {config[foil_pictures]:,} of foil for the VAE,
 {config[holographic_pictures]:,} of holographic garments for the scorer. Parameters: {parameters}.
 {sizes[mebibytes]} MiB together on disk.
 
@@ -57,8 +57,14 @@ of patches (1,617 steps, its gradient a fifth of the other losses') changed 33.3
 
 **The UNet** predicts velocity: of the pictures of the miniature before, which predicted noise, 77 % had the colour that was
 asked for. It was trained in two runs, of 9,287 steps on the latents of the autoencoder's first run and of 8,996 on those of the
-second. Rendering stopped by the clock, so the second run and the scorer had 51,200 pictures without holographic things,
-of which the first run knew two thirds.
+second. Rendering stopped by the clock, so the second run had 51,200 pictures without holographic things, of which the first
+run knew two thirds.
+
+**The scorer** learns from batches of which three quarters are groups of 32 pictures that differ in little: in one attribute and
+in what no attribute names. At random hardly two of 1,024 do. Trained on random batches (4.8 minutes, 63,200 pictures) it had named the thing in 90 % of
+held-out pictures and the material in 77 %, and found 79 % and 86 % of captions and pictures; 24 of its 25 wrong things were
+cats and dogs. The run with groups had half as many pictures more as well, so what each was worth is not told apart. It falls
+short of what was wanted of the material (90 %) and of captions and pictures (92 %).
 
 **What `--demo` trains and draws with.** `python train.py --demo --seed 7 --unet-learning-rate R --text-encoder-learning-rate R/10`,
 800 steps, then `python inference.py --demo --seeds 4 --guidance-scale G`; on the UNet's first run and by the scorer of 128 pixels:

@@ -88,8 +88,8 @@ def rank_correlations(lpips, moved, base_pairs):
 
 def raw_curves(study, arm):
     """(scales, LPIPS, movement toward the concept) of an arm's pictures: [scales] and twice [training
-    seeds, scales, prompts, sampling seeds]."""
-    points = sorted(study.scaled[arm].items())
+    seeds, scales, prompts, sampling seeds]. An arm that was not drawn at several scales has scale 1."""
+    points = sorted(study.scaled.get(arm, {1.0: study.arms[arm]}).items())
     moved = np.stack([concept_moved(runs, study.prompts) for _, runs in points], axis=1)
     lpips = np.stack([distances(runs, study.prompts) for _, runs in points], axis=1)
     return [scale for scale, _ in points], lpips, moved
@@ -124,7 +124,9 @@ def at_equal_concept(study):
     prompts: a dict of arrays [training seeds, sampling seeds] for `mean_interval`, or None.
 
     Lowering an adapter's scale also trades the concept for what is kept, so two arms are compared at equal
-    concept: for each training seed at the greatest that both reach, each interpolated over its scales.
+    concept: for each training seed at the greatest that both reach, each interpolated over its scales. Where
+    HELD, drawn at full scale alone, teaches less, that is all of it beside less of BASELINE; where it teaches
+    more, a straight line from the base model to it.
     (score, category) are HELD minus BASELINE there; "log change near" and so on the logarithm of the ratio
     of their changes; "level" that concept similarity; "scale rank32" and so on how much of each adapter that
     is. Everything is computed again without each sampling seed (jackknife), so that the interval
