@@ -9,7 +9,9 @@ https://arxiv.org/abs/2205.10287, who also change its betas; here they stay). Th
 samples as before.
 Hypothesis: it is the same adapter within the margins, in a fraction of the time, since one picture
 at a time leaves most of a large GPU idle.
-Finding: not measured yet, neither on the embedded miniature nor on Stable Diffusion v1.5.
+Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): it is not the same adapter.
+Concept similarity of success prompts is lower by 0.054 [0.037, 0.071]: it teaches less. On Stable Diffusion v1.5 nothing was
+measured.
 """
 
 from lib.errors import run_script

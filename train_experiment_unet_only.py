@@ -5,9 +5,9 @@
 
 Hypothesis: the UNet alone can learn a texture, and adapting the text encoder limits how far
 unrelated prompts move.
-Finding, on the embedded miniature, five training seeds each: the two are equivalent. UNet-only minus
-rank 32, concept similarity on unrelated prompts: −0.002 [−0.005, +0.002], margin 0.02; likewise in the
-other six comparisons (README.md, "What the miniature shows"). On Stable Diffusion v1.5: not measured yet.
+Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): the two are equivalent.
+UNet-only minus rank 32, concept similarity of unrelated prompts: +0.000 [-0.000, +0.000], within the margin of 0.02. On Stable
+Diffusion v1.5 nothing was measured.
 """
 
 from lib.errors import run_script

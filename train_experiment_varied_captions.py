@@ -7,7 +7,9 @@ The descriptions come from captions.jsonl in data/, and preprocess.py hands them
 Hypothesis: the fixed caption teaches better. What all pictures share then has one place in the text to go,
 while descriptions spread it over words that also mean something else; in return they name what the
 concept is not (wearer, place, light), and might spoil less.
-Finding: not measured yet, neither on the embedded miniature nor on Stable Diffusion v1.5.
+Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): the two are equivalent. Varied
+minus fixed captions, concept similarity of success prompts: +0.003 [-0.003, +0.009], within the margin of 0.02. On Stable
+Diffusion v1.5 nothing was measured.
 """
 
 from lib.errors import run_script

@@ -37,7 +37,7 @@ from lib.evaluation import drawing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
-DEMO = inference.DEMO | dict(lora_dir="lora_weights/demo/rank_32_seed42")
+DEMO = inference.DEMO | dict(lora_dir="lora_weights/study/seed42/rank32_seed42")
 JOBS = [(prompt, seed) for seed in (1, 2, 3, 4) for _, prompt in inference.PROMPTS[:4]]
 
 
