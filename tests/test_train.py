@@ -55,7 +55,7 @@ DECLARED = {
     train_experiment_dora: dict(run_name="lora_weights_dora", dora=True),
     train_experiment_preservation: dict(
         run_name="lora_weights_preservation",
-        preservation_weight=4.0,
+        preservation_weight=1.0,
         preservation_captions=train_experiment_preservation.PRESERVED,
     ),
     train_experiment_varied_captions: dict(
