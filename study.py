@@ -6,7 +6,7 @@
     CUDA_VISIBLE_DEVICES=1 python study.py --seeds 45,46  # beside another that takes other seeds
     python study.py --demo --seeds 42 --max-steps 4       # a trial, in folders of its own
 
-For each training seed it trains what is not there yet, each arm by its own script into
+For each training seed it trains what is not there yet and still to be evaluated, each arm by its own script into
 lora_weights/study/seed42/rank32_seed42 and so on, and evaluates the seven together on prompts/study.txt
 into results/study/seed42; rank 32 is drawn again with less of the adapter, into results/study/scales_seed42,
 since that, too, spoils less and teaches less. A stop leaves whole seeds behind and one that is under
@@ -121,6 +121,8 @@ def steps_of(seed, config, prompts):
                    "--lora-scales", ",".join(map(str, config["scales"]))]  # fmt: skip
         done = is_evaluated(folder, prompts, config["sampling_seeds"])
         steps.append(Step("scales", f"seed {seed}: less of {arm}", done, command))
+    if all(step.done for step in steps[len(ARMS) :]):  # nothing is left to do with its adapters
+        steps = [step._replace(done=True) for step in steps]
     return steps
 
 

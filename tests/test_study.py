@@ -146,6 +146,18 @@ def test_what_is_there_is_not_done_again(plan):
     assert (plan.results / "study.json").is_file()
 
 
+def test_adapters_that_were_evaluated_may_be_gone(plan):
+    """As in a checkout, which holds the figures of all seeds and the adapters of one."""
+    plan.start()
+    before = len(plan.calls)
+    shutil.rmtree(plan.folder / "lora" / "seed1")
+    assert "18 of 18 steps are done" in plan.start().stdout
+    assert len(plan.calls) == before
+    (plan.results / "seed1" / "comparison" / "metrics.json").unlink()
+    plan.start()
+    assert arms_of(plan.calls[before:]) == seed_plan(1)[:-1]
+
+
 def test_an_evaluation_that_was_cut_short_is_done_again(plan):
     plan.start()
     before = len(plan.calls)
