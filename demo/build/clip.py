@@ -39,12 +39,12 @@ def train_clip(config):
     decode_some(load_vae(config), pictures, config["clip_vae_share"])
     model = new_model(config, tokenizer).to(device)
     named = facts[:, [list(world.ATTRIBUTES).index(name) for name in NAMED]].long()
-    similar = round(config["clip_alike_share"] * config["clip_batch"] / WINDOW)
+    groups = round(config["clip_alike_share"] * config["clip_batch"] / WINDOW)
+    others = config["clip_batch"] - groups * WINDOW
 
     def batch_loss():
-        rest = config["clip_batch"] - similar * WINDOW
-        chosen = torch.randint(len(pictures), (rest,), device=device)
-        chosen = torch.cat([chosen, alike(named, similar)])
+        anywhere = torch.randint(len(pictures), (others,), device=device)
+        chosen = torch.cat([anywhere, alike(named, groups)])
         each = config["captions_per_picture"]
         told = chosen * each + torch.randint(each, (len(chosen),), device=device)
         pixels = roughen(flip_some(to_signed(pictures[chosen]))).to(model.dtype)
@@ -70,20 +70,18 @@ def train_clip(config):
 def alike(facts, groups, window=WINDOW):
     """Numbers of `groups` times `window` pictures that differ in little, int64.
 
-    `facts` are integers from -1 on, [N, attributes]; each group is a window of an order of the pictures by
-    all attributes but one, which is drawn at random, and by chance where these are the same. Among pictures
-    drawn at random hardly two differ in one attribute alone, so a model is asked about the place and the colour and
-    learns that in such a place and colour the training pictures have dogs, not what tells a dog from a cat.
+    `facts` are integers from -1 on, [N, attributes]. The pictures are put in order by all attributes but
+    one, which is drawn at random, and by chance where these are the same; each group is a window of that
+    order. Among pictures drawn at random hardly two differ in one attribute alone, so that place and
+    colour suffice to tell a cat from the dogs of the batch, and what a cat looks like is not learned.
     """
     device, (count, attributes) = facts.device, facts.shape
-    left_out = torch.arange(attributes, device=device) == torch.randint(
-        attributes, (1,), device=device
-    )
-    place = _VALUES ** torch.arange(attributes, device=device)
-    key = ((facts + 1) * place * ~left_out).sum(1)
+    number = torch.arange(attributes, device=device)
+    kept = number != torch.randint(attributes, (1,), device=device)
+    key = ((facts + 1) * _VALUES**number * kept).sum(1)
     order = torch.argsort(key * count + torch.randint(count, (count,), device=device))
-    first = torch.randint(count - window + 1, (groups, 1), device=device)
-    return order[first + torch.arange(window, device=device)].flatten()
+    first = torch.randint(count, (groups, 1), device=device)
+    return order[(first + torch.arange(window, device=device)) % count].flatten()
 
 
 def new_model(config, tokenizer):
