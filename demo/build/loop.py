@@ -111,11 +111,13 @@ def as_graph(step):
 def save_half(model, folder):
     """Save a model's weights in half precision, leaving the model as it is.
 
-    A config that names a dtype is what transformers loads by; float32 there makes the folders load
+    The config does not name the folder that the model was loaded from. One that names a dtype is what transformers loads by; float32 there makes the folders load
     alike on a CPU, where half precision is slow or missing.
     """
     copy.deepcopy(model).half().save_pretrained(folder)
     path = Path(folder) / "config.json"
     saved = json.loads(path.read_text())
+    saved.pop("_name_or_path", None)
     if "dtype" in saved:
-        write_json(path, saved | dict(dtype="float32"))
+        saved["dtype"] = "float32"
+    write_json(path, saved)
