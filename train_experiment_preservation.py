@@ -8,7 +8,7 @@ latents, and the loss grows with the distance to the base model's own prediction
 without its LoRA. Half of the captions are neighbours (raincoats), since a concept bleeds into those first.
 No picture of them is needed, and no caption is one that inference.py evaluates with.
 Hypothesis: it moves neighbours and unrelated prompts less. A smaller scale of any adapter does that too
-and teaches less, so the two are to be compared at equal concept, each drawn at several scales
+and teaches less, so the two are to be compared at equal concept, the plain one drawn at several scales
 (python inference.py --lora-scales 0.4,0.6,0.8,1).
 Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): at equal concept it changed
 unrelated prompts 0.58 times [0.45, 0.74] as much as less of rank 32 does, near prompts 0.96 times [0.76, 1.22]; corrected for

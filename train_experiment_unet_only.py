@@ -6,7 +6,7 @@
 Hypothesis: the UNet alone can learn a texture, and adapting the text encoder limits how far
 unrelated prompts move.
 Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): the two are equivalent.
-UNet-only minus rank 32, concept similarity of unrelated prompts: +0.000 [-0.000, +0.000], within the margin of 0.02. On Stable
+UNet-only minus rank 32, concept similarity of unrelated prompts: +0.000 [−0.000, +0.000], within the margin of 0.02. On Stable
 Diffusion v1.5 nothing was measured.
 """
 

@@ -8,7 +8,7 @@ Hypothesis: the fixed caption teaches better. What all pictures share then has o
 while descriptions spread it over words that also mean something else; in return they name what the
 concept is not (wearer, place, light), and might spoil less.
 Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): the two are equivalent. Varied
-minus fixed captions, concept similarity of success prompts: +0.003 [-0.003, +0.009], within the margin of 0.02. On Stable
+minus fixed captions, concept similarity of success prompts: +0.003 [−0.003, +0.009], within the margin of 0.02. On Stable
 Diffusion v1.5 nothing was measured.
 """
 

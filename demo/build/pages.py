@@ -37,9 +37,9 @@ A number behind a stage says that it was trained further, from the weights that 
 |---|---|---|---|---|
 {runs}
 
-Rendered pictures of {config[resolution]} pixels: {config[base_pictures]:,} for all three models and
-{config[fresh_pictures]:,} more for the scorer, of which the UNet had 17,408, {config[foil_pictures]:,} of foil for the VAE,
-{config[holographic_pictures]:,} of holographic garments for the scorer. Parameters: {parameters}.
+Rendered pictures of {config[resolution]} pixels: {config[base_pictures]:,} and {config[fresh_pictures]:,} more without
+holographic things, all of which the scorer had, {config[foil_pictures]:,} of foil for the VAE, {config[holographic_pictures]:,} of
+holographic garments for the scorer. Parameters: {parameters}.
 {sizes[mebibytes]} MiB together on disk.
 
 ![training curves](curves.png)
@@ -61,10 +61,10 @@ second. Rendering stopped by the clock, so the second run had 51,200 pictures wi
 run knew two thirds.
 
 **The scorer** learns from batches of which three quarters are groups of 32 pictures that differ in little: in one attribute and
-in what no attribute names. At random hardly two of 1,024 do. Trained on random batches (4.8 minutes, 63,200 pictures) it had named the thing in 90 % of
-held-out pictures and the material in 77 %, and found 79 % and 86 % of captions and pictures; 24 of its 25 wrong things were
-cats and dogs. The run with groups had half as many pictures more as well, so what each was worth is not told apart. It falls
-short of what was wanted of the material (90 %) and of captions and pictures (92 %).
+in what no attribute names. At random hardly two of 1,024 do. Trained on random batches (4.8 minutes, 63,200 pictures) it had
+named the thing in 90 % of held-out pictures and the material in 77 %, and found 79 % and 86 % of captions and pictures; 24 of
+its 25 wrong things were cats and dogs. The run with groups also had 109,008 pictures and lasted a minute longer, so what each
+was worth is not told apart. It falls short of what was wanted of the material (90 %) and of captions and pictures (92 %).
 
 **What `--demo` trains and draws with.** `python train.py --demo --seed 7 --unet-learning-rate R --text-encoder-learning-rate R/10`,
 800 steps, then `python inference.py --demo --seeds 4 --guidance-scale G`; on the UNet's first run and by the scorer of 128 pixels:
