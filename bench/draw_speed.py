@@ -31,7 +31,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import inference
-from bench.train_speed import ATTENTION_KERNELS, attending, converted, nothing, run
+import train
+from bench.train_speed import ATTENTION_KERNELS, apart, attending, converted, nothing, run
 from lib import adapter_files, adapters
 from lib.evaluation import drawing
 
@@ -111,7 +112,9 @@ def main():
     parser.add_argument("--clip-model", default=DEMO["clip_model"])
     args = parser.parse_args()
     whole(args)
-    how = dict(steps=28, guidance_scale=6.0, resolution=128 if args.demo else 512)
+    how = dict(
+        steps=28, guidance_scale=6.0, resolution=train.DEMO["resolution"] if args.demo else 512
+    )
     on_cuda = DEVICE.type == "cuda"
     print("| | s/picture | GiB reserved | difference |\n|---|--:|--:|--:|", flush=True)
     fresh()
@@ -129,7 +132,8 @@ def main():
         ]  # fmt: skip
         variants += [(name, dict(batch_size=8), attending(*backends))
                      for name, backends in ATTENTION_KERNELS.items()]  # fmt: skip
-    variants.append(("- merging (PEFT's layers)", dict(batch_size=8, merged=False), {}))
+    variants.append(("- joined layers", dict(batch_size=8), dict(join=apart)))
+    variants.append(("- joined layers, merging (PEFT's layers)", dict(batch_size=8, merged=False), dict(join=apart)))  # fmt: skip
     reference = None
     for name, options, replaced in variants:
         fresh()

@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import train
 from lib import adapters
-from lib.kernels import lora
+from lib.kernels import joined, lora
 from lib.provenance import device_name
 from lib.training import micro_step
 
@@ -92,12 +92,14 @@ def operations(demo):
     with torch.no_grad():
         call = counted(lambda: unet(pair[0], time_step, pair[1]))
         decoding = counted(lambda: vae.decode(latents))
+    weights = []
     for model, targets in (("unet", unet), ("text_encoder", text_encoder)):
         targets.requires_grad_(False)
         adapters.add_lora(targets, 32, 32.0, train.CONFIG[f"{model}_targets"])
         targets.eval()
-        lora.fuse_lora(targets)
-    weights = [p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad]
+        products = lora.fuse_lora(targets, joined.join(targets, "meta"), "meta")
+        size = sum(weight.numel() for weight in lora.trained_weights(products))
+        weights += lora.bound(products, torch.zeros(size, device="meta"))
 
     def step():
         out = unet(latents, time_step, text_encoder(ids)[0]).sample

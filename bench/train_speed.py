@@ -35,6 +35,7 @@ os.environ["WANDB_MODE"] = "disabled"
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lib import adapters
 from lib.kernels import graphs
 from lib.training import micro_step, parameters
 
@@ -132,7 +133,7 @@ def scripts(args, folder):
             print(f"set-up of the next run, which finds its kernels compiled, {again['set_up_seconds']:.1f} s")  # fmt: skip
 
 
-# What stands for channels_last.channels_last, lora.fuse_lora or graphs.captured where a technique is taken away.
+# What stands for channels_last.channels_last, or graphs.captured where a technique is taken away.
 
 
 def converted(model, training=False):
@@ -141,6 +142,32 @@ def converted(model, training=False):
 
 def nothing(model, training=False):
     pass
+
+
+def apart(model, device, dora=False):
+    """In place of joined.join: each layer is a product of its own."""
+    return []
+
+
+class PeftLayers:
+    """In place of lora.Product: PEFT's layers as they are."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def factors(self):
+        return adapters.trained_weights(self.model)
+
+    def magnitudes(self):
+        return []
+
+
+PEFT = dict(
+    join=apart,
+    fuse_lora=lambda model, *others: [PeftLayers(model)],
+    bound=lambda products, vector: products[0].factors(),
+    DoraFactors=nothing,
+)
 
 
 def as_met(call, device, training=False):
@@ -210,13 +237,14 @@ def parts(args, folder):
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             return record(functions, *others)
 
-    def compiled(model):
+    def compiled(model, *others):
         if hasattr(model, "compile_repeated_blocks"):
             model.compile_repeated_blocks()
+        return [PeftLayers(model)]
 
     recomputing, small = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
     unet_only, dora, eight = dict(train_text_encoder=False), dict(dora=True), dict(batch_size=8)
-    preservation = dict(preservation_weight=4.0, preservation_captions=PRESERVED)
+    preservation = dict(preservation_weight=1.0, preservation_captions=PRESERVED)
     # (name, what differs in the configuration, what is replaced in micro_step.py or parameters.py)
     variants = [
         ("train.py, with checkpointing", recomputing, {}),
@@ -231,14 +259,15 @@ def parts(args, folder):
         ("DoRA without", dora, {}),
         ("preservation without", preservation, {}),
         ("batches of 8 without", eight, {}),
-        ("DoRA in PEFT's layers", dora, dict(DoraFactors=nothing)),
+        ("DoRA in PEFT's layers", dora, PEFT),
         ("- CUDA graph", {}, dict(captured=called)),
-        ("- fused LoRA layers (PEFT's)", {}, dict(fuse_lora=nothing)),
-        ("- fused LoRA layers, fp16 copy (autocast)", {}, dict(fuse_lora=nothing, captured=autocast,
+        ("- joined layers", {}, dict(join=apart)),
+        ("- joined layers, fused LoRA layers (PEFT's)", {}, PEFT),
+        ("- these, fp16 copy (autocast)", {}, PEFT | dict(captured=autocast,
          flatten_parameters=lambda weights, dtype: flatten(weights, torch.float32))),
         ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted)),
         ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
-        ("- all of these", {}, dict(channels_last=nothing, fuse_lora=nothing, captured=called)),
+        ("- all of these", {}, PEFT | dict(channels_last=nothing, captured=called)),
     ]  # fmt: skip
     if args.others:
         variants += [(name, {}, attending(*backends))
@@ -247,9 +276,11 @@ def parts(args, folder):
             ("cuDNN's search for the fastest convolutions", {}, dict(captured=searched))
         )
         variants.append(("torch.compile of the blocks in place of fused layers and Triton kernels", {},
-                         dict(fuse_lora=compiled, channels_last=converted, compile_attention=as_met)))  # fmt: skip
+                         PEFT | dict(fuse_lora=compiled, channels_last=converted, compile_attention=as_met)))  # fmt: skip
     print("| | ms/step | steps/s | GiB reserved | GiB, driver | set-up s |\n|---|--:|--:|--:|--:|--:|", flush=True)  # fmt: skip
     for name, differs, replaced in variants:
+        if not re.search(args.only, name):
+            continue
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -292,6 +323,7 @@ def main():
     parser.add_argument("--diffusers-script", type=lambda path: Path(path).resolve())
     parser.add_argument("--steps", type=int, default=400, help="of our scripts")
     parser.add_argument("--plain-steps", type=int, default=80, help="of the slow loops")
+    parser.add_argument("--only", default="", help="parts: variants whose name matches this")
     parser.add_argument("--others", action="store_true", help="parts: also what was not taken")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="train_speed_"))

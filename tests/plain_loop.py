@@ -11,6 +11,7 @@ the optimizer and precision; its batch is one picture. It trains on the same pic
 with the same noise, prints the median time of a step, and saves nothing.
 """
 
+import copy
 import statistics
 import sys
 import time
@@ -31,10 +32,20 @@ from lib import adapters
 from lib.config import parse_config
 from lib.dataset import read_dataset
 from lib.errors import run_script
+from lib.kernels import joined, lora
 from lib.models import fetch_base_model, load_part
 from lib.training import samples
 
 WARM_UP = 20  # steps whose time does not count
+
+
+def in_order_of_the_vector(model, dora):
+    """What is trained of `model`, in the order of train.py's vector: that of a copy that is fused."""
+    fused = copy.deepcopy(model)
+    products = lora.fuse_lora(fused, joined.join(fused, "cpu", dora), "cpu")
+    names = {id(weight): name for name, weight in fused.named_parameters()}
+    weights = dict(model.named_parameters())
+    return [weights[names[id(weight)]] for weight in lora.trained_weights(products)]
 
 
 def plain_loop(config, one_vector=False):
@@ -71,7 +82,7 @@ def plain_loop(config, one_vector=False):
         model.to(device).train()
         weights = [p for p in model.parameters() if p.requires_grad]
         if one_vector:  # in the order of train.py's vector
-            sources.append(adapters.trained_weights(model))
+            sources.append(in_order_of_the_vector(model, config["dora"]))
             vector = torch.cat([w.detach().flatten() for w in sources[-1]])
             weights = [torch.nn.Parameter(vector)]
         groups.append(dict(params=weights, lr=config[f"{name}_learning_rate"]))

@@ -27,7 +27,7 @@ import preprocess
 import train
 from lib import adapter_files, adapters, dataset
 from lib.evaluation import drawing
-from lib.kernels import attention, channels_last, compiling, dora, graphs, lora, norms
+from lib.kernels import attention, channels_last, compiling, dora, graphs, joined, lora, norms
 from lib.training import latents, micro_step, parameters, setup
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -63,9 +63,28 @@ def output_and_gradients(unet):
     x = torch.randn(2, 4, 16, 16, generator=generator).to(DEVICE, unet.dtype)
     text = torch.randn(2, 77, 32, generator=generator).to(DEVICE, unet.dtype).requires_grad_()
     out = unet(x, torch.tensor([10, 700], device=DEVICE), text).sample
-    weights = adapters.trained_weights(unet)
     loss = 1000 * out.float().square().mean()  # scaled, as training does for half precision
-    return [out.detach(), *torch.autograd.grad(loss, [text, *weights])]
+    return [out.detach(), *gradients(loss, unet, text)]
+
+
+def gradients(loss, unet, *others):
+    """Those of `others`, then of each of PEFT's parameters in its own order, whether `fused` or not."""
+    weights = adapters.trained_weights(unet)
+    found = torch.autograd.grad(loss, [*others, *getattr(unet, "leaves", weights)])
+    ours = torch.cat([gradient.flatten() for gradient in found[len(others) :]])
+    in_order = lora.trained_weights(unet.products) if hasattr(unet, "leaves") else weights
+    parts = ours.split([weight.numel() for weight in in_order])
+    of = {id(weight): part for weight, part in zip(in_order, parts, strict=True)}
+    return [*found[: len(others)], *(of[id(weight)].view(weight.shape) for weight in weights)]
+
+
+def fused(unet):
+    """`unet` as it is trained: its LoRA or DoRA layers fused, and joined where they read the same input."""
+    is_dora = bool(adapters.magnitudes(unet))
+    products = lora.fuse_lora(unet, joined.join(unet, DEVICE, is_dora), DEVICE)
+    _, working = parameters.flatten_parameters(lora.trained_weights(products), unet.dtype)
+    unet.leaves = lora.bound(products, working)
+    return unet
 
 
 def close(found, expected, tolerance):
@@ -78,18 +97,16 @@ def close(found, expected, tolerance):
 
 def test_fused_lora_gives_pefts_outputs_and_gradients():
     expected = output_and_gradients(small_unet())
-    unet = small_unet()
-    lora.fuse_lora(unet)
-    found = output_and_gradients(unet)
+    found = output_and_gradients(fused(small_unet()))
     assert close(found, expected, 1e-4)
     assert all(gradient.abs().sum() > 0 for gradient in found)
 
 
 def fused_dora(**how):
-    """small_unet with DoRA through DoraLinear."""
-    unet = small_unet(dora=True, **how)
-    magnitudes = torch.cat([m.detach().float() for m in adapters.magnitudes(unet).values()])
-    dora.DoraFactors(unet).refresh(magnitudes)
+    """small_unet with DoRA, fused."""
+    unet = fused(small_unet(dora=True, **how))
+    magnitudes = [m for product in unet.products for m in product.magnitudes()]
+    dora.DoraFactors(unet.products).refresh(torch.cat([m.detach().float() for m in magnitudes]))
     return unet
 
 
@@ -100,7 +117,6 @@ def test_fused_dora_gives_pefts_outputs_and_gradients(targets):
     """Of A, B and the magnitudes, with biases and without, and of layers of one shape and of several."""
     expected = output_and_gradients(small_unet(dora=True, targets=targets))
     unet = fused_dora(targets=targets)
-    assert all("forward" in vars(layer) for layer in adapters.lora_layers(unet).values())
     found = output_and_gradients(unet)
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, 1e-3)
@@ -111,28 +127,27 @@ def test_fused_dora_gives_pefts_outputs_and_gradients(targets):
 
 def test_doras_norms_are_those_of_the_whole_product():
     """Also where B A nearly takes the weight away, whose square is then a small difference."""
-    unet = small_unet(dora=True)
-    factors = dora.DoraFactors(unet)
+    unet = fused(small_unet(dora=True))
+    factors = dora.DoraFactors(unet.products)
     for number, layer in enumerate(adapters.lora_layers(unet).values()):
         weight, a = layer.get_base_layer().weight, layer.lora_A["default"].weight
         if number % 2:
             part = -0.9 * weight @ torch.linalg.pinv(a)
-            layer.lora_B["default"].weight.data = part / layer.scaling["default"]
+            layer.lora_B["default"].weight.data.copy_(part / layer.scaling["default"])
     ones = torch.ones_like(factors.factors)
     factors.refresh(ones)
     expected = [
         (layer.get_base_layer().weight + layer.get_delta_weight("default")).norm(dim=1)
-        for layer in adapters.lora_layers(unet).values()
+        for product in unet.products
+        for layer in product.adapted
     ]
     assert_close(1 / factors.factors, torch.cat(expected))
     assert_close(factors.inverses, factors.factors)
 
 
-@pytest.mark.parametrize("fused", ["lora", "dora"])
-def test_recomputing_gives_the_same_gradients(fused):
-    unet = small_unet() if fused == "lora" else fused_dora()
-    if fused == "lora":
-        lora.fuse_lora(unet)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_recomputing_gives_the_same_gradients(kind):
+    unet = fused(small_unet()) if kind == "lora" else fused_dora()
     expected = output_and_gradients(unet)
     calls = []
 
@@ -669,9 +684,8 @@ def test_channels_last_gives_the_same_unet():
     assert norms.missing_kernels(DEVICE) is None
     channels_last.channels_last(unet)
     assert close(output_and_gradients(unet), expected, 1e-3)
-    half = small_unet(torch.float16)
+    half = fused(small_unet(torch.float16))
     channels_last.channels_last(half)
-    lora.fuse_lora(half)
     assert close(output_and_gradients(half), expected, 2e-2)
     expected = output_and_gradients(fused_dora())
     half = fused_dora(dtype=torch.float16)

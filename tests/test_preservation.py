@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_close, call, options, run
 from diffusers import DDPMScheduler
-from test_kernels import fused_dora, small_unet
+from test_kernels import fused, fused_dora, gradients, small_unet
 from test_train import weights
 
 import inference
@@ -24,9 +24,7 @@ DEVICE = next(small_unet().parameters()).device
 
 
 def fused_unet():
-    unet = small_unet()
-    lora.fuse_lora(unet)
-    return unet
+    return fused(small_unet())
 
 
 def predicted(unet, states):
@@ -34,10 +32,10 @@ def predicted(unet, states):
     return unet(noisy, torch.tensor([300], device=DEVICE), states).sample
 
 
-@pytest.mark.parametrize("fused", [fused_unet, fused_dora])
-def test_without_lora_the_model_is_the_base_model(fused):
+@pytest.mark.parametrize("made", [fused_unet, fused_dora])
+def test_without_lora_the_model_is_the_base_model(made):
     """Inside a `with` alone, whatever ends it."""
-    unet, states = fused(), torch.randn(1, 77, 32).to(DEVICE)
+    unet, states = made(), torch.randn(1, 77, 32).to(DEVICE)
     adapted = predicted(unet, states)
     with contextlib.suppress(KeyError), lora.without_lora(unet):
         base = predicted(unet, states)
@@ -70,7 +68,6 @@ def test_the_losses_are_those_of_separate_passes_and_so_are_their_gradients(pred
     unet = fused_unet()
     inputs = scheduler, latents, noise, timesteps
     found = losses.preserving_losses(unet, *inputs, states, bases, masks)
-    parameters = [weight for pair in adapters.factors(unet).values() for weight in pair]
 
     base = fused_unet()
     for _, b in adapters.factors(base).values():
@@ -90,11 +87,9 @@ def test_the_losses_are_those_of_separate_passes_and_so_are_their_gradients(pred
     assert_close(found[0], ordinary)
     assert_close(found[1], held)
     assert held.min() > 1e-4
-    gradients = [
-        torch.autograd.grad(own.mean() + 4 * other.mean(), parameters)
-        for own, other in (found, (ordinary, held))
-    ]
-    for one, other in zip(*gradients, strict=True):
+    pairs = found, (ordinary, held)
+    both = [gradients(own.mean() + 4 * other.mean(), unet) for own, other in pairs]
+    for one, other in zip(*both, strict=True):
         assert_close(one, other, 1e-3)
 
 

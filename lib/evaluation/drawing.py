@@ -17,6 +17,7 @@ from lib.evaluation.prompts import check_prompt_lengths
 from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last
 from lib.kernels.graphs import captured
+from lib.kernels.joined import join
 from lib.models import load_part, loading
 
 
@@ -42,6 +43,8 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
     if text_encoder is None:
         loaded["text_encoder"] = load_part(CLIPTextModel, folder, "text_encoder", dtype)
     for name, model in loaded.items():
+        if device.type == "cuda":
+            join(model, device)
         model.to(device).eval().requires_grad_(False)
         if name != "text_encoder":
             channels_last(model)

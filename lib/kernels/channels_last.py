@@ -5,10 +5,10 @@ import functools
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
-from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from lib.kernels.compiling import failure, in_threads
+from lib.kernels.joined import is_plain_block
 from lib.kernels.norms import Geglu, GroupNormSilu, group_norm, missing_kernels, run_geglu
 
 
@@ -66,7 +66,7 @@ def rebuild(model):
     model.to(memory_format=torch.channels_last)
     silent = set()  # norms that are followed by a SiLU, which they now do themselves
     for module in model.modules():
-        if _is_plain(module):
+        if is_plain_block(module):
             silent |= {module.norm1, module.norm2}
             module.nonlinearity = torch.nn.Identity()
             _join_biases(module)
@@ -80,16 +80,6 @@ def rebuild(model):
             module.forward = functools.partial(_norm_forward, module, module in silent)
         elif isinstance(module, GEGLU):
             module.forward = functools.partial(_geglu_forward, module)
-
-
-def _is_plain(module):
-    """Whether it is a residual block whose norms are followed by a SiLU and nothing else."""
-    return (
-        isinstance(module, ResnetBlock2D)
-        and isinstance(module.nonlinearity, torch.nn.SiLU)
-        and module.time_embedding_norm == "default"
-        and not module.skip_time_act
-    )
 
 
 @torch.no_grad()

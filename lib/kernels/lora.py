@@ -1,66 +1,214 @@
-"""A LoRA layer as one autograd function: three matrix products forward and five backward, in place of
-the some 14 kernels that PEFT's layer launches."""
+"""LoRA and DoRA layers as a few matrix products, and layers that read the same input as one product.
+
+PEFT's layer launches some 14 kernels forward, and at batch 1 each takes a few microseconds whatever it
+does. Here a layer is three products forward and five backward, and so are all the layers of a Product
+together: their weights and their A lie one behind the other, so each is one matrix.
+"""
 
 import contextlib
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 
 from lib import adapters
 
 
-class LoraLinear(torch.autograd.Function):
-    """x W^T + bias + scale (x A^T) B^T, with W and its bias frozen.
+class AdaptedLinear(torch.autograd.Function):
+    """factor (x W^T + scale (x A^T) B^T) + bias, with W and its bias frozen; a factor of None is 1.
 
-    x [..., in], W [out, in], bias [out] or None, A [rank, in], B [out, rank], all of one type.
-    The low-rank product is added to the large one where that is written (one rounding less than
-    adding two results), and the backward pass likewise adds to the gradient of x.
+    Of n layers side by side: x [..., in], W [outputs of all, in], bias [outputs] or None and A [n rank, in].
+    B is block diagonal; `blocks` are tensors [layers, out, rank] of neighbours that have as many outputs,
+    together those of the first n. Layers behind them have no B and are W alone. All are of one type.
+    With DoRA, where each layer has a B, factor and inverse, float32 [outputs], are magnitude / norm and
+    1 / norm; the magnitude itself [outputs] is only there to be given its gradient.
+
+    The low-rank product is added to the large one where that is written (one rounding less than adding
+    two results), and the backward pass likewise adds to the gradient of x.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale):
+    def forward(ctx, x, weight, bias, scale, factor, inverse, magnitude, a, *blocks):
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ a.T
-        out = F.linear(rows, weight, bias).addmm_(low, b.T, alpha=scale)
-        ctx.save_for_backward(rows, weight, a, b, low)
+        out = F.linear(rows, weight, bias if factor is None else None)
+        for to, of, b in _parts(out, low, blocks):
+            if len(b) == 1:
+                to[0].addmm_(of[0], b[0].T, alpha=scale)
+            else:
+                to.baddbmm_(of, b.mT, alpha=scale)
+        direction = None if factor is None else out
+        if factor is not None:
+            out = torch.mul(direction, factor, out=torch.empty_like(direction))
+            if bias is not None:
+                out += bias
+        ctx.save_for_backward(rows, weight, a, low, direction, factor, inverse, *blocks)
         ctx.scale = scale
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, weight, a, b, low = ctx.saved_tensors
+        rows, weight, a, low, direction, factor, inverse, *blocks = ctx.saved_tensors
         shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])
-        grad_low = grad @ b
-        grad_b = grad.T @ low
+        grad_magnitude = None
+        if factor is not None:
+            # In float32: a half-precision product of the two could overflow.
+            grad_magnitude = ((grad.float() * direction).sum(dim=0) * inverse).to(direction.dtype)
+            grad = torch.mul(grad, factor, out=torch.empty_like(grad))
+        grad_low, grad_blocks = torch.empty_like(low), []
+        for of, to, b in _parts(grad, grad_low, blocks):
+            if len(b) == 1:
+                torch.mm(of[0], b[0], out=to[0])
+            else:
+                torch.bmm(of, b, out=to)
+        for of, with_low, b in _parts(grad, low, blocks):
+            grad_blocks.append((of[0].T @ with_low[0])[None] if len(b) == 1 else of.mT @ with_low)
         if ctx.scale != 1:
-            grad_low, grad_b = grad_low * ctx.scale, grad_b * ctx.scale
+            grad_low, grad_blocks = grad_low * ctx.scale, [g * ctx.scale for g in grad_blocks]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_low, a).view(*shape[:-1], -1)
-        return grad_x, None, None, grad_low.T @ rows, grad_b, None
+        grad_a = grad_low.T @ rows
+        return grad_x, None, None, None, None, None, grad_magnitude, grad_a, *grad_blocks
 
 
-def fuse_lora(model):
-    """Compute every LoRA layer of `model` with LoraLinear from now on."""
+def _parts(outputs, low, blocks):
+    """For each of `blocks` its columns of `outputs` [rows, …] and of `low` [rows, …], both as
+    [layers, rows, columns of one], and itself."""
+    column = row = 0
+    for b in blocks:
+        layers, out, rank = b.shape
+        wide = outputs[:, column : column + layers * out].unflatten(1, (layers, out))
+        thin = low[:, row : row + layers * rank].unflatten(1, (layers, rank))
+        yield wide.transpose(0, 1), thin.transpose(0, 1), b
+        column, row = column + layers * out, row + layers * rank
+
+
+class Product:
+    """Linear layers that read the same input, computed as one: called with x [..., in] it returns their
+    outputs, in the layers' order.
+
+    `layers` are linear layers or PEFT's LoRA or DoRA layers around them, or both, of one rank and scale.
+    Their weights become views of one tensor on `device`. Those with LoRA compute with `a` and `blocks`, see
+    AdaptedLinear, which `bind` sets, and DoRA with what DoraFactors sets.
+    """
+
+    def __init__(self, layers, device):
+        def rank_in_row(layer):
+            return not isinstance(layer, LoraLayer), _base(layer).out_features
+
+        self.layers = sorted(layers, key=rank_in_row)
+        self.places = [self.layers.index(layer) for layer in layers]
+        self.bases = [_base(layer) for layer in self.layers]
+        self.adapted = [layer for layer in self.layers if isinstance(layer, LoraLayer)]
+        self.scale = self.adapted[0].scaling["default"] if self.adapted else None
+        self.without_lora = False
+        self.a, self.blocks, self.magnitude, self.factor, self.inverse = None, (), None, None, None
+        self.move(torch.cat([base.weight.data for base in self.bases]).to(device))
+        biases = [base.bias for base in self.bases if base.bias is not None]
+        self.bias = torch.cat([bias.data for bias in biases]).to(device) if biases else None
+        for bias, part in zip(
+            biases, self.bias.split([len(b) for b in biases]) if biases else (), strict=True
+        ):
+            bias.data = part
+
+    def move(self, weight):
+        """Compute with `weight`, which holds what the layers' weights hold, and make these views of it."""
+        self.weight = weight
+        sizes = [base.out_features for base in self.bases]
+        for base, part in zip(self.bases, weight.split(sizes), strict=True):
+            base.weight.data = part
+
+    def factors(self):
+        """PEFT's parameters in the order in which they make A and the blocks of B: a list."""
+        a = [layer.lora_A["default"].weight for layer in self.adapted]
+        return a + [layer.lora_B["default"].weight for layer in self.adapted]
+
+    def magnitudes(self):
+        """DoRA's, in the layers' order: a list, empty for LoRA."""
+        return [
+            layer.lora_magnitude_vector["default"].weight
+            for layer in self.adapted
+            if layer.lora_magnitude_vector
+        ]
+
+    def bind(self, take):
+        """Compute with the factors that `take`, a function of a shape, gives in the order of `factors`."""
+        if self.adapted:
+            rank, width = self.adapted[0].lora_A["default"].weight.shape
+            self.a = take(len(self.adapted) * rank, width)
+            sizes = itertools.groupby(_base(layer).out_features for layer in self.adapted)
+            self.blocks = [take(len(list(equal)), out, rank) for out, equal in sizes]
+
+    def joint(self, x):
+        """The outputs of all, side by side [..., outputs], in the order of `self.layers`."""
+        if self.without_lora or not self.adapted:
+            return F.linear(x, self.weight, self.bias)
+        return AdaptedLinear.apply(
+            x, self.weight, self.bias, self.scale, self.factor, self.inverse, self.magnitude, self.a, *self.blocks
+        )  # fmt: skip
+
+    def __call__(self, x):
+        parts = self.joint(x).split([base.out_features for base in self.bases], dim=-1)
+        return [parts[place] for place in self.places]
+
+
+def _base(layer):
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
+def fuse_lora(model, joined, device):
+    """Compute every LoRA layer of `model` with AdaptedLinear from now on; returns its Products, which
+    have to be bound to parameters (`bound`).
+
+    `joined` are the Products of layers that are computed together; each other layer becomes one alone.
+    """
+    elsewhere = {layer for product in joined for layer in product.layers}
+    products = list(joined)
     for layer in adapters.lora_layers(model).values():
-        layer.forward = functools.partial(_lora_forward, layer)
+        if layer not in elsewhere:
+            products.append(Product([layer], device))
+            layer.forward = products[-1].joint
+    model.products = products
+    return products
+
+
+def bound(products, vector):
+    """Let `products` compute with views of a flat `vector`, of what `trained_weights` gives one behind the other:
+    a list of these, leaves of autograd's graph, in that order."""
+    leaves, place = [], 0
+
+    def take(*shape):
+        nonlocal place
+        part = vector[place:].detach()[: functools.reduce(int.__mul__, shape)].view(shape)
+        place += part.numel()
+        leaves.append(part.requires_grad_())
+        return part
+
+    for product in products:
+        product.bind(take)
+    for product in products:
+        if product.magnitudes():
+            product.magnitude = take(len(product.weight))
+    return leaves
+
+
+def trained_weights(products):
+    """PEFT's parameters in the order of the flat vector: A and B of each product, then all magnitudes."""
+    factors = [weight for product in products for weight in product.factors()]
+    return factors + [magnitude for product in products for magnitude in product.magnitudes()]
 
 
 @contextlib.contextmanager
 def without_lora(model):
-    """Inside, `model` computes what its base model does: its LoRA layers launch their base layer alone."""
-    layers = adapters.lora_layers(model).values()
-    adapted = [layer.forward for layer in layers]
-    for layer in layers:
-        layer.forward = layer.get_base_layer().forward
+    """Inside, `model` computes what its base model does: the base layers alone."""
+    products = model.products if adapters.lora_layers(model) else []
+    for product in products:
+        product.without_lora = True
     try:
         yield
     finally:
-        for layer, forward in zip(layers, adapted, strict=True):
-            layer.forward = forward
-
-
-def _lora_forward(layer, x):
-    base, a, b = layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]
-    return LoraLinear.apply(x, base.weight, base.bias, a.weight, b.weight, layer.scaling["default"])
+        for product in products:
+            product.without_lora = False

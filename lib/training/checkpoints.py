@@ -31,6 +31,8 @@ LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
 PLACES = ("data_dir", "base_model")
 # Packages whose version may change the numbers.
 NUMERIC = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
+# Of the flat vectors; see lora.trained_weights. In the first one a layer's A and B lay side by side.
+LAYOUT = 2
 NAME = re.compile(r"checkpoint_(\d+)\.safetensors")
 
 
@@ -121,6 +123,7 @@ def identity(config, data, base_folder, accelerator):
         found["masks"] = data.masks_sha256()
     found["weights of the base model"] = weights_digest(base_folder)
     found |= {package: version(package) for package in NUMERIC}
+    found["layout of the parameters"] = LAYOUT
     found["processes"] = accelerator.num_processes
     found["device"] = accelerator.device.type
     return json.loads(json.dumps(found))

@@ -109,10 +109,10 @@ class MicroStep:
         loss = self.forward(at, preserving) / self.accumulation
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
-        parameters = [part.parameters for part in self.trained.values()]
-        gradients = iter(torch.autograd.grad(loss, list(itertools.chain(*parameters))))
+        leaves = [part.leaves for part in self.trained.values()]
+        gradients = iter(torch.autograd.grad(loss, list(itertools.chain(*leaves))))
         for part in self.trained.values():
-            part.flat.grad += torch.cat([next(gradients).flatten() for _ in part.parameters])
+            part.flat.grad += torch.cat([next(gradients).flatten() for _ in part.leaves])
 
     def prepare(self, first):
         """Compile the kernels and record the passes, with `first`, a micro-batch, in its buffers.

@@ -10,7 +10,8 @@ import torch
 
 from lib import adapters
 from lib.kernels.dora import DoraFactors
-from lib.kernels.lora import fuse_lora
+from lib.kernels.joined import join
+from lib.kernels.lora import bound, fuse_lora, trained_weights
 
 
 @dataclass
@@ -19,8 +20,9 @@ class LoraParameters:
 
     model: torch.nn.Module
     learning_rate: float  # at its peak
-    parameters: (
-        list  # the model's own: A and B of each layer, DoRA's magnitudes; views of `working`
+    parameters: list  # the model's own, views of `working`; see lora.trained_weights
+    leaves: (
+        list  # what the model computes with and is differentiated by, the same views, some joined
     )
     flat: torch.nn.Parameter  # float32, what the optimizer updates; its gradient is always there
     working: torch.Tensor  # `flat` in the type that the model computes with
@@ -42,12 +44,14 @@ def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtyp
     """
     model.requires_grad_(False)
     adapters.add_lora(model, rank, alpha, targets, dora)
+    products = fuse_lora(model, join(model, device, dora), device)
     # Not .train(): SD1.5 has no dropout, and diffusers' blocks would copy to another layout.
     model.to(device).eval()
-    scaled = DoraFactors(model) if dora else fuse_lora(model)
-    parameters = adapters.trained_weights(model)
-    vectors = flatten_parameters(parameters, dtype)
-    found = LoraParameters(model, learning_rate, parameters, *vectors, scaled)
+    parameters = trained_weights(products)
+    flat, working = flatten_parameters(parameters, dtype)
+    leaves = bound(products, working)
+    factors = DoraFactors(products) if dora else None
+    found = LoraParameters(model, learning_rate, parameters, leaves, flat, working, factors)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trainable != found.flat.numel():
         raise RuntimeError(f"{trainable} trainable parameters, {found.flat.numel()} in the vector")
