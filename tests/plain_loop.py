@@ -124,7 +124,10 @@ def plain_loop(config, one_vector=False):
             states = text_encoder(input_ids[picture][None])[0]
             noisy_latents = scheduler.add_noise(latents, noise, timesteps)
             noise_pred = unet(noisy_latents, timesteps, states).sample
-        loss = torch.nn.functional.mse_loss(noise_pred.float(), noise)
+        expected = noise
+        if scheduler.config.prediction_type == "v_prediction":
+            expected = scheduler.get_velocity(latents, noise, timesteps)
+        loss = torch.nn.functional.mse_loss(noise_pred.float(), expected)
         accelerator.backward(loss)
         for group, weights in zip(groups, sources, strict=False):
             group["params"][0].grad = torch.cat([weight.grad.flatten() for weight in weights])

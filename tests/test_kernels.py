@@ -33,6 +33,8 @@ from lib.training import latents, micro_step, parameters, setup
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_triton = pytest.mark.skipif(norms.triton is None, reason="this torch came without Triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# What is compared is float32; a convolution on a GPU would round it to 11 bits.
+torch.backends.cudnn.allow_tf32 = False
 
 
 def small_unet(
@@ -170,7 +172,7 @@ from test_kernels import close, output_and_gradients, small_unet
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
 for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, False), ((3, 960, 3, 3), 32, True),
-                            ((1, 40, 40, 41), 4, True), ((2, 32, 300, 1), 8, False)]:
+                            ((1, 40, 40, 41), 4, True), ((2, 32, 300, 1), 8, False), ((1, 64, 70, 64), 8, True)]:
     x = (torch.randn(shape, device=device) + 100).requires_grad_()
     weight, bias = torch.randn(2, shape[1], device=device)
     found = norms.GroupNormSilu.apply(x, weight, bias, groups, 1e-5, silu)
@@ -208,8 +210,8 @@ kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", COUNT="i32", HALF="i32",
              statistics="*fp32", sums="*fp32")
 for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16")):  # T4, A100, H100
     for kernel in (norms._norm_sums, norms._norm_apply, norms._geglu):
-        for backward in (False, True):
-            sizes = dict(GROUP=10, WIDTH=16, ROWS=512, PARTS=16, BLOCK=1024, BACKWARD=backward)
+        for backward, parts in ((False, 0), (False, 16), (True, 0), (True, 16)):
+            sizes = dict(GROUP=10, WIDTH=16, ROWS=512, PARTS=parts, BLOCK=1024, BACKWARD=backward)
             names = [parameter.name for parameter in kernel.params]
             known = {name: sizes[name] for name in names if name in sizes}
             signature = {name: "constexpr" if name in known else kinds.get(name, f"*{dtype}") for name in names}
@@ -284,8 +286,9 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
     launched.clear()
     channels_last.rebuild(unet)
     output_and_gradients(unet)
-    assert set(launched) == before
-    assert len(before) > 8
+    # Of each size both for small maps and for large ones, of which this UNet has no large ones.
+    assert set(launched) <= before
+    assert 8 < len(before) <= 4 * len(set(launched))
     launched.clear()
     channels_last.compile_kernels(unet, training=False)
     assert 0 < len(set(launched)) < len(before)

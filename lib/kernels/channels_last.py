@@ -1,6 +1,7 @@
 """A UNet or VAE in channels-last layout, the tensor cores' own, with the kernels of norms.py."""
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from lib.kernels.compiling import failure, in_threads
 from lib.kernels.joined import is_plain_block
-from lib.kernels.norms import Geglu, GroupNormSilu, group_norm, missing_kernels, run_geglu
+from lib.kernels.norms import WHOLE, Geglu, GroupNormSilu, group_norm, missing_kernels, run_geglu
 
 
 def channels_last(model, training=False):
@@ -41,8 +42,11 @@ def compile_kernels(model, training):
     norms = [module for module in model.modules() if isinstance(module, torch.nn.GroupNorm)]
     of_each_size = {norm.num_channels // norm.num_groups: norm for norm in norms}.values()
 
-    def launch(norm, backward):
-        x = place.new_zeros(1, norm.num_channels, 16, 16).to(memory_format=torch.channels_last)
+    def launch(norm, backward, large):
+        # Of pixels so many that one program takes a group, or that it does not; a multiple of 16 as in
+        # Stable Diffusion, which Triton compiles other code for.
+        height = WHOLE * norm.num_groups // norm.num_channels // 16 + 1 if large else 1
+        x = place.new_zeros(1, norm.num_channels, height, 16).to(memory_format=torch.channels_last)
         statistics = x.new_zeros(norm.num_groups, 2, dtype=torch.float32)
         grad = x if backward else None
         group_norm(x, grad, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)
@@ -52,7 +56,8 @@ def compile_kernels(model, training):
         run_geglu(x, x[:, :16].contiguous() if backward else None)
 
     passes = (False, True) if training else (False,)
-    jobs = [functools.partial(launch, norm, b) for norm in of_each_size for b in passes]
+    each = itertools.product(of_each_size, passes, (False, True))
+    jobs = [functools.partial(launch, *how) for how in each]
     if any(isinstance(module, GEGLU) for module in model.modules()):
         jobs += [functools.partial(launch_geglu, backward) for backward in passes]
 
@@ -121,7 +126,9 @@ def _output_of_rows(transformer, hidden_states, residual, batch_size, height, wi
 def _norm_forward(norm, silu, x):
     pixels = x if x.ndim == 4 else x[..., None]  # the VAE's attention has them in a row
     out = GroupNormSilu.apply(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
-    return out.view(x.shape)
+    # A view of a batch of one, even of the same shape, may have other strides, which a convolution's backward
+    # pass takes for another layout: it would copy its gradient there and back.
+    return out if x.ndim == 4 else out[..., 0]
 
 
 def _geglu_forward(geglu, x):

@@ -18,6 +18,9 @@ except ImportError:  # no NVIDIA build of torch
     triton = None
 
 MOST_PARTS = 16  # into which a group's pixels are divided, to be summed in parallel
+WHOLE = (
+    2**14
+)  # values, filled up to a power of two a pixel, that are one program's: launching two takes longer
 
 if triton:
 
@@ -43,25 +46,16 @@ if triton:
         slope = tl.where(SILU != 0, sigmoid * (1 + z * (1 - sigmoid)), 1.0)
         return hat, tl.where(SILU != 0, z * sigmoid, z), slope
 
-    @triton.jit(do_not_specialize=["SILU"])
-    def _norm_sums(x, grad, statistics, weight, bias, sums, HW, EACH, C, SILU,
-                   GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-                   BACKWARD: tl.constexpr):  # fmt: skip
-        """Two sums over a part of one group: of x - x0 and its square, x0 being the group's first value
-        (the variance is a difference of the two, which are small only near the values themselves),
-        or backward of w dz and w dz hat."""
-        start, channel = _offsets(HW, C, GROUP)
-        column = tl.arange(0, WIDTH)[None, :]
-        if BACKWARD:
-            mean = tl.load(statistics + tl.program_id(0) * 2)
-            rstd = tl.load(statistics + tl.program_id(0) * 2 + 1)
-            w = tl.load(weight + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
-            b = tl.load(bias + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
-        else:
-            x0 = tl.load(x + start).to(tl.float32)
+    @triton.jit
+    def _two_sums(x, grad, begin, EACH, HW, start, C, column, x0, mean, rstd, w, b, SILU,
+                  GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                  BACKWARD: tl.constexpr):  # fmt: skip
+        """Over a part of one group, of x - x0 and its square, or backward of w dz and w dz hat.
+
+        x0 is the group's first value: the variance is a difference of the two, which are small only near
+        the values themselves."""
         first = tl.zeros([ROWS, WIDTH], tl.float32)
         second = tl.zeros([ROWS, WIDTH], tl.float32)
-        begin = tl.program_id(1) * EACH
         for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
             place, inside = _tile(row, begin, EACH, HW, start, C, column, GROUP, ROWS)
             value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
@@ -74,34 +68,68 @@ if triton:
                 value = tl.where(inside, value - x0, 0.0)
                 first += value
                 second += value * value
+        return tl.sum(tl.sum(first, 1), 0), tl.sum(tl.sum(second, 1), 0)
+
+    @triton.jit
+    def _known(x, statistics, weight, bias, start, channel, column, GROUP: tl.constexpr,
+               BACKWARD: tl.constexpr):  # fmt: skip
+        """(x0, mean, rstd, weight, bias) of this program's group, of the middle two what is known beforehand."""
+        w = tl.load(weight + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
+        b = tl.load(bias + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
+        x0 = tl.load(x + start).to(tl.float32)
+        mean, rstd = x0, x0
+        if BACKWARD:
+            mean = tl.load(statistics + tl.program_id(0) * 2)
+            rstd = tl.load(statistics + tl.program_id(0) * 2 + 1)
+        return x0, mean, rstd, w, b
+
+    @triton.jit(do_not_specialize=["SILU"])
+    def _norm_sums(x, grad, statistics, weight, bias, sums, HW, EACH, C, SILU,
+                   GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                   BACKWARD: tl.constexpr):  # fmt: skip
+        """The two sums over a part of one group, for _norm_apply."""
+        start, channel = _offsets(HW, C, GROUP)
+        column = tl.arange(0, WIDTH)[None, :]
+        x0, mean, rstd, w, b = _known(
+            x, statistics, weight, bias, start, channel, column, GROUP, BACKWARD
+        )
+        begin = tl.program_id(1) * EACH
+        first, second = _two_sums(x, grad, begin, EACH, HW, start, C, column, x0, mean, rstd, w, b, SILU,
+                                  GROUP, WIDTH, ROWS, BACKWARD)  # fmt: skip
         part = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 2
-        tl.store(sums + part, tl.sum(tl.sum(first, 1), 0))
-        tl.store(sums + part + 1, tl.sum(tl.sum(second, 1), 0))
+        tl.store(sums + part, first)
+        tl.store(sums + part + 1, second)
 
     @triton.jit(do_not_specialize=["SILU"])
     def _norm_apply(x, grad, statistics, weight, bias, sums, HW, EACH, C, SILU, eps, out,
                     GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
                     PARTS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-        """The normalised x, after its SiLU, or backward the gradient of x; of a part of a group."""
+        """The normalised x, after its SiLU, or backward the gradient of x; of a part of a group.
+
+        PARTS is the most that _norm_sums summed, or 0: then this program has a whole group, and sums itself."""
         start, channel = _offsets(HW, C, GROUP)
         column = tl.arange(0, WIDTH)[None, :]
-        w = tl.load(weight + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
-        b = tl.load(bias + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
-        part = tl.arange(0, PARTS)
-        known = part < tl.num_programs(1)
-        parts = (tl.program_id(0) * tl.num_programs(1) + part) * 2
-        first = tl.sum(tl.load(sums + parts, mask=known, other=0.0), 0) / (HW * GROUP)
-        second = tl.sum(tl.load(sums + parts + 1, mask=known, other=0.0), 0) / (HW * GROUP)
-        if BACKWARD:
-            mean = tl.load(statistics + tl.program_id(0) * 2)
-            rstd = tl.load(statistics + tl.program_id(0) * 2 + 1)
+        x0, mean, rstd, w, b = _known(
+            x, statistics, weight, bias, start, channel, column, GROUP, BACKWARD
+        )
+        begin = tl.program_id(1) * EACH
+        if PARTS == 0:
+            first, second = _two_sums(x, grad, begin, EACH, HW, start, C, column, x0, mean, rstd, w, b, SILU,
+                                      GROUP, WIDTH, ROWS, BACKWARD)  # fmt: skip
         else:
-            mean = tl.load(x + start).to(tl.float32) + first
+            part = tl.arange(0, PARTS)
+            known = part < tl.num_programs(1)
+            parts = (tl.program_id(0) * tl.num_programs(1) + part) * 2
+            first = tl.sum(tl.load(sums + parts, mask=known, other=0.0), 0)
+            second = tl.sum(tl.load(sums + parts + 1, mask=known, other=0.0), 0)
+        first = first / (HW * GROUP)
+        second = second / (HW * GROUP)
+        if not BACKWARD:
+            mean = x0 + first
             rstd = 1 / tl.sqrt(tl.maximum(second - first * first, 0.0) + eps)
             if tl.program_id(1) == 0:
                 tl.store(statistics + tl.program_id(0) * 2, mean)
                 tl.store(statistics + tl.program_id(0) * 2 + 1, rstd)
-        begin = tl.program_id(1) * EACH
         for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
             place, inside = _tile(row, begin, EACH, HW, start, C, column, GROUP, ROWS)
             value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
@@ -154,22 +182,25 @@ class GroupNormSilu(torch.autograd.Function):
 
 
 def group_norm(x, grad, statistics, weight, bias, groups, eps, silu):
-    """Launch the two kernels of either pass: sums of the parts of each group, then the result."""
+    """Launch either pass: the sums of the parts of each group and then the result, or both by one kernel where
+    a group is small."""
     n, channels, height, width = x.shape
     pixels, group = height * width, channels // groups
     width_of_tile = triton.next_power_of_2(group)
     rows_of_tile = max(1, 8192 // width_of_tile)
     # Enough programs to fill a GPU, each of whole tiles.
     parts = max(1, min(triton.cdiv(pixels, rows_of_tile), MOST_PARTS, 512 // (n * groups)))
-    each = triton.cdiv(triton.cdiv(pixels, parts), rows_of_tile) * rows_of_tile
+    whole = pixels * width_of_tile <= WHOLE
+    each = triton.cdiv(triton.cdiv(pixels, 1 if whole else parts), rows_of_tile) * rows_of_tile
     grid = (n * groups, triton.cdiv(pixels, each))
     sums = x.new_empty(*grid, 2, dtype=torch.float32)
     inputs = (x, x if grad is None else grad, statistics, weight, bias, sums, pixels, each, channels, int(silu))  # fmt: skip
     # Compiled anew for each of these, so what does not need to be known beforehand is not here.
     known = dict(GROUP=group, WIDTH=width_of_tile, ROWS=rows_of_tile, BACKWARD=grad is not None, num_warps=8)  # fmt: skip
     out = torch.empty_like(x)
-    _norm_sums[grid](*inputs, **known)
-    _norm_apply[grid](*inputs, eps, out, PARTS=MOST_PARTS, **known)
+    if not whole:
+        _norm_sums[grid](*inputs, **known)
+    _norm_apply[grid](*inputs, eps, out, PARTS=0 if whole else MOST_PARTS, **known)
     return out
 
 
