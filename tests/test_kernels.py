@@ -104,6 +104,45 @@ def test_fused_lora_gives_pefts_outputs_and_gradients():
     assert all(gradient.abs().sum() > 0 for gradient in found)
 
 
+def test_queries_of_a_text_in_pieces_are_the_same_attention(monkeypatch):
+    """As a GPU's backward pass has them."""
+    expected = output_and_gradients(fused(small_unet()))
+    seen = []
+    monkeypatch.setattr(joined, "_pieces", lambda query: seen.append(query.shape) or 4)
+    assert close(output_and_gradients(fused(small_unet())), expected, 1e-4)
+    assert len(seen) == 4  # transformers
+
+
+def test_a_models_weights_are_views_of_what_is_computed_with():
+    """So whoever changes a weight in place, as when an adapter is added to it, changes that."""
+    unet = fused(small_unet())
+    x, text = torch.randn(1, 4, 16, 16, device=DEVICE), torch.randn(1, 77, 32, device=DEVICE)
+    names = {name for name, _ in unet.named_parameters()}
+    assert names == {name for name, _ in small_unet().named_parameters()}
+    kinds = "to_q", "to_k", "to_v", "time_emb_proj"
+    for kind in kinds:
+        with torch.no_grad():
+            before = unet(x, 300, text).sample
+            for name, weight in unet.named_parameters():
+                if f"{kind}.base_layer.weight" in name or f"{kind}.weight" in name:
+                    weight.mul_(1.5)
+            assert (unet(x, 300, text).sample - before).norm() > 1e-3 * before.norm(), kind
+    # Self-attentions, all texts, the timestep.
+    assert len([product for product in unet.products if len(product.layers) > 1]) == 4 + 1 + 1
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_layer_that_is_not_adapted_is_joined_with_those_that_are(dora):
+    """CLIP's keys are as a rule; DoRA leaves such layers apart."""
+    how = dict(targets=("to_q", "to_v"), dora=dora)
+    expected = output_and_gradients(small_unet(**how))
+    unet = fused_dora(targets=how["targets"]) if dora else fused(small_unet(**how))
+    for one, other in zip(output_and_gradients(unet), expected, strict=True):
+        assert_close(one, other, 1e-3)
+    mixed = [p for p in unet.products if 0 < len(p.adapted) < len(p.layers)]
+    assert bool(mixed) != dora
+
+
 def fused_dora(**how):
     """small_unet with DoRA, fused."""
     unet = fused(small_unet(dora=True, **how))

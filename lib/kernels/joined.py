@@ -108,8 +108,29 @@ class TextAttention:
     def __call__(self, attention, hidden_states, encoder_hidden_states, attention_mask=None):
         if attention_mask is not None:
             raise ValueError("this attention takes no mask")
-        query = attention.to_q(hidden_states)
-        return _attend(attention, query, *encoder_hidden_states[attention])
+        query, (key, value) = attention.to_q(hidden_states), encoder_hidden_states[attention]
+        n, rows, _ = query.shape
+        pieces = _pieces(query)
+        if pieces == 1:
+            return _attend(attention, query, key, value)
+        query = query.reshape(n * pieces, rows // pieces, -1)
+        key, value = (x[:, None].expand(-1, pieces, -1, -1).flatten(0, 1) for x in (key, value))
+        return _attend(attention, query, key, value).reshape(n, rows, -1)
+
+
+def _pieces(query):
+    """Into how many pieces the queries [n, rows, width] of an attention to a text are divided, as if they were a
+    larger batch; 1 where there is no gradient or no GPU.
+
+    cuDNN's backward pass has a program for each 64 keys, of which a text has 77, that goes through all
+    queries: with more pieces there are more programs, and their gradients of a key are added afterwards.
+    """
+    n, rows, pieces = *query.shape[:2], 1
+    if not (query.is_cuda and torch.is_grad_enabled()):
+        return pieces
+    while n * pieces < 16 and rows % (pieces * 2) == 0 and rows // (pieces * 2) >= 128:
+        pieces *= 2
+    return pieces if pieces >= 4 else 1
 
 
 def _with_texts(

@@ -190,7 +190,7 @@ def group_norm(x, grad, statistics, weight, bias, groups, eps, silu):
     rows_of_tile = max(1, 8192 // width_of_tile)
     # Enough programs to fill a GPU, each of whole tiles.
     parts = max(1, min(triton.cdiv(pixels, rows_of_tile), MOST_PARTS, 512 // (n * groups)))
-    whole = pixels * width_of_tile <= WHOLE
+    whole = pixels * width_of_tile <= WHOLE * n
     each = triton.cdiv(triton.cdiv(pixels, 1 if whole else parts), rows_of_tile) * rows_of_tile
     grid = (n * groups, triton.cdiv(pixels, each))
     sums = x.new_empty(*grid, 2, dtype=torch.float32)
