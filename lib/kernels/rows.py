@@ -6,6 +6,7 @@ and one to add the residual stream's. Here it is one each way.
 """
 
 import functools
+import itertools
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -18,48 +19,43 @@ if triton:
     import triton.language as tl
 
     @triton.jit
-    def _places(COUNT, WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
-        """(this program's rows, its columns, where their values lie, which of them there are)"""
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, TILE)[None, :]
-        inside = (row[:, None] < COUNT) & (column < WIDTH)
-        return row, column, row[:, None] * WIDTH + column, inside
-
-    @triton.jit(do_not_specialize=["COUNT"])
-    def _sum_norm(x, y, weight, bias, total, statistics, out, COUNT, eps,
-                  WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-                  ADD: tl.constexpr):  # fmt: skip
-        """total = x + y, rounded as it is stored, and its layer norm; without ADD that of x."""
-        row, column, place, inside = _places(COUNT, WIDTH, TILE, ROWS)
-        w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        b = tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    def _sum_norm(x, y, weight, bias, total, statistics, out, eps,
+                  WIDTH: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+        """total = x + y, rounded as it is stored, and its layer norm; without ADD that of x; of one row."""
+        column = tl.arange(0, TILE)
+        inside = column < WIDTH
+        row = tl.program_id(0).to(tl.int64)
+        place = row * WIDTH + column
+        w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         if ADD:
             rounded = value + tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
             rounded = rounded.to(total.dtype.element_ty)
             tl.store(total + place, rounded, mask=inside)
             value = rounded.to(tl.float32)
-        mean = tl.sum(value, 1) / WIDTH
-        apart = tl.where(inside, value - mean[:, None], 0.0)
-        rstd = 1 / tl.sqrt(tl.sum(apart * apart, 1) / WIDTH + eps)
-        tl.store(statistics + row * 2, mean, mask=row < COUNT)
-        tl.store(statistics + row * 2 + 1, rstd, mask=row < COUNT)
-        result = apart * rstd[:, None] * w + b
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+        mean = tl.sum(value, 0) / WIDTH
+        apart = tl.where(inside, value - mean, 0.0)
+        rstd = 1 / tl.sqrt(tl.sum(apart * apart, 0) / WIDTH + eps)
+        tl.store(statistics + row * 2, mean)
+        tl.store(statistics + row * 2 + 1, rstd)
+        tl.store(out + place, (apart * rstd * w + b).to(out.dtype.element_ty), mask=inside)
 
-    @triton.jit(do_not_specialize=["COUNT"])
-    def _sum_norm_backward(total, grad_total, grad_norm, weight, statistics, out, COUNT,
-                           WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-        """The gradient of x and of y alike: grad_total and what comes through the norm."""
-        row, column, place, inside = _places(COUNT, WIDTH, TILE, ROWS)
-        w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        mean = tl.load(statistics + row * 2, mask=row < COUNT, other=0.0)[:, None]
-        rstd = tl.load(statistics + row * 2 + 1, mask=row < COUNT, other=0.0)[:, None]
-        value = tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
-        hat = (value - mean) * rstd
+    @triton.jit
+    def _sum_norm_backward(total, grad_total, grad_norm, weight, statistics, out,
+                           WIDTH: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+        """The gradient of x and of y alike, of one row: grad_total and what comes through the norm."""
+        column = tl.arange(0, TILE)
+        inside = column < WIDTH
+        row = tl.program_id(0).to(tl.int64)
+        place = row * WIDTH + column
+        w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(statistics + row * 2)
+        rstd = tl.load(statistics + row * 2 + 1)
+        hat = (tl.load(total + place, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
         dz = tl.load(grad_norm + place, mask=inside, other=0.0).to(tl.float32) * w
-        first = tl.sum(dz, 1)[:, None] / WIDTH
-        second = tl.sum(dz * hat, 1)[:, None] / WIDTH
+        first = tl.sum(dz, 0) / WIDTH
+        second = tl.sum(dz * hat, 0) / WIDTH
         result = tl.load(grad_total + place, mask=inside, other=0.0).to(tl.float32)
         result += rstd * (dz - first - hat * second)
         tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
@@ -103,26 +99,24 @@ class SumNorm(torch.autograd.Function):
 def _sizes(width):
     """What the kernels of rows are compiled for: a thread has eight values, 16 bytes in half precision."""
     tile = triton.next_power_of_2(width)
-    return dict(WIDTH=width, TILE=tile, ROWS=max(1, 1024 // tile), num_warps=max(4, tile // 256))
+    return dict(WIDTH=width, TILE=tile, num_warps=max(1, tile // 256))
 
 
 def run_sum_norm(x, y, weight, bias, eps):
     """(x + y or, with a y of None, x itself; its layer norm; mean and 1 / deviation of each row [rows, 2])."""
     width, add = x.shape[-1], y is not None
-    count, sizes = x.numel() // width, _sizes(width)
     total, out = torch.empty_like(x) if add else x, torch.empty_like(x)
-    statistics = x.new_empty(count, 2, dtype=torch.float32)
+    statistics = x.new_empty(x.numel() // width, 2, dtype=torch.float32)
     inputs = x, y.contiguous() if add else x, weight, bias
-    grid = (triton.cdiv(count, sizes["ROWS"]),)
-    _sum_norm[grid](*inputs, total, statistics, out, count, eps, ADD=add, **sizes)
+    _sum_norm[len(statistics),](*inputs, total, statistics, out, eps, ADD=add, **_sizes(width))
     return total, out, statistics
 
 
 def run_sum_norm_backward(total, grad_total, grad_norm, weight, statistics):
-    sizes, out = _sizes(total.shape[-1]), torch.empty_like(total)
-    gradients = grad_total.contiguous(), grad_norm.contiguous()
-    grid = (triton.cdiv(len(statistics), sizes["ROWS"]),)
-    _sum_norm_backward[grid](total, *gradients, weight, statistics, out, len(statistics), **sizes)
+    """The gradient of x and of y, from those of what `run_sum_norm` gave."""
+    out, gradients = torch.empty_like(total), (grad_total.contiguous(), grad_norm.contiguous())
+    grid, sizes = (len(statistics),), _sizes(total.shape[-1])
+    _sum_norm_backward[grid](total, *gradients, weight, statistics, out, **sizes)
     return out
 
 
@@ -142,8 +136,9 @@ class QuickGelu(torch.autograd.Function):
 
 def run_quick_gelu(x, grad):
     out, backward = torch.empty_like(x), grad is not None
-    grid = (triton.cdiv(x.numel(), 1024),)
-    _quick_gelu[grid](x, grad if backward else x, out, x.numel(), BLOCK=1024, BACKWARD=backward)
+    _quick_gelu[triton.cdiv(x.numel(), 1024),](
+        x, grad if backward else x, out, x.numel(), BLOCK=1024, BACKWARD=backward
+    )
     return out
 
 
@@ -193,11 +188,12 @@ def use_row_kernels(model):
 def row_jobs(model, training):
     """Functions that launch each kernel that `model` will need, to have it compiled: {what it is: function}."""
     place, jobs = next(model.parameters()), {}
+    passes = (False, True) if training else (False,)  # backward or not
 
     def launch(norm, backward, add):
-        x = place.new_zeros(2, *norm.normalized_shape)
+        x = place.new_zeros(1, *norm.normalized_shape)
         if backward:
-            run_sum_norm_backward(x, x, x, norm.weight, x.new_zeros(2, 2, dtype=torch.float32))
+            run_sum_norm_backward(x, x, x, norm.weight, x.new_zeros(1, 2, dtype=torch.float32))
         else:
             run_sum_norm(x, x if add else None, norm.weight, norm.bias, norm.eps)
 
@@ -207,12 +203,12 @@ def row_jobs(model, training):
 
     for module in row_modules(model):
         if isinstance(module, QuickGELUActivation):
-            for backward in (False, True)[: 1 + training]:
+            for backward in passes:
                 jobs["activation", backward] = functools.partial(launch_activation, backward)
-            continue
-        for norm in _norms(module):
-            for how in ((False, False), (False, True), (True, False))[: 2 + training]:
-                jobs[norm.normalized_shape, how] = functools.partial(launch, norm, *how)
+        else:
+            for norm, backward, add in itertools.product(_norms(module), passes, (False, True)):
+                kind = norm.normalized_shape, backward, add and not backward
+                jobs[kind] = functools.partial(launch, norm, backward, add)
     return jobs
 
 
