@@ -15,9 +15,9 @@ from lib.kernels.rows import QuickGelu, SumNorm, row_jobs, use_row_kernels
 
 
 def channels_last(*models, training=False):
-    """Put UNets and VAEs on a GPU into channels-last layout, with the kernels of norms.py, and let their and
-    text encoders' transformers use those of rows.py; any other device is left as it is. Their own
-    weights must be frozen; `training` says whether gradients will pass through them.
+    """Put UNets and VAEs on a GPU into channels-last layout, with the kernels of norms.py and rows.py, and
+    give text encoders those of rows.py; any other device is left as it is. Their own weights must be
+    frozen; `training` says whether gradients will pass through them.
 
     Where Triton cannot be had (it needs a C compiler, and a GPU that it knows) that is said, and
     PyTorch's kernels remain.
@@ -96,6 +96,7 @@ def missing_kernels(device):
 
 
 def rebuild(model):
+    """Do what `channels_last` says, whatever the device."""
     model.to(memory_format=torch.channels_last)
     use_row_kernels(model)
     silent = set()  # norms that are followed by a SiLU, which they now do themselves
