@@ -36,7 +36,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import adapters
-from lib.kernels import graphs
+from lib.kernels import graphs, rows
 from lib.training import micro_step, parameters
 
 
@@ -136,12 +136,18 @@ def scripts(args, folder):
 # What stands for channels_last.channels_last, or graphs.captured where a technique is taken away.
 
 
-def converted(model, training=False):
-    model.to(memory_format=torch.channels_last)
+def converted(*models, training=False):
+    for model in models:
+        model.to(memory_format=torch.channels_last)
 
 
-def nothing(model, training=False):
+def nothing(*models, training=False):
     pass
+
+
+def no_rows(model):
+    """In place of rows.row_modules: sums, layer norms and CLIP's activation are PyTorch's."""
+    return []
 
 
 def apart(model, device, dora=False):
@@ -245,7 +251,7 @@ def parts(args, folder):
     recomputing, small = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
     unet_only, dora, eight = dict(train_text_encoder=False), dict(dora=True), dict(batch_size=8)
     preservation = dict(preservation_weight=1.0, preservation_captions=PRESERVED)
-    # (name, what differs in the configuration, what is replaced in micro_step.py or parameters.py)
+    # (name, what differs in the configuration, what is replaced in micro_step.py, parameters.py or rows.py)
     variants = [
         ("train.py, with checkpointing", recomputing, {}),
         ("rank 8, with checkpointing", recomputing | small, {}),
@@ -265,6 +271,7 @@ def parts(args, folder):
         ("- joined layers, fused LoRA layers (PEFT's)", {}, PEFT),
         ("- these, fp16 copy (autocast)", {}, PEFT | dict(captured=autocast,
          flatten_parameters=lambda weights, dtype: flatten(weights, torch.float32))),
+        ("- sums with layer norms, CLIP's activation", {}, dict(row_modules=no_rows)),
         ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted)),
         ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
         ("- all of these", {}, PEFT | dict(channels_last=nothing, captured=called)),
@@ -292,7 +299,7 @@ def parts(args, folder):
         ) | differs  # fmt: skip
         with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
             for key, value in replaced.items():
-                module = micro_step if hasattr(micro_step, key) else parameters
+                module = next(m for m in (micro_step, parameters, rows) if hasattr(m, key))
                 stack.enter_context(patch.object(module, key, value))
             memory = stack.enter_context(watched())
             try:

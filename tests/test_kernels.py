@@ -19,15 +19,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_RUN, assert_close, make_processed, picture
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from plain_loop import plain_loop
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
+from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 import preprocess
 import train
 from lib import adapter_files, adapters, dataset
 from lib.evaluation import drawing
-from lib.kernels import attention, channels_last, compiling, dora, graphs, joined, lora, norms
+from lib.kernels import attention, channels_last, compiling, dora, graphs, joined, lora, norms, rows
 from lib.training import latents, micro_step, parameters, setup
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -35,6 +38,14 @@ needs_triton = pytest.mark.skipif(norms.triton is None, reason="this torch came 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # What is compared is float32; a convolution on a GPU would round it to 11 bits.
 torch.backends.cudnn.allow_tf32 = False
+
+
+def _no_norm_alike(model):
+    """Layer norms begin with weights of 1 and biases of 0."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            for weight in module.parameters():
+                weight.data += 0.2 * torch.randn_like(weight)
 
 
 def small_unet(
@@ -57,16 +68,45 @@ def small_unet(
         torch.nn.init.normal_(b.data, std=0.1)
     for magnitude in adapters.magnitudes(unet).values():
         magnitude.data *= 1 + 0.2 * torch.rand(magnitude.shape)
+    _no_norm_alike(unet)
     return unet.to(DEVICE, dtype).eval()
 
 
-def output_and_gradients(unet):
+def output_of(unet, side=16):
+    """Of fixed noise [2, 4, side, side], two timesteps and a text: (the output, the text)."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 4, 16, 16, generator=generator).to(DEVICE, unet.dtype)
+    x = torch.randn(2, 4, side, side, generator=generator).to(DEVICE, unet.dtype)
     text = torch.randn(2, 77, 32, generator=generator).to(DEVICE, unet.dtype).requires_grad_()
-    out = unet(x, torch.tensor([10, 700], device=DEVICE), text).sample
+    return unet(x, torch.tensor([10, 700], device=DEVICE), text).sample, text
+
+
+def output_and_gradients(unet, side=16):
+    out, text = output_of(unet, side)
     loss = 1000 * out.float().square().mean()  # scaled, as training does for half precision
     return [out.detach(), *gradients(loss, unet, text)]
+
+
+def small_text_encoder(dtype=torch.float32, **changes):
+    """With three layers and LoRA."""
+    torch.manual_seed(0)
+    config = dict(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=2, eos_token_id=98, bos_token_id=97, pad_token_id=98,
+    ) | changes  # fmt: skip
+    text_encoder = CLIPTextModel(CLIPTextConfig(**config))
+    text_encoder.requires_grad_(False)
+    _no_norm_alike(text_encoder)
+    adapters.add_lora(text_encoder, 4, 8.0, ("q_proj", "v_proj"))
+    for _, b in adapters.factors(text_encoder).values():
+        torch.nn.init.normal_(b.data, std=0.1)
+    return text_encoder.to(DEVICE, dtype).eval()
+
+
+def states_and_gradients(text_encoder):
+    """Hidden states [2, 11, 32], and the gradient of each LoRA weight."""
+    ids = torch.arange(22, device=DEVICE).view(2, 11)
+    states = text_encoder(ids)[0]
+    return [states.detach(), *gradients(states.float()[..., ::3].square().sum(), text_encoder)]
 
 
 def gradients(loss, unet, *others):
@@ -203,11 +243,12 @@ def test_recomputing_gives_the_same_gradients(kind):
 
 
 KERNELS = """
-import sys; sys.path[:0] = sys.argv[1:]
+import itertools, sys; sys.path[:0] = sys.argv[1:]
 import torch, torch.nn.functional as F
 from conftest import assert_close
-from lib.kernels import channels_last, norms
-from test_kernels import close, output_and_gradients, small_unet
+from lib.kernels import channels_last, norms, rows
+from lib.training.micro_step import recomputed
+from test_kernels import close, output_and_gradients, small_text_encoder, small_unet, states_and_gradients
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
 for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, False), ((3, 960, 3, 3), 32, True),
@@ -226,15 +267,53 @@ found, expected = norms.Geglu.apply(x), value * F.gelu(gate)
 assert_close(found, expected, 1e-5)
 grad = torch.randn_like(found)
 assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), 1e-5)
+
+for shape in ((3, 5, 40), (2, 320), (3, 1280), (1, 5, 768)):
+    for dtype, add in itertools.product((torch.float32, torch.float16), (True, False)):
+        # Of a size at which it matters that the norm is taken of the rounded sum.
+        x, y = (torch.randn(2, *shape, device=device) + 100).to(dtype)
+        weight, bias = torch.randn(2, shape[-1], device=device).to(dtype)
+        x.requires_grad_(); y.requires_grad_()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            found = rows.SumNorm.apply(x, y if add else None, weight, bias, 1e-5)
+        assert sorted(t.numel() for t in kept) == sorted((x.numel(), len(weight), 2 * x[..., 0].numel()))
+        assert any(t.data_ptr() == found[0].data_ptr() for t in kept)  # the sum, which is there anyway
+        total = x + y if add else x * 1
+        # In float32, as a GPU does it; a CPU keeps mean and deviation in half precision.
+        normed = F.layer_norm(total.float(), shape[-1:], weight.float(), bias.float())
+        expected = total, normed.to(dtype)
+        assert torch.equal(found[0], expected[0])
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-3
+        assert_close(found[1], expected[1], tolerance)
+        grads = [*torch.randn(2, *shape, device=device).to(dtype)]
+        both = [torch.autograd.grad(pair, (x, y) if add else (x,), grads) for pair in (found, expected)]
+        for pair in zip(*both, strict=True):
+            assert_close(*pair, tolerance)
+x = (2 * torch.randn(3, 7, 50, device=device)).requires_grad_()
+found, expected = rows.QuickGelu.apply(x), x * torch.sigmoid(1.702 * x)
+assert_close(found, expected, 1e-5)
+grad = torch.randn_like(found)
+assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), 1e-5)
+
+expected, text_encoder = states_and_gradients(small_text_encoder()), small_text_encoder()
+channels_last.rebuild(text_encoder)
+assert len([m for m in text_encoder.modules() if "forward" in vars(m)]) == 2 * 3  # layers, activations
+assert close(states_and_gradients(text_encoder), expected, 1e-4)
+
 for how in ({}, dict(targets=("time_emb_proj", "to_q")), dict(resnet_time_scale_shift="scale_shift"),
             dict(use_linear_projection=True)):
     how |= dict(groups=2)  # the interpreter is slow, and goes through one after another
-    expected, unet = output_and_gradients(small_unet(**how)), small_unet(**how)
+    expected, unet = output_and_gradients(small_unet(**how), side=4), small_unet(**how)
     channels_last.rebuild(unet)
-    assert close(output_and_gradients(unet), expected, 1e-4), how
+    assert close(output_and_gradients(unet, side=4), expected, 1e-4), how
     layers = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
     assert layers and all("forward" in vars(layer) for layer in layers)
     assert list(unet.state_dict()) and not any("time_emb_proj.1" in name for name in unet.state_dict())
+    assert rows.row_modules(unet) and all("forward" in vars(block) for block in rows.row_modules(unet))
+expected = output_and_gradients(unet, side=4)
+unet.enable_gradient_checkpointing(recomputed)
+assert close(output_and_gradients(unet, side=4), expected, 1e-5)
 print("all equal")
 """
 
@@ -244,13 +323,16 @@ import sys; sys.path[:0] = sys.argv[1:]
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lib.kernels import norms
+from lib.kernels import norms, rows
 kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", COUNT="i32", HALF="i32", eps="fp32",
              statistics="*fp32", sums="*fp32")
 for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16")):  # T4, A100, H100
-    for kernel in (norms._norm_sums, norms._norm_apply, norms._geglu):
+    of_rows = rows._sum_norm, rows._sum_norm_backward, rows._quick_gelu
+    for kernel in (norms._norm_sums, norms._norm_apply, norms._geglu, *of_rows):
         for backward, parts in ((False, 0), (False, 16), (True, 0), (True, 16)):
             sizes = dict(GROUP=10, WIDTH=16, ROWS=512, PARTS=parts, BLOCK=1024, BACKWARD=backward)
+            if kernel in of_rows:
+                sizes |= dict(WIDTH=320, TILE=512, ADD=backward)
             names = [parameter.name for parameter in kernel.params]
             known = {name: sizes[name] for name in names if name in sizes}
             signature = {name: "constexpr" if name in known else kinds.get(name, f"*{dtype}") for name in names}
@@ -277,27 +359,47 @@ def test_triton_kernels_give_pytorchs_results():
 
 
 def test_without_triton_it_is_said_and_goes_on(monkeypatch, capsys):
-    monkeypatch.setattr(norms, "triton", None)
-    norms.missing_kernels.cache_clear()
-    assert "without Triton" in norms.missing_kernels(DEVICE)
-    norms.missing_kernels.cache_clear()
+    monkeypatch.setattr(channels_last, "triton", None)
+    channels_last.missing_kernels.cache_clear()
+    assert "without Triton" in channels_last.missing_kernels(DEVICE)
+    channels_last.missing_kernels.cache_clear()
     unet = small_unet()
     channels_last.channels_last(unet)
     assert ("no Triton kernels" in capsys.readouterr().out) == (DEVICE.type == "cuda")
     output_and_gradients(unet)
-    norms.missing_kernels.cache_clear()
+    channels_last.missing_kernels.cache_clear()
 
 
 @needs_triton
 def test_kernels_that_do_not_compile_or_are_wrong_are_not_used(monkeypatch):
+    def norm(x, weight, bias, groups, eps, silu):
+        return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+    def sum_norm(x, y, weight, bias, eps):
+        return x + y, F.layer_norm(x + y, weight.shape, weight, bias, eps)
+
     def fails(*arguments):
         raise OSError("no C compiler")
 
-    for broken, words in ((fails, "no C compiler"), (lambda x, *_: x * 0, "wrong")):
-        monkeypatch.setattr(norms.GroupNormSilu, "apply", broken)
-        norms.missing_kernels.cache_clear()
-        assert words in norms.missing_kernels(DEVICE)
-    norms.missing_kernels.cache_clear()
+    right = {
+        norms.GroupNormSilu: norm,
+        norms.Geglu: lambda x: x[..., :2] * F.gelu(x[..., 2:]),
+        rows.SumNorm: sum_norm,
+        rows.QuickGelu: lambda x: x * torch.sigmoid(1.702 * x),
+    }
+    wrong = [(norms.GroupNormSilu, lambda x, *_: x), (norms.Geglu, lambda x: x[..., :2]),
+             (rows.SumNorm, lambda x, *others: (x, sum_norm(x, *others)[1])),
+             (rows.SumNorm, lambda x, y, *_: (x + y, x + y)), (rows.QuickGelu, F.gelu)]  # fmt: skip
+    cases = [(None, None, None)]
+    cases += [(function, fails, "no C compiler") for function in right]
+    cases += [(function, broken, "wrong") for function, broken in wrong]
+    for function, broken, words in cases:
+        for each, plain in right.items():
+            monkeypatch.setattr(each, "apply", broken if each is function else plain)
+        channels_last.missing_kernels.cache_clear()
+        reason = channels_last.missing_kernels(DEVICE)
+        assert words in reason if words else reason is None
+    channels_last.missing_kernels.cache_clear()
 
 
 @needs_triton
@@ -318,28 +420,75 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
 
     for name in ("_norm_sums", "_norm_apply", "_geglu"):
         monkeypatch.setattr(norms, name, Recorder(name.strip("_")))
+    for name in ("_sum_norm", "_sum_norm_backward", "_quick_gelu"):
+        monkeypatch.setattr(rows, name, Recorder(name.strip("_")))
     monkeypatch.setattr(channels_last, "missing_kernels", lambda device: None)
-    unet = small_unet()
-    assert channels_last.compile_kernels(unet, training=True) is None
+    unet, text_encoder = small_unet(), small_text_encoder(hidden_size=48)
+    assert channels_last.compile_kernels([unet, text_encoder], training=True) is None
     before = set(launched)
     launched.clear()
-    channels_last.rebuild(unet)
+    for model in (unet, text_encoder):
+        channels_last.rebuild(model)
     output_and_gradients(unet)
+    states_and_gradients(text_encoder)
     # Of each size both for small maps and for large ones, of which this UNet has no large ones.
     assert set(launched) <= before
     assert 8 < len(before) <= 4 * len(set(launched))
+    assert {name for name, *_ in before} == {
+        "norm_sums", "norm_apply", "geglu", "sum_norm", "sum_norm_backward", "quick_gelu"
+    }  # fmt: skip
     launched.clear()
-    channels_last.compile_kernels(unet, training=False)
-    assert 0 < len(set(launched)) < len(before)
+    channels_last.compile_kernels([unet, text_encoder], training=False)
+    forward_alone = set(launched)
+    launched.clear()
+    with torch.no_grad():
+        output_of(unet)
+        text_encoder(torch.arange(22, device=DEVICE).view(2, 11))
+    assert set(launched) <= forward_alone
+    assert 0 < len(forward_alone) < len(before)
 
     def fails(*arguments, **sizes):
         raise OSError("no C compiler")
 
     monkeypatch.setattr(channels_last, "missing_kernels", lambda device: "wrong here")
-    assert channels_last.compile_kernels(unet, training=False) == "wrong here"
+    assert channels_last.compile_kernels([unet], training=False) == "wrong here"
     monkeypatch.setattr(channels_last, "missing_kernels", lambda device: None)
     monkeypatch.setattr(channels_last, "group_norm", fails)
-    assert "no C compiler" in channels_last.compile_kernels(unet, training=False)
+    assert "no C compiler" in channels_last.compile_kernels([unet], training=False)
+
+
+@needs_triton
+def test_what_does_more_than_stable_diffusions_transformers_is_left_as_it_is():
+    plain = dict(dim=32, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32)
+    block = BasicTransformerBlock(**plain)
+    assert rows.row_modules(block) == [block]
+    for how in (
+        dict(norm_type="ada_norm", num_embeds_ada_norm=5),
+        dict(norm_type="ada_norm_single"),
+        dict(positional_embeddings="sinusoidal", num_positional_embeddings=5),
+        dict(only_cross_attention=True),
+        dict(cross_attention_dim=None),
+        dict(norm_elementwise_affine=False),
+        dict(attention_type="gated"),
+    ):
+        assert rows.row_modules(BasicTransformerBlock(**plain | how)) == [], how
+    block.set_chunk_feed_forward(2)
+    assert rows.row_modules(block) == []
+    # Of Stable Diffusion 2's text encoder the layers, whose activation is another.
+    layers = rows.row_modules(small_text_encoder(hidden_act="gelu"))
+    assert [type(layer) for layer in layers] == 3 * [CLIPEncoderLayer]
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_every_model_that_is_trained_gets_the_kernels(
+    tiny_model, processed_data, tmp_path, monkeypatch, new_precision, both
+):
+    given = []
+    monkeypatch.setattr(micro_step, "channels_last", lambda *models, training: given.append((models, training)))  # fmt: skip
+    run_of(tiny_model, processed_data, tmp_path, max_steps=1, warmup_steps=0, train_text_encoder=both)  # fmt: skip
+    ((models, training),) = given
+    assert training
+    assert [type(model) for model in models] == [UNet2DConditionModel, CLIPTextModel][: 1 + both]
 
 
 class Attended(TorchFunctionMode):
@@ -720,10 +869,10 @@ def test_what_cannot_be_recorded_is_called_and_said(
 
 
 @needs_gpu
-def test_channels_last_gives_the_same_unet():
+def test_channels_last_gives_the_same_models():
     expected = output_and_gradients(small_unet())
     unet = small_unet()
-    assert norms.missing_kernels(DEVICE) is None
+    assert channels_last.missing_kernels(DEVICE) is None
     channels_last.channels_last(unet)
     assert close(output_and_gradients(unet), expected, 1e-3)
     half = fused(small_unet(torch.float16))
@@ -733,6 +882,12 @@ def test_channels_last_gives_the_same_unet():
     half = fused_dora(dtype=torch.float16)
     channels_last.channels_last(half)
     assert close(output_and_gradients(half), expected, 2e-2)
+    expected, text_encoder = states_and_gradients(small_text_encoder()), small_text_encoder()
+    channels_last.channels_last(text_encoder, training=True)
+    assert close(states_and_gradients(text_encoder), expected, 1e-3)
+    half = small_text_encoder(torch.float16)
+    channels_last.channels_last(half, training=True)
+    assert close(states_and_gradients(half), expected, 2e-2)
 
 
 @needs_gpu

@@ -6,7 +6,8 @@ small kernels (see bench/README.md). Here are fewer of them, and one launch for 
 - lora: a LoRA layer as three matrix products forward and five backward;
 - dora: a DoRA layer as those and a scaling of each output, the norms of all layers taken together;
 - channels_last: convolutions in the layout of the tensor cores, with the Triton kernels of norms.py
-  between them, which read and write that layout once;
+  between them, which read and write that layout once, and those of rows.py, which are a transformer's
+  sums with the layer norms that follow them, and CLIP's activation;
 - attention: cuDNN's kernels compiled all at once, for the first run on a machine;
 - graphs: everything a function launches, recorded once as a CUDA graph and replayed.
 

@@ -1,4 +1,5 @@
-"""A UNet or VAE in channels-last layout, the tensor cores' own, with the kernels of norms.py."""
+"""A UNet or VAE in channels-last layout, the tensor cores' own, with the kernels of norms.py; its
+transformers, and a text encoder's, with those of rows.py."""
 
 import functools
 import itertools
@@ -10,36 +11,38 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from lib.kernels.compiling import failure, in_threads
 from lib.kernels.joined import is_plain_block
-from lib.kernels.norms import WHOLE, Geglu, GroupNormSilu, group_norm, missing_kernels, run_geglu
+from lib.kernels.norms import WHOLE, Geglu, GroupNormSilu, group_norm, run_geglu, triton
+from lib.kernels.rows import QuickGelu, SumNorm, row_jobs, use_row_kernels
 
 
-def channels_last(model, training=False):
-    """Put a UNet or VAE on a GPU into channels-last layout, with the kernels of norms.py; any other
-    device is left as it is. Its own weights must be frozen; `training` says whether gradients will
-    pass through it.
+def channels_last(*models, training=False):
+    """Put UNets and VAEs on a GPU into channels-last layout, with the kernels of norms.py and rows.py, and
+    give text encoders those of rows.py; any other device is left as it is. Their own weights must be
+    frozen; `training` says whether gradients will pass through them.
 
     Where Triton cannot be had (it needs a C compiler, and a GPU that it knows) that is said, and
     PyTorch's kernels remain.
     """
-    device = next(model.parameters()).device
-    if device.type != "cuda":
+    if next(models[0].parameters()).device.type != "cuda":
         return
-    reason = compile_kernels(model, training)
+    reason = compile_kernels(models, training)
     if reason:
         print(f"note: no Triton kernels, so this is slower than it could be: {reason}")
         return
-    rebuild(model)
+    for model in models:
+        rebuild(model)
 
 
-def compile_kernels(model, training):
-    """Compile what `model` will need, all at once; returns why that failed or gave wrong results, or
+def compile_kernels(models, training):
+    """Compile what `models` will need, all at once; returns why that failed or gave wrong results, or
     None.
 
     At their first use, one after the other, the kernels would take longer than all else before the
     first step. Triton keeps them on disk for the next run.
     """
-    place = next(model.parameters())
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.GroupNorm)]
+    place = next(models[0].parameters())
+    modules = [module for model in models for module in model.modules()]
+    norms = [module for module in modules if isinstance(module, torch.nn.GroupNorm)]
     of_each_size = {norm.num_channels // norm.num_groups: norm for norm in norms}.values()
 
     def launch(norm, backward, large):
@@ -58,8 +61,12 @@ def compile_kernels(model, training):
     passes = (False, True) if training else (False,)
     each = itertools.product(of_each_size, passes, (False, True))
     jobs = [functools.partial(launch, *how) for how in each]
-    if any(isinstance(module, GEGLU) for module in model.modules()):
+    if any(isinstance(module, GEGLU) for module in modules):
         jobs += [functools.partial(launch_geglu, backward) for backward in passes]
+    of_rows = {}
+    for model in models:
+        of_rows |= row_jobs(model, training)
+    jobs += of_rows.values()
 
     begun = failure(lambda: in_threads(jobs, place.device))
     reason = missing_kernels(place.device)  # meanwhile
@@ -67,8 +74,36 @@ def compile_kernels(model, training):
     return reason or problem
 
 
+@functools.cache
+def missing_kernels(device):
+    """Why the Triton kernels cannot be used on `device`, or None: they are tried on small input."""
+    if triton is None:
+        return "this torch came without Triton"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 32, 5, 5, generator=generator).to(device)
+    weight, bias = torch.randn(2, 32, generator=generator).to(device)
+
+    def compare():
+        close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-4)
+        norm = F.silu(F.group_norm(x, 8, weight, bias))
+        rows = x.permute(0, 2, 3, 1)
+        total, normed = SumNorm.apply(rows, rows, weight, bias, 1e-5)
+        right = (
+            close(GroupNormSilu.apply(x, weight, bias, 8, 1e-5, True), norm)
+            and close(Geglu.apply(x[..., :4]), x[..., :2] * F.gelu(x[..., 2:4]))
+            and close(total, 2 * rows)
+            and close(normed, F.layer_norm(2 * rows, (32,), weight, bias))
+            and close(QuickGelu.apply(x), x * torch.sigmoid(1.702 * x))
+        )
+        return None if right else "their results are wrong here"
+
+    return failure(compare)
+
+
 def rebuild(model):
+    """Do what `channels_last` says, whatever the device."""
     model.to(memory_format=torch.channels_last)
+    use_row_kernels(model)
     silent = set()  # norms that are followed by a SiLU, which they now do themselves
     for module in model.modules():
         if is_plain_block(module):

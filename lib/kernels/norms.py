@@ -1,15 +1,10 @@
 """Triton kernels for what stands between convolutions: group norm with its SiLU, and GEGLU.
 
-They read and write the channels-last layout once. Where Triton cannot be had `missing_kernels` says
-why, and PyTorch's kernels remain.
+They read and write the channels-last layout once. Where Triton cannot be had
+`channels_last.missing_kernels` says why, and PyTorch's kernels remain.
 """
 
-import functools
-
 import torch
-import torch.nn.functional as F
-
-from lib.kernels.compiling import failure
 
 try:
     import triton
@@ -224,23 +219,3 @@ def run_geglu(x, grad):
     grid = (triton.cdiv(count, 1024),)
     _geglu[grid](x, x if grad is None else grad, out, count, half, 1024, grad is not None)
     return out
-
-
-@functools.cache
-def missing_kernels(device):
-    """Why the Triton kernels cannot be used on `device`, or None: they are tried on small input."""
-    if triton is None:
-        return "this torch came without Triton"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 32, 5, 5, generator=generator).to(device)
-    weight, bias = torch.randn(2, 32, generator=generator).to(device)
-
-    def compare():
-        close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-4)
-        norm = F.silu(F.group_norm(x, 8, weight, bias))
-        right = close(GroupNormSilu.apply(x, weight, bias, 8, 1e-5, True), norm) and close(
-            Geglu.apply(x[..., :4]), x[..., :2] * F.gelu(x[..., 2:4])
-        )
-        return None if right else "their results are wrong here"
-
-    return failure(compare)

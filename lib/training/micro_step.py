@@ -128,7 +128,8 @@ class MicroStep:
         wait = compile_attention(
             lambda: [self.forward(at, kind) for at, kind in each], self.device, training=True
         )
-        channels_last(self.unet, training=True)  # compiles its own kernels meanwhile
+        models = [part.model for part in self.trained.values()]
+        channels_last(*models, training=True)  # compiles its own kernels meanwhile
         wait()
         measure = torch.no_grad()(self.forward)
         passes = [functools.partial(self.forward_backward, at, kind) for at, kind in each]
