@@ -28,7 +28,7 @@ import train
 from lib import adapter_files, adapters, dataset
 from lib.evaluation import drawing
 from lib.kernels import attention, channels_last, compiling, dora, graphs, lora, norms
-from lib.training import latents, micro_step, parameters, setup
+from lib.training import latents, micro_step, parameters, setup, updates
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_triton = pytest.mark.skipif(norms.triton is None, reason="this torch came without Triton")
@@ -150,7 +150,7 @@ KERNELS = """
 import sys; sys.path[:0] = sys.argv[1:]
 import torch, torch.nn.functional as F
 from conftest import assert_close
-from lib.kernels import channels_last, norms
+from lib.kernels import adamw8bit, channels_last, norms
 from test_kernels import close, output_and_gradients, small_unet
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
@@ -179,6 +179,7 @@ for how in ({}, dict(targets=("time_emb_proj", "to_q")), dict(resnet_time_scale_
     layers = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
     assert layers and all("forward" in vars(layer) for layer in layers)
     assert list(unet.state_dict()) and not any("time_emb_proj.1" in name for name in unet.state_dict())
+assert adamw8bit.agrees(device)
 print("all equal")
 """
 
@@ -188,7 +189,7 @@ import sys; sys.path[:0] = sys.argv[1:]
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lib.kernels import norms
+from lib.kernels import adamw8bit, norms
 kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", COUNT="i32", HALF="i32", eps="fp32",
              statistics="*fp32", sums="*fp32")
 for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16")):  # T4, A100, H100
@@ -200,6 +201,16 @@ for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16
             signature = {name: "constexpr" if name in known else kinds.get(name, f"*{dtype}") for name in names}
             source = ASTSource(fn=kernel, signature=signature, constexprs=known)
             triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+kinds = dict(outcome="*i32", tracker="*i32", state1="*u8", state2="*u8", interval="i32", most="i32", COUNT="i32",
+             **dict.fromkeys(("growth", "backoff", "beta1", "beta2", "eps", "decay"), "fp32"))
+for architecture in (75, 80, 90):
+    for kernel, scaled in ((adamw8bit._decide, True), (adamw8bit._decide, False), (adamw8bit._adamw, None)):
+        sizes = dict(LOG1=-0.15, LOG2=-0.0014, SCALED=scaled, BLOCK=adamw8bit.BLOCK, ROWS=adamw8bit.ROWS)
+        names = [parameter.name for parameter in kernel.params]
+        known = {name: sizes[name] for name in names if name in sizes}
+        signature = {name: "constexpr" if name in known else kinds.get(name, "*fp32") for name in names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=known)
+        triton.compile(source, target=GPUTarget("cuda", architecture, 32))
 print("all compiled")
 """
 
@@ -515,6 +526,9 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(
             return super().step(closure)
 
     monkeypatch.setattr(bitsandbytes.optim, "AdamW8bit", Recording)
+    monkeypatch.setattr(
+        updates, "missing_kernels", lambda device: "bitsandbytes' step is looked at"
+    )
     how = dict(max_steps=1, warmup_steps=0, mixed_precision="no")
     run_of(tiny_model, processed_data, tmp_path, gradient_accumulation_steps=3, **how)
     run_of(tiny_model, processed_data, tmp_path, batch_size=3, **how)

@@ -8,7 +8,9 @@ small kernels (see bench/README.md). Here are fewer of them, and one launch for 
 - channels_last: convolutions in the layout of the tensor cores, with the Triton kernels of norms.py
   between them, which read and write that layout once;
 - attention: cuDNN's kernels compiled all at once, for the first run on a machine;
-- graphs: everything a function launches, recorded once as a CUDA graph and replayed.
+- graphs: everything a function launches, recorded once as a CUDA graph and replayed;
+- adamw8bit: bitsandbytes' AdamW with learning rate, loss scale and step number read on the GPU;
+- staging: pinned memory for copies that nobody waits for.
 
 The first works on any device; the others say it where they cannot be had, and plain PyTorch remains.
 """

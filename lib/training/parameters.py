@@ -22,7 +22,7 @@ class LoraParameters:
     parameters: (
         list  # the model's own: A and B of each layer, DoRA's magnitudes; views of `working`
     )
-    flat: torch.nn.Parameter  # float32, what the optimizer updates; its gradient is always there
+    flat: torch.nn.Parameter  # float32, what the optimizer updates; MicroStep gives it a gradient
     working: torch.Tensor  # `flat` in the type that the model computes with
     dora: DoraFactors | None  # what DoRA's layers scale with; LoRA has none
 
@@ -55,8 +55,8 @@ def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtyp
 
 
 def flatten_parameters(parameters, dtype):
-    """(flat, working): the values of `parameters` as one flat float32 parameter, with a gradient of
-    zeros, and as one flat tensor of `dtype`, of which they become views.
+    """(flat, working): the values of `parameters` as one flat float32 parameter, and as one flat tensor of
+    `dtype`, of which they become views.
 
     `flat` has to be copied into `working` whenever it has changed. For float32 the two share memory.
 
@@ -64,7 +64,6 @@ def flatten_parameters(parameters, dtype):
     than 4,096 elements in 32 bits, and in the vector they get 8 (bench/optimizer_state.py).
     """
     flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
     working = flat.data.to(dtype)
     set_views(parameters, working)
     return flat, working
