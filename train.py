@@ -16,8 +16,9 @@ Ctrl-C, a signal, a crash or a power cut, goes on from its last checkpoint by th
 Latents are computed once and kept in processed_data/latents/, noise and timesteps derive from (seed,
 sample number), and the LoRA parameters of a group are one flat vector: one optimizer kernel, one check
 for overflow and, on several GPUs, one all-reduce of one tensor. On a GPU a micro-step, forward and
-backward, is recorded once as a CUDA graph and replayed; a CPU calls the same function (lib/kernels/,
-bench/README.md).
+backward, is recorded once as a CUDA graph and replayed, and so is the update, whose decisions the GPU
+takes alone, so that Python prepares the next steps meanwhile; a CPU calls plain functions (lib/kernels/,
+lib/training/updates.py, bench/README.md).
 """
 
 import contextlib

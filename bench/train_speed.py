@@ -36,7 +36,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.kernels import graphs
-from lib.training import micro_step, parameters
+from lib.training import micro_step, parameters, updates
 
 
 def driver_memory():
@@ -206,6 +206,9 @@ def parts(args, folder):
     def called(functions, *others):
         return functions
 
+    def taken_away(device):
+        return "taken away"
+
     def searched(functions, *others):
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             return record(functions, *others)
@@ -217,7 +220,7 @@ def parts(args, folder):
     recomputing, small = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
     unet_only, dora, eight = dict(train_text_encoder=False), dict(dora=True), dict(batch_size=8)
     preservation = dict(preservation_weight=4.0, preservation_captions=PRESERVED)
-    # (name, what differs in the configuration, what is replaced in micro_step.py or parameters.py)
+    # (name, what differs in the configuration, what is replaced in micro_step.py, parameters.py or updates.py)
     variants = [
         ("train.py, with checkpointing", recomputing, {}),
         ("rank 8, with checkpointing", recomputing | small, {}),
@@ -233,12 +236,14 @@ def parts(args, folder):
         ("batches of 8 without", eight, {}),
         ("DoRA in PEFT's layers", dora, dict(DoraFactors=nothing)),
         ("- CUDA graph", {}, dict(captured=called)),
+        ("- updates without a wait (bitsandbytes' AdamW)", {}, dict(missing_kernels=taken_away)),
         ("- fused LoRA layers (PEFT's)", {}, dict(fuse_lora=nothing)),
         ("- fused LoRA layers, fp16 copy (autocast)", {}, dict(fuse_lora=nothing, captured=autocast,
          flatten_parameters=lambda weights, dtype: flatten(weights, torch.float32))),
         ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted)),
         ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
-        ("- all of these", {}, dict(channels_last=nothing, fuse_lora=nothing, captured=called)),
+        ("- all of these", {}, dict(channels_last=nothing, fuse_lora=nothing, captured=called,
+         missing_kernels=taken_away)),
     ]  # fmt: skip
     if args.others:
         variants += [(name, {}, attending(*backends))
@@ -261,7 +266,7 @@ def parts(args, folder):
         ) | differs  # fmt: skip
         with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
             for key, value in replaced.items():
-                module = micro_step if hasattr(micro_step, key) else parameters
+                module = next(m for m in (micro_step, parameters, updates) if hasattr(m, key))
                 stack.enter_context(patch.object(module, key, value))
             memory = stack.enter_context(watched())
             try:

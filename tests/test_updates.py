@@ -20,7 +20,7 @@ from lib.training import checkpoints, updates
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_triton = pytest.mark.skipif(adamw8bit.triton is None, reason="this torch came without Triton")
 
-SIZES = 5000, 4099  # blocks that are not full; the second vector is not aligned
+SIZES = 5001, 4099  # blocks that are not full; the second gradient is not aligned
 PEAKS = 1e-2, 1e-3
 
 
@@ -189,7 +189,6 @@ def check_giving_up(device):
         for run in runs:
             assert run.given_up == (problem, step, [step])
             assert run.progress.step == step
-            assert not run.gradient[:-1].isnan().any() or run is runs[1]
         assert apart(*runs)[0] < 1e-3
         before = Run("recorded", device, scaled, most=9).go(
             step, overflows=how.get("overflows", ())
