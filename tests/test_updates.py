@@ -28,6 +28,12 @@ class GivenUp(Exception):
     pass
 
 
+def starts():
+    """The values of both vectors before the first update; of the size of LoRA's."""
+    generator = torch.Generator().manual_seed(1)
+    return [0.02 * torch.randn(size, generator=generator) for size in SIZES]
+
+
 class Run:
     """Updates of a certain `kind` and what they work on: vectors whose gradients are random numbers.
 
@@ -41,8 +47,7 @@ class Run:
             accelerator.scaler = torch.amp.GradScaler(
                 device.type, init_scale=2.0**12, growth_interval=4
             )
-        starts = torch.randn(sum(SIZES), generator=torch.Generator().manual_seed(1)).split(SIZES)
-        flats = [torch.nn.Parameter(start.clone().to(device)) for start in starts]
+        flats = [torch.nn.Parameter(start.to(device)) for start in starts()]
         gradient = torch.zeros(sum(SIZES) + 1, device=device)
         for flat, view in zip(flats, gradient[:-1].split(SIZES), strict=True):
             flat.grad = view
@@ -52,7 +57,7 @@ class Run:
         }
         groups = [dict(params=[p.flat], lr=p.learning_rate) for p in self.trained.values()]
         self.optimizer = AcceleratedOptimizer(
-            bitsandbytes.optim.AdamW8bit(groups, betas=(0.8, 0.95), weight_decay=0.1),
+            bitsandbytes.optim.AdamW8bit(groups, betas=(0.8, 0.95), weight_decay=0.02),
             scaler=accelerator.scaler,
         )
         self.scaler, self.gradient = accelerator.scaler, gradient
@@ -116,15 +121,17 @@ class Run:
 
 
 def apart(run, other):
-    """How far two runs are apart, which must agree in all that is counted: (the largest difference of a
-    parameter as a share of what the other's moved at most, the share of codes that differ)."""
+    """How far two runs are apart, which must agree in all that is counted: (the norm of the difference of a vector
+    over that of what it moved, the share of codes that differ).
+
+    A value that lies between two codes may get the one or the other: then a parameter goes its own way.
+    """
     (ours, states, numbers), (theirs, other_states, other_numbers) = run.state(), other.state()
     assert numbers == other_numbers
     assert states.keys() == other_states.keys()
-    starts = torch.randn(sum(SIZES), generator=torch.Generator().manual_seed(1)).split(SIZES)
     moved = [
-        (a - b).abs().max() / (b - start.to(b.device)).abs().max()
-        for a, b, start in zip(ours, theirs, starts, strict=True)
+        (a - b).norm() / (b - start.to(b.device)).norm()
+        for a, b, start in zip(ours, theirs, starts(), strict=True)
     ]
     differing = []
     for key, tensor in states.items():
@@ -137,28 +144,37 @@ def apart(run, other):
 
 
 def check_they_are_the_plain_ones(device):
-    """Over 50 steps, some of which overflow; also where the host waits in every step."""
-    overflows = {0, 3, 11, 12, 30}
-    plain = Run("plain", device).go(50, overflows)
+    """Over 50 steps, some of which overflow; also where the host waits in every step. (The interpreter is slow.)"""
+    steps, overflows = 50 if device.type == "cuda" else 24, {0, 3, 11, 12, 20}
+    plain = Run("plain", device).go(steps, overflows)
     assert plain.progress.skipped == 5
     assert plain.scaler.get_scale() != 2.0**12
     for settled in (False, True):
-        recorded = Run("recorded", device).go(50, overflows, always_settled=settled)
+        recorded = Run("recorded", device).go(steps, overflows, always_settled=settled)
         found = apart(recorded, plain)
         print(f"apart from the plain updates: parameters {found[0]:.1e}, codes {found[1]:.1e}")
-        assert found[0] < 1e-3
+        assert found[0] < 0.005
         assert found[1] < 0.01
-    # The bound would see one step more in the bias correction.
-    other = Run("recorded", device)
-    other.updates.outcome[0] = 1
-    other.go(50, overflows)
-    parameters, *_ = other.state()
-    assert (parameters[0] - plain.state()[0][0]).abs().max() > 1e-3 * PEAKS[0]
+
+
+def check_the_bias_correction_is_of_the_devices_number(device):
+    """It counts updates, not steps: an optimizer's state says how many there were."""
+    found = []
+    for updates_before in (0, 30):
+        run = Run("recorded", device)
+        run.updates.outcome[0] = updates_before
+        run.go(4, overflows={0})
+        assert all(state["step"] == updates_before + 3 for state in run.updates.states)
+        assert run.updates.control[2:].tolist() == pytest.approx(
+            [1 - 0.8 ** (updates_before + 3), (1 - 0.95 ** (updates_before + 3)) ** 0.5], rel=1e-6
+        )
+        found.append((run.state()[0][0] - starts()[0].to(device)).norm())
+    assert found[1] != pytest.approx(found[0].item(), rel=0.01)
 
 
 def check_without_a_scaler(device):
     runs = [Run(kind, device, scaled=False).go(12) for kind in ("recorded", "plain")]
-    assert apart(*runs)[0] < 1e-3
+    assert apart(*runs)[0] < 0.005
 
 
 def check_an_overflow_changes_nothing(device):
@@ -189,7 +205,7 @@ def check_giving_up(device):
         for run in runs:
             assert run.given_up == (problem, step, [step])
             assert run.progress.step == step
-        assert apart(*runs)[0] < 1e-3
+        assert apart(*runs)[0] < 0.005
         before = Run("recorded", device, scaled, most=9).go(
             step, overflows=how.get("overflows", ())
         )
@@ -198,15 +214,15 @@ def check_giving_up(device):
 
 def check_resuming(device, folder):
     """A run that goes on from a checkpoint is the one that was not interrupted, to the bit."""
-    whole = Run("recorded", device).go(20, overflows={2, 13})
-    first = Run("recorded", device).go(9, overflows={2, 13})
+    whole = Run("recorded", device).go(12, overflows={2, 9})
+    first = Run("recorded", device).go(6, overflows={2, 9})
     first.saver(folder).save(first.progress)
-    second = Run("recorded", device, saved=checkpoints.latest(folder)).go(20, overflows={2, 13})
+    second = Run("recorded", device, saved=checkpoints.latest(folder)).go(12, overflows={2, 9})
     assert whole.progress.skipped == second.progress.skipped == 2
     assert apart(second, whole) == (0, 0)
     # The plain way goes on from it too.
-    plain = Run("plain", device, saved=checkpoints.latest(folder)).go(20, overflows={2, 13})
-    assert apart(plain, whole)[0] < 1e-3
+    plain = Run("plain", device, saved=checkpoints.latest(folder)).go(12, overflows={2, 9})
+    assert apart(plain, whole)[0] < 0.005
 
 
 @pytest.fixture
@@ -218,7 +234,7 @@ def fresh():
 
 
 CHECKS = [
-    check_they_are_the_plain_ones, check_without_a_scaler, check_an_overflow_changes_nothing,
+    check_they_are_the_plain_ones, check_the_bias_correction_is_of_the_devices_number, check_without_a_scaler, check_an_overflow_changes_nothing,
     check_giving_up, check_resuming,
 ]  # fmt: skip
 
@@ -232,13 +248,26 @@ def test_recorded_updates(check, tmp_path, fresh):
     check(device, *[tmp_path] * (check is check_resuming))
 
 
+def quantize_exactly(values, qmap, absmax, codes, blocksize):
+    """In place of what bitsandbytes has for a CPU, which takes another value than the nearest for a few in a hundred:
+    what it does on a GPU."""
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % blocksize)).view(-1, blocksize)
+    absmax.copy_(blocks.abs().amax(dim=1))
+    relative = (blocks / absmax.clamp_min(1e-38)[:, None]).flatten()[: len(values)]
+    found = torch.bucketize(relative, (qmap[1:] + qmap[:-1]) / 2)
+    turned = (qmap[found] < 0) != (values < 0)
+    codes.copy_(found + turned * torch.where(values > 0, 1, -1))
+
+
 INTERPRETED = """
 import sys; sys.path[:0] = sys.argv[1:3]
 import pathlib, torch
+import bitsandbytes.backends.cpu.ops
 import test_updates
 from lib.kernels import adamw8bit
 device = torch.device("cpu")
 assert adamw8bit.missing_kernels(device) is None, adamw8bit.missing_kernels(device)
+bitsandbytes.backends.cpu.ops._quant_blockwise_fp32_direct = test_updates.quantize_exactly
 for check in test_updates.CHECKS:
     folder = [pathlib.Path(sys.argv[3])] * (check is test_updates.check_resuming)
     check(device, *folder)
@@ -324,5 +353,5 @@ def test_one_vector_holds_tensors_of_several_types():
         assert found[name].shape == shape
         assert found[name].dtype == dtype
         found[name].fill_(7)
-        assert (found[name].data_ptr() - vector.data_ptr()) % staging.ALIGNMENT == 0
+        assert found[name].storage_offset() * dtype.itemsize % staging.ALIGNMENT == 0
     assert all((tensor == 7).all() for tensor in staging.divided(vector.clone(), parts).values())
