@@ -190,12 +190,30 @@ def check_an_overflow_changes_nothing(device):
     assert numbers_after["scaler"]["scale"] == numbers["scaler"]["scale"] / 2
 
 
+def check_a_tiny_mean_gradient_keeps_its_sign(device):
+    """Far below the smallest code: a negative one does not become zero, as on bitsandbytes' GPU."""
+    codes = []
+    for kind in ("recorded", "plain"):
+        run = Run(kind, device, scaled=False)
+        run.gradient[:256] = 1e-9
+        run.gradient[:256:2] *= -1
+        run.gradient[7] = 1.0
+        run.updates.step(1.0, [0])
+        run.updates.settle()
+        state = run.optimizer.state[run.trained["unet"].flat]
+        values = state["qmap1"][state["state1"][:256].long()]
+        assert (values[:256:2] < 0).all()
+        assert (values[1:256:2] >= 0).all()
+        codes.append(state["state1"][:256])
+    assert torch.equal(*codes)
+
+
 def check_giving_up(device):
     """What is wrong, the step and its pictures are named though later steps have begun, and what is left is the
     state before: as in the plain way."""
     for how, problem, step in (
-        (dict(overflows={2, 4, 5, 6}), "fp16 overflowed 3 times in a row", 6),
-        (dict(losses={5}), "the loss is NaN or infinite", 5),
+        (dict(overflows={2, 4, 5, 6, 7, 8}), "fp16 overflowed 3 times in a row", 6),
+        (dict(losses={5, 6}), "the loss is NaN or infinite", 5),
         (dict(losses={5}, scaled=False), "the loss or its gradient is NaN or infinite", 5),
         (dict(overflows={5}, scaled=False), "the loss or its gradient is NaN or infinite", 5),
         (dict(overflows={7, 8, 9}), "fp16 overflowed 3 times in a row", 9),  # the last steps
@@ -235,7 +253,7 @@ def fresh():
 
 CHECKS = [
     check_they_are_the_plain_ones, check_the_bias_correction_is_of_the_devices_number, check_without_a_scaler, check_an_overflow_changes_nothing,
-    check_giving_up, check_resuming,
+    check_a_tiny_mean_gradient_keeps_its_sign, check_giving_up, check_resuming,
 ]  # fmt: skip
 
 
