@@ -207,7 +207,7 @@ kinds = dict(outcome="*i32", tracker="*i32", state1="*u8", state2="*u8", interva
              **dict.fromkeys(("growth", "backoff", "beta1", "beta2", "eps", "decay"), "fp32"))
 for architecture in (75, 80, 90):
     for kernel, scaled in ((adamw8bit._decide, True), (adamw8bit._decide, False), (adamw8bit._adamw, None)):
-        sizes = dict(LOG1=-0.15, LOG2=-0.0014, SCALED=scaled, BLOCK=adamw8bit.BLOCK, ROWS=adamw8bit.ROWS)
+        sizes = dict(LOG1=-0.15, LOG2=-0.0014, SCALED=scaled, BLOCK=adamw8bit.BLOCK)
         names = [parameter.name for parameter in kernel.params]
         known = {name: sizes[name] for name in names if name in sizes}
         signature = {name: "constexpr" if name in known else kinds.get(name, "*fp32") for name in names}

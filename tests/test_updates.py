@@ -20,7 +20,8 @@ from lib.training import checkpoints, updates
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_triton = pytest.mark.skipif(adamw8bit.triton is None, reason="this torch came without Triton")
 
-SIZES = 5001, 4099  # blocks that are not full; the second gradient is not aligned
+# Blocks that are not full; the second gradient is not aligned. The interpreter is slow.
+SIZES = (50_001, 4099) if torch.cuda.is_available() else (1025, 259)
 PEAKS = 1e-2, 1e-3
 
 
@@ -57,7 +58,9 @@ class Run:
         }
         groups = [dict(params=[p.flat], lr=p.learning_rate) for p in self.trained.values()]
         self.optimizer = AcceleratedOptimizer(
-            bitsandbytes.optim.AdamW8bit(groups, betas=(0.8, 0.95), weight_decay=0.02),
+            bitsandbytes.optim.AdamW8bit(
+                groups, betas=(0.8, 0.95), weight_decay=0.02, min_8bit_size=256
+            ),
             scaler=accelerator.scaler,
         )
         self.scaler, self.gradient = accelerator.scaler, gradient
@@ -144,7 +147,7 @@ def apart(run, other):
 
 
 def check_they_are_the_plain_ones(device):
-    """Over 50 steps, some of which overflow; also where the host waits in every step. (The interpreter is slow.)"""
+    """Over 50 steps, some of which overflow; also where the host waits in every step."""
     steps, overflows = 50 if device.type == "cuda" else 24, {0, 3, 11, 12, 20}
     plain = Run("plain", device).go(steps, overflows)
     assert plain.progress.skipped == 5
@@ -154,7 +157,7 @@ def check_they_are_the_plain_ones(device):
         found = apart(recorded, plain)
         print(f"apart from the plain updates: parameters {found[0]:.1e}, codes {found[1]:.1e}")
         assert found[0] < 0.005
-        assert found[1] < 0.01
+        assert found[1] < 0.02
 
 
 def check_the_bias_correction_is_of_the_devices_number(device):

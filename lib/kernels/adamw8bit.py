@@ -20,7 +20,6 @@ except ImportError:  # no NVIDIA build of torch
     triton = None
 
 BLOCK = 256  # elements that share the largest value to which their codes are relative
-ROWS = 4  # blocks of a program
 # What may end a run, as `decide` notes it.
 NOT_FINITE, LOSS_NOT_FINITE, OVERFLOWS = 1, 2, 3
 # Anything else in that place halts the updates too.
@@ -87,20 +86,20 @@ if triton:
 
     @triton.jit(do_not_specialize=["COUNT"])
     def _adamw(p, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, rate, control, COUNT, beta1, beta2,
-               eps, decay, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-        """See `update`; a program has ROWS blocks of BLOCK elements, a row each."""
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-        place = row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+               eps, decay, BLOCK: tl.constexpr):  # fmt: skip
+        """See `update`; a program has one block."""
+        block = tl.program_id(0)
+        place = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         count = tl.where(tl.load(control) != 0, COUNT, 0)  # of elements to update
-        inside, of_block = place < count, row.to(tl.int64) * BLOCK < count
+        inside, any_inside = place < count, count > 0
         inverse, correction1 = tl.load(control + 1), tl.load(control + 2)
         correction2, lr = tl.load(control + 3), tl.load(rate)
 
         g = tl.load(grad + place, mask=inside, other=0.0) * inverse
         code1 = tl.load(state1 + place, mask=inside, other=0).to(tl.int32)
         code2 = tl.load(state2 + place, mask=inside, other=0).to(tl.int32)
-        s1 = tl.load(qmap1 + code1) * tl.load(absmax1 + row, mask=of_block, other=0.0)
-        s2 = tl.load(qmap2 + code2) * tl.load(absmax2 + row, mask=of_block, other=0.0)
+        s1 = tl.load(qmap1 + code1) * tl.load(absmax1 + block)
+        s2 = tl.load(qmap2 + code2) * tl.load(absmax2 + block)
         s1 = tl.where(inside, s1 * beta1 + (1.0 - beta1) * g, 0.0)
         s2 = tl.where(inside, s2 * beta2 + (1.0 - beta2) * g * g, 0.0)
 
@@ -108,10 +107,9 @@ if triton:
         value -= lr * correction2 / correction1 * (s1 / (tl.sqrt(s2) + correction2 * eps))
         tl.store(p + place, value * (1.0 - lr * decay), mask=inside)
 
-        largest1 = tl.max(tl.abs(s1), axis=1, keep_dims=True)
-        largest2 = tl.max(s2, axis=1, keep_dims=True)
-        tl.store(absmax1 + row, largest1, mask=of_block)
-        tl.store(absmax2 + row, largest2, mask=of_block)
+        largest1, largest2 = tl.max(tl.abs(s1), axis=0), tl.max(s2, axis=0)
+        tl.store(absmax1 + block, largest1, mask=any_inside)
+        tl.store(absmax2 + block, largest2, mask=any_inside)
         # A block of zeros has codes too.
         code1 = _nearest(s1 / tl.where(largest1 > 0, largest1, 1.0), qmap1)
         code2 = _nearest(s2 / tl.where(largest2 > 0, largest2, 1.0), qmap2)
@@ -145,9 +143,9 @@ def update(p, grad, state, rate, control, betas, eps, decay):
     the learning rate and `control` from `decide`: whether anything is to be done, the inverse of the loss's
     scale, and the corrections of both moments for the number of updates.
     """
-    grid = (triton.cdiv(p.numel(), BLOCK * ROWS),)
+    grid = (triton.cdiv(p.numel(), BLOCK),)
     tensors = (state[key] for key in ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"))
-    _adamw[grid](p, grad, *tensors, rate, control, p.numel(), *betas, eps, decay, BLOCK, ROWS)
+    _adamw[grid](p, grad, *tensors, rate, control, p.numel(), *betas, eps, decay, BLOCK)
 
 
 @functools.cache
