@@ -2,6 +2,7 @@
 
 import copy
 import os
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ class Run:
 
     def __init__(self, kind, device, scaled=True, most=2, saved=None):
         accelerator = Accelerator(cpu=device.type == "cpu")
+        self.process = accelerator.process_index
         accelerator.scaler = None
         if scaled:
             accelerator.scaler = torch.amp.GradScaler(
@@ -89,7 +91,7 @@ class Run:
         """Train on until `last` steps are done, with infinity in the gradient of the steps `overflows`, counted
         from 0, and a loss and gradient of NaN in the steps `losses`; then settle."""
         for step in range(self.progress.step, last):
-            generator = torch.Generator().manual_seed(step)
+            generator = torch.Generator().manual_seed(2 * step + self.process)
             values = torch.randn(len(self.gradient), generator=generator).to(self.gradient.device)
             values[:-1] *= 1 if self.scaler is None else self.scaler.scale(torch.ones_like(values[:-1]))  # fmt: skip
             if step in overflows:
@@ -303,6 +305,44 @@ def test_recorded_updates_in_tritons_interpreter(tmp_path):
                           capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
     print(done.stdout)
     assert "all right" in done.stdout, done.stderr
+
+
+IN_TWO = """
+import sys; sys.path[:0] = sys.argv[1:3]
+import torch
+import test_updates
+run = test_updates.Run("recorded", torch.device("cpu"))
+mine = {0: set(), 1: {3}}[run.process]
+run.go(6, overflows=mine)
+print(run.progress, run.scaler.state_dict(), [part.flat.double().sum().item() for part in run.trained.values()])
+run.give_up_in(20, losses={0: {8}, 1: set()}[run.process])
+print(run.given_up, run.progress, [part.flat.double().sum().item() for part in run.trained.values()])
+"""
+
+
+@needs_triton
+def test_two_processes_decide_alike():
+    """Where the gradient of one of them overflows, or its loss is NaN: the update is with their mean."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    how = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_TWO, str(ROOT), str(ROOT / "tests")], text=True,
+            env=os.environ | how | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=150) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    one, other = (out for out, _ in said)
+    assert one == other, said
+    assert "skipped=1" in one.splitlines()[0], said
+    assert "('the loss is NaN or infinite', 8, [8]) Progress(step=8" in one.splitlines()[1], said
 
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch, capsys, fresh):

@@ -20,14 +20,14 @@ except ImportError:  # no NVIDIA build of torch
     triton = None
 
 BLOCK = 256  # elements that share the largest value to which their codes are relative
-# What may end a run, as `decide` notes it.
+# What may end a run, as `decide` notes it; the kernel, which reads no such names, has the numbers.
 NOT_FINITE, LOSS_NOT_FINITE, OVERFLOWS = 1, 2, 3
 # Anything else in that place halts the updates too.
 HALTED = -1
 
 if triton:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["loss", "loss_sum", "scale", "tracker", "interval", "most"])
     def _decide(largest, loss, loss_sum, outcome, scale, tracker, control, growth, backoff, interval, most,
                 LOG1: tl.constexpr, LOG2: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
         """See `decide`; of one program. LOG1 and LOG2 are the binary logarithms of the betas."""
@@ -84,7 +84,7 @@ if triton:
         nearest = tl.where((x > value) & (x > above), pivot + 1, pivot)
         return tl.maximum(tl.where((x <= value) & (x < below), pivot - 1, nearest), 0)
 
-    @triton.jit(do_not_specialize=["COUNT"])
+    @triton.jit(do_not_specialize=["COUNT", "rate"])
     def _adamw(p, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, rate, control, COUNT, beta1, beta2,
                eps, decay, BLOCK: tl.constexpr):  # fmt: skip
         """See `update`; a program has one block."""
