@@ -16,8 +16,9 @@ Ctrl-C, a signal, a crash or a power cut, goes on from its last checkpoint by th
 Latents are computed once and kept in processed_data/latents/, noise and timesteps derive from (seed,
 sample number), and the LoRA parameters of a group are one flat vector: one optimizer kernel, one check
 for overflow and, on several GPUs, one all-reduce of one tensor. On a GPU a micro-step, forward and
-backward, is recorded once as a CUDA graph and replayed; a CPU calls the same function (lib/kernels/,
-bench/README.md).
+backward, is recorded once as a CUDA graph and replayed, and so is the update, whose decisions the GPU
+takes alone, so that Python prepares the next steps meanwhile; a CPU calls plain functions (lib/kernels/,
+lib/training/updates.py, bench/README.md).
 """
 
 import contextlib
@@ -202,7 +203,8 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     from lib.training.previews import preview_texts
     from lib.training.samples import Samples
     from lib.training.stopping import StopSignals, agreed
-    from lib.training.watch import Watch
+    from lib.training.updates import make_updates
+    from lib.training.watch import Watch, looks
 
     started = time.monotonic()
     # Everything that can be wrong is looked at before a model is loaded.
@@ -232,7 +234,6 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     latents = setup.picture_latents(base_folder, rows, dtype, accelerator)
     unet, texts, trained, preservation = setup.adapted_models(
         base_folder, input_ids, config, dtype, device, say)  # fmt: skip
-    flats = [part.flat for part in trained.values()]
     groups = [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()]
     optimizer = accelerator.prepare(bitsandbytes.optim.AdamW8bit(
         groups, betas=(adam_beta1, adam_beta2), weight_decay=adam_weight_decay
@@ -262,9 +263,15 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
         say(f"continuing {run_name} after step {progress.step}")
     first_step = progress.step
 
+    def give_up(problem, step, pictures):
+        if is_main:
+            saver.save(progress, gave_up=True)
+        raise not_finite(problem, step, {rows[i].name for i in pictures}, work_folder)
+
     with training_memory(config):
         upcoming = samples.micro_batch(first_step * gradient_accumulation_steps)
         micro.prepare(upcoming)
+        updates = make_updates(micro, optimizer, accelerator, progress, max_overflows, give_up)
         watch = None
         if is_main:
             draw = preview_drawer(base_folder, unet, trained, prompts, preview_guidance_scale, rows.sizes, dtype, device)  # fmt: skip
@@ -272,7 +279,6 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
             if not saved:
                 watch.look(0)
     set_up_seconds = time.monotonic() - started
-    overflows = 0  # fp16 steps skipped in a row
     loop_started = time.monotonic()
 
     with (
@@ -281,56 +287,31 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
         tqdm(total=max_steps, initial=first_step, desc=run_name, unit="step", disable=not is_main) as bar,
     ):  # fmt: skip
         for step in range(first_step, max_steps):
-            factor = learning_rate_factor(step, max_steps, warmup_steps)
-            for group, part in zip(optimizer.param_groups, trained.values(), strict=True):
-                group["lr"] = part.learning_rate * factor
-
-            step_loss, step_pictures = torch.zeros((), device=device), []
+            factor, step_pictures = learning_rate_factor(step, max_steps, warmup_steps), []
             for number in range(gradient_accumulation_steps):
                 micro.fill(*upcoming)
                 micro.run(step)
-                step_loss += micro.sample_losses.mean() / gradient_accumulation_steps
                 step_pictures += upcoming[0]
                 # Drawn while the GPU is at work.
                 upcoming = samples.micro_batch(step * gradient_accumulation_steps + number + 1)
-            if accelerator.num_processes > 1:
-                for flat in flats:
-                    flat.grad.copy_(accelerator.reduce(flat.grad, "mean"))
-
-            # The fp16 loss scaler skips an update whose gradient overflowed, which is ordinary and
-            # counted; without it nothing may be wrong. A loss that is not finite is never ordinary.
-            problem = None
-            if accelerator.scaler is None and not (
-                step_loss.isfinite() and all(flat.grad.isfinite().all() for flat in flats)
-            ):
-                problem = "the loss or its gradient is NaN or infinite"
-            else:
-                optimizer.step()
-                overflows = overflows + 1 if optimizer.step_was_skipped else 0
-                progress.skipped += bool(overflows)
-                # The loss of any process.
-                if overflows and not accelerator.reduce(step_loss, "sum").isfinite():
-                    problem = "the loss is NaN or infinite"
-                elif overflows > max_overflows:
-                    problem = f"fp16 overflowed {overflows} times in a row"
-            if problem:
-                if is_main:
-                    saver.save(progress, gave_up=True)
-                raise not_finite(problem, step, {rows[i].name for i in step_pictures}, work_folder)
-            micro.zero_gradients()
-
-            progress.add(step_loss)
+            # From here on the GPU may lag behind; `settle` waits for it.
+            updates.step(factor, step_pictures)
             done = progress.step
             bar.update()
+
             if done % log_every == 0 or done == max_steps:
+                updates.settle()
                 mean_loss, rate = progress.mean_loss(accelerator), unet_learning_rate * factor
                 journal.record(step=done, loss=mean_loss, learning_rate=rate)
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
-            if watch:
-                watch.look(done)
+            if looks(config, done):
+                updates.settle()
+                if watch:
+                    watch.look(done)
 
             stopping = agreed(stop.received, done, log_every, accelerator)
             if stopping or (done % checkpoint_every == 0 and done < max_steps):
+                updates.settle()
                 progress.loss_sum.copy_(accelerator.reduce(progress.loss_sum, "mean"))
                 if is_main:
                     saver.save(progress)

@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import adapters
 from lib.kernels import graphs, rows
-from lib.training import micro_step, parameters
+from lib.training import micro_step, parameters, updates
 
 
 def driver_memory():
@@ -239,6 +239,9 @@ def parts(args, folder):
     def called(functions, *others):
         return functions
 
+    def taken_away(device):
+        return "taken away"
+
     def searched(functions, *others):
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             return record(functions, *others)
@@ -251,7 +254,7 @@ def parts(args, folder):
     recomputing, small = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
     unet_only, dora, eight = dict(train_text_encoder=False), dict(dora=True), dict(batch_size=8)
     preservation = dict(preservation_weight=1.0, preservation_captions=PRESERVED)
-    # (name, what differs in the configuration, what is replaced in micro_step.py, parameters.py or rows.py)
+    # (name, what differs in the configuration, what is replaced in micro_step.py, parameters.py, updates.py or rows.py)
     variants = [
         ("train.py, with checkpointing", recomputing, {}),
         ("rank 8, with checkpointing", recomputing | small, {}),
@@ -267,6 +270,7 @@ def parts(args, folder):
         ("batches of 8 without", eight, {}),
         ("DoRA in PEFT's layers", dora, PEFT),
         ("- CUDA graph", {}, dict(captured=called)),
+        ("- updates without a wait (bitsandbytes' AdamW)", {}, dict(missing_kernels=taken_away)),
         ("- joined layers", {}, dict(join=apart)),
         ("- joined layers, fused LoRA layers (PEFT's)", {}, PEFT),
         ("- these, fp16 copy (autocast)", {}, PEFT | dict(captured=autocast,
@@ -274,7 +278,8 @@ def parts(args, folder):
         ("- sums with layer norms, CLIP's activation", {}, dict(row_modules=no_rows)),
         ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted)),
         ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
-        ("- all of these", {}, PEFT | dict(channels_last=nothing, captured=called)),
+        ("- all of these", {}, PEFT | dict(channels_last=nothing, captured=called,
+         missing_kernels=taken_away)),
     ]  # fmt: skip
     if args.others:
         variants += [(name, {}, attending(*backends))
@@ -299,7 +304,7 @@ def parts(args, folder):
         ) | differs  # fmt: skip
         with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
             for key, value in replaced.items():
-                module = next(m for m in (micro_step, parameters, rows) if hasattr(m, key))
+                module = next(m for m in (micro_step, parameters, updates, rows) if hasattr(m, key))
                 stack.enter_context(patch.object(module, key, value))
             memory = stack.enter_context(watched())
             try:

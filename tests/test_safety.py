@@ -44,7 +44,15 @@ from lib import adapter_files, adapters, dataset, errors, files, models
 from lib.errors import UserError
 from lib.evaluation import drawing
 from lib.evaluation.results import recover
-from lib.training import advice, checkpoints, micro_step, run_folder, samples, stopping
+from lib.training import (
+    advice,
+    checkpoints,
+    micro_step,
+    run_folder,
+    samples,
+    stopping,
+    updates,
+)
 
 NAME = "lora_weights_rank_32"
 
@@ -692,6 +700,7 @@ def test_overflows_are_skipped_counted_and_in_a_row_too_many(exact, tmp_path, mo
 
         return prepare
 
+    monkeypatch.setattr(updates, "missing_kernels", lambda device: "the stand-in updates")
     config = exact | dict(output_dir=tmp_path, gradient_accumulation_steps=1, max_overflows=2)
     monkeypatch.setattr(accelerate.Accelerator, "prepare", overflowing({2, 3, 5, 6}))
     done = succeeded(training(tmp_path, config))

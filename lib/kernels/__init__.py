@@ -9,7 +9,9 @@ small kernels (see bench/README.md). Here are fewer of them, and one launch for 
   between them, which read and write that layout once, and those of rows.py, which are a transformer's
   sums with the layer norms that follow them, and CLIP's activation;
 - attention: cuDNN's kernels compiled all at once, for the first run on a machine;
-- graphs: everything a function launches, recorded once as a CUDA graph and replayed.
+- graphs: everything a function launches, recorded once as a CUDA graph and replayed;
+- adamw8bit: bitsandbytes' AdamW with learning rate, loss scale and step number read on the GPU;
+- staging: pinned memory for copies that nobody waits for.
 
 The first works on any device; the others say it where they cannot be had, and plain PyTorch remains.
 """

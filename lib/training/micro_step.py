@@ -6,14 +6,15 @@ is copied to where the pass reads it. A CPU calls the very same functions.
 
 import functools
 import itertools
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last
 from lib.kernels.graphs import captured
+from lib.kernels.staging import AHEAD, Ring, divided, length, places
 from lib.training.losses import diffusion_loss, preserving_losses
 
 
@@ -27,17 +28,33 @@ def recomputed(module, *inputs):
 
 class Buffers:
     """Where the pass reads a micro-batch whose latents have one shape, each picture with so many `captions` to be
-    preserved under, and leaves its losses."""
+    preserved under, and leaves its losses.
+
+    What it reads is one vector, so that one copy brings it.
+    """
 
     def __init__(self, batch_size, shape, captions, masked, device):
-        self.indices = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.latent_noise, self.noise = torch.zeros(2, batch_size, *shape, device=device)
-        self.means, self.deviations = torch.zeros(2, batch_size, *shape, device=device)
-        self.timesteps = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.captions = torch.zeros(batch_size, captions, dtype=torch.long, device=device)
-        self.weights = torch.ones(batch_size, 1, *shape[1:], device=device) if masked else None
+        numbers, pictures = ((batch_size,), torch.long), ((batch_size, *shape), torch.float32)
+        self.parts = parts = dict(
+            indices=numbers, latent_noise=pictures, noise=pictures, timesteps=numbers,
+            captions=((batch_size, captions), torch.long), means=pictures, deviations=pictures,
+        )  # fmt: skip
+        if masked:
+            parts["weights"] = (batch_size, 1, *shape[1:]), torch.float32
+        vector = torch.zeros(length(parts), dtype=torch.uint8, device=device)
+        self.ring = Ring(vector, places(vector, AHEAD + 1))
+        self.read = SimpleNamespace(**dict(weights=None) | divided(vector, parts))
+        if masked:
+            self.read.weights.fill_(1)
         self.sample_losses, self.preservation_losses = torch.zeros(2, batch_size, device=device)
         self.passes = self.measure = None  # set by `prepare`
+
+    def fill(self, **columns):
+        """Begin to copy a value for each picture to each of what the pass reads."""
+        to = divided(self.ring.place(), self.parts)
+        for name, values in columns.items():
+            torch.stack([torch.as_tensor(value) for value in values], out=to[name])
+        self.ring.send()
 
 
 class MicroStep:
@@ -46,9 +63,11 @@ class MicroStep:
 
     `texts` is a function of data-set indices [batch] that returns hidden states [batch, 77, d], `masks`
     None or a list of [1, h, w]. The gradient of the mean loss, divided by `accumulation` and scaled by
-    `scaler` where there is one, is added to that of each LoraParameters in `trained`; `sample_losses` then
-    holds each sample's loss. With a Preservation its loss is added, and stands in the buffers'
-    `preservation_losses`. For each shape of latents there is a pass of its own over buffers of its own.
+    `scaler` where there is one, is added to that of each LoraParameters in `trained`: together they are the vector
+    `gradient`, float32, whose last element `loss` sums up the ordinary losses, divided likewise. In `now`, the
+    buffers that `fill` filled last, `sample_losses` then holds each sample's loss. With a Preservation its loss is
+    added, and stands in their `preservation_losses`. For each shape of latents there is a pass of its own over
+    buffers of its own.
     """
 
     def __init__(self, unet, scheduler, latents, texts, trained, scaler, batch_size, accumulation, device,
@@ -57,56 +76,55 @@ class MicroStep:
         self.latents, self.masks = latents, masks
         self.trained, self.scaler, self.accumulation = trained, scaler, accumulation
         self.device, self.batch_size, self.preservation = device, batch_size, preservation
+        sizes = [part.flat.numel() for part in trained.values()]
+        self.gradient = torch.zeros(sum(sizes) + 1, device=device)
+        self.loss = self.gradient[-1]
+        for part, view in zip(trained.values(), self.gradient[:-1].split(sizes), strict=True):
+            part.flat.grad = view
         captions = preservation.per_picture if preservation else 0
         self.buffers = {
             shape: Buffers(batch_size, shape, captions, masks is not None, device)
             for shape in latents.shapes()
         }
-        self.now = None  # the buffers that `fill` filled last
+        self.now = None
 
     def fill(self, pictures, draws):
-        """Copy a micro-batch of one shape, as Samples gives it, to where the pass reads it."""
-        self.now = now = self.buffers[self.latents.shape(pictures[0])]
-        columns = [np.asarray(pictures), *(np.stack(part) for part in zip(*draws, strict=True))]
-        buffers = (now.indices, now.latent_noise, now.noise, now.timesteps, now.captions)
-        for tensor, values in zip(buffers, columns, strict=True):
-            tensor.copy_(torch.from_numpy(values))
-        kept = zip(*(self.latents[index] for index in pictures), strict=True)
-        for tensor, values in zip((now.means, now.deviations), kept, strict=True):
-            tensor.copy_(torch.stack(values))
-        if self.masks is not None:
-            now.weights.copy_(torch.stack([self.masks[index] for index in pictures]))
+        """Begin to copy a micro-batch of one shape, as Samples gives it, to where the pass reads it."""
+        self.now = self.buffers[self.latents.shape(pictures[0])]
+        latent_noise, noise, timesteps, captions = zip(*draws, strict=True)
+        means, deviations = zip(*(self.latents[index] for index in pictures), strict=True)
+        weights = {} if self.masks is None else dict(weights=[self.masks[i] for i in pictures])
+        self.now.fill(indices=pictures, latent_noise=latent_noise, noise=noise, timesteps=timesteps,
+                      captions=captions, means=means, deviations=deviations, **weights)  # fmt: skip
 
     def run(self, step):
         """The forward and backward pass, in an optimizer step counted from 0, of what `fill` filled in."""
         preserving = self.preservation is not None and step % self.preservation.every == 0
         self.now.passes[preserving]()
 
-    @property
-    def sample_losses(self):
-        return self.now.sample_losses
-
     def forward(self, at, preserving):
         """The mean loss of the micro-batch in the buffers `at`, and each one's in their `sample_losses`; with
         `preserving` the weighted preservation loss is added."""
         for part in self.trained.values():
             part.refresh()
-        latents = at.means + at.deviations * at.latent_noise
-        inputs = self.unet, self.scheduler, latents, at.noise, at.timesteps
+        read = at.read
+        latents = read.means + read.deviations * read.latent_noise
+        inputs = self.unet, self.scheduler, latents, read.noise, read.timesteps
         if not preserving:
-            losses = diffusion_loss(*inputs, self.texts(at.indices), at.weights)
+            losses = diffusion_loss(*inputs, self.texts(read.indices), read.weights)
             at.sample_losses.copy_(losses.detach())
             return losses.mean()
-        others, base_states = self.preservation.texts(at.captions)
-        states = self.texts(torch.cat([at.indices, others]))
-        losses, preservation = preserving_losses(*inputs, states, base_states, at.weights)
+        others, base_states = self.preservation.texts(read.captions)
+        states = self.texts(torch.cat([read.indices, others]))
+        losses, preservation = preserving_losses(*inputs, states, base_states, read.weights)
         at.sample_losses.copy_(losses.detach())
         at.preservation_losses.copy_(preservation.detach())
         return losses.mean() + self.preservation.weight * preservation.mean()
 
     def forward_backward(self, at, preserving):
-        """Add the gradient of the mean loss to that of the flat vectors."""
+        """Add the gradient of the mean loss to that of the flat vectors, and the ordinary loss to theirs."""
         loss = self.forward(at, preserving) / self.accumulation
+        self.loss += at.sample_losses.mean() / self.accumulation
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         leaves = [part.leaves for part in self.trained.values()]
@@ -142,8 +160,8 @@ class MicroStep:
         self.zero_gradients()
 
     def zero_gradients(self):
-        for part in self.trained.values():
-            part.flat.grad.zero_()
+        """The loss too."""
+        self.gradient.zero_()
 
     def validation_losses(self, probes):
         """The loss and the preservation loss of each of `probes`, [(data-set index, draws)] of any number: a list of
@@ -160,7 +178,7 @@ class MicroStep:
                 padded = places + places[-1:] * (self.batch_size - len(places))
                 self.fill(*zip(*(probes[place] for place in padded), strict=True))
                 self.now.measure()
-                losses = self.sample_losses.tolist(), self.now.preservation_losses.tolist()
+                losses = self.now.sample_losses.tolist(), self.now.preservation_losses.tolist()
                 for place, *pair in zip(places, *losses, strict=False):
                     found[place] = pair
         return found

@@ -24,7 +24,7 @@ class LoraParameters:
     leaves: (
         list  # what the model computes with and is differentiated by, the same views, some joined
     )
-    flat: torch.nn.Parameter  # float32, what the optimizer updates; its gradient is always there
+    flat: torch.nn.Parameter  # float32, what the optimizer updates; MicroStep gives it a gradient
     working: torch.Tensor  # `flat` in the type that the model computes with
     dora: DoraFactors | None  # what DoRA's layers scale with; LoRA has none
 
@@ -59,8 +59,8 @@ def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtyp
 
 
 def flatten_parameters(parameters, dtype):
-    """(flat, working): the values of `parameters` as one flat float32 parameter, with a gradient of
-    zeros, and as one flat tensor of `dtype`, of which they become views.
+    """(flat, working): the values of `parameters` as one flat float32 parameter, and as one flat tensor of
+    `dtype`, of which they become views.
 
     `flat` has to be copied into `working` whenever it has changed. For float32 the two share memory.
 
@@ -68,7 +68,6 @@ def flatten_parameters(parameters, dtype):
     than 4,096 elements in 32 bits, and in the vector they get 8 (bench/optimizer_state.py).
     """
     flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
     working = flat.data.to(dtype)
     set_views(parameters, working)
     return flat, working

@@ -11,6 +11,12 @@ def due(step, every, last):
     return bool(every) and (step % every == 0 or step == last)
 
 
+def looks(config, step):
+    """Whether something is due after `step` steps of a run with train.py's `config`."""
+    kinds = "validate", "snapshot", "preview"
+    return any(due(step, config[f"{kind}_every"], config["max_steps"]) for kind in kinds)
+
+
 class Watch:
     """The looks of one run, of its first process: `config` is train.py's, `micro` its MicroStep, `probes`
     those of the held-out loss (none: it is not computed), `data` from `data_record`.
