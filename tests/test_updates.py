@@ -173,8 +173,8 @@ def check_the_bias_correction_is_of_the_devices_number(device):
         assert run.updates.control[2:].tolist() == pytest.approx(
             [1 - 0.8 ** (updates_before + 3), (1 - 0.95 ** (updates_before + 3)) ** 0.5], rel=1e-6
         )
-        found.append((run.state()[0][0] - starts()[0].to(device)).norm())
-    assert found[1] != pytest.approx(found[0].item(), rel=0.01)
+        found.append((run.state()[0][0] - starts()[0].to(device)).norm().item())
+    assert found[1] != pytest.approx(found[0], rel=0.01)
 
 
 def check_without_a_scaler(device):
