@@ -63,10 +63,10 @@ ARMS = dict(
 SCALED = ("rank32",)
 SAMPLING_SEED = 42  # of the first picture of a prompt, inference.py's
 
-# Measured on one NVIDIA H100 80GB (bench/README.md): training pictures a second of the arms that were timed (steps
-# times batch), then those of a run, the seconds of its set-up, and those of a picture drawn and scored.
-H100_SAMPLES_A_SECOND = dict(rank32=41.0, rank8=42.4, unet_only=47.5)
-H100_SAMPLES, H100_SET_UP, H100_PICTURE = 4000, 15.6, 0.186
+# Measured on one NVIDIA H200 (bench/README.md): training pictures a second of the arms that were timed (steps times
+# batch). Then the pictures of a run and, of an H100, the seconds of its set-up and of a picture drawn and scored.
+SAMPLES_A_SECOND = dict(rank32=59.9, dora=47.1, preservation=36.8, large_batch=129.6)
+SAMPLES, SET_UP, PICTURE = 4000, 15.6, 0.186
 
 
 class Step(NamedTuple):
@@ -191,20 +191,20 @@ def time_left(steps, took):
     return f"about {duration(sum(known))} left" + (f" and {unknown} not timed yet" if unknown else "")  # fmt: skip
 
 
-def h100_text(steps, config, prompts):
-    """What `steps` take on an H100 with Stable Diffusion's full size, from measured rates."""
+def gpu_text(steps, config, prompts):
+    """What `steps` take on an H200 with Stable Diffusion's full size, from measured rates."""
     pictures = len(prompts) * config["sampling_seeds"]
     drawn = dict(evaluation=1 + len(ARMS), scales=1 + len({*config["scales"], 1.0} - {0.0}))
     seconds, untimed = 0, set()
     for step in steps:
         if step.kind in drawn:
-            seconds += drawn[step.kind] * pictures * H100_PICTURE
+            seconds += drawn[step.kind] * pictures * PICTURE
             continue
-        if step.kind not in H100_SAMPLES_A_SECOND:
+        if step.kind not in SAMPLES_A_SECOND:
             untimed.add(step.kind)
-        rate = H100_SAMPLES_A_SECOND.get(step.kind, H100_SAMPLES_A_SECOND["rank32"])
-        seconds += H100_SAMPLES / rate + H100_SET_UP
-    text = f"on one NVIDIA H100 about {duration(seconds)}, at the rates of bench/README.md"
+        rate = SAMPLES_A_SECOND.get(step.kind, SAMPLES_A_SECOND["rank32"])
+        seconds += SAMPLES / rate + SET_UP
+    text = f"on one NVIDIA H200 about {duration(seconds)}, at the rates of bench/README.md"
     if untimed:
         text += f" ({', '.join(sorted(untimed))} were not timed there and count as rank32)"
     return text
@@ -229,7 +229,7 @@ def study(config, prompts):
     print(f"{len(config['seeds'])} training seeds, {len(ARMS)} arms: {len(plan) - len(left)} of {len(plan)} "
           f"steps are done, {len(left)} left")  # fmt: skip
     if left and config["base_model"] != DEMO["base_model"] and not config["max_steps"]:
-        print(h100_text(left, config, prompts))
+        print(gpu_text(left, config, prompts))
     took = {}
     for number, step in enumerate(left):
         place = len(plan) - len(left) + number + 1

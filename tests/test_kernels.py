@@ -1013,3 +1013,33 @@ def test_a_recorded_unet_draws_the_same_pictures(tiny_model, monkeypatch):
     after = drawing.probe(pipeline)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert len(calls) == 8
+
+
+def test_joined_models_draw_the_same_pictures_with_and_without_an_adapter(tiny_model, tmp_path):
+    """As on a GPU, where the pipeline's models are joined: an adapter is put into the same weights."""
+    torch.manual_seed(0)
+    models = {
+        "unet": UNet2DConditionModel.from_pretrained(tiny_model / "unet"),
+        "text_encoder": CLIPTextModel.from_pretrained(tiny_model / "text_encoder"),
+    }
+    targets = {name: train.CONFIG[f"{name}_targets"] for name in models}
+    for name, model in models.items():
+        adapters.add_lora(model, 4, 4.0, targets[name])
+        for _, b in adapters.factors(model).values():
+            torch.nn.init.normal_(b.data, std=0.3)
+    adapter_files.save_adapter(tmp_path, models, 4, 4.0, targets, {})
+    adapter, found = adapter_files.read_adapter(tmp_path), {}
+    how = dict(steps=3, resolution=64, batch_size=2, guidance_scale=6.0, title="")
+    for is_joined in (False, True):
+        pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
+        if is_joined:
+            assert joined.join(pipeline.unet, "cpu") and joined.join(pipeline.text_encoder, "cpu")
+            assert not joined.join(pipeline.vae, "cpu")
+        applied = adapters.Applied(adapter, drawing.models_of(pipeline))
+        for scale in (1, 0):
+            applied.set_scale(scale)
+            images = drawing.draw(pipeline, [("a raincoat", 1), ("a cat", 2)], **how)
+            found[is_joined, scale] = np.stack([np.asarray(image, np.int16) for image in images])
+    for scale in (1, 0):
+        assert np.abs(found[True, scale] - found[False, scale]).max() <= 1
+    assert np.abs(found[True, 1] - found[True, 0]).mean() > 1

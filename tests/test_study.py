@@ -234,17 +234,17 @@ def test_a_stopped_study_lets_its_script_save(number, tmp_path):
 def test_hours_come_from_the_rates_in_the_bench():
     """The arms that were timed are those whose steps a second bench/README.md names."""
     bench = (ROOT / "bench" / "README.md").read_text()
-    for rate in (*study.H100_SAMPLES_A_SECOND.values(), study.H100_SET_UP, study.H100_PICTURE):
+    for rate in (*study.SAMPLES_A_SECOND.values(), study.SET_UP, study.PICTURE):
         assert re.search(rf"\b{rate:g}\b", bench), rate
     config = study.CONFIG | dict(prompts=ROOT / "prompts/study_sd15.txt", output_dir="/nowhere", lora_dir="/nowhere")  # fmt: skip
     prompts = read_prompts(config["prompts"])
     steps = study.steps_of(42, config, prompts)
-    text = study.h100_text(steps, config, prompts)
+    text = study.gpu_text(steps, config, prompts)
     pictures = 27 * 8 * (1 + 7 + 1 + 5)
-    known = {arm: study.H100_SAMPLES_A_SECOND.get(arm, 41.0) for arm in study.ARMS}
+    known = {arm: study.SAMPLES_A_SECOND.get(arm, 59.9) for arm in study.ARMS}
     seconds = pictures * 0.186 + sum(4000 / rate + 15.6 for rate in known.values())
     assert f"about {seconds / 60:.0f} min" in text or f"about {seconds / 3600:.1f} h" in text
-    for arm in set(study.ARMS) - set(study.H100_SAMPLES_A_SECOND):
+    for arm in set(study.ARMS) - set(study.SAMPLES_A_SECOND):
         assert arm in text
 
 
