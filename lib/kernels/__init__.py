@@ -3,8 +3,10 @@
 At batch 1 a GPU spends most of a plain training step waiting for Python to launch some ten thousand
 small kernels (see bench/README.md). Here are fewer of them, and one launch for all:
 
-- lora: a LoRA layer as three matrix products forward and five backward;
-- dora: a DoRA layer as those and a scaling of each output, the norms of all layers taken together;
+- lora: a LoRA or DoRA layer as three matrix products forward and five backward, and so are layers that
+  read the same input, together;
+- joined: which those are in a UNet and a CLIP text encoder;
+- dora: the norms of all DoRA layers taken together;
 - channels_last: convolutions in the layout of the tensor cores, with the Triton kernels of norms.py
   between them, which read and write that layout once, and those of rows.py, which are a transformer's
   sums with the layer norms that follow them, and CLIP's activation;
@@ -13,5 +15,5 @@ small kernels (see bench/README.md). Here are fewer of them, and one launch for 
 - adamw8bit: bitsandbytes' AdamW with learning rate, loss scale and step number read on the GPU;
 - staging: pinned memory for copies that nobody waits for.
 
-The first works on any device; the others say it where they cannot be had, and plain PyTorch remains.
+The first three work on any device; the others say it where they cannot be had, and plain PyTorch remains.
 """

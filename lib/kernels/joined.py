@@ -36,7 +36,7 @@ def join(model, device, dora=False):
                 products.append(Product(layers, device))
                 module.forward = functools.partial(_clip_forward, module, products[-1])
     layers = [layer for module in to_text for layer in (module.to_k, module.to_v)]
-    if layers and _can_join(layers, dora) and len({layer.in_features for layer in layers}) == 1:
+    if layers and _can_join(layers, dora):
         products.append(Product(layers, device))
         model.forward = functools.partial(_with_texts, model.forward, products[-1], to_text)
         for module in to_text:
@@ -75,8 +75,12 @@ def _is_plain(attention):
 
 
 def _can_join(layers, dora):
-    """DoRA's norms are taken of whole products, so of those it has all layers or none."""
-    return not dora or len({isinstance(layer, LoraLayer) for layer in layers}) == 1
+    """Whether they read the same width, and all or none have a bias. DoRA's norms are taken of whole products, so
+    of those it has all layers or none."""
+    alike = {(layer.in_features, layer.bias is None) for layer in layers}
+    return len(alike) == 1 and not (
+        dora and len({isinstance(layer, LoraLayer) for layer in layers}) > 1
+    )
 
 
 def _heads(x, count):

@@ -6,8 +6,8 @@ together: their weights and their A lie one behind the other, so each is one mat
 """
 
 import contextlib
-import functools
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,8 @@ class Product:
     """Linear layers that read the same input, computed as one: called with x [..., in] it returns their
     outputs, in the layers' order.
 
-    `layers` are linear layers or PEFT's LoRA or DoRA layers around them, or both, of one rank and scale.
+    `layers` are linear layers or PEFT's LoRA or DoRA layers around them, or both, of one rank and scale, all
+    with a bias or all without.
     Their weights become views of one tensor on `device`. Those with LoRA compute with `a` and `blocks`, see
     AdaptedLinear, which `bind` sets, and DoRA with what DoraFactors sets.
     """
@@ -106,19 +107,18 @@ class Product:
         self.scale = self.adapted[0].scaling["default"] if self.adapted else None
         self.without_lora = False
         self.a, self.blocks, self.magnitude, self.factor, self.inverse = None, (), None, None, None
+        self.sizes = [base.out_features for base in self.bases]
         self.move(torch.cat([base.weight.data for base in self.bases]).to(device))
-        biases = [base.bias for base in self.bases if base.bias is not None]
-        self.bias = torch.cat([bias.data for bias in biases]).to(device) if biases else None
-        for bias, part in zip(
-            biases, self.bias.split([len(b) for b in biases]) if biases else (), strict=True
-        ):
-            bias.data = part
+        self.bias = None
+        if self.bases[0].bias is not None:  # then none of them lacks one
+            self.bias = torch.cat([base.bias.data for base in self.bases]).to(device)
+            for base, part in zip(self.bases, self.bias.split(self.sizes), strict=True):
+                base.bias.data = part
 
     def move(self, weight):
         """Compute with `weight`, which holds what the layers' weights hold, and make these views of it."""
         self.weight = weight
-        sizes = [base.out_features for base in self.bases]
-        for base, part in zip(self.bases, weight.split(sizes), strict=True):
+        for base, part in zip(self.bases, weight.split(self.sizes), strict=True):
             base.weight.data = part
 
     def factors(self):
@@ -151,7 +151,7 @@ class Product:
         )  # fmt: skip
 
     def __call__(self, x):
-        parts = self.joint(x).split([base.out_features for base in self.bases], dim=-1)
+        parts = self.joint(x).split(self.sizes, dim=-1)
         return [parts[place] for place in self.places]
 
 
@@ -182,7 +182,7 @@ def bound(products, vector):
 
     def take(*shape):
         nonlocal place
-        part = vector[place:].detach()[: functools.reduce(int.__mul__, shape)].view(shape)
+        part = vector[place:].detach()[: math.prod(shape)].view(shape)
         place += part.numel()
         leaves.append(part.requires_grad_())
         return part
