@@ -188,7 +188,9 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
     # Imported here, so that --help and a wrong option are answered at once.
-    import bitsandbytes
+    from lib.training.eight_bit import bitsandbytes  # before PEFT imports it
+
+    # isort: split
     import torch
     from accelerate import Accelerator
     from tqdm import tqdm

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 
@@ -147,3 +148,19 @@ def test_options_are_answered_before_anything_heavy_is_imported(script):
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
         )
         assert done.stdout.splitlines()[-1] == "heavy:", done.stdout + done.stderr
+
+
+def test_training_does_not_load_pytorchs_compiler():
+    """Which bitsandbytes asks for, and PEFT asks for bitsandbytes."""
+    body = ast.get_source_segment(
+        (text := (ROOT / "train.py").read_text(encoding="utf-8")),
+        next(
+            n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "train"
+        ),
+    )
+    imports = re.findall(r"^    (?:from|import) .+$", body, re.M)
+    assert len(imports) > 10
+    code = "\n".join(line.strip() for line in imports)
+    code += "\nimport sys; print([m for m in sys.modules if m == 'torch._inductor.compile_fx'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr[-2000:]
