@@ -12,8 +12,8 @@ and teaches less, so the two are to be compared at equal concept, the plain one 
 (python inference.py --lora-scales 0.4,0.6,0.8,1).
 Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): at equal concept it changed
 unrelated prompts 0.58 times [0.45, 0.74] as much as less of rank 32 does, near prompts 0.96 times [0.76, 1.22]; corrected for
-all comparisons of the study that is undecided. The weight was chosen by a sweep (results/study/README.md). On Stable
-Diffusion v1.5 nothing was measured.
+all comparisons of the study that is undecided. The weight was chosen by a sweep (results/study/README.md). At Stable
+Diffusion v1.5's size a step takes 63% longer (bench/README.md); what it keeps there was not measured.
 """
 
 from lib.errors import run_script
