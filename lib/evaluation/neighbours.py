@@ -103,19 +103,18 @@ def nearest_of_the_rest(neighbours, chosen):
     the set. `chosen` are the indices [sets, n] of the sets, n < pool.
     """
     found = np.empty(chosen.shape)
-    pool = len(neighbours.which)
+    pool, n = len(neighbours.which), chosen.shape[1]
     rows = rows_at_once(pool)
     for start in range(0, len(chosen), rows):
-        part, values = chosen[start : start + rows], found[start : start + rows]
+        part = chosen[start : start + rows]
         inside = np.zeros((len(part), pool), bool)
         np.put_along_axis(inside, part, True, axis=1)
-        sets, places = np.indices(part.shape).reshape(2, -1)
+        pictures, values = part.ravel(), found[start : start + rows].reshape(-1)
+        left = np.arange(len(pictures))
         # The nearest, where it is inside the second nearest, and so on.
         for similarity, which in zip(neighbours.similarity.T, neighbours.which.T, strict=True):
-            picture = part[sets, places]
-            outside = ~inside[sets, which[picture]]
-            values[sets[outside], places[outside]] = similarity[picture[outside]]
-            sets, places = sets[~outside], places[~outside]
-            if not len(sets):
+            values[left] = similarity[pictures[left]]
+            left = left[inside[left // n, which[pictures[left]]]]
+            if not len(left):
                 break
     return found
