@@ -304,7 +304,7 @@ def test_training_like_pictures_exceed_the_level_with_a_chance_of_5_percent_or_m
     too_high, shares = 0, []
     for _ in range(100):
         trained_on, fresh = pictures(rng, m), pictures(rng, 1000)
-        level = memorisation.reference_level(study(trained_on, fresh[None, :3]).own[1])
+        level = memorisation.reference_level(study(trained_on, fresh[None, :3]).own.across)
         nearest, _ = clip_scores.nearest_training(fresh, trained_on, mirror(trained_on))
         shares.append((nearest > level).mean())
         too_high += shares[-1] < 0.05

@@ -121,9 +121,9 @@ def test_runs_with_the_same_pictures_are_searched_once(monkeypatch):
     assert same.own is one.own
     assert calls == [30]
     assert other.own is not one.own
-    assert made(30, "plain", seeds=SEEDS + 1).own[0].which.shape == (30, SEEDS + 1)
+    assert made(30, "plain", seeds=SEEDS + 1).own.neighbours.which.shape == (30, SEEDS + 1)
     for m in range(2, 2 + 2 * neighbours.KEPT):
-        assert len(made(m, "plain").own[1]) == m
+        assert len(made(m, "plain").own.across) == m
     assert len(neighbours.searched) == neighbours.KEPT
 
 
@@ -132,8 +132,8 @@ def test_a_picture_is_not_above_the_level_that_it_gives():
     similarity is the level could lie above it."""
     for m in (97, 98, 99):
         study = made(m, "plain")
-        level = memorisation.reference_level(study.own[1])
-        assert level in study.own[1].tolist()
+        level = memorisation.reference_level(study.own.across)
+        assert level in study.own.across.tolist()
         assert (study.nearest()[2] >= level).sum() > (study.nearest()[2] > level).sum()
 
 

@@ -92,18 +92,19 @@ class CopyStudy:
 
     @property
     def trained(self):
+        """What a picture is compared with: two arrays [m, d]."""
         return self.trained_on, self.trained_on_mirrored
 
     @property
-    def neighbours(self):
-        """How many nearest others of each picture are looked at: all n that are drawn for a prompt,
-        of which n - 1 may be called drawn with it, and the third for `usual_similarity`."""
+    def count(self):
+        """How many nearest others of each picture are looked for: n, so that one is not among the
+        n - 1 that a relabelling calls drawn with it, and three for `usual_similarity`."""
         return max(self.drawn.shape[1], 3)
 
     @functools.cached_property
     def own(self):
-        """`among_trained` of the pictures trained on."""
-        return among_trained(*self.trained, self.neighbours, first_half(len(self.trained_on)))
+        """How near the pictures trained on are to one another: an AmongTrained."""
+        return among_trained(*self.trained, self.count, first_half(len(self.trained_on)))
 
     def nearest(self):
         """Similarity to the nearest picture trained on, other than itself: of the pictures drawn
@@ -111,7 +112,7 @@ class CopyStudy:
         flat = self.drawn.reshape(-1, self.drawn.shape[-1])
         drawn = nearest_similarity(flat, *self.trained).reshape(self.drawn.shape[:2])
         held_out = nearest_similarity(self.held_out, *self.trained)
-        return drawn, held_out, self.own[0].similarity[:, :1].ravel()
+        return drawn, held_out, self.own.neighbours.similarity[:, :1].ravel()
 
 
 # ---- the test ------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def copy_p_values(study, draws=DRAWS, seed=0):
     """p-value of "nothing copied" for each prompt of a CopyStudy: float64 [prompts]."""
     found = []
     for drawn in zip(study.drawn, study.drawn_mirrored, strict=True):
-        neighbours = among_all(study.own[0], study.trained, drawn, study.neighbours)
+        neighbours = among_all(study.own.neighbours, study.trained, drawn, study.count)
         found.append(copy_p_value(neighbours, len(drawn[0]), draws, seed))
     return np.array(found)
 
@@ -207,11 +208,11 @@ def reference_level(across, alpha=LEVEL_ALPHA):
     """
     first, levels = first_half(len(across)), []
     for half in (first, ~first):
-        nearest = -np.sort(-across[half])
-        above = stats.binom.sf(np.arange(len(nearest)), len(nearest), RARE)  # that so many more are
-        enough_above = np.flatnonzero(above <= alpha / 2)
-        if len(enough_above) and len(nearest) < len(across):
-            levels.append(float(nearest[enough_above[0]]))
+        c = half.sum()
+        ranks = np.arange(1, c + 1)
+        ranks = ranks[stats.binom.sf(ranks - 1, c, RARE) <= alpha / 2]
+        if len(ranks) and c < len(across):
+            levels.append(float(-np.sort(-across[half])[ranks[0] - 1]))
     return max(levels, default=None)
 
 
@@ -273,7 +274,7 @@ def memorised(studies, margin=MARGIN, draws=DRAWS, seed=0):
     p_values = np.stack([copy_p_values(s, max(draws, 100 * tests), seed) for s in studies])
 
     nearest = [study.nearest() for study in studies]
-    levels = [reference_level(study.own[1], LEVEL_ALPHA / len(studies)) for study in studies]
+    levels = [reference_level(study.own.across, LEVEL_ALPHA / len(studies)) for study in studies]
     above = [None] * 3
     share = high = None
     if None not in levels:

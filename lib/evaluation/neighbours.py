@@ -23,6 +23,13 @@ class Neighbours(NamedTuple):
     which: np.ndarray  # [pictures, count], their indices
 
 
+class AmongTrained(NamedTuple):
+    """How near the m pictures trained on are to one another; what `among_trained` finds."""
+
+    neighbours: Neighbours
+    across: np.ndarray  # [m], similarity to the nearest in the half that a picture is not in
+
+
 def rows_at_once(columns):
     """How many rows of so many numbers are held at a time."""
     return max(1, AT_ONCE // columns)
@@ -57,11 +64,10 @@ def stacked(*parts):
 
 
 def among_trained(trained_on, mirrored, count, first):
-    """(Neighbours of the pictures trained on among themselves, `count` of each or all others if they are fewer;
-    similarity [m] of each to the nearest in the other half).
+    """AmongTrained of `trained_on` and `mirrored`, [m, d], with `count` neighbours of each or all others if they are fewer.
 
-    `trained_on` and `mirrored` are [m, d], `first` [m] says which are in the first half. Both are taken from the same
-    products, so that a similarity equals itself in either. Found once for all runs with the same pictures.
+    `first` [m] says which are in the first half. Neighbours and halves are looked at in the same products: rounded
+    otherwise, a similarity could lie above itself. Found once for all runs with the same pictures.
     """
     content = (hashlib.sha256(np.ascontiguousarray(a)).digest() for a in (trained_on, mirrored, first))  # fmt: skip
     key = (count, len(trained_on), *content)
@@ -75,7 +81,7 @@ def among_trained(trained_on, mirrored, count, first):
             across.append(np.where(first[start + rows], *to_half))
         if len(searched) == KEPT:
             del searched[next(iter(searched))]
-        searched[key] = stacked(*parts), np.concatenate(across)
+        searched[key] = AmongTrained(stacked(*parts), np.concatenate(across))
     return searched[key]
 
 
