@@ -296,6 +296,8 @@ def test_the_level_lies_near_the_top_and_carries_its_own_error():
     values = rng.permutation(100) / 100
     level = memorisation.reference_level(values)
     assert 7 <= (values > level).sum() <= 14
+    first = memorisation.first_half(100)
+    assert level == max(np.sort(values[half])[-8] for half in (first, ~first))
 
 
 @pytest.mark.parametrize("m", [8, 28])
