@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.evaluation import memorisation
+from lib.evaluation.neighbours import nearest_similarity
 
 SIZES = 5, 8, 10, 16, 32, 64, 100
 SEEDS, PROMPTS, RUNS, HELD_OUT, DIMENSIONS = 8, 3, (1, 3, 5), 4, 32
@@ -177,7 +178,7 @@ def print_no(count):
             answers.append(found["high"] < margin)
             usual, _ = population(rng, "far")
             fresh = usual(rng.standard_normal((4000, DIMENSIONS)), rng.random(4000))
-            near = memorisation.similarities(fresh, study.trained_on, study.trained_on).max(axis=1)
+            near = nearest_similarity(fresh, study.trained_on, study.trained_on)
             too_high.append((near > found["level"]).mean() < memorisation.RARE)
         print_row(m, seeds, f"{copied:.0%}", f"{100 * np.mean(answers):.1f}",
                   f"{100 * np.mean(too_high):.1f}")  # fmt: skip

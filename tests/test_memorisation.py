@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from lib.evaluation import clip_scores, memorisation
+from lib.evaluation import clip_scores, memorisation, neighbours
 from lib.evaluation.memorisation import UNTOLD, CopyStudy, memorised
 
 DIMENSIONS, SEEDS, PROMPTS = 32, 8, 3
@@ -40,38 +40,17 @@ def far(rng, *shape):
     return pictures(rng, *shape, centre=-CENTRE)
 
 
-# ---- leave_one_out -------------------------------------------------------------------------
+def to_others(embeddings):
+    """The similarity of each picture to each other one [n, n], -inf to itself, all at once."""
+    similarity = clip_scores.similarities(embeddings, embeddings, mirror(embeddings))
+    np.fill_diagonal(similarity, -np.inf)
+    return similarity
 
 
-def test_leave_one_out_is_the_nearest_other_picture():
-    training = np.array([[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0]], np.float32)
-    nowhere = np.zeros_like(training)
-    np.testing.assert_allclose(clip_scores.leave_one_out(training, nowhere), [0.8, 0.8, 0.6])
-
-
-def test_leave_one_out_sees_that_a_picture_is_another_one_mirrored():
-    rng = np.random.default_rng(0)
-    training = pictures(rng, 5)
-    training[3] = mirror(training[1])
-    nearest = clip_scores.leave_one_out(training, mirror(training))
-    np.testing.assert_allclose(nearest[[1, 3]], 1, atol=1e-5)
-    assert nearest[[0, 2, 4]].max() < 0.9
-
-
-def test_leave_one_out_takes_no_picture_for_its_own_neighbour():
-    symmetric = np.eye(3, dtype=np.float32)  # each equals its mirror image, none resembles another
-    np.testing.assert_array_equal(clip_scores.leave_one_out(symmetric, symmetric), [0, 0, 0])
-
-
-@pytest.mark.parametrize("m", [1, 2, 3, 5])
-def test_leave_one_out_of_a_few_pictures(m):
-    training = pictures(np.random.default_rng(m), m)
-    nearest = clip_scores.leave_one_out(training, mirror(training))
-    others = [
-        max([max(a @ b, a @ mirror(b)) for b in np.delete(training, i, axis=0)], default=-1)
-        for i, a in enumerate(training)
-    ]
-    np.testing.assert_allclose(nearest, others, atol=1e-5)
+def reference_own(found):
+    """Similarity of each picture trained on to the nearest other one; none for a single picture."""
+    m = len(found.trained_on)
+    return to_others(found.trained_on).max(axis=1) if m > 1 else np.empty(0)
 
 
 def test_a_study_measures_nearness_as_the_scores_do():
@@ -82,24 +61,24 @@ def test_a_study_measures_nearness_as_the_scores_do():
     for values, embeddings in ((drawn[1], found.drawn[1]), (held_out, found.held_out)):
         expected, _ = clip_scores.nearest_training(embeddings, *reference)
         np.testing.assert_allclose(values, expected, atol=1e-5)
-    np.testing.assert_allclose(own, clip_scores.leave_one_out(*reference), atol=1e-5)
+    np.testing.assert_allclose(own, reference_own(found), atol=1e-5)
+
+
+def test_no_picture_is_its_own_neighbour_and_a_mirrored_one_is_another_ones():
+    rng = np.random.default_rng(0)
+    trained_on = pictures(rng, 5)
+    trained_on[3] = mirror(trained_on[1])
+    _, _, own = study(trained_on, pictures(rng, 1, 2)).nearest()
+    np.testing.assert_allclose(own[[1, 3]], 1, atol=1e-5)
+    assert own[[0, 2, 4]].max() < 0.9
+
+    symmetric = np.eye(3, dtype=np.float32)  # each equals its mirror image, none resembles another
+    drawn = symmetric[None]
+    _, _, own = CopyStudy(symmetric, symmetric, (), drawn, drawn).nearest()
+    np.testing.assert_array_equal(own, [0, 0, 0])
 
 
 # ---- the test ------------------------------------------------------------------------------
-
-
-def test_nearest_of_the_rest_against_loops():
-    rng = np.random.default_rng(2)
-    similarity = rng.standard_normal((9, 9))
-    np.fill_diagonal(similarity, -np.inf)
-    chosen = memorisation.relabellings(9, 4, 50, 0)
-    assert chosen.shape == (51, 4)
-    assert chosen[0].tolist() == [5, 6, 7, 8]
-    found = memorisation.nearest_of_the_rest(similarity, chosen)
-    for row, members in zip(found, chosen, strict=True):
-        rest = np.setdiff1d(np.arange(9), members)
-        assert len(rest) == 5
-        np.testing.assert_array_equal(row, similarity[np.ix_(members, rest)].max(axis=1))
 
 
 def test_every_relabelling_is_as_likely_as_any_other():
@@ -117,11 +96,12 @@ def test_the_p_value_is_what_counting_all_relabellings_gives():
     drawn = unit(trained_on[[0, 0, 1]] + 1e-4 * rng.standard_normal((3, DIMENSIONS)))
     pool = np.concatenate([trained_on, drawn])
     similarity = (pool @ pool.T).round(3)  # copies tie
-    p = memorisation.copy_p_value(similarity, 3, draws=9999)
+    np.fill_diagonal(similarity, -np.inf)
+    nearest = neighbours.highest(similarity, 3)
+    p = memorisation.copy_p_value(nearest, 3, draws=9999)
     assert p == pytest.approx(6 / 56, abs=0.015)
 
-    np.fill_diagonal(similarity, -np.inf)
-    usual = memorisation.usual_similarity(similarity)
+    usual = memorisation.usual_similarity(nearest)
     totals = []
     for members in itertools.combinations(range(8), 3):
         rest = [i for i in range(8) if i not in members]
@@ -140,8 +120,8 @@ def test_nothing_copied_is_called_copied_in_5_percent_at_most(m, kind):
         pool = pictures(rng, m + SEEDS, spread=spread)
         if kind == "near-duplicates":
             pool = unit(pool[rng.integers(m // 2, size=len(pool))] + 0.02 * pool)
-        similarity = memorisation.similarities(pool, pool, mirror(pool))
-        small += memorisation.copy_p_value(similarity, SEEDS, 199, trial) <= 0.05
+        nearest = neighbours.highest(to_others(pool), SEEDS)
+        small += memorisation.copy_p_value(nearest, SEEDS, 199, trial) <= 0.05
     assert stats.binomtest(small, 300, 0.05, "greater").pvalue > 1e-3, small
 
 
@@ -216,9 +196,8 @@ def test_pictures_near_to_one_another_are_not_taken_for_copies(kind):
     trained_on = pictures(rng, 28)
     if kind == "typical":  # nearer to each training picture than these are to one another
         drawn = pictures(rng, PROMPTS, SEEDS, spread=0.3)
-        assert np.min(study(trained_on, drawn).nearest()[0]) > clip_scores.leave_one_out(
-            trained_on, mirror(trained_on)
-        ).max(initial=0)
+        nearest, _, own = study(trained_on, drawn).nearest()
+        assert nearest.min() > own.max()
     else:
         drawn = unit(pictures(rng, PROMPTS, 1) + 0.03 * pictures(rng, PROMPTS, SEEDS))
     found = memorised([study(trained_on, drawn)])
@@ -315,8 +294,10 @@ def test_the_level_lies_near_the_top_and_carries_its_own_error():
     a chance of 0.3%, 7 or more with 1.2%."""
     rng = np.random.default_rng(16)
     values = rng.permutation(100) / 100
-    level = memorisation.reference_level(np.repeat(values[:, None], 100, axis=1))
+    level = memorisation.reference_level(values)
     assert 7 <= (values > level).sum() <= 14
+    first = memorisation.first_half(100)
+    assert level == max(np.sort(values[half])[-8] for half in (first, ~first))
 
 
 @pytest.mark.parametrize("m", [8, 28])
@@ -325,8 +306,7 @@ def test_training_like_pictures_exceed_the_level_with_a_chance_of_5_percent_or_m
     too_high, shares = 0, []
     for _ in range(100):
         trained_on, fresh = pictures(rng, m), pictures(rng, 1000)
-        own = memorisation.similarities(trained_on, trained_on, mirror(trained_on))
-        level = memorisation.reference_level(own)
+        level = memorisation.reference_level(study(trained_on, fresh[None, :3]).own.across)
         nearest, _ = clip_scores.nearest_training(fresh, trained_on, mirror(trained_on))
         shares.append((nearest > level).mean())
         too_high += shares[-1] < 0.05

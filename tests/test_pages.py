@@ -15,6 +15,7 @@ from test_evaluation import MARGINS, PROMPTS, SEEDS, base_pairs, fake_run
 from lib.evaluation import bars, figures, pages, sentences
 from lib.evaluation.comparison import compare
 from lib.evaluation.memorisation import UNTOLD
+from lib.evaluation.scores import TrainingSet
 from lib.evaluation.verdicts import analyse
 
 EVIL = 'a <script>alert(1)</script> & "raincoat" onload=x'
@@ -329,3 +330,30 @@ def test_the_overview_has_the_base_left_and_the_adapter_right():
     # Two that were taught, one near them, two unrelated, each as high as a picture.
     assert [seen[i] for i in range(0, len(seen), 64)] == [1, 2, 4, 0, 6]
     assert len(seen) == 5 * 64
+
+
+# ---- the nearest training pictures ---------------------------------------------------------
+
+
+def test_of_the_training_pictures_only_those_shown_are_read():
+    """There may be thousands, each of which takes its time to read."""
+
+    class Recorded:
+        read = []
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, place):
+            self.read.append(place)
+            return Image.new("RGB", (64, 64), (0, 50 * place, 0))
+
+    training = TrainingSet(list("abcde"), Recorded(), (), None, None)
+    run = drawn(fake_run("one"))
+    for number, row in enumerate(run.rows):
+        row.update(nearest_picture="bd"[number // 2 % 2], nearest_similarity=number / 1000)
+    cards = pages.nearest_cards(run, training)
+    assert [card["name"] for card in cards] == ["d", "b"]
+    assert sorted(Recorded.read) == [1, 3]
+    greens = [pages.image_uri(training.pictures[place], 192) for place in (3, 1)]
+    assert [card["training"] for card in cards] == greens

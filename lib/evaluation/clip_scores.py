@@ -105,7 +105,8 @@ def concept_similarity(embeddings, training):
 
 def similarities(embeddings, others, mirrored):
     """Cosine [n, m] of each embedding [n, d] to each other [m, d] or its mirror image."""
-    return np.maximum(embeddings @ others.T, embeddings @ mirrored.T)
+    cosines = embeddings @ others.T
+    return np.maximum(cosines, embeddings @ mirrored.T, out=cosines)
 
 
 def nearest_training(embeddings, training, mirrored):
@@ -178,13 +179,3 @@ def kernel_distance(embeddings, training, subsets=50):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return float(metric.compute()[0])
-
-
-def leave_one_out(training, mirrored):
-    """Highest cosine of each training picture to any other, mirrored or not: float32 [m].
-
-    `training` and `mirrored` as in `nearest_training`.
-    """
-    cosines = similarities(training, training, mirrored)
-    np.fill_diagonal(cosines, -1)
-    return cosines.max(axis=1)

@@ -90,7 +90,7 @@ def kernel_distances(runs, chosen, training):
 def copy_study(run, chosen, training):
     """What memorisation.py judges a run by: its success pictures, `chosen`, and its own training set."""
     trained = training.trained_on(run.adapter)
-    held_out = [i for i in range(len(training.names)) if i not in trained]
+    held_out = np.setdiff1d(np.arange(len(training.names)), trained)
     return CopyStudy(
         trained_on=training.embeddings[trained],
         trained_on_mirrored=training.mirrored[trained],

@@ -44,7 +44,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special, stats
 
-from lib.evaluation.clip_scores import leave_one_out, similarities
+from lib.evaluation.neighbours import (
+    among_all,
+    among_trained,
+    nearest_of_the_rest,
+    nearest_similarity,
+    rows_at_once,
+)
 
 ALPHA = 0.05  # chance of "yes" where nothing is copied, and of a bound that does not hold
 RARE = 0.05  # a training-like picture lies above the reference level with at least this chance
@@ -84,14 +90,29 @@ class CopyStudy:
             if not np.isfinite(values).all():
                 raise ValueError(f"{name} holds embeddings that are not finite")
 
+    @property
+    def trained(self):
+        """What a picture is compared with: two arrays [m, d]."""
+        return self.trained_on, self.trained_on_mirrored
+
+    @property
+    def count(self):
+        """How many nearest others of each picture are looked for: n, so that one is not among the
+        n - 1 that a relabelling calls drawn with it, and three for `usual_similarity`."""
+        return max(self.drawn.shape[1], 3)
+
+    @functools.cached_property
+    def own(self):
+        """How near the pictures trained on are to one another: an AmongTrained."""
+        return among_trained(*self.trained, self.count, first_half(len(self.trained_on)))
+
     def nearest(self):
         """Similarity to the nearest picture trained on, other than itself: of the pictures drawn
         [prompts, seeds], held out [h] and trained on [m], the last empty for a single picture."""
-        reference = self.trained_on, self.trained_on_mirrored
-        own = leave_one_out(*reference)[: 0 if len(self.trained_on) == 1 else None]
-        drawn = similarities(self.drawn.reshape(-1, self.drawn.shape[-1]), *reference)
-        held_out = similarities(self.held_out, *reference).max(axis=1)
-        return drawn.max(axis=1).reshape(self.drawn.shape[:2]), held_out, own
+        flat = self.drawn.reshape(-1, self.drawn.shape[-1])
+        drawn = nearest_similarity(flat, *self.trained).reshape(self.drawn.shape[:2])
+        held_out = nearest_similarity(self.held_out, *self.trained)
+        return drawn, held_out, self.own.neighbours.similarity[:, :1].ravel()
 
 
 # ---- the test ------------------------------------------------------------------------------
@@ -104,67 +125,44 @@ def relabellings(pool, n, draws, seed):
     rng = np.random.default_rng([seed, pool, n])
     chosen = np.empty((1 + draws, n), np.intp)
     chosen[0] = np.arange(pool - n, pool)
-    for start in range(1, 1 + draws, 1000):
-        part = chosen[start : start + 1000]
+    rows = rows_at_once(pool)
+    for start in range(1, 1 + draws, rows):
+        part = chosen[start : start + rows]
         keys = rng.random((len(part), pool), np.float32)
         part[:] = np.argpartition(keys, n - 1, axis=1)[:, :n]
     return chosen
 
 
-def nearest_of_the_rest(similarity, chosen):
-    """Similarity [sets, n] of each chosen picture to the nearest one outside its own set.
-
-    `similarity` is [pool, pool], `chosen` the indices [sets, n] of the sets, n < pool.
-    """
-    order = np.argsort(-similarity, axis=1, kind="stable")
-    inside = np.zeros((len(chosen), len(similarity)), bool)
-    np.put_along_axis(inside, chosen, True, axis=1)
-    found = np.empty(chosen.shape)
-    sets, places = np.indices(chosen.shape).reshape(2, -1)
-    for candidates in order.T:  # the nearest, where it is inside the second nearest, and so on
-        picture = chosen[sets, places]
-        other = candidates[picture]
-        outside = ~inside[sets, other]
-        found[sets[outside], places[outside]] = similarity[picture[outside], other[outside]]
-        sets, places = sets[~outside], places[~outside]
-        if not len(sets):
-            break
-    return found
-
-
-def usual_similarity(similarity):
-    """What two different pictures of the pool [pool, pool] reach: a similarity.
+def usual_similarity(neighbours):
+    """What two different pictures of the pool reach: a similarity.
 
     The 90th percentile of each picture's third nearest: a copy makes a picture's nearest one very
     near, and perhaps its second nearest, but hardly its third, so that copies do not hide
     themselves by moving this. It does not depend on which pictures are called drawn, as the test
     requires. Sums of similarities as such let a copy disappear behind seven pictures that lie far.
     """
-    ranked = -np.sort(-similarity, axis=1)
-    return np.quantile(ranked[:, min(2, len(ranked) - 2)], 0.9)
+    third = neighbours.similarity[:, :3][:, -1]  # or the last, where there are fewer others
+    return np.quantile(third.astype(np.float64), 0.9)
 
 
-def copy_p_value(similarity, n, draws=DRAWS, seed=0):
+def copy_p_value(neighbours, n, draws=DRAWS, seed=0):
     """p-value of "nothing copied" for the last n of a pool of pictures, the others trained on.
 
-    `similarity` [pool, pool]: of each picture (row) to each other, the diagonal of no account. The
-    null, the formula and its sources stand at the top of this file. `seed` draws the relabellings.
+    `neighbours` are of each picture of the pool its nearest n or more, and three or more; or all
+    others. The null, the formula and its sources stand at the top of this file. `seed` draws the
+    relabellings.
     """
-    similarity = np.array(similarity, np.float64)
-    np.fill_diagonal(similarity, -np.inf)
-    nearest = nearest_of_the_rest(similarity, relabellings(len(similarity), n, draws, seed))
-    excess = np.maximum(nearest - usual_similarity(similarity), 0).sum(axis=1)
+    nearest = nearest_of_the_rest(neighbours, relabellings(len(neighbours.which), n, draws, seed))
+    excess = np.maximum(nearest - usual_similarity(neighbours), 0).sum(axis=1)
     return float((excess >= excess[0] - TIE).mean())  # the first is the true one, which counts
 
 
 def copy_p_values(study, draws=DRAWS, seed=0):
     """p-value of "nothing copied" for each prompt of a CopyStudy: float64 [prompts]."""
     found = []
-    for drawn, mirrored in zip(study.drawn, study.drawn_mirrored, strict=True):
-        pool = np.concatenate([study.trained_on, drawn])
-        pool_mirrored = np.concatenate([study.trained_on_mirrored, mirrored])
-        similarity = similarities(pool, pool, pool_mirrored)
-        found.append(copy_p_value(similarity, len(drawn), draws, seed))
+    for drawn in zip(study.drawn, study.drawn_mirrored, strict=True):
+        neighbours = among_all(study.own.neighbours, study.trained, drawn, study.count)
+        found.append(copy_p_value(neighbours, len(drawn[0]), draws, seed))
     return np.array(found)
 
 
@@ -190,25 +188,31 @@ def enough(m, n, tests):
 # ---- the bound -----------------------------------------------------------------------------
 
 
-def reference_level(similarity, alpha=LEVEL_ALPHA):
+def first_half(m):
+    """Which of m pictures are in the first of two halves: bool [m], random, the same every time."""
+    first = np.zeros(m, bool)
+    first[np.random.default_rng(0).permutation(m)[: (m + 1) // 2]] = True
+    return first
+
+
+def reference_level(across, alpha=LEVEL_ALPHA):
     """Level that a training-like picture exceeds with a chance of RARE or more, at 1 - alpha.
 
-    `similarity` [m, m] of the training pictures, the diagonal of no account. The m pictures are
-    split into two halves at random (the same way each time). Given one half, the similarities of
-    the other half's pictures to their nearest in it are independent, so the k-th largest of c
-    exceeds what is exceeded with the chance RARE with probability P(binomial(c, RARE) >= k) at
-    most (a distribution-free tolerance limit, Wilks 1941); k is the smallest for which that is
-    alpha / 2. Near the whole set there are only more pictures to be near to, so each half's level
-    is low enough for the whole set too, and the higher is returned; None if both have too few.
+    `across` [m] are the similarities of the training pictures to their nearest in the other half,
+    `first_half` being one. Given one half, those of the other half's pictures are independent, so
+    the k-th largest of c exceeds what is exceeded with the chance RARE with probability
+    P(binomial(c, RARE) >= k) at most (a distribution-free tolerance limit, Wilks 1941); k is the
+    smallest for which that is alpha / 2. Near the whole set there are only more pictures to be near
+    to, so each half's level is low enough for the whole set too, and the higher is returned; None
+    if both have too few.
     """
-    halves = np.array_split(np.random.default_rng(0).permutation(len(similarity)), 2)
-    levels = []
-    for half, other in (halves, halves[::-1]):
-        c = len(half)
-        ranks = [k for k in range(1, c + 1) if stats.binom.sf(k - 1, c, RARE) <= alpha / 2]
-        if ranks and len(other):
-            nearest = similarity[np.ix_(half, other)].max(axis=1)
-            levels.append(float(-np.sort(-nearest)[ranks[0] - 1]))
+    first, levels = first_half(len(across)), []
+    for half in (first, ~first):
+        c = half.sum()
+        ranks = np.arange(1, c + 1)
+        ranks = ranks[stats.binom.sf(ranks - 1, c, RARE) <= alpha / 2]
+        if len(ranks) and c < len(across):
+            levels.append(float(-np.sort(-across[half])[ranks[0] - 1]))
     return max(levels, default=None)
 
 
@@ -270,8 +274,7 @@ def memorised(studies, margin=MARGIN, draws=DRAWS, seed=0):
     p_values = np.stack([copy_p_values(s, max(draws, 100 * tests), seed) for s in studies])
 
     nearest = [study.nearest() for study in studies]
-    references = [(study.trained_on, study.trained_on_mirrored) for study in studies]
-    levels = [reference_level(similarities(a, a, b), LEVEL_ALPHA / len(studies)) for a, b in references]  # fmt: skip
+    levels = [reference_level(study.own.across, LEVEL_ALPHA / len(studies)) for study in studies]
     above = [None] * 3
     share = high = None
     if None not in levels:

@@ -92,7 +92,7 @@ def score_table(rows):
 
 def nearest_cards(run, training, limit=12):
     """The training pictures that have the nearest LoRA picture, each beside it."""
-    by_name = dict(zip(training.names, training.pictures, strict=True))
+    places = {name: place for place, name in enumerate(training.names)}  # few pictures are read
     nearest = {}
     for row, image in zip([r for r in run.rows if r["model"] == "lora"], run.lora, strict=True):
         known = nearest.get(row["nearest_picture"])
@@ -101,7 +101,7 @@ def nearest_cards(run, training, limit=12):
     best = sorted(nearest.values(), key=lambda found: -found[0]["nearest_similarity"])[:limit]
     return [
         dict(name=row["nearest_picture"], lora=image_uri(image, 192),
-             training=image_uri(by_name[row["nearest_picture"]], 192),
+             training=image_uri(training.pictures[places[row["nearest_picture"]]], 192),
              caption=f"cosine {row['nearest_similarity']:.3f} · {row['prompt']}, seed {row['seed']}")
         for row, image in best
     ]  # fmt: skip
