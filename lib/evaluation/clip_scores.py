@@ -124,12 +124,15 @@ def training_embeddings(images, clip, at_once=32):
 
     So many are held at once; `images` may be a sequence that reads each when it is asked for.
     """
-    parts = []
+    # In one piece from the start: small arrays that stay between large ones that go would tear the heap.
+    width = clip.model.config.projection_dim
+    found = np.empty((2, len(images), width), np.float32)
     for start in range(0, len(images), at_once):
         chunk = [images[i] for i in range(start, min(start + at_once, len(images)))]
         mirrored = [ImageOps.mirror(image) for image in chunk]
-        parts.append((image_embeddings(chunk, clip), image_embeddings(mirrored, clip)))
-    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+        for to, pictures in zip(found, (chunk, mirrored), strict=True):
+            to[start : start + len(chunk)] = image_embeddings(pictures, clip)
+    return tuple(found)
 
 
 def kept_training_embeddings(data, folder, clip):
