@@ -2,7 +2,7 @@
 """What no program could beat: the operations of a step and of a picture over this machine's rates.
 
     python bench/limits.py           # Stable Diffusion v1.5 at 512x512
-    python bench/limits.py --demo    # the miniature at 128x128
+    python bench/limits.py --demo    # the miniature at 256x256
 
 The operations are counted without computing them (matrix products, convolutions and attention; a
 multiplication and an addition are two); the bytes are the weights' alone, read once a pass. The rates
@@ -79,9 +79,10 @@ def operations(demo):
     """{what: (operations, bytes of weights read)}."""
     unet, text_encoder, vae, side = architecture(demo)
     with torch.device("meta"):
-        latents = torch.randn(1, 4, side, side)
+        channels = unet.config.in_channels
+        latents = torch.randn(1, channels, side, side)
         ids = torch.zeros(1, 77, dtype=torch.long)
-        pair = torch.randn(2, 4, side, side), torch.randn(2, 77, unet.config.cross_attention_dim)
+        pair = torch.randn(2, channels, side, side), torch.randn(2, 77, unet.config.cross_attention_dim)
         time_step = torch.zeros(1, dtype=torch.long)
 
     def counted(work):
