@@ -103,7 +103,9 @@ def draw_chart(rows, path):
             axes.plot([count for count, _ in rows], values, "o-", label=name)
         axes.set(xlabel="pictures", title=title, xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8
+    )
     figure.savefig(path, dpi=110)
 
 

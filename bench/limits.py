@@ -82,7 +82,10 @@ def operations(demo):
         channels = unet.config.in_channels
         latents = torch.randn(1, channels, side, side)
         ids = torch.zeros(1, 77, dtype=torch.long)
-        pair = torch.randn(2, channels, side, side), torch.randn(2, 77, unet.config.cross_attention_dim)
+        pair = (
+            torch.randn(2, channels, side, side),
+            torch.randn(2, 77, unet.config.cross_attention_dim),
+        )
         time_step = torch.zeros(1, dtype=torch.long)
 
     def counted(work):
