@@ -126,6 +126,9 @@ class RecordedUpdates:
             self.scaler.scale(micro.loss)  # its tensors are there from its first use on
         (self.update,) = captured([self.recorded], device)
         self.outcome[-1] = 0
+        average(
+            micro.gradient, self.processes
+        )  # of zeros: GPUs connect to one another at the first
 
     @torch.no_grad()
     def recorded(self):
