@@ -133,7 +133,7 @@ def scripts(args, folder):
             print(f"set-up of the next run, which finds its kernels compiled, {again['set_up_seconds']:.1f} s")  # fmt: skip
 
 
-# What stands for channels_last.channels_last, or graphs.captured where a technique is taken away.
+# What stands in the place of a function of the project where a technique is taken away.
 
 
 def converted(*models, training=False):

@@ -11,6 +11,8 @@ for all layers of one shape at once and once a pass.
 
 import torch
 
+from lib.kernels.lora import spans
+
 
 class DoraFactors:
     """magnitude / norm of every DoRA layer of `products`, at a fixed place, where these read it.
@@ -19,7 +21,7 @@ class DoraFactors:
     """
 
     def __init__(self, products):
-        products = [product for product in products if product.adapted]
+        self.products = products = [product for product in products if product.adapted]
         sizes = [len(product.weight) for product in products]
         device = products[0].weight.device
         self.factors, self.inverses = torch.zeros(2, sum(sizes), device=device)
@@ -28,7 +30,6 @@ class DoraFactors:
         for product, (product.factor, product.inverse) in zip(products, views, strict=True):
             sides = tuple(block.shape for block in product.blocks)
             alike.setdefault((product.weight.shape, sides), []).append(product)
-        self.places = [number for group in alike.values() for number in map(products.index, group)]
         for group in alike.values():
             weights = torch.stack([product.weight for product in group])
             for product, weight in zip(group, weights, strict=True):
@@ -39,25 +40,21 @@ class DoraFactors:
     @torch.no_grad()
     def refresh(self, magnitudes):
         """Follow the layers' A and B, and `magnitudes`, float32 [all outputs], in the order of the products."""
-        norms = []
+        inverses = {}
         for group, weights, squares in self.groups:
-            norms += self.squared_norms(group, weights, squares).rsqrt()
-        in_order = [
-            norm for _, norm in sorted(zip(self.places, norms, strict=True), key=lambda p: p[0])
-        ]
-        torch.cat(in_order, out=self.inverses)
+            of_group = self.squared_norms(group, weights, squares).rsqrt()
+            inverses |= zip(group, of_group, strict=True)
+        torch.cat([inverses[product] for product in self.products], out=self.inverses)
         torch.mul(magnitudes, self.inverses, out=self.factors)
 
     @staticmethod
     def squared_norms(group, weights, squares):
         """‖W + s B A‖² of each output of products of one shape, [products, outputs]."""
-        scale, parts, column, row = group[0].scale, [], 0, 0
-        for number, (layers, out, rank) in enumerate(b.shape for b in group[0].blocks):
-            high, wide = row + layers * rank, column + layers * out
-            a = torch.cat([product.a[row:high] for product in group]).unflatten(0, (-1, rank))
+        scale, parts = group[0].scale, []
+        for number, (outputs, rows) in enumerate(spans(group[0].blocks)):
             b = torch.cat([product.blocks[number] for product in group])
-            w = weights[:, column:wide].unflatten(1, (layers, out)).flatten(0, 1)
+            a = torch.cat([product.a[rows] for product in group]).unflatten(0, (len(b), -1))
+            w = weights[:, outputs].flatten(0, 1).unflatten(0, (len(b), -1))
             inner = torch.baddbmm(w @ a.mT, b, a @ a.mT, beta=2, alpha=scale)
             parts.append((inner.float() * b).sum(dim=-1).view(len(group), -1))
-            column, row = wide, high
         return squares + scale * torch.cat(parts, dim=-1)

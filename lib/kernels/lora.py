@@ -39,8 +39,9 @@ class AdaptedLinear(torch.autograd.Function):
                 to[0].addmm_(of[0], b[0].T, alpha=scale)
             else:
                 to.baddbmm_(of, b.mT, alpha=scale)
-        direction = None if factor is None else out
+        direction = None
         if factor is not None:
+            direction = out
             out = torch.mul(direction, factor, out=torch.empty_like(direction))
             if bias is not None:
                 out += bias
@@ -74,16 +75,25 @@ class AdaptedLinear(torch.autograd.Function):
         return grad_x, None, None, None, None, None, grad_magnitude, grad_a, *grad_blocks
 
 
+def spans(blocks):
+    """For each of `blocks` of B, [layers, out, rank], where its layers' outputs and where their rows of A lie: slices."""
+    column = row = 0
+    for layers, out, rank in (b.shape for b in blocks):
+        yield slice(column, column + layers * out), slice(row, row + layers * rank)
+        column, row = column + layers * out, row + layers * rank
+
+
 def _parts(outputs, low, blocks):
     """For each of `blocks` its columns of `outputs` [rows, …] and of `low` [rows, …], both as
     [layers, rows, columns of one], and itself."""
-    column = row = 0
-    for b in blocks:
-        layers, out, rank = b.shape
-        wide = outputs[:, column : column + layers * out].unflatten(1, (layers, out))
-        thin = low[:, row : row + layers * rank].unflatten(1, (layers, rank))
-        yield wide.transpose(0, 1), thin.transpose(0, 1), b
-        column, row = column + layers * out, row + layers * rank
+    for b, (wide, thin) in zip(blocks, spans(blocks), strict=True):
+        yield (
+            *(
+                x.unflatten(1, (len(b), -1)).transpose(0, 1)
+                for x in (outputs[:, wide], low[:, thin])
+            ),
+            b,
+        )
 
 
 class Product:
@@ -182,7 +192,7 @@ def bound(products, vector):
 
     def take(*shape):
         nonlocal place
-        part = vector[place:].detach()[: math.prod(shape)].view(shape)
+        part = vector[place : place + math.prod(shape)].view(shape).detach()
         place += part.numel()
         leaves.append(part.requires_grad_())
         return part

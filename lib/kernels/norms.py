@@ -13,9 +13,8 @@ except ImportError:  # no NVIDIA build of torch
     triton = None
 
 MOST_PARTS = 16  # into which a group's pixels are divided, to be summed in parallel
-WHOLE = (
-    2**14
-)  # values, filled up to a power of two a pixel, that are one program's: launching two takes longer
+# Values of a group, filled up to a power of two a pixel, that are one program's: launching two takes longer.
+WHOLE = 2**14
 
 if triton:
 

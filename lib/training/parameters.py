@@ -21,9 +21,7 @@ class LoraParameters:
     model: torch.nn.Module
     learning_rate: float  # at its peak
     parameters: list  # the model's own, views of `working`; see lora.trained_weights
-    leaves: (
-        list  # what the model computes with and is differentiated by, the same views, some joined
-    )
+    leaves: list  # the same views, some joined: what it computes with and is differentiated by
     flat: torch.nn.Parameter  # float32, what the optimizer updates; MicroStep gives it a gradient
     working: torch.Tensor  # `flat` in the type that the model computes with
     dora: DoraFactors | None  # what DoRA's layers scale with; LoRA has none
