@@ -11,13 +11,7 @@ import math
 
 import torch
 
-from lib.kernels.compiling import failure
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no NVIDIA build of torch
-    triton = None
+from lib.kernels.compiling import failure, tl, triton
 
 BLOCK = 256  # elements that share the largest value to which their codes are relative
 # What may end a run, as `decide` notes it; the kernel, which reads no such names, has the numbers.

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-from lib.kernels.compiling import failure, in_threads
+from lib.kernels.compiling import failure, in_threads, triton
 from lib.kernels.joined import is_plain_block
-from lib.kernels.norms import WHOLE, Geglu, GroupNormSilu, group_norm, run_geglu, triton
+from lib.kernels.norms import WHOLE, Geglu, GroupNormSilu, group_norm, run_geglu
 from lib.kernels.rows import QuickGelu, SumNorm, row_jobs, use_row_kernels
 
 

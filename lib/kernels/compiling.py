@@ -1,5 +1,5 @@
-"""Compiling kernels in threads, all at once: at their first use, one after the other, they would take
-longer than all else before the first step."""
+"""Triton, where it can be had, and compiling kernels in threads, all at once: at their first use, one after
+the other, they would take longer than all else before the first step."""
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from lib.errors import one_line
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no NVIDIA build of torch
+    triton = tl = None
+
+__all__ = ["failure", "in_threads", "tl", "triton"]
 
 
 def in_threads(jobs, device):

@@ -6,11 +6,7 @@ They read and write the channels-last layout once. Where Triton cannot be had
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no NVIDIA build of torch
-    triton = None
+from lib.kernels.compiling import tl, triton
 
 MOST_PARTS = 16  # into which a group's pixels are divided, to be summed in parallel
 # Values of a group, filled up to a power of two a pixel, that are one program's: launching two takes longer.

@@ -13,10 +13,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from lib.kernels.norms import triton
+from lib.kernels.compiling import tl, triton
 
 if triton:
-    import triton.language as tl
 
     @triton.jit
     def _sum_norm(x, y, weight, bias, total, statistics, out, eps,
