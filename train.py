@@ -46,6 +46,8 @@ from lib.training.journal import check_trackers
 # Left alone they spin so long that another process on one of the cores stops nearly everything; not
 # spinning at all (OMP_WAIT_POLICY=PASSIVE) halves the speed on a quiet machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# GPU memory in segments that grow: what the models leave on being loaded is otherwise in pieces, 80 MB of them.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 CONFIG = dict(
     # model

@@ -103,7 +103,7 @@ def operations(demo):
         targets.eval()
         products = lora.fuse_lora(targets, joined.join(targets, "meta"), "meta")
         size = sum(weight.numel() for weight in lora.trained_weights(products))
-        weights += lora.bound(products, torch.zeros(size, device="meta"))
+        weights += lora.bound(products, torch.zeros(size, device="meta"))[0]
 
     def step():
         out = unet(latents, time_step, text_encoder(ids)[0]).sample

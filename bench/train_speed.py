@@ -171,7 +171,7 @@ class PeftLayers:
 PEFT = dict(
     join=apart,
     fuse_lora=lambda model, *others: [PeftLayers(model)],
-    bound=lambda products, vector: products[0].factors(),
+    bound=lambda products, vector: (products[0].factors(), ([], [])),
     DoraFactors=nothing,
 )
 

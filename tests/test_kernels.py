@@ -126,8 +126,9 @@ def fused(unet):
     """`unet` as it is trained: its LoRA or DoRA layers fused, and joined where they read the same input."""
     is_dora = bool(adapters.magnitudes(unet))
     products = lora.fuse_lora(unet, joined.join(unet, DEVICE, is_dora), DEVICE)
+    unet.factors = dora.DoraFactors(products) if is_dora else None
     _, working = parameters.flatten_parameters(lora.trained_weights(products), unet.dtype)
-    unet.leaves = lora.bound(products, working)
+    unet.leaves, unet.copies = lora.bound(products, working)
     return unet
 
 
@@ -189,7 +190,7 @@ def fused_dora(**how):
     """small_unet with DoRA, fused."""
     unet = fused(small_unet(dora=True, **how))
     magnitudes = [m for product in unet.products for m in product.magnitudes()]
-    dora.DoraFactors(unet.products).refresh(torch.cat([m.detach().float() for m in magnitudes]))
+    unet.factors.refresh(torch.cat([m.detach().float() for m in magnitudes]))
     return unet
 
 
@@ -211,7 +212,7 @@ def test_fused_dora_gives_pefts_outputs_and_gradients(targets):
 def test_doras_norms_are_those_of_the_whole_product():
     """Also where B A nearly takes the weight away, whose square is then a small difference."""
     unet = fused(small_unet(dora=True))
-    factors = dora.DoraFactors(unet.products)
+    factors = unet.factors
     for number, layer in enumerate(adapters.lora_layers(unet).values()):
         weight, a = layer.get_base_layer().weight, layer.lora_A["default"].weight
         if number % 2:
@@ -257,12 +258,15 @@ for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, Fals
                             ((1, 40, 40, 41), 4, True), ((2, 32, 300, 1), 8, False), ((1, 64, 70, 64), 8, True)]:
     x = (torch.randn(shape, device=device) + 100).requires_grad_()
     weight, bias = torch.randn(2, shape[1], device=device)
-    found = norms.GroupNormSilu.apply(x, weight, bias, groups, 1e-5, silu)
-    expected = F.group_norm(x, groups, weight, bias, 1e-5)
-    expected = F.silu(expected) if silu else expected
-    assert_close(found, expected)
-    grad = torch.randn(shape, device=device)
-    assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)))
+    for shift in (None, torch.randn(shape[0], 2 * shape[1], device=device)[:, shape[1]:]):
+        same, found = norms.GroupNormSilu.apply(x, shift, weight, bias, groups, 1e-5, silu)
+        assert torch.equal(same, x)
+        expected = F.group_norm(x if shift is None else x + shift[..., None, None], groups, weight, bias, 1e-5)
+        expected = F.silu(expected) if silu else expected
+        assert_close(found, expected)
+        grads = torch.randn(2, *shape, device=device)
+        assert_close(*(torch.autograd.grad(y, x, grads[0], retain_graph=True)[0] for y in (found, expected)))
+        assert_close(*(torch.autograd.grad(pair, x, [*grads])[0] for pair in ((same, found), (x * 1, expected))))
 x = (2 * torch.randn(3, 7, 50, device=device)).requires_grad_()
 value, gate = x.chunk(2, dim=-1)
 found, expected = norms.Geglu.apply(x), value * F.gelu(gate)
@@ -317,6 +321,7 @@ expected = output_and_gradients(unet, side=4)
 unet.enable_gradient_checkpointing(recomputed)
 assert close(output_and_gradients(unet, side=4), expected, 1e-5)
 assert adamw8bit.agrees(device)
+assert channels_last.missing_kernels(device) is None
 print("all equal")
 """
 
@@ -327,8 +332,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lib.kernels import adamw8bit, norms, rows
-kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", COUNT="i32", HALF="i32", eps="fp32",
-             statistics="*fp32", sums="*fp32")
+kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", COUNT="i32", HALF="i32", STRIDE="i32", ADD="i32",
+             eps="fp32", statistics="*fp32", sums="*fp32")
 for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16")):  # T4, A100, H100
     of_rows = rows._sum_norm, rows._sum_norm_backward, rows._quick_gelu
     for kernel in (norms._norm_sums, norms._norm_apply, norms._geglu, *of_rows):
@@ -385,8 +390,9 @@ def test_without_triton_it_is_said_and_goes_on(monkeypatch, capsys):
 
 @needs_triton
 def test_kernels_that_do_not_compile_or_are_wrong_are_not_used(monkeypatch):
-    def norm(x, weight, bias, groups, eps, silu):
-        return F.silu(F.group_norm(x, groups, weight, bias, eps))
+    def norm(x, shift, weight, bias, groups, eps, silu):
+        shifted = x if shift is None else x + shift[..., None, None]
+        return x, F.silu(F.group_norm(shifted, groups, weight, bias, eps))
 
     def sum_norm(x, y, weight, bias, eps):
         return x + y, F.layer_norm(x + y, weight.shape, weight, bias, eps)
@@ -400,7 +406,7 @@ def test_kernels_that_do_not_compile_or_are_wrong_are_not_used(monkeypatch):
         rows.SumNorm: sum_norm,
         rows.QuickGelu: lambda x: x * torch.sigmoid(1.702 * x),
     }
-    wrong = [(norms.GroupNormSilu, lambda x, *_: x), (norms.Geglu, lambda x: x[..., :2]),
+    wrong = [(norms.GroupNormSilu, lambda x, *_: (x, x)), (norms.GroupNormSilu, lambda x, shift, *others: norm(x, None, *others)), (norms.Geglu, lambda x: x[..., :2]),
              (rows.SumNorm, lambda x, *others: (x, sum_norm(x, *others)[1])),
              (rows.SumNorm, lambda x, y, *_: (x + y, x + y)), (rows.QuickGelu, F.gelu)]  # fmt: skip
     cases = [(None, None, None)]

@@ -10,7 +10,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from lib.kernels.compiling import failure, in_threads, triton
-from lib.kernels.joined import is_plain_block
+from lib.kernels.joined import TimestepProjections, is_plain_block
 from lib.kernels.norms import WHOLE, Geglu, GroupNormSilu, group_norm, run_geglu
 from lib.kernels.rows import QuickGelu, SumNorm, row_jobs, use_row_kernels
 
@@ -52,7 +52,7 @@ def compile_kernels(models, training):
         x = place.new_zeros(1, norm.num_channels, height, 16).to(memory_format=torch.channels_last)
         statistics = x.new_zeros(norm.num_groups, 2, dtype=torch.float32)
         grad = x if backward else None
-        group_norm(x, grad, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)
+        group_norm(x, None, grad, None, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)  # fmt: skip
 
     def launch_geglu(backward):
         x = place.new_zeros(16, 32)
@@ -86,10 +86,14 @@ def missing_kernels(device):
     def compare():
         close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-4)
         norm = F.silu(F.group_norm(x, 8, weight, bias))
-        rows = x.permute(0, 2, 3, 1)
+        rows, shift = x.permute(0, 2, 3, 1), x[..., :1, :1]
         total, normed = SumNorm.apply(rows, rows, weight, bias, 1e-5)
         right = (
-            close(GroupNormSilu.apply(x, weight, bias, 8, 1e-5, True), norm)
+            close(GroupNormSilu.apply(x, None, weight, bias, 8, 1e-5, True)[1], norm)
+            and close(
+                GroupNormSilu.apply(x - shift, shift[..., 0, 0], weight, bias, 8, 1e-5, True)[1],
+                norm,
+            )
             and close(Geglu.apply(x[..., :4]), x[..., :2] * F.gelu(x[..., 2:4]))
             and close(total, 2 * rows)
             and close(normed, F.layer_norm(2 * rows, (32,), weight, bias))
@@ -105,11 +109,17 @@ def rebuild(model):
     model.to(memory_format=torch.channels_last)
     use_row_kernels(model)
     silent = set()  # norms that are followed by a SiLU, which they now do themselves
+    projected = getattr(model, "time_embed_act", None)
+    projected = projected.blocks if isinstance(projected, TimestepProjections) else ()
     for module in model.modules():
         if is_plain_block(module):
             silent |= {module.norm1, module.norm2}
             module.nonlinearity = torch.nn.Identity()
             _join_biases(module)
+            if _is_pointwise(module.conv_shortcut):
+                module.conv_shortcut.forward = functools.partial(_pointwise, module.conv_shortcut)
+            if id(module) in projected:
+                module.forward = functools.partial(_block_forward, module)
         elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
             _project_rows(module)
         elif isinstance(getattr(module, "conv_act", None), torch.nn.SiLU):
@@ -160,10 +170,40 @@ def _output_of_rows(transformer, hidden_states, residual, batch_size, height, wi
 
 def _norm_forward(norm, silu, x):
     pixels = x if x.ndim == 4 else x[..., None]  # the VAE's attention has them in a row
-    out = GroupNormSilu.apply(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    out = _normed(norm, pixels, silu)[1]
     # A view of a batch of one, even of the same shape, may have other strides, which a convolution's backward
     # pass takes for another layout: it would copy its gradient there and back.
     return out if x.ndim == 4 else out[..., 0]
+
+
+def _normed(norm, x, silu, shift=None):
+    """See GroupNormSilu."""
+    return GroupNormSilu.apply(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+def _block_forward(block, x, timestep):
+    """A residual block's, with the timestep's shift added where its second norm reads it: a pass over the whole
+    tensor less."""
+    x, hidden = _normed(block.norm1, x, True)
+    hidden, shift = block.conv1(hidden), timestep[id(block)]
+    if shift.requires_grad:  # of an adapter on its projection
+        hidden, shift = hidden + shift[:, :, None, None], None
+    hidden = block.conv2(block.dropout(_normed(block.norm2, hidden, True, shift)[1]))
+    return hidden + (x if block.conv_shortcut is None else block.conv_shortcut(x))
+
+
+def _is_pointwise(layer):
+    return (
+        isinstance(layer, torch.nn.Conv2d)
+        and layer.kernel_size == layer.stride == (1, 1)
+        and layer.padding == (0, 0)
+    )
+
+
+def _pointwise(convolution, x):
+    """A convolution of single pixels as the matrix product that it is, whose kernels add the bias too."""
+    rows = x.permute(0, 2, 3, 1)
+    return F.linear(rows, convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)
 
 
 def _geglu_forward(geglu, x):

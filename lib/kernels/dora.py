@@ -17,7 +17,7 @@ from lib.kernels.lora import spans
 class DoraFactors:
     """magnitude / norm of every DoRA layer of `products`, at a fixed place, where these read it.
 
-    The frozen weights of products of one shape become views of one tensor.
+    The matrices of products of one shape become views of one tensor, so they are bound afterwards.
     """
 
     def __init__(self, products):
@@ -28,12 +28,12 @@ class DoraFactors:
         alike, self.groups = {}, []
         views = zip(self.factors.split(sizes), self.inverses.split(sizes), strict=True)
         for product, (product.factor, product.inverse) in zip(products, views, strict=True):
-            sides = tuple(block.shape for block in product.blocks)
-            alike.setdefault((product.weight.shape, sides), []).append(product)
+            alike.setdefault((product.matrix.shape, *product.block_shapes()), []).append(product)
         for group in alike.values():
-            weights = torch.stack([product.weight for product in group])
-            for product, weight in zip(group, weights, strict=True):
-                product.move(weight)
+            matrices = torch.stack([product.matrix for product in group])
+            for product, matrix in zip(group, matrices, strict=True):
+                product.move(matrix)
+            weights = matrices[:, : len(group[0].weight)]
             squares = torch.linalg.vector_norm(weights, dim=-1, dtype=torch.float32).square()
             self.groups.append((group, weights, squares))
 
@@ -52,9 +52,17 @@ class DoraFactors:
         """‖W + s B A‖² of each output of products of one shape, [products, outputs]."""
         scale, parts = group[0].scale, []
         for number, (outputs, rows) in enumerate(spans(group[0].blocks)):
-            b = torch.cat([product.blocks[number] for product in group])
-            a = torch.cat([product.a[rows] for product in group]).unflatten(0, (len(b), -1))
-            w = weights[:, outputs].flatten(0, 1).unflatten(0, (len(b), -1))
-            inner = torch.baddbmm(w @ a.mT, b, a @ a.mT, beta=2, alpha=scale)
-            parts.append((inner.float() * b).sum(dim=-1).view(len(group), -1))
+            b = torch.stack(
+                [product.blocks[number] for product in group], dim=1
+            )  # [layers, products, out, rank]
+            a = torch.stack([product.a[rows].unflatten(0, (len(b), -1)) for product in group], dim=1)  # fmt: skip
+            w = weights[:, outputs].unflatten(1, (len(b), -1)).transpose(0, 1)
+            if 1 in b.shape[:2]:  # then all of w is a view as one batch too
+                w, a, b = (x.flatten(0, 1)[None] for x in (w, a, b))
+            inner = [
+                torch.baddbmm(w_ @ a_.mT, b_, a_ @ a_.mT, beta=2, alpha=scale).float() * b_
+                for w_, a_, b_ in zip(w, a, b, strict=True)
+            ]
+            sums = torch.stack(inner).sum(dim=-1).view(-1, len(group), b.shape[2])
+            parts.append(sums.transpose(0, 1).flatten(1))
         return squares + scale * torch.cat(parts, dim=-1)

@@ -1,8 +1,8 @@
 """LoRA and DoRA layers as a few matrix products, and layers that read the same input as one product.
 
 PEFT's layer launches some 14 kernels forward, and at batch 1 each takes a few microseconds whatever it
-does. Here a layer is three products forward and five backward, and so are all the layers of a Product
-together: their weights and their A lie one behind the other, so each is one matrix.
+does. Here a layer is two products forward and five backward, and so are all the layers of a Product
+together: their weights and then their A lie one behind the other, as one matrix.
 """
 
 import contextlib
@@ -19,8 +19,9 @@ from lib import adapters
 class AdaptedLinear(torch.autograd.Function):
     """factor (x W^T + scale (x A^T) B^T) + bias, with W and its bias frozen; a factor of None is 1.
 
-    Of n layers side by side: x [..., in], W [outputs of all, in], bias [outputs] or None and A [n rank, in].
-    B is block diagonal; `blocks` are tensors [layers, out, rank] of neighbours that have as many outputs,
+    Of n layers side by side: x [..., in] and `matrix`, which is W [outputs of all, in] and below it A [n rank, in],
+    so that one product gives both x W^T and x A^T; bias, or None, is [outputs] and n rank zeros. `a` is that part
+    of the matrix again, to be given its gradient. B is block diagonal; `blocks` are tensors [layers, out, rank] of neighbours that have as many outputs,
     together those of the first n. Layers behind them have no B and are W alone. All are of one type.
     With DoRA, where each layer has a B, factor and inverse, float32 [outputs], are magnitude / norm and
     1 / norm; the magnitude itself [outputs] is only there to be given its gradient.
@@ -30,10 +31,10 @@ class AdaptedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, factor, inverse, magnitude, a, *blocks):
-        rows = x.reshape(-1, x.shape[-1])
-        low = rows @ a.T
-        out = F.linear(rows, weight, bias if factor is None else None)
+    def forward(ctx, x, matrix, bias, scale, factor, inverse, magnitude, a, *blocks):
+        rows, outputs = x.reshape(-1, x.shape[-1]), len(matrix) - len(a)
+        both = F.linear(rows, matrix, bias if factor is None else None)
+        out, low = both[:, :outputs], both[:, outputs:]
         for to, of, b in _parts(out, low, blocks):
             if len(b) == 1:
                 to[0].addmm_(of[0], b[0].T, alpha=scale)
@@ -44,21 +45,22 @@ class AdaptedLinear(torch.autograd.Function):
             direction = out
             out = torch.mul(direction, factor, out=torch.empty_like(direction))
             if bias is not None:
-                out += bias
-        ctx.save_for_backward(rows, weight, a, low, direction, factor, inverse, *blocks)
+                out += bias[:outputs]
+        ctx.save_for_backward(rows, matrix, low, direction, factor, inverse, *blocks)
         ctx.scale = scale
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, weight, a, low, direction, factor, inverse, *blocks = ctx.saved_tensors
+        rows, matrix, low, direction, factor, inverse, *blocks = ctx.saved_tensors
+        weight, a = matrix.split([len(matrix) - low.shape[1], low.shape[1]])
         shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])
         grad_magnitude = None
         if factor is not None:
             # In float32: a half-precision product of the two could overflow.
             grad_magnitude = ((grad.float() * direction).sum(dim=0) * inverse).to(direction.dtype)
             grad = torch.mul(grad, factor, out=torch.empty_like(grad))
-        grad_low, grad_blocks = torch.empty_like(low), []
+        grad_low, grad_blocks = grad.new_empty(low.shape), []
         for of, to, b in _parts(grad, grad_low, blocks):
             if len(b) == 1:
                 torch.mm(of[0], b[0], out=to[0])
@@ -118,17 +120,21 @@ class Product:
         self.without_lora = False
         self.a, self.blocks, self.magnitude, self.factor, self.inverse = None, (), None, None, None
         self.sizes = [base.out_features for base in self.bases]
-        self.move(torch.cat([base.weight.data for base in self.bases]).to(device))
+        weights = [base.weight.data for base in self.bases]
+        room = sum(layer.lora_A["default"].out_features for layer in self.adapted)  # for A
+        weights.append(weights[0].new_zeros(room, weights[0].shape[1]))
+        self.move(torch.cat(weights).to(device))
         self.bias = None
         if self.bases[0].bias is not None:  # then none of them lacks one
-            self.bias = torch.cat([base.bias.data for base in self.bases]).to(device)
-            for base, part in zip(self.bases, self.bias.split(self.sizes), strict=True):
+            biases = [base.bias.data for base in self.bases]
+            self.bias = torch.cat([*biases, biases[0].new_zeros(room)]).to(device)
+            for base, part in zip(self.bases, self.bias.split([*self.sizes, room]), strict=False):
                 base.bias.data = part
 
-    def move(self, weight):
-        """Compute with `weight`, which holds what the layers' weights hold, and make these views of it."""
-        self.weight = weight
-        for base, part in zip(self.bases, weight.split(self.sizes), strict=True):
+    def move(self, matrix):
+        """Compute with `matrix`, which holds what the layers' weights and A hold, and make the weights views of it."""
+        self.matrix, self.weight = matrix, matrix[: sum(self.sizes)]
+        for base, part in zip(self.bases, self.weight.split(self.sizes), strict=True):
             base.weight.data = part
 
     def factors(self):
@@ -144,20 +150,19 @@ class Product:
             if layer.lora_magnitude_vector
         ]
 
-    def bind(self, take):
-        """Compute with the factors that `take`, a function of a shape, gives in the order of `factors`."""
-        if self.adapted:
-            rank, width = self.adapted[0].lora_A["default"].weight.shape
-            self.a = take(len(self.adapted) * rank, width)
-            sizes = itertools.groupby(_base(layer).out_features for layer in self.adapted)
-            self.blocks = [take(len(list(equal)), out, rank) for out, equal in sizes]
+    def block_shapes(self):
+        """Of the blocks of B, (layers, out, rank) each."""
+        rank = self.adapted[0].lora_A["default"].weight.shape[0]
+        sizes = itertools.groupby(_base(layer).out_features for layer in self.adapted)
+        return [(len(list(equal)), out, rank) for out, equal in sizes]
 
     def joint(self, x):
         """The outputs of all, side by side [..., outputs], in the order of `self.layers`."""
         if self.without_lora or not self.adapted:
-            return F.linear(x, self.weight, self.bias)
+            bias = None if self.bias is None else self.bias[: len(self.weight)]
+            return F.linear(x, self.weight, bias)
         return AdaptedLinear.apply(
-            x, self.weight, self.bias, self.scale, self.factor, self.inverse, self.magnitude, self.a, *self.blocks
+            x, self.matrix, self.bias, self.scale, self.factor, self.inverse, self.magnitude, self.a, *self.blocks
         )  # fmt: skip
 
     def __call__(self, x):
@@ -186,23 +191,34 @@ def fuse_lora(model, joined, device):
 
 
 def bound(products, vector):
-    """Let `products` compute with views of a flat `vector`, of what `trained_weights` gives one behind the other:
-    a list of these, leaves of autograd's graph, in that order."""
-    leaves, place = [], 0
+    """Let `products` compute with a flat `vector`, of what `trained_weights` gives one behind the other: (leaves,
+    copies). The leaves of autograd's graph are in that order, views of the vector but for each product's A,
+    which lies below its weights. Whenever the vector has changed, `copies`, (to, from), has to be brought up to date.
+    """
+    leaves, to, of, place = [], [], [], 0
 
     def take(*shape):
         nonlocal place
         part = vector[place : place + math.prod(shape)].view(shape).detach()
         place += part.numel()
-        leaves.append(part.requires_grad_())
         return part
 
+    def leaf(part):
+        leaves.append(part.detach().requires_grad_())
+        return leaves[-1]
+
     for product in products:
-        product.bind(take)
+        if product.adapted:
+            a = product.matrix[len(product.weight) :]
+            to.append(a)
+            of.append(take(*a.shape))
+            product.a = leaf(a)
+            product.blocks = [leaf(take(*shape)) for shape in product.block_shapes()]
     for product in products:
         if product.magnitudes():
-            product.magnitude = take(len(product.weight))
-    return leaves
+            product.magnitude = leaf(take(len(product.weight)))
+    torch._foreach_copy_(to, of)
+    return leaves, (to, of)
 
 
 def trained_weights(products):

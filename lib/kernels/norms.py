@@ -16,9 +16,9 @@ if triton:
 
     @triton.jit
     def _offsets(HW, C, GROUP: tl.constexpr):
-        """Where this program's group of this program's picture begins, and its rows of pixels."""
+        """This program's picture, where its group of that begins, and the group's first channel."""
         picture, group = tl.program_id(0) // (C // GROUP), tl.program_id(0) % (C // GROUP)
-        return picture.to(tl.int64) * HW * C + group * GROUP, group * GROUP
+        return picture, picture.to(tl.int64) * HW * C + group * GROUP, group * GROUP
 
     @triton.jit
     def _tile(row, begin, EACH, HW, start, C, column, GROUP: tl.constexpr, ROWS: tl.constexpr):
@@ -26,6 +26,12 @@ if triton:
         rows = row + tl.arange(0, ROWS).to(tl.int64)[:, None]
         inside = (rows < tl.minimum(begin + EACH, HW)) & (column < GROUP)
         return start + rows * C + column, inside
+
+    @triton.jit
+    def _value(x, place, inside, s):
+        """x and the shift of its channel, rounded as their sum would be stored; float32."""
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) + s
+        return value.to(x.dtype.element_ty).to(tl.float32)
 
     @triton.jit
     def _normalised(x, mean, rstd, weight, bias, SILU):
@@ -37,7 +43,7 @@ if triton:
         return hat, tl.where(SILU != 0, z * sigmoid, z), slope
 
     @triton.jit
-    def _two_sums(x, grad, begin, EACH, HW, start, C, column, x0, mean, rstd, w, b, SILU,
+    def _two_sums(x, grad, begin, EACH, HW, start, C, column, s, x0, mean, rstd, w, b, SILU,
                   GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
                   BACKWARD: tl.constexpr):  # fmt: skip
         """Over a part of one group, of x - x0 and its square, or backward of w dz and w dz hat.
@@ -48,7 +54,7 @@ if triton:
         second = tl.zeros([ROWS, WIDTH], tl.float32)
         for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
             place, inside = _tile(row, begin, EACH, HW, start, C, column, GROUP, ROWS)
-            value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            value = _value(x, place, inside, s)
             if BACKWARD:
                 hat, _, slope = _normalised(value, mean, rstd, w, b, SILU)
                 dz = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * slope * w
@@ -61,50 +67,54 @@ if triton:
         return tl.sum(tl.sum(first, 1), 0), tl.sum(tl.sum(second, 1), 0)
 
     @triton.jit
-    def _known(x, statistics, weight, bias, start, channel, column, GROUP: tl.constexpr,
+    def _known(x, shift, STRIDE, statistics, weight, bias, picture, start, channel, column, GROUP: tl.constexpr,
                BACKWARD: tl.constexpr):  # fmt: skip
-        """(x0, mean, rstd, weight, bias) of this program's group, of the middle two what is known beforehand."""
+        """(shift, x0, mean, rstd, weight, bias) of this program's group, of mean and rstd what is known beforehand.
+
+        STRIDE is from one picture's shift to the next's, or negative where there is none."""
         w = tl.load(weight + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
         b = tl.load(bias + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
-        x0 = tl.load(x + start).to(tl.float32)
+        shifts, shifted = shift + picture * STRIDE + channel, STRIDE >= 0
+        s = tl.load(shifts + column, mask=(column < GROUP) & shifted, other=0.0).to(tl.float32)
+        x0 = tl.load(x + start).to(tl.float32) + tl.load(shifts, mask=shifted, other=0.0).to(
+            tl.float32
+        )
         mean, rstd = x0, x0
         if BACKWARD:
             mean = tl.load(statistics + tl.program_id(0) * 2)
             rstd = tl.load(statistics + tl.program_id(0) * 2 + 1)
-        return x0, mean, rstd, w, b
+        return s, x0, mean, rstd, w, b
 
-    @triton.jit(do_not_specialize=["SILU"])
-    def _norm_sums(x, grad, statistics, weight, bias, sums, HW, EACH, C, SILU,
+    @triton.jit(do_not_specialize=["SILU", "STRIDE"])
+    def _norm_sums(x, shift, STRIDE, grad, statistics, weight, bias, sums, HW, EACH, C, SILU,
                    GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
                    BACKWARD: tl.constexpr):  # fmt: skip
         """The two sums over a part of one group, for _norm_apply."""
-        start, channel = _offsets(HW, C, GROUP)
+        picture, start, channel = _offsets(HW, C, GROUP)
         column = tl.arange(0, WIDTH)[None, :]
-        x0, mean, rstd, w, b = _known(
-            x, statistics, weight, bias, start, channel, column, GROUP, BACKWARD
-        )
+        s, x0, mean, rstd, w, b = _known(x, shift, STRIDE, statistics, weight, bias, picture, start, channel,
+                                         column, GROUP, BACKWARD)  # fmt: skip
         begin = tl.program_id(1) * EACH
-        first, second = _two_sums(x, grad, begin, EACH, HW, start, C, column, x0, mean, rstd, w, b, SILU,
+        first, second = _two_sums(x, grad, begin, EACH, HW, start, C, column, s, x0, mean, rstd, w, b, SILU,
                                   GROUP, WIDTH, ROWS, BACKWARD)  # fmt: skip
         part = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 2
         tl.store(sums + part, first)
         tl.store(sums + part + 1, second)
 
-    @triton.jit(do_not_specialize=["SILU"])
-    def _norm_apply(x, grad, statistics, weight, bias, sums, HW, EACH, C, SILU, eps, out,
+    @triton.jit(do_not_specialize=["SILU", "STRIDE", "ADD"])
+    def _norm_apply(x, shift, STRIDE, grad, statistics, weight, bias, sums, HW, EACH, C, SILU, eps, more, ADD, out,
                     GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
                     PARTS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-        """The normalised x, after its SiLU, or backward the gradient of x; of a part of a group.
+        """The normalised x, after its SiLU, or backward the gradient of x, with ADD and `more`; of a part of a group.
 
         PARTS is the most that _norm_sums summed, or 0: then this program has a whole group, and sums itself."""
-        start, channel = _offsets(HW, C, GROUP)
+        picture, start, channel = _offsets(HW, C, GROUP)
         column = tl.arange(0, WIDTH)[None, :]
-        x0, mean, rstd, w, b = _known(
-            x, statistics, weight, bias, start, channel, column, GROUP, BACKWARD
-        )
+        s, x0, mean, rstd, w, b = _known(x, shift, STRIDE, statistics, weight, bias, picture, start, channel,
+                                         column, GROUP, BACKWARD)  # fmt: skip
         begin = tl.program_id(1) * EACH
         if PARTS == 0:
-            first, second = _two_sums(x, grad, begin, EACH, HW, start, C, column, x0, mean, rstd, w, b, SILU,
+            first, second = _two_sums(x, grad, begin, EACH, HW, start, C, column, s, x0, mean, rstd, w, b, SILU,
                                       GROUP, WIDTH, ROWS, BACKWARD)  # fmt: skip
         else:
             part = tl.arange(0, PARTS)
@@ -122,11 +132,11 @@ if triton:
                 tl.store(statistics + tl.program_id(0) * 2 + 1, rstd)
         for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
             place, inside = _tile(row, begin, EACH, HW, start, C, column, GROUP, ROWS)
-            value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-            hat, result, slope = _normalised(value, mean, rstd, w, b, SILU)
+            hat, result, slope = _normalised(_value(x, place, inside, s), mean, rstd, w, b, SILU)
             if BACKWARD:
                 dz = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * slope * w
                 result = rstd * (dz - first - hat * second)
+                result += tl.load(more + place, mask=inside & (ADD != 0), other=0.0).to(tl.float32)
             tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
@@ -149,31 +159,37 @@ if triton:
 
 
 class GroupNormSilu(torch.autograd.Function):
-    """Group norm (Wu & He 2018) of x [n, c, h, w] in channels-last layout, and its SiLU.
+    """(x, group norm (Wu & He 2018) of x + shift, after its SiLU) of x [n, c, h, w] in channels-last layout.
 
-    weight and bias [c] are frozen. Sums are float32. Of the forward pass x is kept, and of each
-    group its mean and deviation.
+    shift is [n, c] or None and gets no gradient, weight and bias [c] are frozen. Sums are float32. Of the
+    forward pass x is kept, and of each group its mean and deviation. x itself is returned for what else reads
+    it, so that the backward pass need not add its gradient to the norm's by another kernel.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps, silu):
-        x = x.contiguous(memory_format=torch.channels_last)
+    def forward(ctx, x, shift, weight, bias, groups, eps, silu):
+        ctx.set_materialize_grads(False)
+        pixels = x.contiguous(memory_format=torch.channels_last)
         statistics = x.new_empty(x.shape[0] * groups, 2, dtype=torch.float32)
-        ctx.save_for_backward(x, weight, bias, statistics)
+        if shift is not None and shift.stride(1) != 1:
+            shift = shift.contiguous()
+        ctx.save_for_backward(pixels, shift, weight, bias, statistics)
         ctx.settings = groups, eps, silu
-        return group_norm(x, None, statistics, weight, bias, groups, eps, silu)
+        return x, group_norm(pixels, shift, None, None, statistics, weight, bias, groups, eps, silu)
 
     @staticmethod
-    def backward(ctx, grad):
-        x, weight, bias, statistics = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = group_norm(x, grad, statistics, weight, bias, *ctx.settings)
-        return grad_x, None, None, None, None, None
+    def backward(ctx, more, grad):
+        x, shift, weight, bias, statistics = ctx.saved_tensors
+        if grad is None:
+            return more, *[None] * 6
+        grads = (g if g is None else g.contiguous(memory_format=torch.channels_last) for g in (grad, more))  # fmt: skip
+        grad_x = group_norm(x, shift, *grads, statistics, weight, bias, *ctx.settings)
+        return grad_x, *[None] * 6
 
 
-def group_norm(x, grad, statistics, weight, bias, groups, eps, silu):
+def group_norm(x, shift, grad, more, statistics, weight, bias, groups, eps, silu):
     """Launch either pass: the sums of the parts of each group and then the result, or both by one kernel where
-    a group is small."""
+    a group is small. Backward adds `more`, if it is not None."""
     n, channels, height, width = x.shape
     pixels, group = height * width, channels // groups
     width_of_tile = triton.next_power_of_2(group)
@@ -184,13 +200,15 @@ def group_norm(x, grad, statistics, weight, bias, groups, eps, silu):
     each = triton.cdiv(triton.cdiv(pixels, 1 if whole else parts), rows_of_tile) * rows_of_tile
     grid = (n * groups, triton.cdiv(pixels, each))
     sums = x.new_empty(*grid, 2, dtype=torch.float32)
-    inputs = (x, x if grad is None else grad, statistics, weight, bias, sums, pixels, each, channels, int(silu))  # fmt: skip
+    shifted, given = (x, -1) if shift is None else (shift, shift.stride(0)), grad is not None
+    inputs = (x, *shifted, grad if given else x, statistics, weight, bias, sums, pixels, each, channels, int(silu))  # fmt: skip
     # Compiled anew for each of these, so what does not need to be known beforehand is not here.
-    known = dict(GROUP=group, WIDTH=width_of_tile, ROWS=rows_of_tile, BACKWARD=grad is not None, num_warps=8)  # fmt: skip
+    known = dict(GROUP=group, WIDTH=width_of_tile, ROWS=rows_of_tile, BACKWARD=given, num_warps=8)  # fmt: skip
     out = torch.empty_like(x)
     if not whole:
         _norm_sums[grid](*inputs, **known)
-    _norm_apply[grid](*inputs, eps, out, PARTS=0 if whole else MOST_PARTS, **known)
+    added = (x, 0) if more is None else (more, 1)
+    _norm_apply[grid](*inputs, eps, *added, out, PARTS=0 if whole else MOST_PARTS, **known)
     return out
 
 

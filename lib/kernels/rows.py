@@ -18,9 +18,11 @@ from lib.kernels.compiling import tl, triton
 if triton:
 
     @triton.jit
-    def _sum_norm(x, y, weight, bias, total, statistics, out, eps,
+    def _sum_norm(x, y, STRIDE, weight, bias, total, statistics, out, eps,
                   WIDTH: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
-        """total = x + y, rounded as it is stored, and its layer norm; without ADD that of x; of one row."""
+        """total = x + y, rounded as it is stored, and its layer norm; without ADD that of x; of one row.
+
+        Rows of y are STRIDE apart."""
         column = tl.arange(0, TILE)
         inside = column < WIDTH
         row = tl.program_id(0).to(tl.int64)
@@ -29,7 +31,9 @@ if triton:
         b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         if ADD:
-            rounded = value + tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
+            rounded = value + tl.load(y + row * STRIDE + column, mask=inside, other=0.0).to(
+                tl.float32
+            )
             rounded = rounded.to(total.dtype.element_ty)
             tl.store(total + place, rounded, mask=inside)
             value = rounded.to(tl.float32)
@@ -106,7 +110,10 @@ def run_sum_norm(x, y, weight, bias, eps):
     width, add = x.shape[-1], y is not None
     total, out = torch.empty_like(x) if add else x, torch.empty_like(x)
     statistics = x.new_empty(x.numel() // width, 2, dtype=torch.float32)
-    inputs = x, y.contiguous() if add else x, weight, bias
+    rows = (y if add else x).reshape(-1, width)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    inputs = x, rows, rows.stride(0), weight, bias
     _sum_norm[len(statistics),](*inputs, total, statistics, out, eps, ADD=add, **_sizes(width))
     return total, out, statistics
 

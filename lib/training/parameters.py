@@ -21,7 +21,8 @@ class LoraParameters:
     model: torch.nn.Module
     learning_rate: float  # at its peak
     parameters: list  # the model's own, views of `working`; see lora.trained_weights
-    leaves: list  # the same views, some joined: what it computes with and is differentiated by
+    leaves: list  # the same values, some joined: what it computes with and is differentiated by
+    copies: tuple  # (to, from): those of the leaves that lie elsewhere, and where in `working` their values are
     flat: torch.nn.Parameter  # float32, what the optimizer updates; MicroStep gives it a gradient
     working: torch.Tensor  # `flat` in the type that the model computes with
     dora: DoraFactors | None  # what DoRA's layers scale with; LoRA has none
@@ -29,6 +30,8 @@ class LoraParameters:
     def refresh(self):
         """Give the model the values that `flat` has now."""
         self.working.copy_(self.flat.data)
+        if self.copies[0]:
+            torch._foreach_copy_(*self.copies)
         if (
             self.dora
         ):  # from the vector itself: half precision would swallow a magnitude's small steps
@@ -47,9 +50,9 @@ def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtyp
     model.to(device).eval()
     parameters = trained_weights(products)
     flat, working = flatten_parameters(parameters, dtype)
-    leaves = bound(products, working)
     factors = DoraFactors(products) if dora else None
-    found = LoraParameters(model, learning_rate, parameters, leaves, flat, working, factors)
+    leaves, copies = bound(products, working)
+    found = LoraParameters(model, learning_rate, parameters, leaves, copies, flat, working, factors)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trainable != found.flat.numel():
         raise RuntimeError(f"{trainable} trainable parameters, {found.flat.numel()} in the vector")

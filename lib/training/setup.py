@@ -82,6 +82,18 @@ def picture_latents(base_folder, data, dtype, accelerator):
     return latents
 
 
+def recompute_large_maps(unet):
+    """Compute the larger half of a UNet's sizes of maps again for the backward pass. The smaller ones take little
+    memory and much time: what a kernel takes hardly depends on the size of small maps."""
+    unet.enable_gradient_checkpointing(recomputed)
+    half = len(unet.down_blocks) // 2
+    small = *unet.down_blocks[half:], unet.mid_block, *unet.up_blocks[:half]
+    for block in filter(None, small):  # a small Stable Diffusion has none in the middle
+        for module in block.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+
+
 def adapted_models(base_folder, input_ids, config, dtype, device, say):
     """(unet, texts, trained, preservation): the UNet; a function from data-set indices [batch] to hidden
     states [batch, 77, d]; {component: LoraParameters} of what `config`, train.py's, trains; and its
@@ -94,7 +106,7 @@ def adapted_models(base_folder, input_ids, config, dtype, device, say):
     text_encoder = load_part(CLIPTextModel, base_folder, "text_encoder", dtype)
     text_encoder.requires_grad_(False)
     if config["gradient_checkpointing"]:
-        unet.enable_gradient_checkpointing(recomputed)
+        recompute_large_maps(unet)
     torch.manual_seed(config["seed"])  # LoRA's A starts as noise, on the CPU, the same everywhere
     trained = {}
     for name, model in {"unet": unet, "text_encoder": text_encoder}.items():
