@@ -202,15 +202,22 @@ def write_run(run, summary, shown, base_pairs):
             images += drawn
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor() as pool:  # encoding a picture keeps a core busy, and no lock
-        list(pool.map(lambda pair: pair[0].save(pair[1]), zip(images, paths, strict=True)))
-    figures.comparison_figure(by_prompt, run.name, min(3, count)).save(new / "comparison_all.png")
-    figures.overview_figure(by_prompt, min(3, count)).save(new / "overview.webp", quality=90)
+    sheets = {
+        "comparison_all.png": figures.comparison_figure(by_prompt, run.name, min(3, count)),
+        "overview.webp": figures.overview_figure(by_prompt, min(3, count)),
+    }
     for category in CATEGORIES:
         chosen = [row for row in by_prompt if row["category"] == category]
         if chosen:
-            figure = figures.comparison_figure(chosen, f"{run.name}: {category}", count)
-            figure.save(new / f"{category}_cases.png")
+            title = f"{run.name}: {category}"
+            sheets[f"{category}_cases.png"] = figures.comparison_figure(chosen, title, count)
+    with ThreadPoolExecutor() as pool:  # encoding a picture keeps a core busy, and no lock
+        # The large ones first, so that none is left at the end.
+        begun = [pool.submit(sheet.save, new / name, quality=90) for name, sheet in sheets.items()]
+        begun += [pool.submit(image.save, path) for image, path in zip(images, paths, strict=True)]
+        page = pages.run_page(run, summary, shown)
+        for save in begun:
+            save.result()
     if run.points:
         choose_page.write(run, summary["sweep"], shown, new)
     record = dict(run=run.name, config=shown["config"], **shown["provenance"], adapter=run.adapter, points=list(run.points),
@@ -219,7 +226,6 @@ def write_run(run, summary, shown, base_pairs):
     write_csv(new / "metrics.csv", run.rows)
     text = words.summary_text(summary)
     (new / "summary.md").write_text(f"# {run.name}\n\n{text}\n", encoding="utf-8")
-    page = pages.run_page(run, summary, shown)
     (new / "report.html").write_text(page, encoding="utf-8")
     write_marker(new / MARKER, record)  # last: with it the folder is whole
     replace_folder(run.target, MARKER)
