@@ -160,6 +160,8 @@ def forked(work, folder):
     It computes on the CPU, since a fork of a process that has used a GPU cannot use it, with one thread;
     its output goes to `folder`/out and err.
     """
+    if torch.cuda.is_initialized():
+        pytest.skip("a test before this one used the GPU in this process, and no fork of it can train")
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -201,7 +203,9 @@ def finish(child, folder):
 
 
 def run(script, *options, check=True):
-    """Like `command`, in a fork of this process, which has imported what the script imports."""
+    """Like `command`, on the CPU and in a fork of this process, which has imported what the script imports."""
+    if torch.cuda.is_initialized():  # then a fork of it fails
+        return command(script, *options, env=dict(CUDA_VISIBLE_DEVICES=""), check=check)
 
     def work():
         os.chdir(ROOT)
@@ -222,6 +226,7 @@ def call(script, *options):
     out, err, code = io.StringIO(), io.StringIO(), 0
     arguments = () if main.__code__.co_argcount == 0 else (module.CONFIG, module.__doc__)
     handler = signal.getsignal(signal.SIGTERM)
+    AcceleratorState._reset_state(reset_partial_state=True)
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
