@@ -11,7 +11,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from peft.tuners.lora import LoraLayer
 from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIPAttention
 
-from lib.kernels.beside import Beside, Joined
 from lib.kernels.lora import Product
 
 
@@ -39,12 +38,7 @@ def join(model, device, dora=False):
     layers = [layer for module in to_text for layer in (module.to_k, module.to_v)]
     if layers and _can_join(layers, dora):
         products.append(Product(layers, device))
-        model.beside = Beside(
-            device
-        )  # where its keys and values are made, and what it is called with may be
-        model.forward = functools.partial(
-            _with_texts, model.forward, products[-1], to_text, model.beside
-        )
+        model.forward = functools.partial(_with_texts, model.forward, products[-1], to_text)
         for module in to_text:
             module.set_processor(TextAttention())
     layers = [block.time_emb_proj for block in blocks]
@@ -144,18 +138,16 @@ def _pieces(query):
 
 
 def _with_texts(
-    forward, product, attentions, beside, sample, timestep, encoder_hidden_states, *rest, **others
+    forward, product, attentions, sample, timestep, encoder_hidden_states, *rest, **others
 ):
-    """A UNet's forward pass that begins with the keys and values of all `attentions`, `beside` what comes before
-    the first of these.
+    """A UNet's forward pass that makes the keys and values of all `attentions` first.
 
     They are handed down in place of the text, as what a block is called with, so a block that is computed
     again for the backward pass finds them too.
     """
-    with beside:
-        parts = iter(product(encoder_hidden_states))
+    parts = iter(product(encoder_hidden_states))
     pairs = {attention: (next(parts), next(parts)) for attention in attentions}
-    return forward(sample, timestep, Joined(pairs, beside), *rest, **others)
+    return forward(sample, timestep, pairs, *rest, **others)
 
 
 class TimestepProjections(torch.nn.Module):

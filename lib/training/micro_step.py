@@ -12,7 +12,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lib.kernels.attention import compile_attention
-from lib.kernels.beside import Beside
 from lib.kernels.channels_last import channels_last
 from lib.kernels.graphs import captured
 from lib.kernels.staging import AHEAD, Ring, divided, length, places
@@ -75,8 +74,6 @@ class MicroStep:
                  masks=None, preservation=None):  # fmt: skip
         self.unet, self.scheduler, self.texts = unet, scheduler, texts
         self.latents, self.masks = latents, masks
-        # A UNet whose layers are not joined needs its text at once.
-        self.beside = getattr(unet, "beside", Beside("cpu"))
         self.trained, self.scaler, self.accumulation = trained, scaler, accumulation
         self.device, self.batch_size, self.preservation = device, batch_size, preservation
         sizes = [part.flat.numel() for part in trained.values()]
@@ -114,9 +111,7 @@ class MicroStep:
         latents = read.means + read.deviations * read.latent_noise
         inputs = self.unet, self.scheduler, latents, read.noise, read.timesteps
         if not preserving:
-            with self.beside:
-                states = self.texts(read.indices)
-            losses = diffusion_loss(*inputs, states, read.weights)
+            losses = diffusion_loss(*inputs, self.texts(read.indices), read.weights)
             at.sample_losses.copy_(losses.detach())
             return losses.mean()
         others, base_states = self.preservation.texts(read.captions)
@@ -134,7 +129,6 @@ class MicroStep:
             loss = self.scaler.scale(loss)
         leaves = [part.leaves for part in self.trained.values()]
         gradients = iter(torch.autograd.grad(loss, list(itertools.chain(*leaves))))
-        self.beside.join()
         for part in self.trained.values():
             part.flat.grad += torch.cat([next(gradients).flatten() for _ in part.leaves])
 
