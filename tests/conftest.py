@@ -161,7 +161,9 @@ def forked(work, folder):
     its output goes to `folder`/out and err.
     """
     if torch.cuda.is_initialized():
-        pytest.skip("a test before this one used the GPU in this process, and no fork of it can train")
+        pytest.skip(
+            "a test before this one used the GPU in this process, and no fork of it can train"
+        )
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()

@@ -32,7 +32,18 @@ import train
 from lib import adapter_files, adapters, dataset, files
 from lib.errors import UserError
 from lib.evaluation import drawing
-from lib.kernels import attention, channels_last, compiling, dora, graphs, joined, lora, norms, rows
+from lib.kernels import (
+    attention,
+    channels_last,
+    compiling,
+    dora,
+    graphs,
+    joined,
+    large_maps,
+    lora,
+    norms,
+    rows,
+)
 from lib.training import checkpoints, latents, micro_step, parameters, samples, setup, updates
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -258,7 +269,8 @@ for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, Fals
                             ((1, 40, 40, 41), 4, True), ((2, 32, 300, 1), 8, False), ((1, 64, 70, 64), 8, True)]:
     x = (torch.randn(shape, device=device) + 100).requires_grad_()
     weight, bias = torch.randn(2, shape[1], device=device)
-    for shift in (None, torch.randn(shape[0], 2 * shape[1], device=device)[:, shape[1]:]):
+    shifts = None, torch.randn(shape[0], 2 * shape[1], device=device)[:, shape[1]:]
+    for shift, norms.LARGE in itertools.product(shifts, (1, 2**15)):  # from how many pixels on maps are large
         same, found = norms.GroupNormSilu.apply(x, shift, weight, bias, groups, 1e-5, silu)
         assert torch.equal(same, x)
         expected = F.group_norm(x if shift is None else x + shift[..., None, None], groups, weight, bias, 1e-5)
@@ -331,16 +343,21 @@ import sys; sys.path[:0] = sys.argv[1:]
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lib.kernels import adamw8bit, norms, rows
+from lib.kernels import adamw8bit, large_maps, norms, rows
 kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", COUNT="i32", HALF="i32", STRIDE="i32", ADD="i32",
              eps="fp32", statistics="*fp32", sums="*fp32")
 for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16")):  # T4, A100, H100
     of_rows = rows._sum_norm, rows._sum_norm_backward, rows._quick_gelu
-    for kernel in (norms._norm_sums, norms._norm_apply, norms._geglu, *of_rows):
+    of_large = large_maps._large_sums, large_maps._large_apply
+    for kernel in (norms._norm_sums, norms._norm_apply, norms._geglu, *of_rows, *of_large):
         for backward, parts in ((False, 0), (False, 16), (True, 0), (True, 16)):
             sizes = dict(GROUP=10, WIDTH=16, ROWS=512, PARTS=parts, BLOCK=1024, BACKWARD=backward)
             if kernel in of_rows:
                 sizes |= dict(WIDTH=320, TILE=512, ADD=backward)
+            if kernel in of_large:
+                sizes |= dict(SPAN=40, WIDTH=64, ROWS=64, PARTS=128)
+                if backward:
+                    sizes |= dict(GROUP=40)
             names = [parameter.name for parameter in kernel.params]
             known = {name: sizes[name] for name in names if name in sizes}
             signature = {name: "constexpr" if name in known else kinds.get(name, f"*{dtype}") for name in names}
@@ -400,21 +417,34 @@ def test_kernels_that_do_not_compile_or_are_wrong_are_not_used(monkeypatch):
     def fails(*arguments):
         raise OSError("no C compiler")
 
+    def large_norm(x, shift, statistics, *others):
+        return norm(x, shift, *others)[1]
+
+    group_norm, sums = (norms.GroupNormSilu, "apply"), (rows.SumNorm, "apply")
+    large, quick_gelu = (channels_last, "norm_of_large_maps"), (rows.QuickGelu, "apply")
     right = {
-        norms.GroupNormSilu: norm,
-        norms.Geglu: lambda x: x[..., :2] * F.gelu(x[..., 2:]),
-        rows.SumNorm: sum_norm,
-        rows.QuickGelu: lambda x: x * torch.sigmoid(1.702 * x),
+        group_norm: norm,
+        large: large_norm,
+        (norms.Geglu, "apply"): lambda x: x[..., :2] * F.gelu(x[..., 2:]),
+        sums: sum_norm,
+        quick_gelu: lambda x: x * torch.sigmoid(1.702 * x),
     }
-    wrong = [(norms.GroupNormSilu, lambda x, *_: (x, x)), (norms.GroupNormSilu, lambda x, shift, *others: norm(x, None, *others)), (norms.Geglu, lambda x: x[..., :2]),
-             (rows.SumNorm, lambda x, *others: (x, sum_norm(x, *others)[1])),
-             (rows.SumNorm, lambda x, y, *_: (x + y, x + y)), (rows.QuickGelu, F.gelu)]  # fmt: skip
+    wrong = [
+        (group_norm, lambda x, *_: (x, x)),
+        (group_norm, lambda x, shift, *others: norm(x, None, *others)),
+        (large, lambda x, *_: x),
+        (large, lambda x, shift, _, *others: norm(x, None, *others)[1]),
+        ((norms.Geglu, "apply"), lambda x: x[..., :2]),
+        (sums, lambda x, *others: (x, sum_norm(x, *others)[1])),
+        (sums, lambda x, y, *_: (x + y, x + y)),
+        (quick_gelu, F.gelu),
+    ]
     cases = [(None, None, None)]
     cases += [(function, fails, "no C compiler") for function in right]
     cases += [(function, broken, "wrong") for function, broken in wrong]
     for function, broken, words in cases:
         for each, plain in right.items():
-            monkeypatch.setattr(each, "apply", broken if each is function else plain)
+            monkeypatch.setattr(*each, broken if each == function else plain)
         channels_last.missing_kernels.cache_clear()
         reason = channels_last.missing_kernels(DEVICE)
         assert words in reason if words else reason is None
@@ -439,6 +469,8 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
 
     for name in ("_norm_sums", "_norm_apply", "_geglu"):
         monkeypatch.setattr(norms, name, Recorder(name.strip("_")))
+    for name in ("_large_sums", "_large_apply"):
+        monkeypatch.setattr(large_maps, name, Recorder(name.strip("_")))
     for name in ("_sum_norm", "_sum_norm_backward", "_quick_gelu"):
         monkeypatch.setattr(rows, name, Recorder(name.strip("_")))
     monkeypatch.setattr(channels_last, "missing_kernels", lambda device: None)
@@ -462,9 +494,12 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
     launched.clear()
     with torch.no_grad():
         output_of(unet)
+        monkeypatch.setattr(norms, "LARGE", 1)
+        output_of(unet)
         text_encoder(torch.arange(22, device=DEVICE).view(2, 11))
     assert set(launched) <= forward_alone
-    assert 0 < len(forward_alone) < len(before)
+    assert {name for name, *_ in forward_alone} == {name for name, *_ in launched} | {"norm_sums"}
+    assert {"large_sums", "large_apply", "norm_apply"} <= {name for name, *_ in launched}
 
     def fails(*arguments, **sizes):
         raise OSError("no C compiler")

@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from lib.kernels.compiling import failure, in_threads, triton
 from lib.kernels.joined import TimestepProjections, is_plain_block
+from lib.kernels.large_maps import norm_of_large_maps
 from lib.kernels.norms import WHOLE, Geglu, GroupNormSilu, group_norm, run_geglu
 from lib.kernels.rows import QuickGelu, SumNorm, row_jobs, use_row_kernels
 
@@ -54,6 +55,11 @@ def compile_kernels(models, training):
         grad = x if backward else None
         group_norm(x, None, grad, None, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)  # fmt: skip
 
+    def launch_large(norm):
+        x = place.new_zeros(1, norm.num_channels, 4, 4).to(memory_format=torch.channels_last)
+        statistics = x.new_empty(norm.num_groups, 2, dtype=torch.float32)
+        norm_of_large_maps(x, None, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)  # fmt: skip
+
     def launch_geglu(backward):
         x = place.new_zeros(16, 32)
         run_geglu(x, x[:, :16].contiguous() if backward else None)
@@ -61,6 +67,8 @@ def compile_kernels(models, training):
     passes = (False, True) if training else (False,)
     each = itertools.product(of_each_size, passes, (False, True))
     jobs = [functools.partial(launch, *how) for how in each]
+    if not training:  # of which a batch has one picture as a rule
+        jobs += [functools.partial(launch_large, norm) for norm in of_each_size]
     if any(isinstance(module, GEGLU) for module in modules):
         jobs += [functools.partial(launch_geglu, backward) for backward in passes]
     of_rows = {}
@@ -88,12 +96,15 @@ def missing_kernels(device):
         norm = F.silu(F.group_norm(x, 8, weight, bias))
         rows, shift = x.permute(0, 2, 3, 1), x[..., :1, :1]
         total, normed = SumNorm.apply(rows, rows, weight, bias, 1e-5)
+        pixels = (x - shift).contiguous(memory_format=torch.channels_last)
+        large = norm_of_large_maps(pixels, shift[..., 0, 0].contiguous(), x.new_empty(2 * 8, 2), weight, bias, 8, 1e-5, True)  # fmt: skip
         right = (
             close(GroupNormSilu.apply(x, None, weight, bias, 8, 1e-5, True)[1], norm)
             and close(
                 GroupNormSilu.apply(x - shift, shift[..., 0, 0], weight, bias, 8, 1e-5, True)[1],
                 norm,
             )
+            and close(large, norm)
             and close(Geglu.apply(x[..., :4]), x[..., :2] * F.gelu(x[..., 2:4]))
             and close(total, 2 * rows)
             and close(normed, F.layer_norm(2 * rows, (32,), weight, bias))

@@ -7,6 +7,7 @@ They read and write the channels-last layout once. Where Triton cannot be had
 import torch
 
 from lib.kernels.compiling import tl, triton
+from lib.kernels.large_maps import LARGE, norm_of_large_maps
 
 MOST_PARTS = 16  # into which a group's pixels are divided, to be summed in parallel
 # Values of a group, filled up to a power of two a pixel, that are one program's: launching two takes longer.
@@ -23,15 +24,14 @@ if triton:
     @triton.jit
     def _tile(row, begin, EACH, HW, start, C, column, GROUP: tl.constexpr, ROWS: tl.constexpr):
         """Where the values of ROWS pixels from `row` on lie, and which of them are this program's."""
-        rows = row + tl.arange(0, ROWS).to(tl.int64)[:, None]
-        inside = (rows < tl.minimum(begin + EACH, HW)) & (column < GROUP)
-        return start + rows * C + column, inside
+        rows = tl.arange(0, ROWS)[:, None]
+        inside = (row + rows < tl.minimum(begin + EACH, HW)) & (column < GROUP)
+        return start + tl.cast(row, tl.int64) * C + rows * C + column, inside
 
     @triton.jit
     def _value(x, place, inside, s):
-        """x and the shift of its channel, rounded as their sum would be stored; float32."""
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) + s
-        return value.to(x.dtype.element_ty).to(tl.float32)
+        """x and the shift of its channel, float32."""
+        return tl.load(x + place, mask=inside, other=0.0).to(tl.float32) + s
 
     @triton.jit
     def _normalised(x, mean, rstd, weight, bias, SILU):
@@ -192,6 +192,8 @@ def group_norm(x, shift, grad, more, statistics, weight, bias, groups, eps, silu
     a group is small. Backward adds `more`, if it is not None."""
     n, channels, height, width = x.shape
     pixels, group = height * width, channels // groups
+    if grad is None and n * pixels >= LARGE:
+        return norm_of_large_maps(x, shift, statistics, weight, bias, groups, eps, silu)
     width_of_tile = triton.next_power_of_2(group)
     rows_of_tile = max(1, 8192 // width_of_tile)
     # Enough programs to fill a GPU, each of whole tiles.
