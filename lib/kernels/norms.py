@@ -1,7 +1,8 @@
 """Triton kernels for what stands between convolutions: group norm with its SiLU, and GEGLU.
 
-They read and write the channels-last layout once. Where Triton cannot be had
-`channels_last.missing_kernels` says why, and PyTorch's kernels remain.
+They read and write the channels-last layout once. Group norms of large maps have kernels of their own for the
+forward pass, large_maps.py. Where Triton cannot be had `channels_last.missing_kernels` says why, and PyTorch's
+kernels remain.
 """
 
 import torch
