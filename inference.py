@@ -32,7 +32,7 @@ from lib.files import locked
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
 # Left alone they spin so long that another process on one of the cores stops nearly everything; not
 # spinning at all (OMP_WAIT_POLICY=PASSIVE) halves the speed on a quiet machine.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 CONFIG = dict(
     # what is evaluated

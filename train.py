@@ -45,7 +45,7 @@ from lib.training.journal import check_trackers
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
 # Left alone they spin so long that another process on one of the cores stops nearly everything; not
 # spinning at all (OMP_WAIT_POLICY=PASSIVE) halves the speed on a quiet machine.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # GPU memory in segments that grow: what the models leave on being loaded is otherwise in pieces, 80 MB of them.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -199,6 +199,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
 
     from lib.dataset import read_dataset
     from lib.evaluation.drawing import preview_drawer
+    from lib.kernels.threads import computing_with, threads_for
     from lib.models import fetch_base_model
     from lib.training import checkpoints, run_folder, setup
     from lib.training.journal import Journal
@@ -282,12 +283,14 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
             watch = Watch(work_folder, config, micro, probes, data, journal, first_step, prompts, draw)  # fmt: skip
             if not saved:
                 watch.look(0)
+    threads = threads_for(micro.cells, device)
     set_up_seconds = time.monotonic() - started
     loop_started = time.monotonic()
 
     with (
         StopSignals() as stop,
         training_memory(config),
+        computing_with(threads),
         tqdm(total=max_steps, initial=first_step, desc=run_name, unit="step", disable=not is_main) as bar,
     ):  # fmt: skip
         for step in range(first_step, max_steps):
@@ -329,13 +332,14 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     models = run_folder.finished_models(trained)
     if is_main:
         journal.finish()
-        run_folder.write_run(
-            work_folder, config, models, journal, data, device, processes=accelerator.num_processes,
-            prediction_type=scheduler.config.prediction_type, skipped_steps=progress.skipped,
-            mixed_precision=accelerator.mixed_precision, learning_rate_changes=progress.changes,
-            set_up_seconds=round(set_up_seconds, 2), preview_seconds=round(watch.preview_seconds, 2),
-            steps_a_second=round((max_steps - first_step) / seconds, 3),
-        )  # fmt: skip
+        with computing_with(threads):  # which is put down with the device
+            run_folder.write_run(
+                work_folder, config, models, journal, data, device, processes=accelerator.num_processes,
+                prediction_type=scheduler.config.prediction_type, skipped_steps=progress.skipped,
+                mixed_precision=accelerator.mixed_precision, learning_rate_changes=progress.changes,
+                set_up_seconds=round(set_up_seconds, 2), preview_seconds=round(watch.preview_seconds, 2),
+                steps_a_second=round((max_steps - first_step) / seconds, 3),
+            )  # fmt: skip
         replace_folder(target_folder, "config.json")
         checkpoints.remove(target_folder)  # only now is the run safe without them
         print(run_folder.outcome_text(target_folder))

@@ -19,7 +19,7 @@ import unittest.mock
 from pathlib import Path
 
 # As the scripts do before they import torch: its threads, where there are several, spin only briefly.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import pytest

@@ -22,10 +22,12 @@ from lib import adapter_files, adapters, files
 from lib.adapter_files import WEIGHTS
 from lib.dataset import Row
 from lib.evaluation import drawing
+from lib.kernels import threads
 from lib.training import (
     checkpoints,
     journal,
     loss_figure,
+    micro_step,
     parameters,
     previews,
     run_folder,
@@ -143,6 +145,41 @@ def test_what_is_left_to_look_at(watched):
         assert strip.size == (480, 24 + 2 * (64 + 6 + 24))
     with Image.open(watched / "previews" / "step_000002.webp") as column:
         assert column.size == (64, 128)
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_small_micro_batches_are_trained_by_one_thread(two_threads, monkeypatch):
+    assert threads.threads_for(threads.SMALL, "cpu") == 1
+    assert threads.threads_for(threads.SMALL + 1, "cpu") == 2
+    assert threads.threads_for(threads.SMALL, "cuda") == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as somebody wants it
+    assert threads.threads_for(threads.SMALL, "cpu") == 2
+    with threads.computing_with(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
+def test_previews_have_the_threads_that_training_does_without(common, two_threads, tmp_path, monkeypatch):  # fmt: skip
+    step, draw, seen = micro_step.MicroStep.run, drawing.draw, dict(training=set(), drawing=set())
+
+    def counted(kind, work):
+        return lambda *a, **k: seen[kind].add(torch.get_num_threads()) or work(*a, **k)
+
+    monkeypatch.setattr(micro_step.MicroStep, "run", counted("training", step))
+    monkeypatch.setattr(drawing, "draw", counted("drawing", draw))
+    succeeded(call("train.py", *options(**common | dict(output_dir=tmp_path))))
+    assert seen == dict(training={1}, drawing={2})
+    assert json.loads((tmp_path / NAME / "config.json").read_text())["device"] == "CPU, 1 thread"
+    assert torch.get_num_threads() == 2
 
 
 def test_a_preview_is_what_inference_draws(common, watched, tiny_model, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last
 from lib.kernels.graphs import captured
 from lib.kernels.joined import join
+from lib.kernels.threads import computing_with
 from lib.models import load_part, loading
 
 
@@ -203,10 +204,13 @@ def preview_drawer(folder, unet, trained, prompts, guidance_scale, sizes, dtype,
         if pipeline.device.type == "cuda":
             record_unet(pipeline, 2 * at_once, latent_size(pipeline, resolution))
 
+    threads = torch.get_num_threads()
+
     def pictures(title):
         for part in trained.values():
             part.refresh()  # the optimizer has stepped since the last pass
-        found = draw(pipeline, jobs, **how, title=title, advice=NO_PREVIEWS)
+        with computing_with(threads):  # more than training does
+            found = draw(pipeline, jobs, **how, title=title, advice=NO_PREVIEWS)
         if pipeline.device.type == "cuda":
             torch.cuda.empty_cache()
         return found

@@ -13,7 +13,8 @@ small kernels (see bench/README.md). Here are fewer of them, and one launch for 
 - attention: cuDNN's kernels compiled all at once, for the first run on a machine;
 - graphs: everything a function launches, recorded once as a CUDA graph and replayed;
 - adamw8bit: bitsandbytes' AdamW with learning rate, loss scale and step number read on the GPU;
-- staging: pinned memory for copies that nobody waits for.
+- staging: pinned memory for copies that nobody waits for;
+- threads: a CPU's, as few as are faster.
 
-The first three work on any device; the others say it where they cannot be had, and plain PyTorch remains.
+The first three work on any device; those for a GPU say it where they cannot be had, and plain PyTorch remains.
 """

@@ -87,6 +87,8 @@ class MicroStep:
             for shape in latents.shapes()
         }
         self.now = None
+        # Of the largest micro-batch's latents.
+        self.cells = batch_size * max(height * width for _, height, width in latents.shapes())
 
     def fill(self, pictures, draws):
         """Begin to copy a micro-batch of one shape, as Samples gives it, to where the pass reads it."""
