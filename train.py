@@ -47,7 +47,8 @@ from lib.training.journal import check_trackers
 # spinning at all (OMP_WAIT_POLICY=PASSIVE) halves the speed on a quiet machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # GPU memory in segments that grow: what the models leave on being loaded is otherwise in pieces, 80 MB of them.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which would win
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 CONFIG = dict(
     # model
@@ -86,7 +87,7 @@ CONFIG = dict(
     preservation_per_picture=1,  # captions drawn for each picture, from the list below
     preservation_captions=(),  # what the adapter is not to change
     # memory and precision
-    gradient_checkpointing=True,  # UNet activations are computed twice instead of kept
+    gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
     # safety
     checkpoint_every=500,  # steps; what a crash can cost at most
@@ -283,7 +284,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
             watch = Watch(work_folder, config, micro, probes, data, journal, first_step, prompts, draw)  # fmt: skip
             if not saved:
                 watch.look(0)
-    threads = threads_for(micro.cells, device)
+    threads = threads_for(micro.values(), device)
     set_up_seconds = time.monotonic() - started
     loop_started = time.monotonic()
 

@@ -51,7 +51,7 @@ CONFIG = dict(
     preservation_per_picture=1,  # captions drawn for each picture, from the list below
     preservation_captions=(),  # what the adapter is not to change
     # memory and precision
-    gradient_checkpointing=True,  # UNet activations are computed twice instead of kept
+    gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
     # safety
     checkpoint_every=500,  # steps; what a crash can cost at most

@@ -66,6 +66,7 @@ def small_unet(
     targets=("to_q", "to_k", "to_v", "to_out.0"),
     groups=8,
     dora=False,
+    rank=4,
     **changes,
 ):
     torch.manual_seed(0)
@@ -77,7 +78,7 @@ def small_unet(
     )  # fmt: skip
     unet.requires_grad_(False)
     _no_norm_alike(unet)
-    adapters.add_lora(unet, 4, 8.0, targets, dora)
+    adapters.add_lora(unet, rank, 8.0, targets, dora)
     for _, b in adapters.factors(unet).values():
         torch.nn.init.normal_(b.data, std=0.1)
     for magnitude in adapters.magnitudes(unet).values():
@@ -185,6 +186,43 @@ def test_a_models_weights_are_views_of_what_is_computed_with():
     assert len([product for product in unet.products if len(product.layers) > 1]) == 4 + 1 + 1
 
 
+@pytest.mark.parametrize("rank", [3, 4, 20])
+def test_outputs_lie_where_attentions_kernels_can_read_them(rank, monkeypatch):
+    """16 bytes at a time, in half precision, whatever the rank: their columns are part of wider rows."""
+    seen, attend = [], F.scaled_dot_product_attention
+
+    def attended(*inputs, **how):
+        # Of pictures and of rows; how wide the heads of so small a UNet are does not count.
+        seen.extend((x.storage_offset(), x.stride(0), x.stride(2)) for x in inputs)
+        return attend(*inputs, **how)
+
+    expected = output_and_gradients(small_unet(rank=rank))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attended)
+    unet = fused(small_unet(rank=rank))
+    assert close(output_and_gradients(unet), expected, 1e-4)
+    assert seen
+    assert all(place % 8 == 0 for places in seen for place in places), seen
+    adapted = [product for product in unet.products if product.adapted]
+    assert adapted
+    assert not any(p.matrix[len(p.weight) + len(p.a) :].any() for p in adapted)
+
+
+@pytest.mark.parametrize(("sizes", "kept"), [(4, {2, 3}), (3, {2}), (2, {1}), (1, set())], ids=str)
+def test_only_large_maps_are_computed_again(sizes, kept):
+    """The larger half of the sizes, on the way down and on the way up; level 0 is the largest."""
+    kinds = dict(down_block_types=("DownBlock2D",) * sizes, up_block_types=("UpBlock2D",) * sizes,
+                 block_out_channels=(32,) * sizes, norm_num_groups=8, mid_block_type=None)  # fmt: skip
+    unet = UNet2DConditionModel(sample_size=8, cross_attention_dim=32, **kinds)
+    setup.recompute_large_maps(unet)
+    again = {level for level, block in enumerate(unet.down_blocks) if block.gradient_checkpointing}
+    assert again == set(range(sizes)) - kept
+    assert again == {sizes - 1 - place for place, block in enumerate(unet.up_blocks) if block.gradient_checkpointing}  # fmt: skip
+    unet = small_unet()
+    setup.recompute_large_maps(unet)
+    assert {m.gradient_checkpointing for m in unet.down_blocks[-1].modules() if hasattr(m, "gradient_checkpointing")} == {False}  # fmt: skip
+    assert {m.gradient_checkpointing for m in unet.up_blocks[-1].modules() if hasattr(m, "gradient_checkpointing")} == {True}  # fmt: skip
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_layer_that_is_not_adapted_is_joined_with_those_that_are(dora):
     """CLIP's keys are as a rule; DoRA leaves such layers apart."""
@@ -262,7 +300,7 @@ import torch, torch.nn.functional as F
 from conftest import assert_close
 from lib.kernels import adamw8bit, channels_last, norms, rows
 from lib.training.micro_step import recomputed
-from test_kernels import close, output_and_gradients, small_text_encoder, small_unet, states_and_gradients
+from test_kernels import close, fused, output_and_gradients, small_text_encoder, small_unet, states_and_gradients
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
 for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, False), ((3, 960, 3, 3), 32, True),
@@ -279,7 +317,7 @@ for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, Fals
         grads = torch.randn(2, *shape, device=device)
         assert_close(*(torch.autograd.grad(y, x, grads[0], retain_graph=True)[0] for y in (found, expected)))
         assert_close(*(torch.autograd.grad(pair, x, [*grads])[0] for pair in ((same, found), (x * 1, expected))))
-x = (2 * torch.randn(3, 7, 50, device=device)).requires_grad_()
+x = (2 * torch.randn(3, 7, 66, device=device)).requires_grad_()[..., :50]  # columns of wider rows
 value, gate = x.chunk(2, dim=-1)
 found, expected = norms.Geglu.apply(x), value * F.gelu(gate)
 assert_close(found, expected, 1e-5)
@@ -308,7 +346,7 @@ for shape in ((3, 5, 40), (2, 320), (3, 1280), (1, 5, 768)):
         both = [torch.autograd.grad(pair, (x, y) if add else (x,), grads) for pair in (found, expected)]
         for pair in zip(*both, strict=True):
             assert_close(*pair, tolerance)
-x = (2 * torch.randn(3, 7, 50, device=device)).requires_grad_()
+x = (2 * torch.randn(3, 7, 66, device=device)).requires_grad_()[..., :50]
 found, expected = rows.QuickGelu.apply(x), x * torch.sigmoid(1.702 * x)
 assert_close(found, expected, 1e-5)
 grad = torch.randn_like(found)
@@ -322,9 +360,14 @@ assert close(states_and_gradients(text_encoder), expected, 1e-4)
 for how in ({}, dict(targets=("time_emb_proj", "to_q")), dict(resnet_time_scale_shift="scale_shift"),
             dict(use_linear_projection=True)):
     how |= dict(groups=2)  # the interpreter is slow, and goes through one after another
-    expected, unet = output_and_gradients(small_unet(**how), side=4), small_unet(**how)
+    expected, unet, as_trained = output_and_gradients(small_unet(**how), side=4), small_unet(**how), fused(small_unet(**how))
     channels_last.rebuild(unet)
+    channels_last.rebuild(as_trained)
     assert close(output_and_gradients(unet, side=4), expected, 1e-4), how
+    assert close(output_and_gradients(as_trained, side=4), expected, 1e-4), how
+    blocks = [m for m in as_trained.modules() if type(m).__name__ == "ResnetBlock2D"]
+    whole = {getattr(vars(block).get("forward"), "func", None) is channels_last._block_forward for block in blocks}
+    assert whole == {"resnet_time_scale_shift" not in how}
     layers = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
     assert layers and all("forward" in vars(layer) for layer in layers)
     assert list(unet.state_dict()) and not any("time_emb_proj.1" in name for name in unet.state_dict())
@@ -462,7 +505,7 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
 
         def __getitem__(self, grid):
             def launch(*arguments, **sizes):
-                fixed = arguments[5:] if self.name == "geglu" else tuple(sorted(sizes.items()))
+                fixed = arguments[6:] if self.name == "geglu" else tuple(sorted(sizes.items()))
                 launched.append((self.name, arguments[0].dtype, fixed))
 
             return launch
@@ -486,7 +529,7 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
     assert set(launched) <= before
     assert 8 < len(before) <= 4 * len(set(launched))
     assert {name for name, *_ in before} == {
-        "norm_sums", "norm_apply", "geglu", "sum_norm", "sum_norm_backward", "quick_gelu"
+        "norm_sums", "norm_apply", "large_sums", "large_apply", "geglu", "sum_norm", "sum_norm_backward", "quick_gelu"
     }  # fmt: skip
     launched.clear()
     channels_last.compile_kernels([unet, text_encoder], training=False)

@@ -160,6 +160,8 @@ def test_small_micro_batches_are_trained_by_one_thread(two_threads, monkeypatch)
     assert threads.threads_for(threads.SMALL, "cpu") == 1
     assert threads.threads_for(threads.SMALL + 1, "cpu") == 2
     assert threads.threads_for(threads.SMALL, "cuda") == 2
+    miniature, stable_diffusion = 256 * 96, 256 * 320  # a picture of 256 pixels, one of 128
+    assert miniature < threads.SMALL < stable_diffusion
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as somebody wants it
     assert threads.threads_for(threads.SMALL, "cpu") == 2
     with threads.computing_with(1):

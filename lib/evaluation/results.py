@@ -202,19 +202,21 @@ def write_run(run, summary, shown, base_pairs):
             images += drawn
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-    sheets = {
-        "comparison_all.png": figures.comparison_figure(by_prompt, run.name, min(3, count)),
-        "overview.webp": figures.overview_figure(by_prompt, min(3, count)),
-    }
+    few = min(3, count)
+    sheets = {"comparison_all.png": (by_prompt, run.name, few)}
     for category in CATEGORIES:
         chosen = [row for row in by_prompt if row["category"] == category]
         if chosen:
-            title = f"{run.name}: {category}"
-            sheets[f"{category}_cases.png"] = figures.comparison_figure(chosen, title, count)
+            sheets[f"{category}_cases.png"] = chosen, f"{run.name}: {category}", count
+
+    def write_sheet(name):
+        figures.comparison_figure(*sheets[name]).save(new / name)
+
     with ThreadPoolExecutor() as pool:  # encoding a picture keeps a core busy, and no lock
         # The large ones first, so that none is left at the end.
-        begun = [pool.submit(sheet.save, new / name, quality=90) for name, sheet in sheets.items()]
+        begun = [pool.submit(write_sheet, name) for name in sheets]
         begun += [pool.submit(image.save, path) for image, path in zip(images, paths, strict=True)]
+        figures.overview_figure(by_prompt, few).save(new / "overview.webp", quality=90)
         page = pages.run_page(run, summary, shown)
         for save in begun:
             save.result()

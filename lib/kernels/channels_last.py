@@ -1,5 +1,5 @@
-"""A UNet or VAE in channels-last layout, the tensor cores' own, with the kernels of norms.py; its
-transformers, and a text encoder's, with those of rows.py."""
+"""A UNet or VAE in channels-last layout, the tensor cores' own, with the kernels of norms.py and large_maps.py;
+its transformers, and a text encoder's, with those of rows.py."""
 
 import functools
 import itertools
@@ -67,8 +67,7 @@ def compile_kernels(models, training):
     passes = (False, True) if training else (False,)
     each = itertools.product(of_each_size, passes, (False, True))
     jobs = [functools.partial(launch, *how) for how in each]
-    if not training:  # of which a batch has one picture as a rule
-        jobs += [functools.partial(launch_large, norm) for norm in of_each_size]
+    jobs += [functools.partial(launch_large, norm) for norm in of_each_size]
     if any(isinstance(module, GEGLU) for module in modules):
         jobs += [functools.partial(launch_geglu, backward) for backward in passes]
     of_rows = {}

@@ -20,9 +20,10 @@ class AdaptedLinear(torch.autograd.Function):
     """factor (x W^T + scale (x A^T) B^T) + bias, with W and its bias frozen; a factor of None is 1.
 
     Of n layers side by side: x [..., in] and `matrix`, which is W [outputs of all, in] and below it A [n rank, in],
-    so that one product gives both x W^T and x A^T; bias, or None, is [outputs] and n rank zeros. `a` is that part
-    of the matrix again, to be given its gradient. B is block diagonal; `blocks` are tensors [layers, out, rank] of neighbours that have as many outputs,
-    together those of the first n. Layers behind them have no B and are W alone. All are of one type.
+    so that one product gives both x W^T and x A^T; what lies below that is zero, and so is what lies behind the
+    [outputs] of bias, which may be None. `a` is that part of the matrix again, to be given its gradient. B is block
+    diagonal; `blocks` are tensors [layers, out, rank] of neighbours that have as many outputs, together those of the
+    first n. Layers behind them have no B and are W alone. All are of one type.
     With DoRA, where each layer has a B, factor and inverse, float32 [outputs], are magnitude / norm and
     1 / norm; the magnitude itself [outputs] is only there to be given its gradient.
 
@@ -31,10 +32,11 @@ class AdaptedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, matrix, bias, scale, factor, inverse, magnitude, a, *blocks):
-        rows, outputs = x.reshape(-1, x.shape[-1]), len(matrix) - len(a)
+    def forward(ctx, x, matrix, outputs, bias, scale, factor, inverse, magnitude, a, *blocks):
+        rows = x.reshape(-1, x.shape[-1])
         both = F.linear(rows, matrix, bias if factor is None else None)
-        out, low = both[:, :outputs], both[:, outputs:]
+        # Views: while `low` is kept for the backward pass, so are the outputs.
+        out, low = both[:, :outputs], both[:, outputs : outputs + len(a)]
         for to, of, b in _parts(out, low, blocks):
             if len(b) == 1:
                 to[0].addmm_(of[0], b[0].T, alpha=scale)
@@ -47,13 +49,13 @@ class AdaptedLinear(torch.autograd.Function):
             if bias is not None:
                 out += bias[:outputs]
         ctx.save_for_backward(rows, matrix, low, direction, factor, inverse, *blocks)
-        ctx.scale = scale
+        ctx.outputs, ctx.scale = outputs, scale
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
         rows, matrix, low, direction, factor, inverse, *blocks = ctx.saved_tensors
-        weight, a = matrix.split([len(matrix) - low.shape[1], low.shape[1]])
+        weight, a = matrix[: ctx.outputs], matrix[ctx.outputs : ctx.outputs + low.shape[1]]
         shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])
         grad_magnitude = None
         if factor is not None:
@@ -74,7 +76,7 @@ class AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_low, a).view(*shape[:-1], -1)
         grad_a = grad_low.T @ rows
-        return grad_x, None, None, None, None, None, grad_magnitude, grad_a, *grad_blocks
+        return grad_x, *[None] * 6, grad_magnitude, grad_a, *grad_blocks
 
 
 def spans(blocks):
@@ -105,7 +107,7 @@ class Product:
     `layers` are linear layers or PEFT's LoRA or DoRA layers around them, or both, of one rank and scale, all
     with a bias or all without.
     Their weights become views of one tensor on `device`. Those with LoRA compute with `a` and `blocks`, see
-    AdaptedLinear, which `bind` sets, and DoRA with what DoraFactors sets.
+    AdaptedLinear, which `bound` sets, and DoRA with what DoraFactors sets before.
     """
 
     def __init__(self, layers, device):
@@ -121,7 +123,9 @@ class Product:
         self.a, self.blocks, self.magnitude, self.factor, self.inverse = None, (), None, None, None
         self.sizes = [base.out_features for base in self.bases]
         weights = [base.weight.data for base in self.bases]
-        room = sum(layer.lora_A["default"].out_features for layer in self.adapted)  # for A
+        ranks = sum(layer.lora_A["default"].out_features for layer in self.adapted)
+        # Room for A, filled up so that rows of outputs begin where kernels can read 16 values at once.
+        room = math.ceil(ranks / 16) * 16
         weights.append(weights[0].new_zeros(room, weights[0].shape[1]))
         self.move(torch.cat(weights).to(device))
         self.bias = None
@@ -132,7 +136,9 @@ class Product:
                 base.bias.data = part
 
     def move(self, matrix):
-        """Compute with `matrix`, which holds what the layers' weights and A hold, and make the weights views of it."""
+        """Compute with `matrix`, which holds what the present one does, and make the weights views of it."""
+        if self.a is not None:
+            raise RuntimeError("a product is moved before it is bound, or its A would stay behind")
         self.matrix, self.weight = matrix, matrix[: sum(self.sizes)]
         for base, part in zip(self.bases, self.weight.split(self.sizes), strict=True):
             base.weight.data = part
@@ -162,7 +168,7 @@ class Product:
             bias = None if self.bias is None else self.bias[: len(self.weight)]
             return F.linear(x, self.weight, bias)
         return AdaptedLinear.apply(
-            x, self.matrix, self.bias, self.scale, self.factor, self.inverse, self.magnitude, self.a, *self.blocks
+            x, self.matrix, len(self.weight), self.bias, self.scale, self.factor, self.inverse, self.magnitude, self.a, *self.blocks
         )  # fmt: skip
 
     def __call__(self, x):
@@ -209,11 +215,12 @@ def bound(products, vector):
 
     for product in products:
         if product.adapted:
-            a = product.matrix[len(product.weight) :]
+            shapes, outputs = product.block_shapes(), len(product.weight)
+            a = product.matrix[outputs : outputs + sum(layers * rank for layers, _, rank in shapes)]
             to.append(a)
             of.append(take(*a.shape))
             product.a = leaf(a)
-            product.blocks = [leaf(take(*shape)) for shape in product.block_shapes()]
+            product.blocks = [leaf(take(*shape)) for shape in shapes]
     for product in products:
         if product.magnitudes():
             product.magnitude = leaf(take(len(product.weight)))

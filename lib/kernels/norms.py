@@ -141,11 +141,12 @@ if triton:
             tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _geglu(x, grad, out, COUNT, HALF, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
-        """out = x[:, :HALF] gelu(x[:, HALF:]), or backward both halves of the gradient of x."""
+    def _geglu(x, STRIDE, grad, out, COUNT, HALF, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
+        """out = x[:, :HALF] gelu(x[:, HALF:]), or backward both halves of the gradient of x, whose rows are STRIDE
+        apart."""
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = place < COUNT
-        left = place // HALF * 2 * HALF + place % HALF
+        left = place // HALF * STRIDE + place % HALF
         value = tl.load(x + left, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(x + left + HALF, mask=inside, other=0.0).to(tl.float32)
         normal = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))  # the distribution's integral
@@ -153,6 +154,7 @@ if triton:
             dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
             density = tl.exp(-0.5 * gate * gate) * 0.3989422804014327
             d_gate = dy * value * (normal + gate * density)
+            left = place // HALF * 2 * HALF + place % HALF
             tl.store(out + left, (dy * gate * normal).to(out.dtype.element_ty), mask=inside)
             tl.store(out + left + HALF, d_gate.to(out.dtype.element_ty), mask=inside)
         else:
@@ -220,7 +222,6 @@ class Geglu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.contiguous()
         ctx.save_for_backward(x)
         return run_geglu(x, None)
 
@@ -231,7 +232,15 @@ class Geglu(torch.autograd.Function):
 
 def run_geglu(x, grad):
     half, count = x.shape[-1] // 2, x.numel() // 2
-    out = x.new_empty(*x.shape[:-1], half) if grad is None else torch.empty_like(x)
+    out = x.new_empty(*x.shape[:-1], half) if grad is None else x.new_empty(x.shape)
+    x = rows_of(x)
     grid = (triton.cdiv(count, 1024),)
-    _geglu[grid](x, x if grad is None else grad, out, count, half, 1024, grad is not None)
+    _geglu[grid](x, x.stride(0), x if grad is None else grad, out, count, half, 1024, grad is not None)  # fmt: skip
     return out
+
+
+def rows_of(x):
+    """x [..., width] as rows [n, width], whose values lie side by side: a view also of some columns of wider rows, as
+    an adapted layer's outputs are."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()

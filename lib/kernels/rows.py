@@ -14,6 +14,7 @@ from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from lib.kernels.compiling import tl, triton
+from lib.kernels.norms import rows_of
 
 if triton:
 
@@ -64,11 +65,14 @@ if triton:
         tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _quick_gelu(x, grad, out, COUNT, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
-        """out = x sigmoid(1.702 x), or backward the gradient of x."""
+    def _quick_gelu(
+        x, STRIDE, grad, out, COUNT, WIDTH, BLOCK: tl.constexpr, BACKWARD: tl.constexpr
+    ):
+        """out = x sigmoid(1.702 x), or backward the gradient of x, whose rows are STRIDE apart."""
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = place < COUNT
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        own = place // WIDTH * STRIDE + place % WIDTH
+        value = tl.load(x + own, mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(1.702 * value)
         result = value * sigmoid
         if BACKWARD:
@@ -110,9 +114,7 @@ def run_sum_norm(x, y, weight, bias, eps):
     width, add = x.shape[-1], y is not None
     total, out = torch.empty_like(x) if add else x, torch.empty_like(x)
     statistics = x.new_empty(x.numel() // width, 2, dtype=torch.float32)
-    rows = (y if add else x).reshape(-1, width)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = rows_of(y if add else x)
     inputs = x, rows, rows.stride(0), weight, bias
     _sum_norm[len(statistics),](*inputs, total, statistics, out, eps, ADD=add, **_sizes(width))
     return total, out, statistics
@@ -131,7 +133,6 @@ class QuickGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.contiguous()
         ctx.save_for_backward(x)
         return run_quick_gelu(x, None)
 
@@ -141,10 +142,10 @@ class QuickGelu(torch.autograd.Function):
 
 
 def run_quick_gelu(x, grad):
-    out, backward = torch.empty_like(x), grad is not None
+    out, rows, backward = x.new_empty(x.shape), rows_of(x), grad is not None
     _quick_gelu[triton.cdiv(x.numel(), 1024),](
-        x, grad if backward else x, out, x.numel(), BLOCK=1024, BACKWARD=backward
-    )
+        rows, rows.stride(0), grad if backward else rows, out, x.numel(), x.shape[-1], BLOCK=1024, BACKWARD=backward
+    )  # fmt: skip
     return out
 
 

@@ -1,8 +1,7 @@
 """As few CPU threads as are faster: one, where a micro-batch is so small that several wait for one another.
 
-A training step of the miniature, two thousand operations of some 30 µs, took 77 to 82 ms with one thread on two
-quiet cores, 118 to 127 ms with two of them; beside a busy process 77 and 137 ms. From a micro-batch of four pictures
-on two are faster (bench/README.md).
+A training step of the miniature is two thousand operations of some 30 µs. On two cores one thread is faster up to two
+pictures at once, and beside a busy process also beyond (bench/README.md, "On a CPU").
 """
 
 import contextlib
@@ -10,12 +9,14 @@ import os
 
 import torch
 
-SMALL = 512  # cells of a micro-batch's latents, of one channel
+SMALL = (
+    50_000  # values of a UNet's first map of a micro-batch; the miniature's has 24,576 a picture
+)
 
 
-def threads_for(cells, device):
-    """How many CPU threads are to train on micro-batches of so many cells; OMP_NUM_THREADS has the last word."""
-    small = torch.device(device).type == "cpu" and cells <= SMALL
+def threads_for(values, device):
+    """How many CPU threads are to train a UNet whose first map has so many values; OMP_NUM_THREADS has the last word."""
+    small = torch.device(device).type == "cpu" and values <= SMALL
     return 1 if small and "OMP_NUM_THREADS" not in os.environ else torch.get_num_threads()
 
 

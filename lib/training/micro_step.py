@@ -87,8 +87,12 @@ class MicroStep:
             for shape in latents.shapes()
         }
         self.now = None
-        # Of the largest micro-batch's latents.
-        self.cells = batch_size * max(height * width for _, height, width in latents.shapes())
+
+    def values(self):
+        """How many values the UNet's first map of a micro-batch has, of the largest."""
+        cells = max(height * width for _, height, width in self.latents.shapes())
+        captions = 1 + (self.preservation.per_picture if self.preservation else 0)
+        return self.batch_size * captions * cells * self.unet.config.block_out_channels[0]
 
     def fill(self, pictures, draws):
         """Begin to copy a micro-batch of one shape, as Samples gives it, to where the pass reads it."""

@@ -28,7 +28,8 @@ class LoraParameters:
     dora: DoraFactors | None  # what DoRA's layers scale with; LoRA has none
 
     def refresh(self):
-        """Give the model the values that `flat` has now."""
+        """Give the model the values that `flat` has now: before anything is computed, as A is a copy even where
+        `working` and `flat` share memory."""
         self.working.copy_(self.flat.data)
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)

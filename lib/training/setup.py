@@ -86,8 +86,9 @@ def recompute_large_maps(unet):
     """Compute the larger half of a UNet's sizes of maps again for the backward pass. The smaller ones take little
     memory and much time: what a kernel takes hardly depends on the size of small maps."""
     unet.enable_gradient_checkpointing(recomputed)
-    half = len(unet.down_blocks) // 2
-    small = *unet.down_blocks[half:], unet.mid_block, *unet.up_blocks[:half]
+    sizes = len(unet.down_blocks)
+    large = (sizes + 1) // 2
+    small = *unet.down_blocks[large:], unet.mid_block, *unet.up_blocks[: sizes - large]
     for block in filter(None, small):  # a small Stable Diffusion has none in the middle
         for module in block.modules():
             if hasattr(module, "gradient_checkpointing"):
