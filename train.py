@@ -46,8 +46,9 @@ from lib.training.journal import check_trackers
 # Left alone they spin so long that another process on one of the cores stops nearly everything; not
 # spinning at all (OMP_WAIT_POLICY=PASSIVE) halves the speed on a quiet machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-# GPU memory in segments that grow: what the models leave on being loaded is otherwise in pieces, 80 MB of them.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which would win
+# GPU memory in segments that grow, which Linux has: what the models leave on being loaded is otherwise in
+# pieces, 80 MB of them. Of the variable's two names the older one would win.
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 CONFIG = dict(
