@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from bench.step_profile import milliseconds
 from lib.errors import UserError, run_script
 from lib.kernels import norms
 from lib.kernels.graphs import captured
@@ -33,25 +34,18 @@ def microseconds(call):
             call()
 
     (replay,) = captured([calls], torch.device("cuda"))
-    times = []
-    for _ in range(REPLAYS + 1):  # the first warms up
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / CALLS * 1e3)
-    return min(times[1:])
+    replay()
+    return min(milliseconds(replay, 1) for _ in range(REPLAYS)) / CALLS * 1e3
 
 
 @torch.no_grad()
 def main():
     if norms.triton is None or not torch.cuda.is_available():
         raise UserError("this needs a CUDA GPU and Triton")
+    print(torch.cuda.get_device_name())
     print(
-        f"{torch.cuda.get_device_name()}\n\n| maps, channels, side | norms.py, us | large_maps.py, us | taken |"
+        "\n| maps, channels, side | norms.py, us | large_maps.py, us | taken |\n|---|--:|--:|---|"
     )
-    print("|---|--:|--:|---|")
     for n, channels, side in SHAPES:
         x = torch.randn(n, channels, side, side, device="cuda", dtype=torch.float16)
         x = x.to(memory_format=torch.channels_last)
@@ -64,9 +58,8 @@ def main():
                     x, None, None, None, statistics, weight, bias, GROUPS, 1e-5, True  # noqa: B023, of this shape
                 )))  # fmt: skip
         taken = "large_maps" if n * side**2 >= norms.LARGE else "norms"
-        print(
-            f"| {n}, {channels}, {side} | {times[0]:.1f} | {times[1]:.1f} | {taken} |", flush=True
-        )
+        small, large = (f"{time:.1f}" for time in times)
+        print(f"| {n}, {channels}, {side} | {small} | {large} | {taken} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ small kernels (see bench/README.md). Here are fewer of them, and one launch for 
 - graphs: everything a function launches, recorded once as a CUDA graph and replayed;
 - adamw8bit: bitsandbytes' AdamW with learning rate, loss scale and step number read on the GPU;
 - staging: pinned memory for copies that nobody waits for;
-- threads: a CPU's, as few as are faster.
+- threads: a CPU's, as few as do.
 
 The first three work on any device; those for a GPU say it where they cannot be had, and plain PyTorch remains.
 """

@@ -52,9 +52,8 @@ class DoraFactors:
         """‖W + s B A‖² of each output of products of one shape, [products, outputs]."""
         scale, parts = group[0].scale, []
         for number, (outputs, rows) in enumerate(spans(group[0].blocks)):
-            b = torch.stack(
-                [product.blocks[number] for product in group], dim=1
-            )  # [layers, products, out, rank]
+            # [layers, products, out, rank]
+            b = torch.stack([product.blocks[number] for product in group], dim=1)
             a = torch.stack([product.a[rows].unflatten(0, (len(b), -1)) for product in group], dim=1)  # fmt: skip
             w = weights[:, outputs].unflatten(1, (len(b), -1)).transpose(0, 1)
             if 1 in b.shape[:2]:  # then all of w is a view as one batch too

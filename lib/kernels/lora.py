@@ -91,13 +91,8 @@ def _parts(outputs, low, blocks):
     """For each of `blocks` its columns of `outputs` [rows, …] and of `low` [rows, …], both as
     [layers, rows, columns of one], and itself."""
     for b, (wide, thin) in zip(blocks, spans(blocks), strict=True):
-        yield (
-            *(
-                x.unflatten(1, (len(b), -1)).transpose(0, 1)
-                for x in (outputs[:, wide], low[:, thin])
-            ),
-            b,
-        )
+        both = (x.unflatten(1, (len(b), -1)) for x in (outputs[:, wide], low[:, thin]))
+        yield *(x.transpose(0, 1) for x in both), b
 
 
 class Product:
@@ -123,9 +118,9 @@ class Product:
         self.a, self.blocks, self.magnitude, self.factor, self.inverse = None, (), None, None, None
         self.sizes = [base.out_features for base in self.bases]
         weights = [base.weight.data for base in self.bases]
-        ranks = sum(layer.lora_A["default"].out_features for layer in self.adapted)
+        self.ranks = sum(layer.lora_A["default"].out_features for layer in self.adapted)
         # Room for A, filled up so that rows of outputs begin where kernels can read 16 values at once.
-        room = math.ceil(ranks / 16) * 16
+        room = math.ceil(self.ranks / 16) * 16
         weights.append(weights[0].new_zeros(room, weights[0].shape[1]))
         self.move(torch.cat(weights).to(device))
         self.bias = None
@@ -215,12 +210,12 @@ def bound(products, vector):
 
     for product in products:
         if product.adapted:
-            shapes, outputs = product.block_shapes(), len(product.weight)
-            a = product.matrix[outputs : outputs + sum(layers * rank for layers, _, rank in shapes)]
+            outputs = len(product.weight)
+            a = product.matrix[outputs : outputs + product.ranks]
             to.append(a)
             of.append(take(*a.shape))
             product.a = leaf(a)
-            product.blocks = [leaf(take(*shape)) for shape in shapes]
+            product.blocks = [leaf(take(*shape)) for shape in product.block_shapes()]
     for product in products:
         if product.magnitudes():
             product.magnitude = leaf(take(len(product.weight)))

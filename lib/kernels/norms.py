@@ -9,6 +9,7 @@ import torch
 
 from lib.kernels.compiling import tl, triton
 from lib.kernels.large_maps import LARGE, norm_of_large_maps
+from lib.kernels.rows import rows_of
 
 MOST_PARTS = 16  # into which a group's pixels are divided, to be summed in parallel
 # Values of a group, filled up to a power of two a pixel, that are one program's: launching two takes longer.
@@ -77,9 +78,8 @@ if triton:
         b = tl.load(bias + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
         shifts, shifted = shift + picture * STRIDE + channel, STRIDE >= 0
         s = tl.load(shifts + column, mask=(column < GROUP) & shifted, other=0.0).to(tl.float32)
-        x0 = tl.load(x + start).to(tl.float32) + tl.load(shifts, mask=shifted, other=0.0).to(
-            tl.float32
-        )
+        x0 = tl.load(x + start).to(tl.float32)
+        x0 += tl.load(shifts, mask=shifted, other=0.0).to(tl.float32)
         mean, rstd = x0, x0
         if BACKWARD:
             mean = tl.load(statistics + tl.program_id(0) * 2)
@@ -237,10 +237,3 @@ def run_geglu(x, grad):
     grid = (triton.cdiv(count, 1024),)
     _geglu[grid](x, x.stride(0), x if grad is None else grad, out, count, half, 1024, grad is not None)  # fmt: skip
     return out
-
-
-def rows_of(x):
-    """x [..., width] as rows [n, width], whose values lie side by side: a view also of some columns of wider rows, as
-    an adapted layer's outputs are."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()

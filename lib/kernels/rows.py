@@ -14,7 +14,6 @@ from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from lib.kernels.compiling import tl, triton
-from lib.kernels.norms import rows_of
 
 if triton:
 
@@ -32,10 +31,8 @@ if triton:
         b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         if ADD:
-            rounded = value + tl.load(y + row * STRIDE + column, mask=inside, other=0.0).to(
-                tl.float32
-            )
-            rounded = rounded.to(total.dtype.element_ty)
+            other = tl.load(y + row * STRIDE + column, mask=inside, other=0.0).to(tl.float32)
+            rounded = (value + other).to(total.dtype.element_ty)
             tl.store(total + place, rounded, mask=inside)
             value = rounded.to(tl.float32)
         mean = tl.sum(value, 0) / WIDTH
@@ -101,6 +98,13 @@ class SumNorm(torch.autograd.Function):
         total, weight, statistics = ctx.saved_tensors
         grad = run_sum_norm_backward(total, grad_total, grad_norm, weight, statistics)
         return grad, grad if ctx.added else None, None, None, None
+
+
+def rows_of(x):
+    """x [..., width] as rows [n, width], whose values lie side by side: a view also of some columns of wider rows, as
+    an adapted layer's outputs are."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _sizes(width):

@@ -1,7 +1,7 @@
-"""As few CPU threads as are faster: one, where a micro-batch is so small that several wait for one another.
+"""As few CPU threads as do: one, where a micro-batch is so small that several mostly wait for one another.
 
-A training step of the miniature is two thousand operations of some 30 µs. On two cores one thread is faster up to two
-pictures at once, and beside a busy process also beyond (bench/README.md, "On a CPU").
+A training step of the miniature is two thousand operations of some 30 µs. Up to two pictures at once one thread is about
+as fast as two on quiet cores, and twice as fast beside a busy process (bench/README.md, "On a CPU").
 """
 
 import contextlib

@@ -33,9 +33,8 @@ class LoraParameters:
         self.working.copy_(self.flat.data)
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)
-        if (
-            self.dora
-        ):  # from the vector itself: half precision would swallow a magnitude's small steps
+        # From the vector itself: half precision would swallow a magnitude's small steps.
+        if self.dora:
             self.dora.refresh(self.flat.data[-self.dora.factors.numel() :])
 
 

@@ -126,9 +126,8 @@ class RecordedUpdates:
             self.scaler.scale(micro.loss)  # its tensors are there from its first use on
         (self.update,) = captured([self.recorded], device)
         self.outcome[-1] = 0
-        average(
-            micro.gradient, self.processes
-        )  # of zeros: GPUs connect to one another at the first
+        # Of zeros: GPUs connect to one another at the first.
+        average(micro.gradient, self.processes)
 
     @torch.no_grad()
     def recorded(self):
