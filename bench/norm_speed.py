@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What a group norm with its SiLU takes forward, of maps of Stable Diffusion's sizes: by the kernels of norms.py and by
-those of large_maps.py, and which of the two is taken.
+"""What a group norm with its SiLU takes, of maps of Stable Diffusion's sizes: PyTorch's, and those of norms.py
+forward and backward.
 
     python bench/norm_speed.py
 
@@ -10,12 +10,12 @@ read lies in the GPU's cache as far as it fits, as it does behind a convolution.
 
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+import torch.nn.functional as F
 
 from bench.step_profile import milliseconds
 from lib.errors import UserError, run_script
@@ -44,22 +44,21 @@ def main():
         raise UserError("this needs a CUDA GPU and Triton")
     print(torch.cuda.get_device_name())
     print(
-        "\n| maps, channels, side | norms.py, us | large_maps.py, us | taken |\n|---|--:|--:|---|"
+        "\n| maps, channels, side | PyTorch, us | norms.py, us | backward, us |\n|---|--:|--:|--:|"
     )
     for n, channels, side in SHAPES:
         x = torch.randn(n, channels, side, side, device="cuda", dtype=torch.float16)
         x = x.to(memory_format=torch.channels_last)
         weight, bias = torch.randn(2, channels, device="cuda", dtype=torch.float16)
-        statistics = torch.empty(n * GROUPS, 2, device="cuda")
-        times = []
-        for large in (x.numel(), 1):  # from how many pixels on maps are large: none are, all are
-            with patch.object(norms, "LARGE", large):
-                times.append(microseconds(lambda: norms.group_norm(
-                    x, None, None, None, statistics, weight, bias, GROUPS, 1e-5, True  # noqa: B023, of this shape
-                )))  # fmt: skip
-        taken = "large_maps" if n * side**2 >= norms.LARGE else "norms"
-        small, large = (f"{time:.1f}" for time in times)
-        print(f"| {n}, {channels}, {side} | {small} | {large} | {taken} |", flush=True)
+        statistics = torch.rand(n * GROUPS, 2, device="cuda")
+        known = statistics, weight, bias, GROUPS, 1e-5, True
+        calls = (
+            lambda: F.silu(F.group_norm(x, GROUPS, weight, bias, 1e-5)),  # noqa: B023, of this shape
+            lambda: norms.group_norm(x, None, None, None, *known),  # noqa: B023
+            lambda: norms.group_norm(x, None, x, None, *known),  # noqa: B023
+        )
+        times = (f"{microseconds(call):.1f}" for call in calls)
+        print(f"| {n}, {channels}, {side} | {' | '.join(times)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,17 @@ small kernels (see bench/README.md). Here are fewer of them, and one launch for 
   read the same input, together;
 - joined: which those are in a UNet and a CLIP text encoder;
 - dora: the norms of all DoRA layers taken together;
-- channels_last: convolutions in the layout of the tensor cores, with the Triton kernels of norms.py and
-  large_maps.py between them, which read and write that layout once, and those of rows.py, which are a
-  transformer's sums with the layer norms that follow them, and CLIP's activation;
+- channels_last: convolutions in the layout of the tensor cores, with the Triton kernels of norms.py (group norm) and
+  maps.py (biases, sums, upsampling, concatenation) around them, which read and write that layout once;
+- blocks: transformers with the Triton kernels of rows.py, which are their sums with the layer norms that follow them,
+  GEGLU and CLIP's activation;
+- guided: what guidance would compute twice with the same result, computed once;
 - attention: cuDNN's kernels compiled all at once, for the first run on a machine;
-- graphs: everything a function launches, recorded once as a CUDA graph and replayed;
+- graphs: everything a function launches, recorded once as a CUDA graph and replayed, with the kernels of memsets.py in
+  the place of memsets, which hold a graph up;
 - adamw8bit: bitsandbytes' AdamW with learning rate, loss scale and step number read on the GPU;
 - staging: pinned memory for copies that nobody waits for;
 - threads: a CPU's, as few as do.
 
-The first three work on any device; those for a GPU say it where they cannot be had, and plain PyTorch remains.
+Those of lora, joined, dora and guided work on any device; those for a GPU say it where they cannot be had, and plain PyTorch remains.
 """

@@ -1,24 +1,27 @@
-"""A UNet or VAE in channels-last layout, the tensor cores' own, with the kernels of norms.py and large_maps.py;
-its transformers, and a text encoder's, with those of rows.py."""
+"""A UNet or VAE in channels-last layout, the tensor cores' own, with the kernels of norms.py and maps.py;
+its transformers, and a text encoder's, as blocks.py has them."""
 
 import functools
 import itertools
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.activations import GEGLU
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
 
+from lib.kernels.blocks import row_jobs, use_row_kernels
 from lib.kernels.compiling import failure, in_threads, triton
 from lib.kernels.joined import TimestepProjections, is_plain_block
-from lib.kernels.large_maps import norm_of_large_maps
-from lib.kernels.norms import WHOLE, Geglu, GroupNormSilu, group_norm, run_geglu
-from lib.kernels.rows import QuickGelu, SumNorm, row_jobs, use_row_kernels
+from lib.kernels.maps import Beside, SumBias, Twice, convolved, run_sum_bias, without_bias
+from lib.kernels.norms import KINDS_OF_MAPS, GroupNormSilu, group_norm
+from lib.kernels.rows import Geglu, QuickGelu, SumNorm
 
 
 def channels_last(*models, training=False):
-    """Put UNets and VAEs on a GPU into channels-last layout, with the kernels of norms.py and rows.py, and
-    give text encoders those of rows.py; any other device is left as it is. Their own weights must be
+    """Put UNets and VAEs on a GPU into channels-last layout, with the kernels of norms.py, maps.py and rows.py,
+    and give text encoders those of rows.py; any other device is left as it is. Their own weights must be
     frozen; `training` says whether gradients will pass through them.
 
     Where Triton cannot be had (it needs a C compiler, and a GPU that it knows) that is said, and
@@ -46,30 +49,25 @@ def compile_kernels(models, training):
     norms = [module for module in modules if isinstance(module, torch.nn.GroupNorm)]
     of_each_size = {norm.num_channels // norm.num_groups: norm for norm in norms}.values()
 
-    def launch(norm, backward, large):
-        # Of pixels so many that one program takes a group, or that it does not; a multiple of 16 as in
-        # Stable Diffusion, which Triton compiles other code for.
-        height = WHOLE * norm.num_groups // norm.num_channels // 16 + 1 if large else 1
-        x = place.new_zeros(1, norm.num_channels, height, 16).to(memory_format=torch.channels_last)
+    def launch_sum_bias(add):
+        x = place.new_zeros(1, 64, 4, 4).to(memory_format=torch.channels_last)
+        run_sum_bias(x, x if add else None, x[0, :, 0, 0].contiguous())
+
+    def launch(norm, backward, pixels):
+        # A multiple of 16 as in Stable Diffusion, which Triton compiles other code for.
+        x = place.new_zeros(1, norm.num_channels, pixels // 16, 16)
+        x = x.to(memory_format=torch.channels_last)
         statistics = x.new_zeros(norm.num_groups, 2, dtype=torch.float32)
         grad = x if backward else None
         group_norm(x, None, grad, None, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)  # fmt: skip
 
-    def launch_large(norm):
-        x = place.new_zeros(1, norm.num_channels, 4, 4).to(memory_format=torch.channels_last)
-        statistics = x.new_empty(norm.num_groups, 2, dtype=torch.float32)
-        norm_of_large_maps(x, None, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)  # fmt: skip
-
-    def launch_geglu(backward):
-        x = place.new_zeros(16, 32)
-        run_geglu(x, x[:, :16].contiguous() if backward else None)
-
     passes = (False, True) if training else (False,)
-    each = itertools.product(of_each_size, passes, (False, True))
-    jobs = [functools.partial(launch, *how) for how in each]
-    jobs += [functools.partial(launch_large, norm) for norm in of_each_size]
-    if any(isinstance(module, GEGLU) for module in modules):
-        jobs += [functools.partial(launch_geglu, backward) for backward in passes]
+    kinds = itertools.product(of_each_size, passes, KINDS_OF_MAPS)
+    # The largest maps have few channels.
+    jobs = [
+        functools.partial(launch, *kind) for kind in kinds if kind[0].num_channels * kind[2] < 2**23
+    ]
+    jobs += [functools.partial(launch_sum_bias, add) for add in (False, True)]
     of_rows = {}
     for model in models:
         of_rows |= row_jobs(model, training)
@@ -87,25 +85,27 @@ def missing_kernels(device):
     if triton is None:
         return "this torch came without Triton"
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 32, 5, 5, generator=generator).to(device)
+    large = torch.randn(2, 32, 24, 24, generator=generator).to(device)
     weight, bias = torch.randn(2, 32, generator=generator).to(device)
 
     def compare():
         close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-4)
-        norm = F.silu(F.group_norm(x, 8, weight, bias))
-        rows, shift = x.permute(0, 2, 3, 1), x[..., 0, 0].contiguous()
+        right = True
+        for x, groups in ((large[..., :5, :5], 8), (large, 1)):  # by one kernel, and by two
+            norm, shift = F.silu(F.group_norm(x, groups, weight, bias)), x[..., 0, 0].contiguous()
+            less = (x - shift[..., None, None]).contiguous(memory_format=torch.channels_last)
+            for maps, added in ((x, None), (less, shift)):
+                found = GroupNormSilu.apply(maps, added, weight, bias, groups, 1e-5, True)[1]
+                right = right and close(found, norm)
+        rows = x.permute(0, 2, 3, 1)
         total, normed = SumNorm.apply(rows, rows, weight, bias, 1e-5)
-        less = (x - shift[..., None, None]).contiguous(memory_format=torch.channels_last)
-        how = weight, bias, 8, 1e-5, True
-        large = norm_of_large_maps(less, shift, x.new_empty(2 * 8, 2), *how)
         right = (
-            close(GroupNormSilu.apply(x, None, *how)[1], norm)
-            and close(GroupNormSilu.apply(less, shift, *how)[1], norm)
-            and close(large, norm)
+            right
             and close(Geglu.apply(x[..., :4]), x[..., :2] * F.gelu(x[..., 2:4]))
             and close(total, 2 * rows)
             and close(normed, F.layer_norm(2 * rows, (32,), weight, bias))
             and close(QuickGelu.apply(x), x * torch.sigmoid(1.702 * x))
+            and close(SumBias.apply(x, less, bias), x + less + bias[:, None, None])
         )
         return None if right else "their results are wrong here"
 
@@ -126,18 +126,26 @@ def rebuild(model):
             _join_biases(module)
             if _is_pointwise(module.conv_shortcut):
                 module.conv_shortcut.forward = functools.partial(_pointwise, module.conv_shortcut)
-            if id(module) in projected:
+            if module.time_emb_proj is None or id(module) in projected:
                 module.forward = functools.partial(_block_forward, module)
         elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
             _project_rows(module)
         elif isinstance(getattr(module, "conv_act", None), torch.nn.SiLU):
             silent.add(module.conv_norm_out)
             module.conv_act = torch.nn.Identity()
+        elif (
+            isinstance(module, (Upsample2D, Downsample2D)) and type(module.conv) is torch.nn.Conv2d
+        ):
+            module.conv.forward = functools.partial(convolved, module.conv)
+            if isinstance(module, Upsample2D) and module.interpolate and module.norm is None:
+                module.forward = functools.partial(_upsample_forward, module, module.forward)
+        elif type(module) in (UpBlock2D, CrossAttnUpBlock2D):
+            module.forward = functools.partial(_up_forward, module, module.forward)
+    if type(getattr(model, "conv_in", None)) is torch.nn.Conv2d:
+        model.conv_in.forward = functools.partial(convolved, model.conv_in)
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.forward = functools.partial(_norm_forward, module, module in silent)
-        elif isinstance(module, GEGLU):
-            module.forward = functools.partial(_geglu_forward, module)
 
 
 @torch.no_grad()
@@ -189,15 +197,48 @@ def _normed(norm, x, silu, shift=None):
     return GroupNormSilu.apply(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
 
 
-def _block_forward(block, x, timestep):
-    """A residual block's, with the timestep's shift added where its second norm reads it: a pass over the whole
-    tensor less."""
+def _block_forward(block, x, temb=None):
+    """A residual block's, with what is added between its convolutions, the timestep's shift or the first one's bias,
+    added where the second norm reads it, and the last bias with the sum: two passes over the whole tensor less."""
     x, hidden = _normed(block.norm1, x, True)
-    hidden, shift = block.conv1(hidden), timestep[id(block)]
+    if temb is None:
+        hidden, shift = without_bias(block.conv1, hidden), block.conv1.bias.expand(len(x), -1)
+    else:
+        hidden, shift = block.conv1(hidden), temb[id(block)]
     if shift.requires_grad:  # of an adapter on its projection
         hidden, shift = hidden + shift[:, :, None, None], None
-    hidden = block.conv2(block.dropout(_normed(block.norm2, hidden, True, shift)[1]))
-    return hidden + (x if block.conv_shortcut is None else block.conv_shortcut(x))
+    hidden = block.dropout(_normed(block.norm2, hidden, True, shift)[1])
+    if block.conv_shortcut is None:
+        return convolved(block.conv2, hidden, x)
+    return block.conv2(hidden) + block.conv_shortcut(x)
+
+
+def _up_forward(block, forward, hidden_states, res_hidden_states_tuple, temb=None, upsample_size=None,
+                encoder_hidden_states=None, **others):  # fmt: skip
+    """That of a UNet's block on the way up, but for how maps are put beside those of the way down; what Stable
+    Diffusion does not give it goes to its own `forward`."""
+    freeu = getattr(block, "s1", None) is not None
+    if freeu or any(value is not None for value in others.values()):
+        if hasattr(block, "attentions"):
+            others["encoder_hidden_states"] = encoder_hidden_states
+        return forward(hidden_states, res_hidden_states_tuple, temb, upsample_size=upsample_size, **others)  # fmt: skip
+    checkpointing = block.gradient_checkpointing and torch.is_grad_enabled()
+    again = block._gradient_checkpointing_func if checkpointing else None
+    x, attentions = hidden_states, getattr(block, "attentions", [None] * len(block.resnets))
+    ways = zip(block.resnets, attentions, reversed(res_hidden_states_tuple), strict=True)
+    for residual, attention, y in ways:
+        x = Beside.apply(x, y)
+        x = again(residual, x, temb) if again else residual(x, temb)
+        if attention is not None:
+            x = attention(x, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+    for upsampler in block.upsamplers or ():
+        x = upsampler(x, upsample_size)
+    return x
+
+
+def _upsample_forward(module, forward, x, output_size=None):
+    """An upsampler's, of a map twice as wide and high; any other goes to its own `forward`."""
+    return forward(x, output_size) if output_size is not None else module.conv(Twice.apply(x))
 
 
 def _is_pointwise(layer):
@@ -212,7 +253,3 @@ def _pointwise(convolution, x):
     """A convolution of single pixels as the matrix product that it is, whose kernels add the bias too."""
     rows = x.permute(0, 2, 3, 1)
     return F.linear(rows, convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)
-
-
-def _geglu_forward(geglu, x):
-    return Geglu.apply(geglu.proj(x))

@@ -38,7 +38,8 @@ def join(model, device, dora=False):
     layers = [layer for module in to_text for layer in (module.to_k, module.to_v)]
     if layers and _can_join(layers, dora):
         products.append(Product(layers, device))
-        model.forward = functools.partial(_with_texts, model.forward, products[-1], to_text)
+        model.texts = functools.partial(_texts, products[-1], to_text)
+        model.forward = functools.partial(_with_texts, model.forward, model.texts)
         for module in to_text:
             module.set_processor(TextAttention())
     layers = [block.time_emb_proj for block in blocks]
@@ -56,7 +57,7 @@ def is_plain_block(block):
     return (
         isinstance(block, ResnetBlock2D)
         and isinstance(block.nonlinearity, torch.nn.SiLU)
-        and block.time_embedding_norm == "default"
+        and (block.time_embedding_norm == "default" or block.time_emb_proj is None)
         and not block.skip_time_act
         and block.upsample is None
         and block.downsample is None
@@ -137,16 +138,20 @@ def _pieces(query):
     return pieces if pieces >= 4 else 1
 
 
-def _with_texts(
-    forward, product, attentions, sample, timestep, encoder_hidden_states, *rest, **others
-):
-    """A UNet's forward pass that makes the keys and values of all `attentions` first.
+def _texts(product, attentions, states):
+    """The keys and values that all `attentions` make of a text's hidden states [n, 77, d]: {attention: (key, value)}."""
+    parts = iter(product(states))
+    return {attention: (next(parts), next(parts)) for attention in attentions}
+
+
+def _with_texts(forward, texts, sample, timestep, encoder_hidden_states, *rest, **others):
+    """A UNet's forward pass that makes all keys and values of a text first, if they are not given in its place.
 
     They are handed down in place of the text, as what a block is called with, so a block that is computed
     again for the backward pass finds them too.
     """
-    parts = iter(product(encoder_hidden_states))
-    pairs = {attention: (next(parts), next(parts)) for attention in attentions}
+    given = isinstance(encoder_hidden_states, dict)
+    pairs = encoder_hidden_states if given else texts(encoder_hidden_states)
     return forward(sample, timestep, pairs, *rest, **others)
 
 

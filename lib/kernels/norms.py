@@ -1,164 +1,215 @@
-"""Triton kernels for what stands between convolutions: group norm with its SiLU, and GEGLU.
+"""Triton kernels for group norm with its SiLU, forward and backward, in channels-last layout.
 
-They read and write the channels-last layout once. Group norms of large maps have kernels of their own for the
-forward pass, large_maps.py. Where Triton cannot be had `channels_last.missing_kernels` says why, and PyTorch's
-kernels remain.
+PyTorch's need several passes and another layout. Here a thread reads eight channels at once, one tile ahead of what it
+computes, and per element there is one multiplication and one addition: the norm, its weight and bias are folded into
+a slope and an offset a channel. Where a map is small one kernel does it all, elsewhere one sums and another applies.
+What they take by size: bench/norm_speed.py. Where Triton cannot be had `channels_last.missing_kernels` says why, and
+PyTorch's kernels remain.
 """
+
+import math
 
 import torch
 
 from lib.kernels.compiling import tl, triton
-from lib.kernels.large_maps import LARGE, norm_of_large_maps
-from lib.kernels.rows import rows_of
 
-MOST_PARTS = 16  # into which a group's pixels are divided, to be summed in parallel
-# Values of a group, filled up to a power of two a pixel, that are one program's: launching two takes longer.
-WHOLE = 2**14
+WHOLE = 2**14  # values of a group that one program takes, its channels filled up to a power of two
+SUMMED = APPLIED = 2**11  # that a program sums, or applies the norm to, at once
+ACROSS = 64  # channels of a program that applies: all of Stable Diffusion's maps are so many times as wide
+PROGRAMS = 1024  # that apply, if there are not more blocks of channels
+# (pixels of a map up to which a group is summed up by so many programs, forward; and by so many, backward)
+PARTS = (2**10, 8, 32), (2**14, 32, 128), (math.inf, 128, 128)
+# Pixels of maps for which there are kernels of their own, with Stable Diffusion's groups of channels.
+KINDS_OF_MAPS = 16, 64, 256, 2**10, 2**12, 2**14 + 16
 
 if triton:
+    from lib.kernels.rows import sigmoid
 
     @triton.jit
-    def _offsets(HW, C, GROUP: tl.constexpr):
-        """This program's picture, where its group of that begins, and the group's first channel."""
-        picture, group = tl.program_id(0) // (C // GROUP), tl.program_id(0) % (C // GROUP)
-        return picture, picture.to(tl.int64) * HW * C + group * GROUP, group * GROUP
+    def _block(C, SPAN: tl.constexpr, WIDTH: tl.constexpr):
+        """This program's picture, its channels, and which of them exist."""
+        blocks, column = tl.cdiv(C, SPAN), tl.arange(0, WIDTH)
+        channel = tl.program_id(0) % blocks * SPAN + column
+        return tl.program_id(0) // blocks, channel, (column < SPAN) & (channel < C)
 
     @triton.jit
-    def _tile(row, begin, EACH, HW, start, C, column, GROUP: tl.constexpr, ROWS: tl.constexpr):
-        """Where the values of ROWS pixels from `row` on lie, and which of them are this program's."""
+    def _tile(picture, row, end, channel, exists, HW, C, ROWS: tl.constexpr):
+        """Where the pixels from `row` on begin, where the values of ROWS of them lie behind that, and which of these
+        are this program's."""
         rows = tl.arange(0, ROWS)[:, None]
-        inside = (row + rows < tl.minimum(begin + EACH, HW)) & (column < GROUP)
-        return start + tl.cast(row, tl.int64) * C + rows * C + column, inside
+        begin = (tl.cast(picture, tl.int64) * HW + row) * C
+        return begin, rows * C + channel[None, :], (row + rows < end) & exists[None, :]
 
     @triton.jit
-    def _value(x, place, inside, s):
-        """x and the shift of its channel, float32."""
-        return tl.load(x + place, mask=inside, other=0.0).to(tl.float32) + s
+    def _values(x, begin, place, inside):
+        return tl.load(x + begin + place, mask=inside, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _normalised(x, mean, rstd, weight, bias, SILU):
-        """(hat = x normalised, z = hat weight + bias or the SiLU of it, derivative of that)"""
-        hat = (x - mean) * rstd
-        z = hat * weight + bias
-        sigmoid = tl.sigmoid(z)
-        slope = tl.where(SILU != 0, sigmoid * (1 + z * (1 - sigmoid)), 1.0)
-        return hat, tl.where(SILU != 0, z * sigmoid, z), slope
+    def _shift_of(shift, STRIDE, picture, channel, exists):
+        """What is added to these channels of a picture; 0 where STRIDE, from one picture's to the next's, is negative."""
+        shifted = exists & (STRIDE >= 0)
+        return tl.load(shift + picture * STRIDE + channel, mask=shifted, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _two_sums(x, grad, begin, EACH, HW, start, C, column, s, x0, mean, rstd, w, b, SILU,
-                  GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-                  BACKWARD: tl.constexpr):  # fmt: skip
-        """Over a part of one group, of x - x0 and its square, or backward of w dz and w dz hat.
-
-        x0 is the group's first value: the variance is a difference of the two, which are small only near
-        the values themselves."""
-        first = tl.zeros([ROWS, WIDTH], tl.float32)
-        second = tl.zeros([ROWS, WIDTH], tl.float32)
-        for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
-            place, inside = _tile(row, begin, EACH, HW, start, C, column, GROUP, ROWS)
-            value = _value(x, place, inside, s)
-            if BACKWARD:
-                hat, _, slope = _normalised(value, mean, rstd, w, b, SILU)
-                dz = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * slope * w
-                first += dz
-                second += dz * hat
-            else:
-                value = tl.where(inside, value - x0, 0.0)
-                first += value
-                second += value * value
-        return tl.sum(tl.sum(first, 1), 0), tl.sum(tl.sum(second, 1), 0)
+    def _first_values(x, shift, STRIDE, picture, channel, exists, HW, C, GROUP: tl.constexpr):
+        """The first value of each channel's group, near which the variance is a difference of small sums."""
+        leader = channel // GROUP * GROUP
+        begin = tl.cast(picture, tl.int64) * HW * C
+        value = tl.load(x + begin + leader, mask=exists, other=0.0).to(tl.float32)
+        return value + _shift_of(shift, STRIDE, picture, leader, exists)
 
     @triton.jit
-    def _known(x, shift, STRIDE, statistics, weight, bias, picture, start, channel, column, GROUP: tl.constexpr,
-               BACKWARD: tl.constexpr):  # fmt: skip
-        """(shift, x0, mean, rstd, weight, bias) of this program's group, of mean and rstd what is known beforehand.
+    def _of_channels(of, channel, exists):
+        return tl.load(of + channel, mask=exists, other=0.0).to(tl.float32)
 
-        STRIDE is from one picture's shift to the next's, or negative where there is none."""
-        w = tl.load(weight + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
-        b = tl.load(bias + channel + column, mask=column < GROUP, other=0.0).to(tl.float32)
-        shifts, shifted = shift + picture * STRIDE + channel, STRIDE >= 0
-        s = tl.load(shifts + column, mask=(column < GROUP) & shifted, other=0.0).to(tl.float32)
-        x0 = tl.load(x + start).to(tl.float32)
-        x0 += tl.load(shifts, mask=shifted, other=0.0).to(tl.float32)
-        mean, rstd = x0, x0
-        if BACKWARD:
-            mean = tl.load(statistics + tl.program_id(0) * 2)
-            rstd = tl.load(statistics + tl.program_id(0) * 2 + 1)
-        return s, x0, mean, rstd, w, b
+    @triton.jit
+    def _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C,
+               GROUP: tl.constexpr):  # fmt: skip
+        """(rstd, what is to be added to x rstd, weight, bias) of each channel, for the backward pass."""
+        group = picture * (C // GROUP) + channel // GROUP
+        mean = tl.load(statistics + group * 2, mask=exists, other=0.0)
+        rstd = tl.load(statistics + group * 2 + 1, mask=exists, other=0.0)
+        less = (_shift_of(shift, STRIDE, picture, channel, exists) - mean) * rstd
+        w, b = _of_channels(weight, channel, exists), _of_channels(bias, channel, exists)
+        return rstd, less, w, b
 
-    @triton.jit(do_not_specialize=["SILU", "STRIDE"])
-    def _norm_sums(x, shift, STRIDE, grad, statistics, weight, bias, sums, HW, EACH, C, SILU,
-                   GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-                   BACKWARD: tl.constexpr):  # fmt: skip
-        """The two sums over a part of one group, for _norm_apply."""
-        picture, start, channel = _offsets(HW, C, GROUP)
-        column = tl.arange(0, WIDTH)[None, :]
-        s, x0, mean, rstd, w, b = _known(x, shift, STRIDE, statistics, weight, bias, picture, start, channel,
-                                         column, GROUP, BACKWARD)  # fmt: skip
-        begin = tl.program_id(1) * EACH
-        first, second = _two_sums(x, grad, begin, EACH, HW, start, C, column, s, x0, mean, rstd, w, b, SILU,
-                                  GROUP, WIDTH, ROWS, BACKWARD)  # fmt: skip
-        part = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 2
-        tl.store(sums + part, first)
-        tl.store(sums + part + 1, second)
+    @triton.jit
+    def _forward(x, slope, offset, SILU):
+        z = x * slope[None, :] + offset[None, :]
+        if SILU != 0:
+            z = z * sigmoid(z)
+        return z
 
-    @triton.jit(do_not_specialize=["SILU", "STRIDE", "ADD"])
-    def _norm_apply(x, shift, STRIDE, grad, statistics, weight, bias, sums, HW, EACH, C, SILU, eps, more, ADD, out,
+    @triton.jit
+    def _backward(x, grad, rstd, less, w, b, SILU):
+        """(gradient of hat, which is the normalised x; hat)"""
+        hat = x * rstd[None, :] + less[None, :]
+        if SILU != 0:
+            z = hat * w[None, :] + b[None, :]
+            slope = sigmoid(z)
+            grad = grad * (slope + z * slope * (1 - slope))
+        return grad * w[None, :], hat
+
+    @triton.jit
+    def _deviation(first, second, eps):
+        """1 / the standard deviation, from the means of values near zero and of their squares."""
+        return tl.rsqrt(tl.maximum(second - first * first, 0.0) + eps)
+
+    @triton.jit(do_not_specialize=["STRIDE", "SILU", "HW", "ADD"])
+    def _norm_whole(x, shift, STRIDE, grad, statistics, weight, bias, HW, C, SILU, eps, more, ADD, out,
                     GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-                    PARTS: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-        """The normalised x, after its SiLU, or backward the gradient of x, with ADD and `more`; of a part of a group.
-
-        PARTS is the most that _norm_sums summed, or 0: then this program has a whole group, and sums itself."""
-        picture, start, channel = _offsets(HW, C, GROUP)
-        column = tl.arange(0, WIDTH)[None, :]
-        s, x0, mean, rstd, w, b = _known(x, shift, STRIDE, statistics, weight, bias, picture, start, channel,
-                                         column, GROUP, BACKWARD)  # fmt: skip
-        begin = tl.program_id(1) * EACH
-        if PARTS == 0:
-            first, second = _two_sums(x, grad, begin, EACH, HW, start, C, column, s, x0, mean, rstd, w, b, SILU,
-                                      GROUP, WIDTH, ROWS, BACKWARD)  # fmt: skip
-        else:
-            part = tl.arange(0, PARTS)
-            known = part < tl.num_programs(1)
-            parts = (tl.program_id(0) * tl.num_programs(1) + part) * 2
-            first = tl.sum(tl.load(sums + parts, mask=known, other=0.0), 0)
-            second = tl.sum(tl.load(sums + parts + 1, mask=known, other=0.0), 0)
-        first = first / (HW * GROUP)
-        second = second / (HW * GROUP)
-        if not BACKWARD:
-            mean = x0 + first
-            rstd = 1 / tl.sqrt(tl.maximum(second - first * first, 0.0) + eps)
-            if tl.program_id(1) == 0:
-                tl.store(statistics + tl.program_id(0) * 2, mean)
-                tl.store(statistics + tl.program_id(0) * 2 + 1, rstd)
-        for row in range(begin, tl.minimum(begin + EACH, HW), ROWS):
-            place, inside = _tile(row, begin, EACH, HW, start, C, column, GROUP, ROWS)
-            hat, result, slope = _normalised(_value(x, place, inside, s), mean, rstd, w, b, SILU)
-            if BACKWARD:
-                dz = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * slope * w
-                result = rstd * (dz - first - hat * second)
-                result += tl.load(more + place, mask=inside & (ADD != 0), other=0.0).to(tl.float32)
-            tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def _geglu(x, STRIDE, grad, out, COUNT, HALF, BLOCK: tl.constexpr, BACKWARD: tl.constexpr):
-        """out = x[:, :HALF] gelu(x[:, HALF:]), or backward both halves of the gradient of x, whose rows are STRIDE
-        apart."""
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < COUNT
-        left = place // HALF * STRIDE + place % HALF
-        value = tl.load(x + left, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(x + left + HALF, mask=inside, other=0.0).to(tl.float32)
-        normal = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))  # the distribution's integral
+                    BACKWARD: tl.constexpr):  # fmt: skip
+        """The normalised x, after its SiLU, or backward the gradient of x, with ADD and `more`; of a whole group."""
+        picture, channel, exists = _block(C, GROUP, WIDTH)
+        begin, place, inside = _tile(picture, 0, HW, channel, exists, HW, C, ROWS)
+        value, count = _values(x, begin, place, inside), HW * GROUP
         if BACKWARD:
-            dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-            density = tl.exp(-0.5 * gate * gate) * 0.3989422804014327
-            d_gate = dy * value * (normal + gate * density)
-            left = place // HALF * 2 * HALF + place % HALF
-            tl.store(out + left, (dy * gate * normal).to(out.dtype.element_ty), mask=inside)
-            tl.store(out + left + HALF, d_gate.to(out.dtype.element_ty), mask=inside)
+            above = _values(grad, begin, place, inside)
+            added = _values(more, begin, place, inside & (ADD != 0))
+            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)  # fmt: skip
+            rstd, less, w, b = known
+            dz, hat = _backward(value, above, rstd, less, w, b, SILU)
+            first, second = tl.sum(dz) / count, tl.sum(dz * hat) / count
+            result = rstd[None, :] * (dz - first - hat * second) + added
         else:
-            tl.store(out + place, (value * gate * normal).to(out.dtype.element_ty), mask=inside)
+            leader = tl.program_id(0) % (C // GROUP) * GROUP
+            near = tl.load(x + begin + leader).to(tl.float32)
+            near += _shift_of(shift, STRIDE, picture, leader, True)
+            own = _shift_of(shift, STRIDE, picture, channel, exists)
+            apart = tl.where(inside, value + (own - near)[None, :], 0.0)
+            first, second = tl.sum(apart) / count, tl.sum(apart * apart) / count
+            rstd = _deviation(first, second, eps)
+            slope = rstd * _of_channels(weight, channel, exists)
+            offset = _of_channels(bias, channel, exists) - first * slope
+            result = _forward(apart, slope, offset, SILU)
+            tl.store(statistics + tl.program_id(0) * 2, near + first)
+            tl.store(statistics + tl.program_id(0) * 2 + 1, rstd)
+        tl.store(out + begin + place, result.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit(do_not_specialize=["STRIDE", "SILU", "HW", "EACH"])
+    def _norm_sums(x, shift, STRIDE, grad, statistics, weight, bias, sums, HW, EACH, C, SILU, BEHIND,
+                   GROUP: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                   BACKWARD: tl.constexpr):  # fmt: skip
+        """Of a part of each group, the sums of x - its first value and, BEHIND these, of the square of that; backward of
+        hat's gradient and of its product with hat."""
+        picture, channel, exists = _block(C, SPAN, WIDTH)
+        start = tl.program_id(1) * EACH
+        end = tl.minimum(start + EACH, HW)
+        begin, place, inside = _tile(picture, start, end, channel, exists, HW, C, ROWS)
+        # On its way while the rest is prepared, and then the next while this one is summed.
+        value = tl.load(x + begin + place, mask=inside, other=0.0)
+        above = value
+        if BACKWARD:
+            above = tl.load(grad + begin + place, mask=inside, other=0.0)
+            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)  # fmt: skip
+            rstd, less, w, b = known
+        else:
+            less = _first_values(x, shift, STRIDE, picture, channel, exists, HW, C, GROUP)
+            less -= _shift_of(shift, STRIDE, picture, channel, exists)
+        both = tl.zeros([WIDTH, 2], tl.float32)
+        for row in range(start, end, ROWS):
+            _, _, inside = _tile(picture, row, end, channel, exists, HW, C, ROWS)
+            if BACKWARD:
+                dz, hat = _backward(value.to(tl.float32), above.to(tl.float32), rstd, less, w, b, SILU)  # fmt: skip
+                both += tl.sum(tl.join(dz, dz * hat), 0)
+            else:
+                apart = tl.where(inside, value.to(tl.float32) - less[None, :], 0.0)
+                both += tl.sum(tl.join(apart, apart * apart), 0)
+            begin, place, inside = _tile(picture, row + ROWS, end, channel, exists, HW, C, ROWS)
+            value = tl.load(x + begin + place, mask=inside, other=0.0)
+            if BACKWARD:
+                above = tl.load(grad + begin + place, mask=inside, other=0.0)
+        GROUPS: tl.constexpr = SPAN // GROUP
+        belongs = tl.arange(0, WIDTH)[:, None] // GROUP == tl.arange(0, GROUPS)[None, :]
+        both = tl.sum(tl.where(belongs[:, :, None], both[:, None, :], 0.0), 0)
+        groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+        part = groups * tl.num_programs(1) + tl.program_id(1)
+        tl.store(sums + part[:, None] + tl.arange(0, 2)[None, :] * BEHIND, both)
+
+    @triton.jit(do_not_specialize=["STRIDE", "SILU", "HW", "EACH", "ADD"])
+    def _norm_apply(x, shift, STRIDE, grad, statistics, weight, bias, sums, HW, EACH, C, SILU, BEHIND, eps, more, ADD,
+                    out, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+                    BACKWARD: tl.constexpr):  # fmt: skip
+        """As _norm_whole, of a part of any channels, from what _norm_sums gave."""
+        picture, channel, exists = _block(C, WIDTH, WIDTH)
+        start = tl.program_id(1) * EACH
+        end = tl.minimum(start + EACH, HW)
+        begin, place, inside = _tile(picture, start, end, channel, exists, HW, C, ROWS)
+        value = tl.load(x + begin + place, mask=inside, other=0.0)
+        above, added = value, value
+        if BACKWARD:
+            above = tl.load(grad + begin + place, mask=inside, other=0.0)
+            added = tl.load(more + begin + place, mask=inside & (ADD != 0), other=0.0)
+        group = picture * (C // GROUP) + channel // GROUP
+        parts = sums + group[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+        first = tl.sum(tl.load(parts, mask=exists[:, None], other=0.0), 1) / (HW * GROUP)
+        second = tl.sum(tl.load(parts + BEHIND, mask=exists[:, None], other=0.0), 1) / (HW * GROUP)
+        if BACKWARD:
+            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)  # fmt: skip
+            rstd, less, w, b = known
+        else:
+            rstd = _deviation(first, second, eps)
+            mean = first + _first_values(x, shift, STRIDE, picture, channel, exists, HW, C, GROUP)
+            leads = exists & (channel % GROUP == 0) & (tl.program_id(1) == 0)
+            tl.store(statistics + group * 2, mean, mask=leads)
+            tl.store(statistics + group * 2 + 1, rstd, mask=leads)
+            slope = rstd * _of_channels(weight, channel, exists)
+            offset = _of_channels(bias, channel, exists)
+            offset += (_shift_of(shift, STRIDE, picture, channel, exists) - mean) * slope
+        for row in range(start, end, ROWS):
+            begin, place, inside = _tile(picture, row, end, channel, exists, HW, C, ROWS)
+            if BACKWARD:
+                dz, hat = _backward(value.to(tl.float32), above.to(tl.float32), rstd, less, w, b, SILU)  # fmt: skip
+                result = rstd[None, :] * (dz - first[None, :] - hat * second[None, :])
+                result += added.to(tl.float32)
+            else:
+                result = _forward(value.to(tl.float32), slope, offset, SILU)
+            tl.store(out + begin + place, result.to(out.dtype.element_ty), mask=inside)
+            begin, place, inside = _tile(picture, row + ROWS, end, channel, exists, HW, C, ROWS)
+            value = tl.load(x + begin + place, mask=inside, other=0.0)
+            if BACKWARD:
+                above = tl.load(grad + begin + place, mask=inside, other=0.0)
+                added = tl.load(more + begin + place, mask=inside & (ADD != 0), other=0.0)
 
 
 class GroupNormSilu(torch.autograd.Function):
@@ -191,49 +242,48 @@ class GroupNormSilu(torch.autograd.Function):
 
 
 def group_norm(x, shift, grad, more, statistics, weight, bias, groups, eps, silu):
-    """Launch either pass: the sums of the parts of each group and then the result, or both by one kernel where
-    a group is small. Backward adds `more`, if it is not None."""
+    """Launch either pass. Backward adds `more`, if it is not None."""
     n, channels, height, width = x.shape
     pixels, group = height * width, channels // groups
-    if grad is None and n * pixels >= LARGE:
-        return norm_of_large_maps(x, shift, statistics, weight, bias, groups, eps, silu)
-    width_of_tile = triton.next_power_of_2(group)
-    rows_of_tile = max(1, 8192 // width_of_tile)
-    # Enough programs to fill a GPU, each of whole tiles.
-    parts = max(1, min(triton.cdiv(pixels, rows_of_tile), MOST_PARTS, 512 // (n * groups)))
-    whole = pixels * width_of_tile <= WHOLE * n
-    each = triton.cdiv(triton.cdiv(pixels, 1 if whole else parts), rows_of_tile) * rows_of_tile
-    grid = (n * groups, triton.cdiv(pixels, each))
-    sums = x.new_empty(*grid, 2, dtype=torch.float32)
-    shifted, given = (x, -1) if shift is None else (shift, shift.stride(0)), grad is not None
-    inputs = (x, *shifted, grad if given else x, statistics, weight, bias, sums, pixels, each, channels, int(silu))  # fmt: skip
-    # Compiled anew for each of these, so what does not need to be known beforehand is not here.
-    known = dict(GROUP=group, WIDTH=width_of_tile, ROWS=rows_of_tile, BACKWARD=given, num_warps=8)  # fmt: skip
+    given = grad is not None
+    shifted = (x, -1) if shift is None else (shift, shift.stride(0))
+    inputs = x, *shifted, grad if given else x, statistics, weight, bias
     out = torch.empty_like(x)
-    if not whole:
-        _norm_sums[grid](*inputs, **known)
-    added = (x, 0) if more is None else (more, 1)
-    _norm_apply[grid](*inputs, eps, *added, out, PARTS=0 if whole else MOST_PARTS, **known)
+    outputs = eps, *((x, 0) if more is None else (more, 1)), out
+    # Compiled anew for each of these, so what does not need to be known beforehand is not here.
+    known = dict(GROUP=group, BACKWARD=given)
+    wide = triton.next_power_of_2(group)
+    if pixels * wide <= WHOLE:
+        rows = WHOLE // wide
+        if pixels * 4 <= rows:
+            rows //= 4
+        warps = max(1, min(16, rows * wide // 1024))
+        _norm_whole[n * groups,](*inputs, pixels, channels, int(silu), *outputs, WIDTH=wide, ROWS=rows,
+                                 num_warps=warps, **known)  # fmt: skip
+        return out
+    span = channels_of_a_program(channels, group)
+    parts = next(each[1 + given] for each in PARTS if pixels <= each[0])
+    sums = x.new_empty(2, n * groups, parts, dtype=torch.float32)
+    inputs, others = (*inputs, sums, pixels), (channels, int(silu), n * groups * parts)
+    wide = triton.next_power_of_2(span)
+    rows = max(1, SUMMED // wide)
+    _norm_sums[n * channels // span, parts](*inputs, triton.cdiv(pixels, parts), *others, SPAN=span, WIDTH=wide,
+                                            ROWS=rows, num_warps=1, **known)  # fmt: skip
+    wide = min(ACROSS, triton.next_power_of_2(channels))
+    rows, blocks = APPLIED // wide, n * triton.cdiv(channels, wide)
+    programs = max(1, min(triton.cdiv(pixels, rows), PROGRAMS // blocks))
+    each = triton.cdiv(triton.cdiv(pixels, programs), rows) * rows
+    _norm_apply[blocks, triton.cdiv(pixels, each)](*inputs, each, *others, *outputs, WIDTH=wide, ROWS=rows,
+                                                   PARTS=parts, num_warps=4, **known)  # fmt: skip
     return out
 
 
-class Geglu(torch.autograd.Function):
-    """x[..., :half] gelu(x[..., half:]) (Shazeer 2020), keeping x alone for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return run_geglu(x, None)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return run_geglu(*ctx.saved_tensors, grad.contiguous())
-
-
-def run_geglu(x, grad):
-    half, count = x.shape[-1] // 2, x.numel() // 2
-    out = x.new_empty(*x.shape[:-1], half) if grad is None else x.new_empty(x.shape)
-    x = rows_of(x)
-    grid = (triton.cdiv(count, 1024),)
-    _geglu[grid](x, x.stride(0), x if grad is None else grad, out, count, half, 1024, grad is not None)  # fmt: skip
-    return out
+def channels_of_a_program(channels, group):
+    """Whole groups, together if possible a multiple of the eight channels that a thread reads at once, and 32 or more:
+    at 64 bytes a pixel little is read in vain."""
+    span = math.lcm(group, 8)
+    if channels % span:
+        return group
+    while span < 32 and channels % (2 * span) == 0:
+        span *= 2
+    return span

@@ -1,46 +1,49 @@
-"""Triton kernels for the rows of transformers: a sum with the layer norm that follows it, and CLIP's activation.
+"""Triton kernels for the rows of transformers: a sum with the layer norm that follows it, GEGLU and CLIP's activation.
 
 A transformer adds each layer's output to the residual stream and hands the next layer a norm of the
 sum. PyTorch takes a kernel for the sum and one for the norm, and backward one for the norm's gradient
 and one to add the residual stream's. Here it is one each way.
 """
 
-import functools
-import itertools
-
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from transformers.activations import QuickGELUActivation
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from lib.kernels.compiling import tl, triton
+
+MANY = 2048  # rows from which on a program has several
 
 if triton:
 
     @triton.jit
-    def _sum_norm(x, y, STRIDE, weight, bias, total, statistics, out, eps,
-                  WIDTH: tl.constexpr, TILE: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
-        """total = x + y, rounded as it is stored, and its layer norm; without ADD that of x; of one row.
+    def sigmoid(x):
+        """By approximations of the hardware, to 22 bits: exact division takes longer than a norm's other work."""
+        more = 1 + tl.exp2(-1.4426950408889634 * x)
+        return tl.rsqrt(more * more)
+
+    @triton.jit(do_not_specialize=["ROWS"])
+    def _sum_norm(x, y, STRIDE, weight, bias, total, statistics, out, ROWS, eps,
+                  WIDTH: tl.constexpr, TILE: tl.constexpr, TALL: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+        """total = x + y, rounded as it is stored, and its layer norm; without ADD that of x; of TALL rows.
 
         Rows of y are STRIDE apart."""
-        column = tl.arange(0, TILE)
-        inside = column < WIDTH
-        row = tl.program_id(0).to(tl.int64)
-        place = row * WIDTH + column
-        w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        column, rows = tl.arange(0, TILE)[None, :], tl.arange(0, TALL)[:, None]
+        row = tl.program_id(0).to(tl.int64) * TALL
+        exists = column < WIDTH
+        inside = exists & (row + rows < ROWS)
+        begin, place = row * WIDTH, rows * WIDTH + column
+        value = tl.load(x + begin + place, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(weight + column, mask=exists, other=0.0).to(tl.float32)
+        b = tl.load(bias + column, mask=exists, other=0.0).to(tl.float32)
         if ADD:
-            other = tl.load(y + row * STRIDE + column, mask=inside, other=0.0).to(tl.float32)
-            rounded = (value + other).to(total.dtype.element_ty)
-            tl.store(total + place, rounded, mask=inside)
+            other = tl.load(y + row * STRIDE + rows * STRIDE + column, mask=inside, other=0.0)
+            rounded = (value + other.to(tl.float32)).to(total.dtype.element_ty)
+            tl.store(total + begin + place, rounded, mask=inside)
             value = rounded.to(tl.float32)
-        mean = tl.sum(value, 0) / WIDTH
+        mean = (tl.sum(value, 1) / WIDTH)[:, None]
         apart = tl.where(inside, value - mean, 0.0)
-        rstd = 1 / tl.sqrt(tl.sum(apart * apart, 0) / WIDTH + eps)
-        tl.store(statistics + row * 2, mean)
-        tl.store(statistics + row * 2 + 1, rstd)
-        tl.store(out + place, (apart * rstd * w + b).to(out.dtype.element_ty), mask=inside)
+        rstd = 1 / tl.sqrt((tl.sum(apart * apart, 1) / WIDTH)[:, None] + eps)
+        tl.store(statistics + row * 2 + rows * 2, mean, mask=row + rows < ROWS)
+        tl.store(statistics + row * 2 + rows * 2 + 1, rstd, mask=row + rows < ROWS)
+        tl.store(out + begin + place, (apart * rstd * w + b).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _sum_norm_backward(total, grad_total, grad_norm, weight, statistics, out,
@@ -62,20 +65,57 @@ if triton:
         tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _quick_gelu(
-        x, STRIDE, grad, out, COUNT, WIDTH, BLOCK: tl.constexpr, BACKWARD: tl.constexpr
-    ):
-        """out = x sigmoid(1.702 x), or backward the gradient of x, whose rows are STRIDE apart."""
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < COUNT
-        own = place // WIDTH * STRIDE + place % WIDTH
-        value = tl.load(x + own, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(1.702 * value)
-        result = value * sigmoid
+    def _places(ROWS, STRIDE, WIDTH, TALL: tl.constexpr, WIDE: tl.constexpr):
+        """Of this program's values, TALL rows and WIDE columns: where rows STRIDE apart begin and where the values lie
+        behind that, the same for rows that lie close together, and which of them exist."""
+        row = tl.program_id(0).to(tl.int64) * TALL
+        rows = tl.arange(0, TALL)[:, None]
+        column = tl.program_id(1) * WIDE + tl.arange(0, WIDE)[None, :]
+        inside = (row + rows < ROWS) & (column < WIDTH)
+        return row * STRIDE, rows * STRIDE + column, row * WIDTH, rows * WIDTH + column, inside
+
+    @triton.jit
+    def _normal(x):
+        """(the standard normal distribution's integral up to x, exp(-x²/2)), the first to 1e-7: Abramowitz and
+        Stegun's 7.1.26, with which a GPU waits for memory, where erf itself makes it compute longer."""
+        bell = tl.exp2(-0.7213475204444817 * x * x)
+        more = 1 + 0.3275911 * 0.7071067811865476 * tl.abs(x)
+        t = tl.rsqrt(more * more)
+        tail = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
+        tail = 0.5 * t * bell * (0.254829592 + t * (-0.284496736 + t * tail))
+        return tl.where(x > 0, 1 - tail, tail), bell
+
+    @triton.jit(do_not_specialize=["ROWS"])
+    def _geglu(x, STRIDE, grad, out, ROWS, HALF, TALL: tl.constexpr, WIDE: tl.constexpr,
+               BACKWARD: tl.constexpr):  # fmt: skip
+        """out = x[:, :HALF] gelu(x[:, HALF:]), or backward both halves of the gradient of x, whose rows are STRIDE
+        apart."""
+        start, own, begin, place, inside = _places(ROWS, STRIDE, HALF, TALL, WIDE)
+        value = tl.load(x + start + own, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(x + start + HALF + own, mask=inside, other=0.0).to(tl.float32)
+        normal, bell = _normal(gate)
         if BACKWARD:
-            dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-            result = dy * sigmoid * (1 + 1.702 * value * (1 - sigmoid))
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+            dy = tl.load(grad + begin + place, mask=inside, other=0.0).to(tl.float32)
+            d_gate = dy * value * (normal + gate * bell * 0.3989422804014327)
+            start, own, _, _, _ = _places(ROWS, 2 * HALF, HALF, TALL, WIDE)
+            tl.store(out + start + own, (dy * gate * normal).to(out.dtype.element_ty), mask=inside)
+            tl.store(out + start + HALF + own, d_gate.to(out.dtype.element_ty), mask=inside)
+        else:
+            result = value * gate * normal
+            tl.store(out + begin + place, result.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit(do_not_specialize=["ROWS"])
+    def _quick_gelu(x, STRIDE, grad, out, ROWS, WIDTH, TALL: tl.constexpr, WIDE: tl.constexpr,
+                    BACKWARD: tl.constexpr):  # fmt: skip
+        """out = x sigmoid(1.702 x), or backward the gradient of x, whose rows are STRIDE apart."""
+        start, own, begin, place, inside = _places(ROWS, STRIDE, WIDTH, TALL, WIDE)
+        value = tl.load(x + start + own, mask=inside, other=0.0).to(tl.float32)
+        slope = sigmoid(1.702 * value)
+        result = value * slope
+        if BACKWARD:
+            dy = tl.load(grad + begin + place, mask=inside, other=0.0).to(tl.float32)
+            result = dy * slope * (1 + 1.702 * value * (1 - slope))
+        tl.store(out + begin + place, result.to(out.dtype.element_ty), mask=inside)
 
 
 class SumNorm(torch.autograd.Function):
@@ -100,6 +140,11 @@ class SumNorm(torch.autograd.Function):
         return grad, grad if ctx.added else None, None, None, None
 
 
+def sum_and_norm(norm, x, y=None):
+    """(x + y, which may be None, and its layer norm)"""
+    return SumNorm.apply(x, y, norm.weight, norm.bias, norm.eps)
+
+
 def rows_of(x):
     """x [..., width] as rows [n, width], whose values lie side by side: a view also of some columns of wider rows, as
     an adapted layer's outputs are."""
@@ -119,8 +164,12 @@ def run_sum_norm(x, y, weight, bias, eps):
     total, out = torch.empty_like(x) if add else x, torch.empty_like(x)
     statistics = x.new_empty(x.numel() // width, 2, dtype=torch.float32)
     rows = rows_of(y if add else x)
+    sizes, tall = _sizes(width), 4 if len(rows) >= MANY else 1
+    sizes |= dict(TALL=tall, num_warps=max(tall, sizes["num_warps"]))
     inputs = x, rows, rows.stride(0), weight, bias
-    _sum_norm[len(statistics),](*inputs, total, statistics, out, eps, ADD=add, **_sizes(width))
+    _sum_norm[triton.cdiv(len(rows), tall),](
+        *inputs, total, statistics, out, len(rows), eps, ADD=add, **sizes
+    )
     return total, out, statistics
 
 
@@ -146,104 +195,34 @@ class QuickGelu(torch.autograd.Function):
 
 
 def run_quick_gelu(x, grad):
-    out, rows, backward = x.new_empty(x.shape), rows_of(x), grad is not None
-    _quick_gelu[triton.cdiv(x.numel(), 1024),](
-        rows, rows.stride(0), grad if backward else rows, out, x.numel(), x.shape[-1], BLOCK=1024, BACKWARD=backward
-    )  # fmt: skip
+    return _activation(_quick_gelu, x, grad, x.new_empty(x.shape), x.shape[-1])
+
+
+class Geglu(torch.autograd.Function):
+    """x[..., :half] gelu(x[..., half:]) (Shazeer 2020), keeping x alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return run_geglu(x, None)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return run_geglu(*ctx.saved_tensors, grad.contiguous())
+
+
+def run_geglu(x, grad):
+    half = x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], half) if grad is None else x.new_empty(x.shape)
+    return _activation(_geglu, x, grad, out, half)
+
+
+def _activation(kernel, x, grad, out, width):
+    """Launch the kernel of an activation of `width` values a row, forward where `grad` is None, or backward."""
+    rows, wide = rows_of(x), 256
+    tall = 2048 // wide
+    grid = triton.cdiv(len(rows), tall), triton.cdiv(width, wide)
+    backward = grad is not None
+    inputs = rows, rows.stride(0), grad if backward else rows
+    kernel[grid](*inputs, out, len(rows), width, tall, wide, backward)
     return out
-
-
-def row_modules(model):
-    """The modules of a UNet or CLIP text encoder whose forward pass these kernels compute: transformer
-    blocks and activations. What does more than Stable Diffusion's is left as it is."""
-    return [module for module in model.modules() if _is_plain(module)]
-
-
-def _is_plain(module):
-    if type(module) is BasicTransformerBlock:
-        return (
-            module.norm_type == "layer_norm"
-            and module.attn2 is not None
-            and module.pos_embed is None
-            and module._chunk_size is None
-            and not module.only_cross_attention
-            and not hasattr(module, "fuser")
-            and all(map(_is_plain_norm, _norms(module)))
-        )
-    if type(module) is CLIPEncoderLayer:
-        return all(map(_is_plain_norm, _norms(module)))
-    return type(module) is QuickGELUActivation
-
-
-def _norms(block):
-    if isinstance(block, CLIPEncoderLayer):
-        return block.layer_norm1, block.layer_norm2
-    return block.norm1, block.norm2, block.norm3
-
-
-def _is_plain_norm(norm):
-    return type(norm) is torch.nn.LayerNorm and norm.weight is not None and norm.bias is not None
-
-
-def use_row_kernels(model):
-    """Let `row_modules` be computed by these kernels from now on."""
-    forward = {
-        BasicTransformerBlock: _block_forward,
-        CLIPEncoderLayer: _clip_layer_forward,
-        QuickGELUActivation: lambda _, x: QuickGelu.apply(x),
-    }
-    for module in row_modules(model):
-        module.forward = functools.partial(forward[type(module)], module)
-
-
-def row_jobs(model, training):
-    """Functions that launch each kernel that `model` will need, to have it compiled: {what it is: function}."""
-    place, jobs = next(model.parameters()), {}
-    passes = (False, True) if training else (False,)  # backward or not
-
-    def launch(norm, backward, add):
-        x = place.new_zeros(1, *norm.normalized_shape)
-        if backward:
-            run_sum_norm_backward(x, x, x, norm.weight, x.new_zeros(1, 2, dtype=torch.float32))
-        else:
-            run_sum_norm(x, x if add else None, norm.weight, norm.bias, norm.eps)
-
-    def launch_activation(backward):
-        x = place.new_zeros(16, 32)
-        run_quick_gelu(x, x if backward else None)
-
-    for module in row_modules(model):
-        if isinstance(module, QuickGELUActivation):
-            for backward in passes:
-                jobs["activation", backward] = functools.partial(launch_activation, backward)
-        else:
-            for norm, backward, add in itertools.product(_norms(module), passes, (False, True)):
-                kind = norm.normalized_shape, backward, add and not backward
-                jobs[kind] = functools.partial(launch, norm, backward, add)
-    return jobs
-
-
-def _sum_and_norm(norm, x, y=None):
-    return SumNorm.apply(x, y, norm.weight, norm.bias, norm.eps)
-
-
-def _block_forward(block, hidden_states, attention_mask=None, encoder_hidden_states=None,
-                   encoder_attention_mask=None, timestep=None, cross_attention_kwargs=None,
-                   class_labels=None, added_cond_kwargs=None):  # fmt: skip
-    """A UNet's transformer block: attention to the picture, to the text, and a feed-forward layer."""
-    others = cross_attention_kwargs or {}
-    stream, normed = _sum_and_norm(block.norm1, hidden_states)
-    attended = block.attn1(normed, attention_mask=attention_mask, **others)
-    stream, normed = _sum_and_norm(block.norm2, stream, attended)
-    attended = block.attn2(
-        normed, encoder_hidden_states, attention_mask=encoder_attention_mask, **others
-    )
-    stream, normed = _sum_and_norm(block.norm3, stream, attended)
-    return block.ff(normed) + stream
-
-
-def _clip_layer_forward(layer, hidden_states, attention_mask=None, **others):
-    stream, normed = _sum_and_norm(layer.layer_norm1, hidden_states)
-    attended, _ = layer.self_attn(hidden_states=normed, attention_mask=attention_mask, **others)
-    stream, normed = _sum_and_norm(layer.layer_norm2, stream, attended)
-    return stream + layer.mlp(normed)
