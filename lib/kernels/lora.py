@@ -26,13 +26,14 @@ class AdaptedLinear(torch.autograd.Function):
     first n. Layers behind them have no B and are W alone. All are of one type.
     With DoRA, where each layer has a B, factor and inverse, float32 [outputs], are magnitude / norm and
     1 / norm; the magnitude itself [outputs] is only there to be given its gradient.
+    `into` is None or a Gradients: the backward pass then writes those of A and of the blocks there, and returns none.
 
     The low-rank product is added to the large one where that is written (one rounding less than adding
     two results), and the backward pass likewise adds to the gradient of x.
     """
 
     @staticmethod
-    def forward(ctx, x, matrix, outputs, bias, scale, factor, inverse, magnitude, a, *blocks):
+    def forward(ctx, x, matrix, outputs, bias, scale, factor, inverse, magnitude, into, a, *blocks):
         rows = x.reshape(-1, x.shape[-1])
         both = F.linear(rows, matrix, bias if factor is None else None)
         # Views: while `low` is kept for the backward pass, so are the outputs.
@@ -49,7 +50,7 @@ class AdaptedLinear(torch.autograd.Function):
             if bias is not None:
                 out += bias[:outputs]
         ctx.save_for_backward(rows, matrix, low, direction, factor, inverse, *blocks)
-        ctx.outputs, ctx.scale = outputs, scale
+        ctx.outputs, ctx.scale, ctx.into = outputs, scale, into
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -62,21 +63,37 @@ class AdaptedLinear(torch.autograd.Function):
             # In float32: a half-precision product of the two could overflow.
             grad_magnitude = ((grad.float() * direction).sum(dim=0) * inverse).to(direction.dtype)
             grad = torch.mul(grad, factor, out=torch.empty_like(grad))
-        grad_low, grad_blocks = grad.new_empty(low.shape), []
+        grad_low = grad.new_empty(low.shape)
         for of, to, b in _parts(grad, grad_low, blocks):
             if len(b) == 1:
                 torch.mm(of[0], b[0], out=to[0])
             else:
                 torch.bmm(of, b, out=to)
-        for of, with_low, b in _parts(grad, low, blocks):
-            grad_blocks.append((of[0].T @ with_low[0])[None] if len(b) == 1 else of.mT @ with_low)
+        # Fresh tensors, or those of `into`, written here: gathering hundreds of small ones takes longer.
+        into = ctx.into or Gradients(torch.empty_like(a), [torch.empty_like(b) for b in blocks])
+        into.written += 1
+        for (of, with_low, b), to in zip(_parts(grad, low, blocks), into.blocks, strict=True):
+            if len(b) == 1:
+                torch.mm(of[0].T, with_low[0], out=to[0])
+            else:
+                torch.bmm(of.mT, with_low, out=to)
         if ctx.scale != 1:
-            grad_low, grad_blocks = grad_low * ctx.scale, [g * ctx.scale for g in grad_blocks]
+            grad_low *= ctx.scale
+            for to in into.blocks:
+                to *= ctx.scale
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_low, a).view(*shape[:-1], -1)
-        grad_a = grad_low.T @ rows
-        return grad_x, *[None] * 6, grad_magnitude, grad_a, *grad_blocks
+        torch.mm(grad_low.T, rows, out=into.a)
+        given = [None] * (1 + len(blocks)) if ctx.into else [into.a, *into.blocks]
+        return grad_x, *[None] * 6, grad_magnitude, None, *given
+
+
+class Gradients:
+    """Where the gradients of a product's A and of its blocks of B go, and how often they were `written`."""
+
+    def __init__(self, a, blocks):
+        self.a, self.blocks, self.written = a, blocks, 0
 
 
 def spans(blocks):
@@ -116,6 +133,7 @@ class Product:
         self.scale = self.adapted[0].scaling["default"] if self.adapted else None
         self.without_lora = False
         self.a, self.blocks, self.magnitude, self.factor, self.inverse = None, (), None, None, None
+        self.gradients = None
         self.sizes = [base.out_features for base in self.bases]
         weights = [base.weight.data for base in self.bases]
         self.ranks = sum(layer.lora_A["default"].out_features for layer in self.adapted)
@@ -163,7 +181,8 @@ class Product:
             bias = None if self.bias is None else self.bias[: len(self.weight)]
             return F.linear(x, self.weight, bias)
         return AdaptedLinear.apply(
-            x, self.matrix, len(self.weight), self.bias, self.scale, self.factor, self.inverse, self.magnitude, self.a, *self.blocks
+            x, self.matrix, len(self.weight), self.bias, self.scale, self.factor, self.inverse, self.magnitude,
+            self.gradients, self.a, *self.blocks
         )  # fmt: skip
 
     def __call__(self, x):
@@ -191,18 +210,23 @@ def fuse_lora(model, joined, device):
     return products
 
 
-def bound(products, vector):
+def bound(products, vector, gradient=None):
     """Let `products` compute with a flat `vector`, of what `trained_weights` gives one behind the other: (leaves,
     copies). The leaves of autograd's graph are in that order, views of the vector but for each product's A,
     which lies below its weights. Whenever the vector has changed, `copies`, (to, from), has to be brought up to date.
+
+    With a flat `gradient` of the vector's size the backward pass writes those of A and B there, and gives the leaves
+    none, but for DoRA's magnitudes, which come last.
     """
     leaves, to, of, place = [], [], [], 0
 
     def take(*shape):
+        """The next part of both vectors."""
         nonlocal place
-        part = vector[place : place + math.prod(shape)].view(shape).detach()
-        place += part.numel()
-        return part
+        end = place + math.prod(shape)
+        parts = [x if x is None else x[place:end].view(shape).detach() for x in (vector, gradient)]
+        place = end
+        return parts
 
     def leaf(part):
         leaves.append(part.detach().requires_grad_())
@@ -212,13 +236,17 @@ def bound(products, vector):
         if product.adapted:
             outputs = len(product.weight)
             a = product.matrix[outputs : outputs + product.ranks]
+            value, grad_a = take(*a.shape)
             to.append(a)
-            of.append(take(*a.shape))
+            of.append(value)
             product.a = leaf(a)
-            product.blocks = [leaf(take(*shape)) for shape in product.block_shapes()]
+            blocks = [take(*shape) for shape in product.block_shapes()]
+            product.blocks = [leaf(block) for block, _ in blocks]
+            if gradient is not None:
+                product.gradients = Gradients(grad_a, [grad for _, grad in blocks])
     for product in products:
         if product.magnitudes():
-            product.magnitude = leaf(take(len(product.weight)))
+            product.magnitude = leaf(take(len(product.weight))[0])
     torch._foreach_copy_(to, of)
     return leaves, (to, of)
 

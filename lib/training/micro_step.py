@@ -63,7 +63,8 @@ class MicroStep:
 
     `texts` is a function of data-set indices [batch] that returns hidden states [batch, 77, d], `masks`
     None or a list of [1, h, w]. The gradient of the mean loss, divided by `accumulation` and scaled by
-    `scaler` where there is one, is added to that of each LoraParameters in `trained`: together they are the vector
+    `scaler` where there is one, is added to that of each LoraParameters in `trained`, or, where a step is one pass,
+    replaces it: together they are the vector
     `gradient`, float32, whose last element `loss` sums up the ordinary losses, divided likewise. In `now`, the
     buffers that `fill` filled last, `sample_losses` then holds each sample's loss. With a Preservation its loss is
     added, and stands in their `preservation_losses`. For each shape of latents there is a pass of its own over
@@ -128,15 +129,19 @@ class MicroStep:
         return losses.mean() + self.preservation.weight * preservation.mean()
 
     def forward_backward(self, at, preserving):
-        """Add the gradient of the mean loss to that of the flat vectors, and the ordinary loss to theirs."""
-        loss = self.forward(at, preserving) / self.accumulation
-        self.loss += at.sample_losses.mean() / self.accumulation
+        """Add the gradient of the mean loss to that of the flat vectors, and the ordinary loss to theirs; where a step
+        is one pass, write them."""
+        loss, replace = self.forward(at, preserving) / self.accumulation, self.accumulation == 1
+        ordinary = at.sample_losses.mean() / self.accumulation
+        self.loss.copy_(ordinary if replace else self.loss + ordinary)
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
-        leaves = [part.leaves for part in self.trained.values()]
-        gradients = iter(torch.autograd.grad(loss, list(itertools.chain(*leaves))))
         for part in self.trained.values():
-            part.flat.grad += torch.cat([next(gradients).flatten() for _ in part.leaves])
+            part.expect_gradients()
+        leaves = [part.leaves for part in self.trained.values()]
+        gradients = iter(torch.autograd.grad(loss, list(itertools.chain(*leaves)), allow_unused=True))  # fmt: skip
+        for part in self.trained.values():
+            part.add_gradients([next(gradients) for _ in part.leaves], replace)
 
     def prepare(self, first):
         """Compile the kernels and record the passes, with `first`, a micro-batch, in its buffers.
@@ -163,11 +168,12 @@ class MicroStep:
             at.passes = {kind: next(passes) for kind in kinds}
         for at in every:
             at.measure = next(passes)
-        self.zero_gradients()
-
-    def zero_gradients(self):
-        """The loss too."""
         self.gradient.zero_()
+
+    def begin_sum(self):
+        """Set gradients and loss to zero before the passes of a step; where it is one pass, that overwrites them."""
+        if self.accumulation > 1:
+            self.gradient.zero_()
 
     def validation_losses(self, probes):
         """The loss and the preservation loss of each of `probes`, [(data-set index, draws)] of any number: a list of

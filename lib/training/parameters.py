@@ -25,6 +25,7 @@ class LoraParameters:
     copies: tuple  # (to, from): those of the leaves that lie elsewhere, and where in `working` their values are
     flat: torch.nn.Parameter  # float32, what the optimizer updates; MicroStep gives it a gradient
     working: torch.Tensor  # `flat` in the type that the model computes with
+    gradient: torch.Tensor  # of `working`: where a backward pass writes it
     dora: DoraFactors | None  # what DoRA's layers scale with; LoRA has none
 
     def refresh(self):
@@ -36,6 +37,26 @@ class LoraParameters:
         # From the vector itself: half precision would swallow a magnitude's small steps.
         if self.dora:
             self.dora.refresh(self.flat.data[-self.dora.factors.numel() :])
+
+    def expect_gradients(self):
+        """A backward pass begins; one before it may have failed midway."""
+        for product in self.model.products:
+            if product.gradients:
+                product.gradients.written = 0
+
+    def add_gradients(self, found, replace):
+        """Add the gradient that a backward pass has written to that of `flat`, or `replace` that by it. `found` are those
+        of the leaves, None but for DoRA's magnitudes."""
+        times = {p.gradients.written for p in self.model.products if p.gradients}
+        if times != {1}:
+            raise RuntimeError(f"each layer has one gradient in a pass, not {sorted(times)}")
+        magnitudes = [gradient for gradient in found if gradient is not None]
+        if magnitudes:
+            torch.cat(magnitudes, out=self.gradient[-sum(map(len, magnitudes)) :])
+        if replace:
+            self.flat.grad.copy_(self.gradient)
+        else:
+            self.flat.grad += self.gradient
 
 
 def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtype, dora=False):
@@ -51,8 +72,11 @@ def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtyp
     parameters = trained_weights(products)
     flat, working = flatten_parameters(parameters, dtype)
     factors = DoraFactors(products) if dora else None
-    leaves, copies = bound(products, working)
-    found = LoraParameters(model, learning_rate, parameters, leaves, copies, flat, working, factors)
+    gradient = torch.zeros_like(working)
+    leaves, copies = bound(products, working, gradient)
+    found = LoraParameters(
+        model, learning_rate, parameters, leaves, copies, flat, working, gradient, factors
+    )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trainable != found.flat.numel():
         raise RuntimeError(f"{trainable} trainable parameters, {found.flat.numel()} in the vector")

@@ -70,7 +70,7 @@ class PlainUpdates:
 
     def step(self, factor, pictures):
         """Update with the gradient that `micro` has summed up from the `pictures`, data-set indices, at `factor`
-        times the learning rates; then the step counts and the gradient is zero."""
+        times the learning rates; then the step counts and a new sum begins."""
         for group, part in zip(
             self.optimizer.param_groups, self.micro.trained.values(), strict=True
         ):
@@ -80,7 +80,7 @@ class PlainUpdates:
         if problem:
             self.give_up(problem, self.progress.step, pictures)
         self.progress.add(self.micro.loss)
-        self.micro.zero_gradients()
+        self.micro.begin_sum()
 
     def update(self):
         """What is wrong, or None.
@@ -145,7 +145,7 @@ class RecordedUpdates:
         ):
             adamw8bit.update(part.flat.data, part.flat.grad, state, rate, self.control,
                              group["betas"], group["eps"], group["weight_decay"])  # fmt: skip
-        self.micro.zero_gradients()
+        self.micro.begin_sum()
 
     def step(self, factor, pictures):
         rates = [part.learning_rate * factor for part in self.micro.trained.values()]
