@@ -200,7 +200,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     from tqdm import tqdm
 
     from lib.dataset import read_dataset
-    from lib.evaluation.drawing import preview_drawer
+    from lib.evaluation.preview_drawing import preview_drawer
     from lib.kernels.threads import computing_with, threads_for
     from lib.models import fetch_base_model
     from lib.training import checkpoints, run_folder, setup

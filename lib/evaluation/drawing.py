@@ -1,7 +1,8 @@
 """Pictures of the base model and of adapters on it: one pipeline, each picture from its own seed."""
 
+import contextlib
 import math
-from collections import Counter
+from collections import deque
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -17,8 +18,9 @@ from lib.evaluation.prompts import check_prompt_lengths
 from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last
 from lib.kernels.graphs import captured
+from lib.kernels.guided import shared_start
 from lib.kernels.joined import join
-from lib.kernels.threads import computing_with
+from lib.kernels.staging import Pace, fetched, sent
 from lib.models import load_part, loading
 
 
@@ -44,14 +46,14 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
     if text_encoder is None:
         loaded["text_encoder"] = load_part(CLIPTextModel, folder, "text_encoder", dtype)
     for name, model in loaded.items():
-        if device.type == "cuda":
-            join(model, device)
+        join(model, device)
         model.to(device).eval().requires_grad_(False)
         if name != "text_encoder":
             channels_last(model)
-    if device.type == "cuda":
-        # One picture fills a GPU there, and a batch would need more memory than the UNet does.
-        loaded["vae"].enable_slicing()
+    # One picture at a time fills a GPU there, and what it takes fits better into a CPU's caches; a batch would need
+    # more memory than the UNet does. In this layout a CPU decodes faster too.
+    loaded["vae"].enable_slicing()
+    loaded["vae"].to(memory_format=torch.channels_last)
     pipeline = StableDiffusionPipeline(
         **dict(unet=unet, text_encoder=text_encoder) | loaded,
         tokenizer=tokenizer,
@@ -67,6 +69,7 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
 # GiB that drawing one picture of 512x512 takes, guided; measured, see bench/README.md.
 PICTURE_GIB = 0.2
 SPARE_GIB = 1.5  # for the VAE and the scores
+AHEAD = 4  # steps that the host may be ahead of the GPU: in so long it begins the next batch
 
 
 def pictures_at_once(jobs, asked, resolution, device):
@@ -92,33 +95,55 @@ def latent_size(pipeline, resolution):
 
 
 @torch.no_grad()
-def record_unet(pipeline, samples, size):
-    """Let the UNet predict up to `samples` latents of `size`, (h, w), at once by a CUDA graph, which
-    always computes that many. Every other call goes to the UNet itself."""
-    unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
-    plain, device = unet.forward, unet.device
-    latents = torch.zeros(samples, unet.config.in_channels, *size, device=device, dtype=unet.dtype)
-    states = torch.zeros(
-        samples, tokens, unet.config.cross_attention_dim, device=device, dtype=unet.dtype
-    )
-    when = torch.zeros((), dtype=torch.long, device=device)
-    (predict,) = captured([lambda: plain(latents, when, states).sample], device)
+def record_unet(pipeline, pictures, size, guided):
+    """Let the UNet predict up to so many `pictures` with latents of `size`, (h, w), at once by a CUDA graph, which
+    always computes that many; what it makes of the text alone is computed once for all steps of a batch. `guided`
+    says that each picture is predicted twice, without the prompt and with it: then the second half of the samples of every
+    call of that shape has to equal the first. Every other call goes to the UNet itself.
 
-    def is_recorded(sample, timestep, encoder_hidden_states):
-        shapes = sample.shape[1:], encoder_hidden_states.shape[1:]
-        same = len(sample) <= samples and shapes == (latents.shape[1:], states.shape[1:])
+    A CPU, which records nothing, calls the UNet in the same way, for exactly that many.
+    """
+    unet, tokens, halves = pipeline.unet, pipeline.tokenizer.model_max_length, 1 + guided
+    plain, device, dtype, given = unet.forward, unet.device, unet.dtype, {}
+    latents = torch.zeros(pictures, unet.config.in_channels, *size, device=device, dtype=dtype)
+    width = unet.config.cross_attention_dim
+    states = torch.zeros(halves, pictures, tokens, width, device=device, dtype=dtype)
+    when = torch.zeros((), dtype=torch.long, device=device)
+    texts = getattr(unet, "texts", lambda states: states)  # see lib/kernels/joined.py
+
+    def make_texts():
+        given["texts"] = texts(states.flatten(0, 1))
+        return given["texts"]
+
+    def make_prediction():
+        with shared_start(unet) if guided else contextlib.nullcontext():
+            found = plain(latents.repeat(halves, 1, 1, 1), when, given["texts"]).sample
+        return found.unflatten(0, (halves, pictures))
+
+    # In this order: predictions leave what was recorded before them as it is.
+    prepare, predict = captured([make_texts, make_prediction], device)
+
+    def is_recorded(sample, timestep, text):
+        count, rest = divmod(len(sample), halves)
+        recorded = predict is not make_prediction
+        enough = count <= pictures if recorded else count == pictures
+        same = sample.shape[1:] == latents.shape[1:] and text.shape[1:] == states.shape[2:]
         whole = torch.is_tensor(timestep) and not timestep.is_floating_point()
-        return same and whole and timestep.ndim == 0
+        return not rest and enough and same and whole and timestep.ndim == 0
 
     def forward(sample, timestep, encoder_hidden_states, *rest, return_dict=True, **others):
         inputs = sample, timestep, encoder_hidden_states
         more = (*rest, *others.values())
         if return_dict or any(value is not None for value in more) or not is_recorded(*inputs):
             return plain(*inputs, *rest, return_dict=return_dict, **others)
-        latents[: len(sample)].copy_(sample)
-        states[: len(sample)].copy_(encoder_hidden_states)
-        when.copy_(timestep)
-        return (predict()[: len(sample)].clone(),)  # the next replay writes over it
+        count = len(sample) // halves
+        latents[:count].copy_(sample[:count])
+        if encoder_hidden_states is not given.get("states"):
+            given["states"] = encoder_hidden_states
+            states[:, :count].copy_(encoder_hidden_states.unflatten(0, (halves, count)))
+            prepare()
+        when.fill_(int(timestep))  # which lies on the CPU: a copy from there would wait for the GPU
+        return (predict()[:, :count].clone().flatten(0, 1),)  # the next replay writes over it
 
     unet.forward = forward
 
@@ -141,13 +166,15 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
     The starting noise is drawn on the CPU from the picture's own seed, so it depends neither on
     the device nor on the batch. `advice` is for a GPU whose memory is too small.
     """
-    images = []
+    images, arriving = [], deque()
     width, height = picture_size(resolution)
     shape = (pipeline.unet.config.in_channels, *latent_size(pipeline, resolution))
+    guided, pace = guidance_scale > 1, Pace(pipeline.device, AHEAD)
     with (
         drawing_memory(batch_size, resolution, advice),
         tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False) as bar,
     ):
+        texts = text_states(pipeline, [prompt for prompt, _ in jobs], batch_size, guided)
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             noise = [
@@ -156,13 +183,16 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
             finished = min(start + batch_size, len(jobs)) * steps
 
             def progress(pipeline, step, timestep, tensors, finished=finished):
+                pace.step()
                 # PNDM makes one call more than it has steps.
                 bar.update(min(batch_size, finished - bar.n))
                 return {}
 
+            with_prompt, without = zip(*(texts[prompt] for prompt, _ in batch), strict=True)
             pictures = pipeline(
-                [prompt for prompt, _ in batch],
-                latents=torch.stack(noise).to(pipeline.device, pipeline.unet.dtype),
+                prompt_embeds=torch.stack(with_prompt),
+                negative_prompt_embeds=torch.stack(without) if guided else None,
+                latents=sent(torch.stack(noise), pipeline.device).to(pipeline.unet.dtype),
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 height=height,
@@ -170,52 +200,29 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
                 callback_on_step_end=progress,
                 output_type="pt",
             ).images
-            # To bytes while they are on the GPU, which is idle while the CPU does it.
+            # To bytes on the GPU, which is idle while the CPU does it. They are waited for when it has
+            # been given the next batch.
             pixels = (pictures.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-            images += [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
+            arriving.append(fetched(pixels))
+            if len(arriving) > 1:
+                images += as_pictures(*arriving.popleft())
+        images += as_pictures(*arriving.popleft()) if arriving else []
     return images
 
 
-# How pictures are drawn while a run trains: as inference.py draws them by default.
-PREVIEW_STEPS = 28
-PREVIEW_SEED = 42
-NO_PREVIEWS = "--preview-every 0 draws no previews"
+def text_states(pipeline, prompts, at_once, guided):
+    """{prompt: its hidden states [77, d] and, if `guided`, those of no prompt}, so many computed at once."""
+    each, found = list(dict.fromkeys(prompts)), {}
+    for start in range(0, len(each), at_once):
+        some = each[start : start + at_once]
+        states, others = pipeline.encode_prompt(some, pipeline.device, 1, guided)
+        found |= zip(some, zip(states, others if guided else states, strict=True), strict=True)
+    return found
 
 
-def preview_drawer(folder, unet, trained, prompts, guidance_scale, sizes, dtype, device):
-    """A function of a title that draws one picture a prompt with models in training: PIL pictures, of the
-    commonest of `sizes`, those of the pictures trained on. None where there are no prompts.
-
-    `unet` and, if it is trained, `trained["text_encoder"]` (LoraParameters by component) are used as
-    they lie in memory: no second UNet is loaded, only the VAE and a text encoder that is not trained.
-    Nothing random is drawn but the noise, from a generator of its own. On a GPU the UNet's predictions
-    are recorded as a CUDA graph beside those of the training, with memory of its own, and what the
-    VAE takes is given back after each call.
-    """
-    if not prompts:
-        return None
-    own_text = trained["text_encoder"].model if "text_encoder" in trained else None
-    jobs = [(prompt, PREVIEW_SEED) for prompt in prompts]
-    resolution = "{}x{}".format(*Counter(sizes).most_common(1)[0][0])
-    with memory_for("preparing the previews", NO_PREVIEWS):
-        pipeline = load_pipeline(folder, dtype, device, unet, own_text)
-        at_once = pictures_at_once(len(jobs), 0, resolution, pipeline.device)
-        how = dict(steps=PREVIEW_STEPS, guidance_scale=guidance_scale, resolution=resolution, batch_size=at_once)  # fmt: skip
-        if pipeline.device.type == "cuda":
-            record_unet(pipeline, 2 * at_once, latent_size(pipeline, resolution))
-
-    threads = torch.get_num_threads()
-
-    def pictures(title):
-        for part in trained.values():
-            part.refresh()  # the optimizer has stepped since the last pass
-        with computing_with(threads):  # more than training does
-            found = draw(pipeline, jobs, **how, title=title, advice=NO_PREVIEWS)
-        if pipeline.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return found
-
-    return pictures
+def as_pictures(pixels, arrived):
+    arrived.synchronize()
+    return [Image.fromarray(picture) for picture in pixels.numpy()]
 
 
 @torch.no_grad()
@@ -283,10 +290,9 @@ def draw_runs(config, plan, pipeline, prompts, seeds):
     how["batch_size"] = pictures_at_once(
         len(jobs), config["batch_size"], config["resolution"], pipeline.device
     )
-    if pipeline.device.type == "cuda":
-        samples = how["batch_size"] * (2 if config["guidance_scale"] > 1 else 1)
-        with drawing_memory(how["batch_size"], config["resolution"]):
-            record_unet(pipeline, samples, latent_size(pipeline, config["resolution"]))
+    with drawing_memory(how["batch_size"], config["resolution"]):
+        size = latent_size(pipeline, config["resolution"])
+        record_unet(pipeline, how["batch_size"], size, config["guidance_scale"] > 1)
     base = draw(pipeline, jobs, **how, title="base")
     for run, steps in plan[0]:
         draw_points(

@@ -4,6 +4,8 @@ Such a copy is only begun when the call returns, so what it reads must stay as i
 are several places, and each is used again when the copy that had it has ended.
 """
 
+from collections import deque
+
 import torch
 
 AHEAD = 2  # steps that the host may be ahead of the GPU
@@ -20,17 +22,46 @@ class Done:
         pass
 
 
+def event(device):
+    """What can be recorded and waited for: where a GPU's work has come to when it is recorded."""
+    return torch.cuda.Event() if device.type == "cuda" else Done()
+
+
 def places(like, count):
     """[(tensor on the host, event)]: so many, of the shape and type of the tensor `like`, for copies to and
     from its device; the events are to be recorded behind the copies."""
     on_gpu = like.device.type == "cuda"
     return [
-        (
-            torch.zeros(like.shape, dtype=like.dtype, pin_memory=on_gpu),
-            torch.cuda.Event() if on_gpu else Done(),
-        )
+        (torch.zeros(like.shape, dtype=like.dtype, pin_memory=on_gpu), event(like.device))
         for _ in range(count)
     ]
+
+
+def sent(tensor, device):
+    """A tensor on `device` to which that of the host is being copied."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def fetched(tensor):
+    """(a tensor on the host to which this one is being copied, the event after which it is there)"""
+    copied = event(tensor.device)
+    copy = tensor.to("cpu", non_blocking=True)
+    copied.record()
+    return copy, copied
+
+
+class Pace:
+    """Keeps the host so many steps `ahead` of the GPU, at most."""
+
+    def __init__(self, device, ahead):
+        self.device, self.ahead, self.begun = device, ahead, deque()
+
+    def step(self):
+        """To be called behind each step."""
+        self.begun.append(event(self.device))
+        self.begun[-1].record()
+        if len(self.begun) > self.ahead:
+            self.begun.popleft().synchronize()
 
 
 class Ring:
