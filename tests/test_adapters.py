@@ -83,7 +83,8 @@ def test_round_trip_and_equal_output_in_diffusers(trained, tiny_model, pipeline,
         assert torch.equal(output, base[name])
 
 
-def test_alpha_other_than_rank_survives_the_file(tmp_path, tiny_model, pipeline):
+def test_alpha_other_than_rank_survives_the_file(tmp_path, tiny_model):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     models = models_of(pipeline)
     for component, targets in (("unet", ["to_q"]), ("text_encoder", ["q_proj"])):
         adapters.add_lora(models[component], 4, 2.0, targets)

@@ -341,7 +341,7 @@ def test_the_background_of_masked_pictures_is_learned_less(tmp_path):
             micro.fill(*samples.micro_batch(step))
             micro.run(step)
             optimizer.step()
-            micro.zero_gradients()
+            micro.begin_sum()
         for part in trained.values():
             part.refresh()
         gained[weight] = before - outside_loss(unet, texts)

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_RUN, assert_close, make_processed, picture
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from plain_loop import plain_loop
 from safetensors.torch import load_file
@@ -34,13 +35,15 @@ from lib.errors import UserError
 from lib.evaluation import drawing
 from lib.kernels import (
     attention,
+    blocks,
     channels_last,
     compiling,
     dora,
     graphs,
+    guided,
     joined,
-    large_maps,
     lora,
+    maps,
     norms,
     rows,
 )
@@ -67,17 +70,20 @@ def small_unet(
     groups=8,
     dora=False,
     rank=4,
+    adapted=True,
     **changes,
 ):
     torch.manual_seed(0)
+    shape = dict(layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
-        attention_head_dim=8, norm_num_groups=groups,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **changes,
+        sample_size=16, block_out_channels=(32, 64), cross_attention_dim=32, attention_head_dim=8,
+        norm_num_groups=groups, **shape | changes,
     )  # fmt: skip
     unet.requires_grad_(False)
     _no_norm_alike(unet)
+    if not adapted:
+        return unet.to(DEVICE, dtype).eval()
     adapters.add_lora(unet, rank, 8.0, targets, dora)
     for _, b in adapters.factors(unet).values():
         torch.nn.init.normal_(b.data, std=0.1)
@@ -297,18 +303,20 @@ def test_recomputing_gives_the_same_gradients(kind):
 KERNELS = """
 import itertools, sys; sys.path[:0] = sys.argv[1:]
 import torch, torch.nn.functional as F
-from conftest import assert_close
-from lib.kernels import adamw8bit, channels_last, norms, rows
+from conftest import assert_close, tiny_vae
+from lib.kernels import adamw8bit, blocks as transformer_blocks, channels_last, maps, norms, rows
 from lib.training.micro_step import recomputed
 from test_kernels import close, fused, output_and_gradients, small_text_encoder, small_unet, states_and_gradients
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
-for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, False), ((3, 960, 3, 3), 32, True),
-                            ((1, 40, 40, 41), 4, True), ((2, 32, 300, 1), 8, False), ((1, 64, 70, 64), 8, True)]:
+if device.type == "cpu":  # the interpreter is slow
+    norms.PARTS = (2**10, 2, 4), (2**14, 4, 8)
+for shape, groups, silu in [((1, 80, 8, 8), 8, True), ((2, 32, 5, 7), 16, False), ((2, 120, 3, 3), 4, True),
+                            ((1, 40, 25, 42), 4, True), ((2, 32, 300, 1), 8, False), ((1, 16, 33, 32), 2, True)]:
     x = (torch.randn(shape, device=device) + 100).requires_grad_()
     weight, bias = torch.randn(2, shape[1], device=device)
     shifts = None, torch.randn(shape[0], 2 * shape[1], device=device)[:, shape[1]:]
-    for shift, norms.LARGE in itertools.product(shifts, (1, 2**15)):  # from how many pixels on maps are large
+    for shift, norms.WHOLE in itertools.product(shifts, (0, 2**14)):  # what one program takes
         same, found = norms.GroupNormSilu.apply(x, shift, weight, bias, groups, 1e-5, silu)
         assert torch.equal(same, x)
         expected = F.group_norm(x if shift is None else x + shift[..., None, None], groups, weight, bias, 1e-5)
@@ -319,10 +327,28 @@ for shape, groups, silu in [((1, 320, 8, 8), 32, True), ((2, 64, 5, 7), 32, Fals
         assert_close(*(torch.autograd.grad(pair, x, [*grads])[0] for pair in ((same, found), (x * 1, expected))))
 x = (2 * torch.randn(3, 7, 66, device=device)).requires_grad_()[..., :50]  # columns of wider rows
 value, gate = x.chunk(2, dim=-1)
-found, expected = norms.Geglu.apply(x), value * F.gelu(gate)
+found, expected = rows.Geglu.apply(x), value * F.gelu(gate)
 assert_close(found, expected, 1e-5)
 grad = torch.randn_like(found)
 assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), 1e-5)
+
+pixel = torch.randn(1, 8, 1, 1, device=device).as_strided((1, 8, 1, 1), (8, 1, 1, 1))  # as a convolution gives it
+assert torch.equal(maps.Beside.apply(pixel, pixel), torch.cat([pixel, pixel], 1))
+assert torch.equal(maps.Twice.apply(pixel), pixel.expand(1, 8, 2, 2))
+for shape in ((2, 8, 5, 6), (1, 70, 7, 3), (1, 6, 40, 1)):
+    x, y = torch.randn(2, *shape, device=device).requires_grad_()
+    bias, grad = torch.randn(shape[1], device=device), torch.randn(*shape[:2], 2 * shape[2], 2 * shape[3], device=device)
+    for added in (None, y):
+        found, expected = maps.SumBias.apply(x, added, bias), x + bias[:, None, None] + (0 if added is None else y)
+        assert_close(found, expected, 1e-6)
+        given = [x] if added is None else [x, y]
+        for one in torch.autograd.grad(found, given, grad[..., ::2, ::2]):
+            assert torch.equal(one, grad[..., ::2, ::2])
+    for one, other in ((x, y), (x, y[:, :3])):  # channels of 16 bytes, and others
+        assert torch.equal(maps.Beside.apply(one, other), torch.cat([one, other], 1))
+    found, expected = maps.Twice.apply(x), F.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert torch.equal(found, expected) and found.is_contiguous(memory_format=torch.channels_last)
+    assert_close(*(torch.autograd.grad(twice, x, grad)[0] for twice in (found, expected)), 1e-6)
 
 for shape in ((3, 5, 40), (2, 320), (3, 1280), (1, 5, 768)):
     for dtype, add in itertools.product((torch.float32, torch.float16), (True, False)):
@@ -371,7 +397,15 @@ for how in ({}, dict(targets=("time_emb_proj", "to_q")), dict(resnet_time_scale_
     layers = [m for m in unet.modules() if isinstance(m, torch.nn.GroupNorm)]
     assert layers and all("forward" in vars(layer) for layer in layers)
     assert list(unet.state_dict()) and not any("time_emb_proj.1" in name for name in unet.state_dict())
-    assert rows.row_modules(unet) and all("forward" in vars(block) for block in rows.row_modules(unet))
+    assert transformer_blocks.row_modules(unet) and all("forward" in vars(block) for block in transformer_blocks.row_modules(unet))
+vae, latents = tiny_vae().requires_grad_(False), torch.randn(1, 4, 4, 4, device=device)
+for weight in vae.to(device).parameters():
+    weight += 0.1 * torch.randn_like(weight) if weight.ndim == 1 else 0  # biases begin as zeros
+expected = vae.decode(latents).sample
+channels_last.rebuild(vae)
+assert_close(vae.decode(latents).sample, expected, 1e-4)
+assert not [m for m in vae.decoder.modules() if isinstance(m, torch.nn.SiLU)]  # they are in the norms' kernels
+
 expected = output_and_gradients(unet, side=4)
 unet.enable_gradient_checkpointing(recomputed)
 assert close(output_and_gradients(unet, side=4), expected, 1e-5)
@@ -386,21 +420,22 @@ import sys; sys.path[:0] = sys.argv[1:]
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lib.kernels import adamw8bit, large_maps, norms, rows
-kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", COUNT="i32", HALF="i32", STRIDE="i32", ADD="i32",
-             eps="fp32", statistics="*fp32", sums="*fp32")
+from lib.kernels import adamw8bit, maps, norms, rows
+kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", ROWS="i32", HALF="i32", STRIDE="i32", ADD="i32", WIDTH="i32",
+             BEHIND="i32", eps="fp32", statistics="*fp32", sums="*fp32")
 for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16")):  # T4, A100, H100
-    of_rows = rows._sum_norm, rows._sum_norm_backward, rows._quick_gelu
-    of_large = large_maps._large_sums, large_maps._large_apply
-    for kernel in (norms._norm_sums, norms._norm_apply, norms._geglu, *of_rows, *of_large):
-        for backward, parts in ((False, 0), (False, 16), (True, 0), (True, 16)):
-            sizes = dict(GROUP=10, WIDTH=16, ROWS=512, PARTS=parts, BLOCK=1024, BACKWARD=backward)
+    of_norms = norms._norm_whole, norms._norm_sums, norms._norm_apply
+    of_rows, activations = (rows._sum_norm, rows._sum_norm_backward), (rows._geglu, rows._quick_gelu)
+    for kernel in (*of_norms, *of_rows, *activations, maps._sum_bias):
+        for backward, large in ((False, False), (False, True), (True, False), (True, True)):
+            sizes = dict(TALL=4, WIDE=64, BACKWARD=backward)
+            if kernel in of_norms:
+                sizes |= dict(GROUP=40 if large else 10, SPAN=40, WIDTH=64, ROWS=256 if large else 64,
+                              PARTS=32 if large else 8)
             if kernel in of_rows:
-                sizes |= dict(WIDTH=320, TILE=512, ADD=backward)
-            if kernel in of_large:
-                sizes |= dict(SPAN=40, WIDTH=64, ROWS=64, PARTS=128)
-                if backward:
-                    sizes |= dict(GROUP=40)
+                sizes |= dict(WIDTH=320, TILE=512)
+            if kernel in (rows._sum_norm, maps._sum_bias):
+                sizes |= dict(ADD=backward)
             names = [parameter.name for parameter in kernel.params]
             known = {name: sizes[name] for name in names if name in sizes}
             signature = {name: "constexpr" if name in known else kinds.get(name, f"*{dtype}") for name in names}
@@ -436,6 +471,12 @@ def test_triton_kernels_give_pytorchs_results():
     assert "all equal" in done.stdout, done.stderr
 
 
+def test_everything_can_be_imported_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import lib.kernels.channels_last, lib.evaluation.drawing, lib.training.setup"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_triton_it_is_said_and_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(channels_last, "triton", None)
     channels_last.missing_kernels.cache_clear()
@@ -460,24 +501,20 @@ def test_kernels_that_do_not_compile_or_are_wrong_are_not_used(monkeypatch):
     def fails(*arguments):
         raise OSError("no C compiler")
 
-    def large_norm(x, shift, statistics, *others):
-        return norm(x, shift, *others)[1]
-
     group_norm, sums = (norms.GroupNormSilu, "apply"), (rows.SumNorm, "apply")
-    large, quick_gelu = (channels_last, "norm_of_large_maps"), (rows.QuickGelu, "apply")
+    quick_gelu, sum_bias = (rows.QuickGelu, "apply"), (maps.SumBias, "apply")
     right = {
         group_norm: norm,
-        large: large_norm,
-        (norms.Geglu, "apply"): lambda x: x[..., :2] * F.gelu(x[..., 2:]),
+        (rows.Geglu, "apply"): lambda x: x[..., :2] * F.gelu(x[..., 2:]),
         sums: sum_norm,
         quick_gelu: lambda x: x * torch.sigmoid(1.702 * x),
+        sum_bias: lambda x, y, bias: x + y + bias[:, None, None],
     }
     wrong = [
         (group_norm, lambda x, *_: (x, x)),
         (group_norm, lambda x, shift, *others: norm(x, None, *others)),
-        (large, lambda x, *_: x),
-        (large, lambda x, shift, _, *others: norm(x, None, *others)[1]),
-        ((norms.Geglu, "apply"), lambda x: x[..., :2]),
+        (sum_bias, lambda x, y, bias: x + y),
+        ((rows.Geglu, "apply"), lambda x: x[..., :2]),
         (sums, lambda x, *others: (x, sum_norm(x, *others)[1])),
         (sums, lambda x, y, *_: (x + y, x + y)),
         (quick_gelu, F.gelu),
@@ -505,17 +542,25 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
 
         def __getitem__(self, grid):
             def launch(*arguments, **sizes):
-                fixed = arguments[6:] if self.name == "geglu" else tuple(sorted(sizes.items()))
+                fixed = (
+                    (*arguments[6:],) if self.name in positional else tuple(sorted(sizes.items()))
+                )
                 launched.append((self.name, arguments[0].dtype, fixed))
 
             return launch
 
-    for name in ("_norm_sums", "_norm_apply", "_geglu"):
-        monkeypatch.setattr(norms, name, Recorder(name.strip("_")))
-    for name in ("_large_sums", "_large_apply"):
-        monkeypatch.setattr(large_maps, name, Recorder(name.strip("_")))
-    for name in ("_sum_norm", "_sum_norm_backward", "_quick_gelu"):
-        monkeypatch.setattr(rows, name, Recorder(name.strip("_")))
+    positional = {"geglu", "quick_gelu", "sum_bias"}
+    of_norms, of_rows = (
+        {"norm_whole", "norm_sums", "norm_apply"},
+        {"sum_norm", "geglu", "quick_gelu"},
+    )
+    for module, names in (
+        (norms, of_norms),
+        (rows, of_rows | {"sum_norm_backward"}),
+        (maps, {"sum_bias"}),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, f"_{name}", Recorder(name))
     monkeypatch.setattr(channels_last, "missing_kernels", lambda device: None)
     unet, text_encoder = small_unet(), small_text_encoder(hidden_size=48)
     assert channels_last.compile_kernels([unet, text_encoder], training=True) is None
@@ -525,24 +570,20 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
         channels_last.rebuild(model)
     output_and_gradients(unet)
     states_and_gradients(text_encoder)
-    # Of each size both for small maps and for large ones, of which this UNet has no large ones.
+    # Of each size for small maps and for large ones, of which this UNet has no large ones.
     assert set(launched) <= before
     assert 8 < len(before) <= 4 * len(set(launched))
-    assert {name for name, *_ in before} == {
-        "norm_sums", "norm_apply", "large_sums", "large_apply", "geglu", "sum_norm", "sum_norm_backward", "quick_gelu"
-    }  # fmt: skip
+    assert {name for name, *_ in before} == of_norms | of_rows | {"sum_norm_backward", "sum_bias"}
     launched.clear()
+    monkeypatch.setattr(norms, "WHOLE", 0)  # as if its maps were large
     channels_last.compile_kernels([unet, text_encoder], training=False)
     forward_alone = set(launched)
     launched.clear()
     with torch.no_grad():
         output_of(unet)
-        monkeypatch.setattr(norms, "LARGE", 1)
-        output_of(unet)
         text_encoder(torch.arange(22, device=DEVICE).view(2, 11))
     assert set(launched) <= forward_alone
-    assert {name for name, *_ in forward_alone} == {name for name, *_ in launched} | {"norm_sums"}
-    assert {"large_sums", "large_apply", "norm_apply"} <= {name for name, *_ in launched}
+    assert {name for name, *_ in forward_alone} == {name for name, *_ in launched}
 
     def fails(*arguments, **sizes):
         raise OSError("no C compiler")
@@ -558,7 +599,7 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
 def test_what_does_more_than_stable_diffusions_transformers_is_left_as_it_is():
     plain = dict(dim=32, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32)
     block = BasicTransformerBlock(**plain)
-    assert rows.row_modules(block) == [block]
+    assert blocks.row_modules(block) == [block, block.ff.net[0]]  # and its activation
     for how in (
         dict(norm_type="ada_norm", num_embeds_ada_norm=5),
         dict(norm_type="ada_norm_single"),
@@ -568,11 +609,12 @@ def test_what_does_more_than_stable_diffusions_transformers_is_left_as_it_is():
         dict(norm_elementwise_affine=False),
         dict(attention_type="gated"),
     ):
-        assert rows.row_modules(BasicTransformerBlock(**plain | how)) == [], how
+        other = BasicTransformerBlock(**plain | how)
+        assert {type(module) for module in blocks.row_modules(other)} == {GEGLU}, how
     block.set_chunk_feed_forward(2)
-    assert rows.row_modules(block) == []
+    assert blocks.row_modules(block) == [block.ff.net[0]]
     # Of Stable Diffusion 2's text encoder the layers, whose activation is another.
-    layers = rows.row_modules(small_text_encoder(hidden_act="gelu"))
+    layers = blocks.row_modules(small_text_encoder(hidden_act="gelu"))
     assert [type(layer) for layer in layers] == 3 * [CLIPEncoderLayer]
 
 
@@ -1047,7 +1089,7 @@ def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures(times):
     jobs = [("a red leather jacket", seed) for seed in range(8)]
     how = dict(steps=8, guidance_scale=6.0, resolution=resolution, title="")
     plain = [drawing.draw(pipeline, jobs, batch_size=size, **how) for size in (1, 8)]
-    drawing.record_unet(pipeline, 16, drawing.latent_size(pipeline, resolution))
+    drawing.record_unet(pipeline, 8, drawing.latent_size(pipeline, resolution), True)
     recorded = drawing.draw(pipeline, jobs, batch_size=8, **how)
     base, batched, graph = (np.stack([np.asarray(i, np.float32) for i in images])
                             for images in (*plain, recorded))  # fmt: skip
@@ -1083,15 +1125,17 @@ def test_a_recorded_unet_draws_the_same_pictures(tiny_model, monkeypatch):
     how = dict(steps=3, resolution=64, batch_size=4, title="")
     expected = drawing.draw(pipeline, jobs, guidance_scale=6.0, **how)
     before = drawing.probe(pipeline)
-    calls = []
+    calls, made = [], []
 
     def counted(functions, device):
-        return [lambda: calls.append(1) or functions[0]()]
+        texts, prediction = functions
+        return [lambda: made.append(1) or texts(), lambda: calls.append(1) or prediction()]
 
     monkeypatch.setattr(drawing, "captured", counted)
-    drawing.record_unet(pipeline, 8, (8, 8))
+    drawing.record_unet(pipeline, 4, (8, 8), True)
     found = drawing.draw(pipeline, jobs, guidance_scale=6.0, **how)
     assert len(calls) == 2 * 4  # two batches, each of a call more than steps
+    assert len(made) == 2  # keys and values, once a batch
     for a, b in zip(expected, found, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
     drawing.draw(pipeline, jobs[:5], guidance_scale=6.0, **how | dict(batch_size=5))  # too many
@@ -1100,8 +1144,143 @@ def test_a_recorded_unet_draws_the_same_pictures(tiny_model, monkeypatch):
     assert len(calls) == 8
 
 
-def test_joined_models_draw_the_same_pictures_with_and_without_an_adapter(tiny_model, tmp_path):
-    """As on a GPU, where the pipeline's models are joined: an adapter is put into the same weights."""
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_triton)])
+def test_what_guidance_computes_twice_is_computed_once(kernels, monkeypatch):
+    """The first residual block, and the first attention to the picture, of which there are two."""
+    unet = small_unet(layers_per_block=2, adapted=False)
+    joined.join(unet, DEVICE)
+    if kernels:
+        channels_last.rebuild(unet)
+        monkeypatch.setattr(rows.SumNorm, "apply", plain_sum_norm)
+        monkeypatch.setattr(norms.GroupNormSilu, "apply", plain_group_norm)
+        monkeypatch.setattr(
+            rows.Geglu, "apply", lambda x: F.gelu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0]
+        )
+        monkeypatch.setattr(
+            maps.SumBias,
+            "apply",
+            lambda x, y, bias: x + bias[:, None, None] + (0 if y is None else y),
+        )
+    first, second = (
+        unet.down_blocks[0].attentions[number].transformer_blocks[0].attn1 for number in (0, 1)
+    )
+    seen = []
+    for attention_to_picture in (first, second):
+        attention_to_picture.register_forward_pre_hook(
+            lambda _, inputs: seen.append(len(inputs[0]))
+        )
+    torch.manual_seed(1)
+    sample, text = torch.randn(3, 4, 16, 16, device=DEVICE), torch.randn(6, 77, 32, device=DEVICE)
+    inputs = torch.cat([sample, sample]), torch.tensor(500, device=DEVICE), text
+    with torch.no_grad():
+        expected = unet(*inputs).sample
+        with guided.shared_start(unet):
+            found = unet(*inputs).sample
+        again = unet(*inputs).sample
+    assert_close(found, expected, 1e-5)
+    assert torch.equal(again, expected)
+    assert seen == [6, 6, 3, 6, 6, 6]
+
+
+def test_a_unet_that_begins_in_another_way_computes_both_halves():
+    unet = small_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                      up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), adapted=False)  # fmt: skip
+    sample, text = torch.randn(2, 4, 16, 16, device=DEVICE), torch.randn(4, 77, 32, device=DEVICE)
+    inputs = torch.cat([sample, sample]), torch.tensor(500, device=DEVICE), text
+    with torch.no_grad(), guided.shared_start(unet):
+        found = unet(*inputs).sample
+    with torch.no_grad():
+        assert torch.equal(found, unet(*inputs).sample)
+
+
+def test_a_prompt_is_encoded_once_for_all_its_pictures(tiny_model):
+    pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
+    encoded = []
+    pipeline.text_encoder.register_forward_pre_hook(
+        lambda _, inputs: encoded.append(len(inputs[0]))
+    )
+    jobs = [(prompt, seed) for prompt in ("a raincoat", "a cat") for seed in (1, 2, 3)]
+    drawing.draw(pipeline, jobs, steps=1, resolution=64, batch_size=3, guidance_scale=6.0, title="")
+    assert encoded == [2, 2]  # the prompts, and nothing in their place
+
+
+def test_a_gradient_that_a_pass_gives_twice_or_not_at_all_is_an_error():
+    unet = small_unet(adapted=False)
+    part = parameters.add_lora_parameters(
+        unet, 4, 4.0, ("to_q", "to_v"), 1e-3, DEVICE, torch.float32
+    )
+    part.flat.grad = torch.zeros_like(part.flat)
+    part.refresh()
+    expected = None
+    for times in (1, 2, 0):
+        part.expect_gradients()
+        loss = sum(output_of(unet)[0].square().sum() for _ in range(times))
+        found = torch.autograd.grad(loss, part.leaves, allow_unused=True) if times else []
+        if times != 1:
+            with pytest.raises(RuntimeError, match="one gradient"):
+                part.add_gradients(found, replace=False)
+            assert torch.equal(part.flat.grad, expected)
+            continue
+        part.add_gradients(found, replace=False)
+        expected = part.flat.grad.clone()
+        assert expected.count_nonzero() > 0
+
+
+@needs_gpu
+def test_memsets_of_a_graph_become_kernels(capsys, monkeypatch):
+    """Also one behind the other, and of other values and widths."""
+    from cuda.bindings import driver
+
+    memory = torch.arange(4096, dtype=torch.int32, device=DEVICE)
+    query, key, value = (
+        torch.randn(1, 4, 512, 64, device=DEVICE, dtype=torch.float16, requires_grad=True)
+        for _ in range(3)
+    )
+
+    def work():
+        stream, address = torch.cuda.current_stream().cuda_stream, memory.data_ptr()
+        for setting in ((driver.cuMemsetD32Async, address, 0xFFFFFFF0, 1000), (driver.cuMemsetD8Async, address + 4000, 255, 13),
+                        (driver.cuMemsetD16Async, address + 400, 0x8001, 21)):  # fmt: skip
+            assert setting[0](*setting[1:], stream)[0] == driver.CUresult.CUDA_SUCCESS
+        out = F.scaled_dot_product_attention(
+            query, key, value
+        )  # cuDNN's, which sets memory for its backward pass
+        return [memory * 2, *torch.autograd.grad(out.square().sum(), (query, key, value))]
+
+    replaced, replace = [], graphs.memsets_as_kernels
+    monkeypatch.setattr(
+        graphs, "memsets_as_kernels", lambda *given: replaced.append(replace(*given))
+    )
+    memory.copy_(torch.arange(4096, device=DEVICE))
+    expected = [tensor.clone() for tensor in work()]
+    (replay,) = graphs.captured([work], DEVICE)
+    for _ in range(3):
+        memory.copy_(torch.arange(4096, device=DEVICE))
+        doubled, *gradients = replay()
+        assert torch.equal(doubled, expected[0])
+        assert close(gradients, expected[1:], 1e-2)
+    assert replaced[0] > 3 and not capsys.readouterr().out
+    monkeypatch.setattr(graphs, "memsets_as_kernels", lambda *given: 1 / 0)
+    (replay,) = graphs.captured([work], DEVICE)
+    assert close(replay()[1:], expected[1:], 1e-2)
+    assert "memsets in CUDA graphs stay" in capsys.readouterr().out
+
+
+def plain_sum_norm(x, y, weight, bias, eps):
+    total = x if y is None else x + y
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+def plain_group_norm(x, shift, weight, bias, groups, eps, silu):
+    shifted = x if shift is None else x + shift[..., None, None]
+    norm = F.group_norm(shifted, groups, weight, bias, eps)
+    return x, F.silu(norm) if silu else norm
+
+
+def test_joined_models_draw_the_same_pictures_with_and_without_an_adapter(
+    tiny_model, tmp_path, monkeypatch
+):
+    """An adapter is put into the same weights."""
     torch.manual_seed(0)
     models = {
         "unet": UNet2DConditionModel.from_pretrained(tiny_model / "unet"),
@@ -1116,10 +1295,11 @@ def test_joined_models_draw_the_same_pictures_with_and_without_an_adapter(tiny_m
     adapter, found = adapter_files.read_adapter(tmp_path), {}
     how = dict(steps=3, resolution=64, batch_size=2, guidance_scale=6.0, title="")
     for is_joined in (False, True):
-        pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
-        if is_joined:
-            assert joined.join(pipeline.unet, "cpu") and joined.join(pipeline.text_encoder, "cpu")
-            assert not joined.join(pipeline.vae, "cpu")
+        with monkeypatch.context() as patched:
+            if not is_joined:
+                patched.setattr(drawing, "join", lambda model, device: [])
+            pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
+        assert hasattr(pipeline.unet, "texts") == is_joined
         applied = adapters.Applied(adapter, drawing.models_of(pipeline))
         for scale in (1, 0):
             applied.set_scale(scale)

@@ -893,7 +893,10 @@ def test_out_of_memory_while_drawing_advises_a_smaller_batch():
     class Full:
         vae_scale_factor = 8
         unet = SimpleNamespace(config=SimpleNamespace(in_channels=4), dtype=torch.float32)
-        device = "cpu"
+        device = torch.device("cpu")
+
+        def encode_prompt(self, prompts, *others):
+            return 2 * [torch.zeros(len(prompts), 77, 8)]
 
         def __call__(self, *arguments, **named):
             raise torch.OutOfMemoryError

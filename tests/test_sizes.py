@@ -94,10 +94,10 @@ def test_a_recorded_unet_knows_its_shape(tiny_model, monkeypatch):
     calls = []
 
     def counted(functions, device):
-        return [lambda: calls.append(1) or functions[0]()]
+        return [functions[0], lambda: calls.append(1) or functions[1]()]
 
     monkeypatch.setattr(drawing, "captured", counted)
-    drawing.record_unet(pipeline, 4, drawing.latent_size(pipeline, "64x96"))
+    drawing.record_unet(pipeline, 2, drawing.latent_size(pipeline, "64x96"), True)
     found = drawing.draw(pipeline, JOBS, resolution="64x96", **HOW)
     assert len(calls) == 3  # a call more than steps
     for a, b in zip(expected, found, strict=True):

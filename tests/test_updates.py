@@ -67,7 +67,7 @@ class Run:
         )
         self.scaler, self.gradient = accelerator.scaler, gradient
         micro = SimpleNamespace(
-            trained=self.trained, gradient=gradient, loss=gradient[-1], zero_gradients=gradient.zero_
+            trained=self.trained, gradient=gradient, loss=gradient[-1], begin_sum=gradient.zero_
         )  # fmt: skip
         self.progress = checkpoints.Progress(0, torch.zeros((), device=device))
         if saved:

@@ -21,7 +21,7 @@ import train
 from lib import adapter_files, adapters, files
 from lib.adapter_files import WEIGHTS
 from lib.dataset import Row
-from lib.evaluation import drawing
+from lib.evaluation import drawing, preview_drawing
 from lib.kernels import threads
 from lib.training import (
     checkpoints,
@@ -171,13 +171,17 @@ def test_small_micro_batches_are_trained_by_one_thread(two_threads, monkeypatch)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
 def test_previews_have_the_threads_that_training_does_without(common, two_threads, tmp_path, monkeypatch):  # fmt: skip
-    step, draw, seen = micro_step.MicroStep.run, drawing.draw, dict(training=set(), drawing=set())
+    step, draw, seen = (
+        micro_step.MicroStep.run,
+        preview_drawing.draw,
+        dict(training=set(), drawing=set()),
+    )
 
     def counted(kind, work):
         return lambda *a, **k: seen[kind].add(torch.get_num_threads()) or work(*a, **k)
 
     monkeypatch.setattr(micro_step.MicroStep, "run", counted("training", step))
-    monkeypatch.setattr(drawing, "draw", counted("drawing", draw))
+    monkeypatch.setattr(preview_drawing, "draw", counted("drawing", draw))
     succeeded(call("train.py", *options(**common | dict(output_dir=tmp_path))))
     assert seen == dict(training={1}, drawing={2})
     assert json.loads((tmp_path / NAME / "config.json").read_text())["device"] == "CPU, 1 thread"
@@ -195,10 +199,10 @@ def test_a_preview_is_what_inference_draws(common, watched, tiny_model, tmp_path
     assert done.returncode == 0, done.stderr
     how = {key: inference.CONFIG[key] for key in ("steps", "guidance_scale")}
     assert how == dict(
-        steps=drawing.PREVIEW_STEPS, guidance_scale=train.CONFIG["preview_guidance_scale"]
+        steps=preview_drawing.PREVIEW_STEPS, guidance_scale=train.CONFIG["preview_guidance_scale"]
     )
     assert inference.DEMO["guidance_scale"] == train.DEMO["preview_guidance_scale"]
-    assert inference.CONFIG["seed"] == drawing.PREVIEW_SEED
+    assert inference.CONFIG["seed"] == preview_drawing.PREVIEW_SEED
     pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
     jobs = [(prompt, inference.CONFIG["seed"]) for prompt in ("a holographic raincoat", "a cat")]
     how |= dict(resolution=64, batch_size=2, title="")
