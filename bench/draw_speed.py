@@ -79,12 +79,9 @@ def plain(args, how, count):
         pipelines.append(pipeline)
 
     def draw(pipeline, prompt, seed, steps=how["steps"]):
-        shape = (
-            1,
-            pipeline.unet.config.in_channels,
-            *drawing.latent_size(pipeline, how["resolution"]),
-        )
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        size = drawing.latent_size(pipeline, how["resolution"])
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(1, pipeline.unet.config.in_channels, *size, generator=generator)
         return pipeline(prompt, latents=noise.to(DEVICE, DTYPE), num_inference_steps=steps, height=how["resolution"],
                         width=how["resolution"], guidance_scale=how["guidance_scale"]).images[0]  # fmt: skip
 

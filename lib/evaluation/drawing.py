@@ -51,9 +51,12 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
         if name != "text_encoder":
             channels_last(model)
     # One picture at a time fills a GPU there, and what it takes fits better into a CPU's caches; a batch would need
-    # more memory than the UNet does. In this layout a CPU decodes faster too.
+    # more memory than the UNet does.
     loaded["vae"].enable_slicing()
-    loaded["vae"].to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        loaded["vae"].to(
+            memory_format=torch.channels_last
+        )  # which decodes faster there; the UNet does not
     pipeline = StableDiffusionPipeline(
         **dict(unet=unet, text_encoder=text_encoder) | loaded,
         tokenizer=tokenizer,
@@ -122,10 +125,10 @@ def record_unet(pipeline, pictures, size, guided):
 
     # In this order: predictions leave what was recorded before them as it is.
     prepare, predict = captured([make_texts, make_prediction], device)
+    recorded = predict is not make_prediction
 
     def is_recorded(sample, timestep, text):
         count, rest = divmod(len(sample), halves)
-        recorded = predict is not make_prediction
         enough = count <= pictures if recorded else count == pictures
         same = sample.shape[1:] == latents.shape[1:] and text.shape[1:] == states.shape[2:]
         whole = torch.is_tensor(timestep) and not timestep.is_floating_point()

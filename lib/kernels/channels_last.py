@@ -63,9 +63,11 @@ def compile_kernels(models, training):
 
     passes = (False, True) if training else (False,)
     kinds = itertools.product(of_each_size, passes, KINDS_OF_MAPS)
-    # The largest maps have few channels.
     jobs = [
-        functools.partial(launch, *kind) for kind in kinds if kind[0].num_channels * kind[2] < 2**23
+        functools.partial(launch, norm, backward, pixels)
+        for norm, backward, pixels in kinds
+        if pixels <= 2**12
+        or norm.num_channels <= 512  # larger maps have no more, in UNets and decoders
     ]
     jobs += [functools.partial(launch_sum_bias, add) for add in (False, True)]
     of_rows = {}

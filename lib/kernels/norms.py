@@ -20,7 +20,7 @@ PROGRAMS = 1024  # that apply, if there are not more blocks of channels
 # (pixels of a map up to which a group is summed up by so many programs, forward; and by so many, backward)
 PARTS = (2**10, 8, 32), (2**14, 32, 128), (math.inf, 128, 128)
 # Pixels of maps for which there are kernels of their own, with Stable Diffusion's groups of channels.
-KINDS_OF_MAPS = 16, 64, 256, 2**10, 2**12, 2**14 + 16
+KINDS_OF_MAPS = 64, 256, 2**10, 2**12, 2**14 + 16
 
 if triton:
     from lib.kernels.rows import sigmoid

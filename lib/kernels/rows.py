@@ -181,43 +181,19 @@ def run_sum_norm_backward(total, grad_total, grad_norm, weight, statistics):
     return out
 
 
-class QuickGelu(torch.autograd.Function):
-    """CLIP's x sigmoid(1.702 x), keeping x alone for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return run_quick_gelu(x, None)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return run_quick_gelu(*ctx.saved_tensors, grad.contiguous())
-
-
 def run_quick_gelu(x, grad):
-    return _activation(_quick_gelu, x, grad, x.new_empty(x.shape), x.shape[-1])
-
-
-class Geglu(torch.autograd.Function):
-    """x[..., :half] gelu(x[..., half:]) (Shazeer 2020), keeping x alone for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return run_geglu(x, None)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return run_geglu(*ctx.saved_tensors, grad.contiguous())
+    """CLIP's x sigmoid(1.702 x), or with `grad` the gradient of x."""
+    return _run_activation(_quick_gelu, x, grad, x.new_empty(x.shape), x.shape[-1])
 
 
 def run_geglu(x, grad):
+    """x[..., :half] gelu(x[..., half:]) (Shazeer 2020), or with `grad` the gradient of x."""
     half = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], half) if grad is None else x.new_empty(x.shape)
-    return _activation(_geglu, x, grad, out, half)
+    return _run_activation(_geglu, x, grad, out, half)
 
 
-def _activation(kernel, x, grad, out, width):
+def _run_activation(kernel, x, grad, out, width):
     """Launch the kernel of an activation of `width` values a row, forward where `grad` is None, or backward."""
     rows, wide = rows_of(x), 256
     tall = 2048 // wide
@@ -226,3 +202,22 @@ def _activation(kernel, x, grad, out, width):
     inputs = rows, rows.stride(0), grad if backward else rows
     kernel[grid](*inputs, out, len(rows), width, tall, wide, backward)
     return out
+
+
+def _activation(run):
+    """What `run` computes as a function of autograd, which keeps x alone for the backward pass."""
+
+    class Activation(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return run(x, None)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return run(*ctx.saved_tensors, grad.contiguous())
+
+    return Activation
+
+
+QuickGelu, Geglu = _activation(run_quick_gelu), _activation(run_geglu)
