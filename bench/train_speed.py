@@ -36,7 +36,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import adapters
-from lib.kernels import graphs, rows
+from lib.kernels import blocks, graphs
 from lib.training import micro_step, parameters, updates
 
 
@@ -146,7 +146,7 @@ def nothing(*models, training=False):
 
 
 def no_rows(model):
-    """In place of rows.row_modules: sums, layer norms and CLIP's activation are PyTorch's."""
+    """In place of blocks.row_modules: sums, layer norms and CLIP's activation are PyTorch's."""
     return []
 
 
@@ -168,12 +168,34 @@ class PeftLayers:
         return []
 
 
+class PeftParameters(parameters.LoraParameters):
+    """In place of parameters.LoraParameters: autograd gives each leaf its gradient."""
+
+    def expect_gradients(self):
+        pass
+
+    def add_gradients(self, found, replace):
+        found = torch.cat([gradient.flatten() for gradient in found])
+        self.flat.grad.copy_(found if replace else self.flat.grad + found)
+
+
 PEFT = dict(
     join=apart,
     fuse_lora=lambda model, *others: [PeftLayers(model)],
-    bound=lambda products, vector: (products[0].factors(), ([], [])),
+    bound=lambda products, vector, gradient: (products[0].factors(), ([], [])),
+    LoraParameters=PeftParameters,
     DoraFactors=nothing,
 )
+
+
+@contextlib.contextmanager
+def replacing(replaced):
+    """Inside, each function of `replaced`, {name: function}, stands in the place of the project's of that name."""
+    with contextlib.ExitStack() as stack:
+        for key, value in replaced.items():
+            module = next(m for m in (micro_step, parameters, updates, blocks) if hasattr(m, key))
+            stack.enter_context(patch.object(module, key, value))
+        yield
 
 
 def as_met(call, device, training=False):
@@ -254,7 +276,7 @@ def parts(args, folder):
     recomputing, small = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
     unet_only, dora, eight = dict(train_text_encoder=False), dict(dora=True), dict(batch_size=8)
     preservation = dict(preservation_weight=1.0, preservation_captions=PRESERVED)
-    # (name, what differs in the configuration, what is replaced in micro_step.py, parameters.py, updates.py or rows.py)
+    # (name, what differs in the configuration, what is replaced: see `replacing`)
     variants = [
         ("train.py, with checkpointing", recomputing, {}),
         ("rank 8, with checkpointing", recomputing | small, {}),
@@ -302,11 +324,7 @@ def parts(args, folder):
             gradient_checkpointing=False, max_steps=steps, warmup_steps=10, validation_count=0,
             preview_every=0, snapshot_every=0,
         ) | differs  # fmt: skip
-        with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
-            for key, value in replaced.items():
-                module = next(m for m in (micro_step, parameters, updates, rows) if hasattr(m, key))
-                stack.enter_context(patch.object(module, key, value))
-            memory = stack.enter_context(watched())
+        with replacing(replaced), contextlib.redirect_stdout(sys.stderr), watched() as memory:
             try:
                 train.train(**config)
             except Exception as problem:
