@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, TINY_RUN, assert_close, make_processed, picture
+from conftest import ROOT, TINY_RUN, assert_close, make_processed, picture, tiny_vae
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.upsampling import Upsample2D
 from plain_loop import plain_loop
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
@@ -45,6 +46,7 @@ from lib.kernels import (
     lora,
     maps,
     norms,
+    on_cpu,
     rows,
 )
 from lib.training import checkpoints, latents, micro_step, parameters, samples, setup, updates
@@ -1142,6 +1144,40 @@ def test_a_recorded_unet_draws_the_same_pictures(tiny_model, monkeypatch):
     after = drawing.probe(pipeline)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert len(calls) == 8
+
+
+@torch.no_grad()
+def test_a_cpu_draws_the_same_in_other_forms():
+    """GEGLU as two products, upsampling inside its convolution: of maps that are not square, in both layouts; what it
+    is not for goes the old way."""
+    unet, vae = small_unet(adapted=False).cpu(), tiny_vae().eval()
+    x, text = torch.randn(2, 4, 8, 12), torch.randn(2, 7, 32)
+    odd = torch.randn(2, 4, 6, 9)  # which upsampling has to be told
+    z = torch.randn(1, vae.config.latent_channels, 4, 6)
+    calls = [
+        lambda: unet(x, 5, text).sample,
+        lambda: unet(odd, 5, text).sample,
+        lambda: vae.decode(z).sample,
+    ]
+    upsamplers = [m for model in (unet, vae) for m in model.modules() if isinstance(m, Upsample2D)]
+    assert len(upsamplers) > 1
+    upsamplers[0].conv.bias.normal_()
+    plain = [call() for call in calls]
+    shapes = []
+    for module in upsamplers:
+        module.conv.register_forward_hook(lambda m, i, out: shapes.append(out.shape))
+    for model in (unet, vae):
+        on_cpu.use_cpu_forms(model)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        unet.to(memory_format=layout), vae.to(memory_format=layout)
+        for call, expected in zip(calls, plain, strict=True):
+            assert_close(call(), expected)
+    assert len(shapes) == 2 and shapes[0][2:] == (6, 9)  # in each layout that of the odd size alone
+    before = upsamplers[0].conv
+    upsamplers[0].conv = torch.nn.Conv2d(64, 64, 5, padding=2)
+    del upsamplers[0].forward
+    on_cpu.use_cpu_forms(unet)
+    assert "forward" not in vars(upsamplers[0]) and before.kernel_size == (3, 3)
 
 
 @pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_triton)])

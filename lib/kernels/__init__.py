@@ -16,6 +16,7 @@ small kernels (see bench/README.md). Here are fewer of them, and one launch for 
 - graphs: everything a function launches, recorded once as a CUDA graph and replayed, with the kernels of memsets.py in
   the place of memsets, which hold a graph up;
 - adamw8bit: bitsandbytes' AdamW with learning rate, loss scale and step number read on the GPU;
+- on_cpu: forms of GEGLU and upsampling with which a CPU draws faster;
 - staging: pinned memory for copies that nobody waits for;
 - threads: a CPU's, as few as do.
 
