@@ -22,12 +22,14 @@ Runs whose configurations differ in the seed alone are training seeds of one exp
 import gc
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lib.config import check_range, check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.evaluation.prompts import read_prompts
 from lib.files import locked
+from lib.imports import quick_imports
 
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
 # Left alone they spin so long that another process on one of the cores stops nearly everything; not
@@ -123,23 +125,27 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     With `rescore` or `score_dir` the pictures are read, not drawn.
     """
     config = dict(locals())
+    begun = time.monotonic()
     # Imported here, so that --help and a wrong option are answered at once.
-    import torch
+    with quick_imports():
+        import torch
 
-    from lib.evaluation import results, scores
-    from lib.evaluation.effects import no_change_reason
-    from lib.evaluation.runs import plan_runs
-    from lib.provenance import provenance
+        from lib.evaluation import results, scores
+        from lib.evaluation.runs import plan_runs
+
+        if not (rescore or score_dir):
+            from lib.evaluation.drawing import draw_runs, ready_pipeline
 
     started = time.monotonic()
+    results.recover(Path(output_dir))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if clip_model != CONFIG["clip_model"] and clip_revision == CONFIG["clip_revision"]:
         config["clip_revision"] = None  # the default revision is one of the default model
     margins = dict(concept_similarity=concept_margin, clip=clip_margin, change=change_margin,
                    variety=variety_margin, copies=copy_margin)  # fmt: skip
 
-    # What to evaluate. Everything that can be wrong is looked at before a model is loaded, the scorer
-    # before the pictures are drawn.
+    # What to evaluate. Everything that can be wrong is looked at before a model is loaded, or before the
+    # pictures are drawn.
     if rescore:
         runs, config, prompts, seeds = results.read_saved(Path(output_dir), config)
     else:
@@ -151,16 +157,15 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     elif not rescore:
         plan = plan_runs(config, device)
         runs = [run for run, _ in plan[0]]
+        pipeline, wait_until_ready = ready_pipeline(config, plan, prompts, device)
     clip, training = scores.load_scorer(config, prompts, runs, device)
     scores.note_other_pictures(runs, training, data_dir)
-    loaded = time.monotonic()
 
     # Draw.
     if not (rescore or score_dir):
-        from lib.evaluation.drawing import draw_runs, ready_pipeline
-
-        pipeline = ready_pipeline(config, plan, prompts, device)
-        loaded = time.monotonic()
+        wait_until_ready()
+    loaded = time.monotonic()
+    if not (rescore or score_dir):
         runs = draw_runs(config, plan, pipeline, prompts, seeds)
         del pipeline  # its memory is the scorers' now
         gc.collect()
@@ -168,18 +173,14 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
             torch.cuda.empty_cache()
     drawn = time.monotonic()
 
-    # Score.
-    scores.score_runs(runs, prompts, seeds, clip, training, device)
-    base_pairs = scores.prompt_pairs(runs[0].base, len(seeds), device)
-    scored = time.monotonic()
-
-    # Judge, and write.
-    warnings = scores.shape_warnings(runs, training) + scores.picture_warnings(runs, prompts, seeds)
-    if reason := no_change_reason(base_pairs):
-        print(f"note: {reason}")
-    shown = dict(prompts=prompts, seeds=seeds, warnings=warnings, provenance=provenance(device),
-                 config=config, training=training)  # fmt: skip
-    judge_and_write(runs, base_pairs, margins, shown, Path(output_dir))
+    # Score, judge, and write; the pictures are encoded meanwhile.
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        results.begin_pictures(runs, prompts, seeds, pool)
+        scores.score_runs(runs, prompts, seeds, clip, training, device)
+        base_pairs = scores.prompt_pairs(runs[0].base, len(seeds), device)
+        scored = time.monotonic()
+        shown = dict(prompts=prompts, seeds=seeds, config=config, training=training)
+        judge_and_write(runs, base_pairs, margins, shown, Path(output_dir), device)
 
     if not (rescore or score_dir):
         done = time.monotonic()
@@ -188,28 +189,36 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         memory = ""
         if device.type == "cuda":
             memory = f"; {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved at most"
-        print(f"{count} pictures in {done - started:.1f} s: loading {loaded - started:.1f} s, drawing "
+        print(f"{count} pictures in {done - started:.1f} s, after {started - begun:.1f} of imports: loading {loaded - started:.1f} s, drawing "
               f"{drawn - loaded:.1f}, scores {scored - drawn:.1f}, files {done - scored:.1f}; "
               f"{(scored - loaded) / count:.3f} s a picture drawn and scored{memory}")  # fmt: skip
     return [run.target for run in runs]
 
 
-def judge_and_write(runs, base_pairs, margins, shown, output_dir):
+def judge_and_write(runs, base_pairs, margins, shown, output_dir, device):
     """Judge each run, and each experiment beside the others, and write their folders and the
     adapters' model cards.
 
-    `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say.
+    `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say, to
+    which the warnings are added and what it was computed with.
     """
-    from lib.evaluation import results
+    from lib.evaluation import results, scores
     from lib.evaluation.card import update_model_card
     from lib.evaluation.comparison import compare
+    from lib.evaluation.effects import no_change_reason
     from lib.evaluation.runs import group_runs
     from lib.evaluation.sweep import sweep_summary
     from lib.evaluation.verdicts import analyse
+    from lib.provenance import provenance
 
-    for warning in shown["warnings"]:
-        print(f"warning: {warning}")
     prompts = shown["prompts"]
+    warnings = scores.shape_warnings(runs, shown["training"])
+    warnings += scores.picture_warnings(runs, prompts, shown["seeds"])
+    if reason := no_change_reason(base_pairs):
+        print(f"note: {reason}")
+    for warning in warnings:
+        print(f"warning: {warning}")
+    shown = shown | dict(warnings=warnings, provenance=provenance(device))
     judged = (prompts, base_pairs, margins, shown["training"])
     for run in runs:
         summary = analyse([run], *judged)
@@ -234,9 +243,6 @@ def main():
         locked(output_dir),
         memory_for("loading the models or scoring", advice),
     ):
-        from lib.evaluation.results import recover
-
-        recover(output_dir)
         evaluate(**config)
 
 

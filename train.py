@@ -38,6 +38,7 @@ from lib.files import (
     replace_folder,
     unfinished,
 )
+from lib.imports import quick_imports
 from lib.kept import first_process
 from lib.training.advice import not_finite, training_memory
 from lib.training.journal import check_trackers
@@ -192,26 +193,25 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
     # Imported here, so that --help and a wrong option are answered at once.
-    from lib.training.eight_bit import bitsandbytes  # before PEFT imports it
+    with quick_imports():
+        import bitsandbytes
+        import torch
+        from accelerate import Accelerator
+        from tqdm import tqdm
 
-    # isort: split
-    import torch
-    from accelerate import Accelerator
-    from tqdm import tqdm
-
-    from lib.dataset import read_dataset
-    from lib.evaluation.preview_drawing import preview_drawer
-    from lib.kernels.threads import computing_with, threads_for
-    from lib.models import fetch_base_model
-    from lib.training import checkpoints, run_folder, setup
-    from lib.training.journal import Journal
-    from lib.training.latents import latent_masks
-    from lib.training.micro_step import MicroStep
-    from lib.training.previews import preview_texts
-    from lib.training.samples import Samples
-    from lib.training.stopping import StopSignals, agreed
-    from lib.training.updates import make_updates
-    from lib.training.watch import Watch, looks
+        from lib.dataset import read_dataset
+        from lib.evaluation.preview_drawing import preview_drawer
+        from lib.kernels.threads import computing_with, threads_for
+        from lib.models import fetch_base_model
+        from lib.training import checkpoints, run_folder, setup
+        from lib.training.journal import Journal
+        from lib.training.latents import latent_masks
+        from lib.training.micro_step import MicroStep
+        from lib.training.previews import preview_texts
+        from lib.training.samples import Samples
+        from lib.training.stopping import StopSignals, agreed
+        from lib.training.updates import make_updates
+        from lib.training.watch import Watch, looks
 
     started = time.monotonic()
     # Everything that can be wrong is looked at before a model is loaded.

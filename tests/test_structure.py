@@ -2,7 +2,6 @@
 
 import ast
 import graphlib
-import re
 import subprocess
 import sys
 
@@ -150,17 +149,19 @@ def test_options_are_answered_before_anything_heavy_is_imported(script):
         assert done.stdout.splitlines()[-1] == "heavy:", done.stdout + done.stderr
 
 
-def test_training_does_not_load_pytorchs_compiler():
+@pytest.mark.parametrize("script", ["inference", "train"])
+def test_pytorchs_compiler_is_not_loaded(script):
     """Which bitsandbytes asks for, and PEFT asks for bitsandbytes."""
-    body = ast.get_source_segment(
-        (text := (ROOT / "train.py").read_text(encoding="utf-8")),
-        next(
-            n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "train"
-        ),
-    )
-    imports = re.findall(r"^    (?:from|import) .+$", body, re.M)
-    assert len(imports) > 10
-    code = "\n".join(line.strip() for line in imports)
-    code += "\nimport sys; print([m for m in sys.modules if m == 'torch._inductor.compile_fx'])"
+    tree = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))
+    blocks = [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With) and "quick_imports" in ast.unparse(node.items[0])
+    ]
+    given = "from lib.imports import quick_imports\nrescore = score_dir = None"
+    code = "\n".join([given, *blocks, "import gc, sys"])
+    code += "\nprint([m for m in sys.modules if m == 'torch._inductor.compile_fx'])"
+    code += "\nprint('peft' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 10**5)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr[-2000:]
+    said = done.stdout.strip().splitlines()[-2:]
+    assert said == ["[]", "True True True"], done.stdout + done.stderr[-2000:]

@@ -1,5 +1,7 @@
 """What an evaluation puts into an adapter's model card: pictures with their prompts, and verdicts."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 from lib.evaluation import words
 from lib.model_card import code, update_card
 from lib.models import base_model_name
@@ -19,10 +21,12 @@ def update_model_card(run, summary, shown):
     for index, (category, prompt) in enumerate(prompts):
         names = [f"samples/{index + 1:02}_{kind}.webp" for kind in ("base", "lora")]
         for name, images in zip(names, (run.base, run.lora), strict=True):
-            files[name] = webp(images[index * len(seeds)])
+            files[name] = images[index * len(seeds)]
         widget.append(dict(text=prompt, output=dict(url=names[1])))
         pictures = " | ".join(f"![{kind}]({name})" for kind, name in zip(("base", "adapter"), names, strict=True))  # fmt: skip
         rows.append(f"| {code(prompt).replace('|', '/')} ({category}) | {pictures} |")
+    with ThreadPoolExecutor() as pool:
+        files = dict(zip(files, pool.map(webp, files.values()), strict=True))
     how = (f"Seed {seeds[0]} of each prompt, from the same noise in both columns: {config['steps']} steps, guidance "
            f"{config['guidance_scale']:g}, {config['resolution']} pixels, {base_model_name(config['base_model'])}.")  # fmt: skip
     section = "\n".join([

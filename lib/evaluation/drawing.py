@@ -7,6 +7,7 @@ from collections import deque
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -16,10 +17,12 @@ from lib.errors import UserError, memory_for
 from lib.evaluation.points import Point
 from lib.evaluation.prompts import check_prompt_lengths
 from lib.kernels.attention import compile_attention
-from lib.kernels.channels_last import channels_last
+from lib.kernels.channels_last import channels_last, missing_kernels
+from lib.kernels.compiling import in_threads
 from lib.kernels.graphs import captured
 from lib.kernels.guided import shared_start
 from lib.kernels.joined import join
+from lib.kernels.on_cpu import use_cpu_forms
 from lib.kernels.staging import Pace, fetched, sent
 from lib.models import load_part, loading
 
@@ -30,7 +33,9 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
     `unet` and `text_encoder` may be given, already on the device: they are drawn with as they are, and
     nothing is changed in them.
     """
-    device = torch.device(device)
+    device = torch.empty(0, device=device).device  # with its number
+    # Begun before the weights are read, since Triton takes longer to look at itself.
+    tried = in_threads([lambda: missing_kernels(device)] if device.type == "cuda" else [], device)
     with loading(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     with loading(folder / "scheduler"):
@@ -45,11 +50,11 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
         loaded["unet"] = load_part(UNet2DConditionModel, folder, "unet", dtype)
     if text_encoder is None:
         loaded["text_encoder"] = load_part(CLIPTextModel, folder, "text_encoder", dtype)
-    for name, model in loaded.items():
+    for model in loaded.values():
         join(model, device)
         model.to(device).eval().requires_grad_(False)
-        if name != "text_encoder":
-            channels_last(model)
+    tried()
+    channels_last(*[model for name, model in loaded.items() if name != "text_encoder"])
     # One picture at a time fills a GPU there, and what it takes fits better into a CPU's caches; a batch would need
     # more memory than the UNet does.
     loaded["vae"].enable_slicing()
@@ -57,6 +62,8 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
         loaded["vae"].to(
             memory_format=torch.channels_last
         )  # which decodes faster there; the UNet does not
+        for model in (loaded["vae"], *([loaded["unet"]] if unet is None else [])):
+            use_cpu_forms(model)
     pipeline = StableDiffusionPipeline(
         **dict(unet=unet, text_encoder=text_encoder) | loaded,
         tokenizer=tokenizer,
@@ -228,19 +235,25 @@ def as_pictures(pixels, arrived):
     return [Image.fromarray(picture) for picture in pixels.numpy()]
 
 
+# Of PyTorch's ways to compute attention all but cuDNN's, which makes a plan for each size at its first use.
+UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 @torch.no_grad()
 def probe(pipeline, size=(16, 16)):
     """Outputs of the text encoder and of the UNet at one fixed input (for the UNet, latents of `size`,
     (h, w)), to tell models apart."""
     text_encoder, unet = pipeline.text_encoder, pipeline.unet
     ids = torch.arange(77, device=pipeline.device)[None] % text_encoder.config.vocab_size
-    states = text_encoder(ids)[0]
     generator = torch.Generator().manual_seed(0)
     shape = (1, unet.config.in_channels, *size)
     latents = torch.randn(shape, generator=generator).to(pipeline.device, unet.dtype)
-    # A fixed text for the UNet, so that it is not moved by the text encoder's adapter.
-    text = torch.randn(states.shape, generator=generator).to(pipeline.device, unet.dtype)
-    return {"text_encoder": states.float(), "unet": unet(latents, 500, text).sample.float()}
+    with sdpa_kernel(UNPLANNED):
+        states = text_encoder(ids)[0]
+        # A fixed text for the UNet, so that it is not moved by the text encoder's adapter.
+        text = torch.randn(states.shape, generator=generator).to(pipeline.device, unet.dtype)
+        prediction = unet(latents, 500, text).sample
+    return {"text_encoder": states.float(), "unet": prediction.float()}
 
 
 def check_switch(pipeline, applied, adapter, base_probe):
@@ -261,16 +274,14 @@ def check_switch(pipeline, applied, adapter, base_probe):
 
 
 def ready_pipeline(config, plan, prompts, device):
-    """The base model, ready to draw; every adapter was tried on it and taken out again."""
+    """(the base model, on which every adapter was tried and taken out again, a function that waits until it is
+    ready to draw)"""
     planned, folder = plan
     pipeline = load_pipeline(
         folder, torch.float16 if device.type == "cuda" else torch.float32, device
     )
     limit = pipeline.tokenizer.model_max_length
     check_prompt_lengths(prompts, pipeline.tokenizer, limit, config["base_model"])
-    # For the probes and for drawing; what is compiled for one sample serves for more.
-    sizes = (16, 16), latent_size(pipeline, config["resolution"])
-    compile_attention(lambda: [probe(pipeline, size) for size in sizes], device)()
     base_probe = probe(pipeline)
     # Before the long part: does each fit, and does it do anything?
     for adapter in (adapter for _, steps in planned for adapter in steps.values()):
@@ -278,7 +289,9 @@ def ready_pipeline(config, plan, prompts, device):
         check_switch(pipeline, applied, adapter, base_probe)
         applied.set_scale(0)
         del applied  # with its copies of the weights
-    return pipeline
+    # What is compiled for one sample serves for more.
+    size = latent_size(pipeline, config["resolution"])
+    return pipeline, compile_attention(lambda: probe(pipeline, size), device)
 
 
 def models_of(pipeline):

@@ -31,19 +31,23 @@ def lpips_model(device="cpu"):
     for path in (ALEXNET, LINEAR):
         if not path.is_file():
             raise UserError(f"{path.name} is missing in {path.parent}; restore it from git")
-    with warnings.catch_warnings():
+    # Left to itself the package fetches AlexNet from the network and unpickles its own layers. Made without memory
+    # the network draws no random weights, which takes longer than the scores of forty pictures.
+    with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore", UserWarning)  # torchvision's renamed `pretrained`
-        # Left to itself the package fetches AlexNet from the network and unpickles its own layers.
         model = lpips.LPIPS(
             net="alex", version="0.1", pretrained=False, pnet_rand=True, verbose=False
         )
+    model.scaling_layer = lpips.ScalingLayer()
     names = [name for name, _ in model.net.named_parameters()]  # sliceN.<number>.weight, …
     features = {key.removeprefix("features."): w.float() for key, w in load_file(ALEXNET).items()}
-    model.net.load_state_dict({name: features.pop(name.split(".", 1)[1]) for name in names})
+    features_of_net = {name: features.pop(name.split(".", 1)[1]) for name in names}
+    model.net.load_state_dict(features_of_net, assign=True)
     linear = load_file(LINEAR)
     for number in range(len(model.chns)):
         key = f"lin{number}.model.1.weight"
-        getattr(model, f"lin{number}").load_state_dict({"model.1.weight": linear.pop(key)})
+        layer = {"model.1.weight": linear.pop(key)}
+        getattr(model, f"lin{number}").load_state_dict(layer, assign=True)
     if features or linear:
         raise RuntimeError(f"layers that LPIPS has not: {sorted(features | linear)}")
     return model.eval().requires_grad_(False).to(device)

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from lib.files import (
     fresh_folder,
     recover_folder,
     replace_folder,
+    unfinished,
     write_marker,
 )
 
@@ -185,41 +185,52 @@ def raw_scores(run, base_pairs):
     return dict(pairs=dict(base=listed(base_pairs), lora=listed(run.pairs)), swept=swept)
 
 
-def write_run(run, summary, shown, base_pairs):
-    """Write one run's pictures, figures, tables and page to its folder, whole or not at all; `base_pairs`
-    as for `effects`."""
-    new = fresh_folder(run.target)
-    prompts, seeds, count = shown["prompts"], shown["seeds"], len(shown["seeds"])
-    by_prompt = [
-        dict(category=category, prompt=prompt, base=run.base[i * count : (i + 1) * count],
-             lora=run.lora[i * count : (i + 1) * count])
-        for i, (category, prompt) in enumerate(prompts)
-    ]  # fmt: skip
-    paths, images = picture_paths(new, prompts, seeds), run.base + run.lora
-    for point, drawn in run.points.items():
-        if point.scale and not run.is_own(point):  # those two are there already
-            paths += picture_paths(new, prompts, seeds, [point.file_stem])
-            images += drawn
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def begin_pictures(runs, prompts, seeds, pool):
+    """Begin to write each run's pictures and sheets into the unfinished folder that `write_run` completes, in the
+    threads of `pool`: encoding keeps a core busy, and no lock, so it goes on beside the scoring."""
+    count = len(seeds)
     few = min(3, count)
-    sheets = {"comparison_all.png": (by_prompt, run.name, few)}
-    for category in CATEGORIES:
-        chosen = [row for row in by_prompt if row["category"] == category]
-        if chosen:
-            sheets[f"{category}_cases.png"] = chosen, f"{run.name}: {category}", count
+    for run in runs:
+        new = fresh_folder(run.target)
+        by_prompt = [
+            dict(category=category, prompt=prompt, base=run.base[i * count : (i + 1) * count],
+                 lora=run.lora[i * count : (i + 1) * count])
+            for i, (category, prompt) in enumerate(prompts)
+        ]  # fmt: skip
+        paths, images = picture_paths(new, prompts, seeds), run.base + run.lora
+        for point, drawn in run.points.items():
+            if point.scale and not run.is_own(point):  # those two are there already
+                paths += picture_paths(new, prompts, seeds, [point.file_stem])
+                images += drawn
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        sheets = {"comparison_all.png": (by_prompt, run.name, few)}
+        for category in CATEGORIES:
+            chosen = [row for row in by_prompt if row["category"] == category]
+            if chosen:
+                sheets[f"{category}_cases.png"] = chosen, f"{run.name}: {category}", count
 
-    def write_sheet(name):
-        figures.comparison_figure(*sheets[name]).save(new / name)
+        def write_sheet(place, rows):
+            figures.comparison_figure(*rows).save(place)
 
-    with ThreadPoolExecutor() as pool:  # encoding a picture keeps a core busy, and no lock
+        def write_overview(place, rows):
+            figures.overview_figure(rows, few).save(place, quality=90)
+
         # The large ones first, so that none is left at the end.
-        begun = [pool.submit(write_sheet, name) for name in sheets]
-        begun += [pool.submit(image.save, path) for image, path in zip(images, paths, strict=True)]
-        figures.overview_figure(by_prompt, few).save(new / "overview.webp", quality=90)
-        page = pages.run_page(run, summary, shown)
-        for save in begun:
-            save.result()
+        run.saving = [pool.submit(write_sheet, new / name, rows) for name, rows in sheets.items()]
+        run.saving.append(pool.submit(write_overview, new / "overview.webp", by_prompt))
+        run.saving += [
+            pool.submit(image.save, path) for image, path in zip(images, paths, strict=True)
+        ]
+
+
+def write_run(run, summary, shown, base_pairs):
+    """Write one run's tables and page beside the pictures that `begin_pictures` began, which are waited for, so
+    that its folder appears whole or not at all; `base_pairs` as for `effects`."""
+    new = unfinished(run.target)
+    page = pages.run_page(run, summary, shown)
+    for saved in run.saving:
+        saved.result()
     if run.points:
         choose_page.write(run, summary["sweep"], shown, new)
     record = dict(run=run.name, config=shown["config"], **shown["provenance"], adapter=run.adapter, points=list(run.points),

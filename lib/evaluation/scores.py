@@ -44,6 +44,7 @@ class Run:
         None  # {"base", "lora", "lora_mirrored"}: CLIP embeddings [prompts, seeds, d]
     )
     sweep: dict = field(default_factory=dict)  # {Point: Run} of `points`, scored
+    saving: list = ()  # futures of what writes its pictures meanwhile
 
     def is_own(self, point):
         """Whether a Point of `points` is the adapter as training left it, whose pictures are `lora`."""
