@@ -125,7 +125,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     With `rescore` or `score_dir` the pictures are read, not drawn.
     """
     config = dict(locals())
-    begun = time.monotonic()
+    drawing, begun = not (rescore or score_dir), time.monotonic()
     # Imported here, so that --help and a wrong option are answered at once.
     with quick_imports():
         import torch
@@ -133,7 +133,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         from lib.evaluation import results, scores
         from lib.evaluation.runs import plan_runs
 
-        if not (rescore or score_dir):
+        if drawing:
             from lib.evaluation.drawing import draw_runs, ready_pipeline
 
     started = time.monotonic()
@@ -154,7 +154,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         seeds = list(range(seed, seed + seeds))
     if score_dir:
         runs, seeds = results.read_pair(score_dir, Path(output_dir), prompts)
-    elif not rescore:
+    elif drawing:
         plan = plan_runs(config, device)
         runs = [run for run, _ in plan[0]]
         pipeline, wait_until_ready = ready_pipeline(config, plan, prompts, device)
@@ -162,10 +162,10 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     scores.note_other_pictures(runs, training, data_dir)
 
     # Draw.
-    if not (rescore or score_dir):
+    if drawing:
         wait_until_ready()
     loaded = time.monotonic()
-    if not (rescore or score_dir):
+    if drawing:
         runs = draw_runs(config, plan, pipeline, prompts, seeds)
         del pipeline  # its memory is the scorers' now
         gc.collect()
@@ -182,16 +182,16 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         shown = dict(prompts=prompts, seeds=seeds, config=config, training=training)
         judge_and_write(runs, base_pairs, margins, shown, Path(output_dir), device)
 
-    if not (rescore or score_dir):
+    if drawing:
         done = time.monotonic()
         swept = (sum(p.scale > 0 and not run.is_own(p) for p in run.points) for run in runs)
         count = len(prompts) * len(seeds) * (1 + len(runs) + sum(swept))
         memory = ""
         if device.type == "cuda":
             memory = f"; {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved at most"
-        print(f"{count} pictures in {done - started:.1f} s, after {started - begun:.1f} of imports: loading {loaded - started:.1f} s, drawing "
-              f"{drawn - loaded:.1f}, scores {scored - drawn:.1f}, files {done - scored:.1f}; "
-              f"{(scored - loaded) / count:.3f} s a picture drawn and scored{memory}")  # fmt: skip
+        print(f"{count} pictures in {done - started:.1f} s, after {started - begun:.1f} of imports: "
+              f"loading {loaded - started:.1f} s, drawing {drawn - loaded:.1f}, scores {scored - drawn:.1f}, "
+              f"files {done - scored:.1f}; {(scored - loaded) / count:.3f} s a picture drawn and scored{memory}")  # fmt: skip
     return [run.target for run in runs]
 
 

@@ -64,11 +64,11 @@ SCALED = ("rank32",)
 SAMPLING_SEED = 42  # of the first picture of a prompt, inference.py's
 
 # Measured on one NVIDIA H200 (bench/README.md): training pictures a second of the arms that were timed (steps times
-# batch). Then the pictures of a run and, of an H100, the seconds of its set-up and of a picture drawn and scored.
+# batch). Then the pictures of a run, the seconds of its set-up, of an H100, and of a picture drawn and scored.
 SAMPLES_A_SECOND = dict(
     rank32=71.5, rank8=71.8, unet_only=79.8, dora=54.5, preservation=42.9, large_batch=144
 )
-SAMPLES, SET_UP, PICTURE = 4000, 15.6, 0.186
+SAMPLES, SET_UP, PICTURE = 4000, 15.6, 0.153
 
 
 class Step(NamedTuple):

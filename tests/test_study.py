@@ -242,7 +242,7 @@ def test_hours_come_from_the_rates_in_the_bench():
     text = study.gpu_text(steps, config, prompts)
     pictures = 27 * 8 * (1 + 7 + 1 + 5)
     known = {arm: study.SAMPLES_A_SECOND.get(arm, 71.5) for arm in study.ARMS}
-    seconds = pictures * 0.186 + sum(4000 / rate + 15.6 for rate in known.values())
+    seconds = pictures * 0.153 + sum(4000 / rate + 15.6 for rate in known.values())
     assert f"about {seconds / 60:.0f} min" in text or f"about {seconds / 3600:.1f} h" in text
     for arm in set(study.ARMS) - set(study.SAMPLES_A_SECOND):
         assert arm in text
