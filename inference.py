@@ -164,8 +164,7 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     # Draw.
     if drawing:
         wait_until_ready()
-    loaded = time.monotonic()
-    if drawing:
+        loaded = time.monotonic()
         runs = draw_runs(config, plan, pipeline, prompts, seeds)
         del pipeline  # its memory is the scorers' now
         gc.collect()
@@ -174,13 +173,16 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     drawn = time.monotonic()
 
     # Score, judge, and write; the pictures are encoded meanwhile.
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
+    try:
         results.begin_pictures(runs, prompts, seeds, pool)
         scores.score_runs(runs, prompts, seeds, clip, training, device)
         base_pairs = scores.prompt_pairs(runs[0].base, len(seeds), device)
         scored = time.monotonic()
         shown = dict(prompts=prompts, seeds=seeds, config=config, training=training)
         judge_and_write(runs, base_pairs, margins, shown, Path(output_dir), device)
+    finally:
+        pool.shutdown(cancel_futures=True)  # of what is left where something went wrong
 
     if drawing:
         done = time.monotonic()

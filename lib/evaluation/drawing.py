@@ -54,15 +54,15 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
         join(model, device)
         model.to(device).eval().requires_grad_(False)
     tried()
-    channels_last(*[model for name, model in loaded.items() if name != "text_encoder"])
+    of_maps = [model for name, model in loaded.items() if name != "text_encoder"]
+    channels_last(*of_maps)
     # One picture at a time fills a GPU there, and what it takes fits better into a CPU's caches; a batch would need
     # more memory than the UNet does.
     loaded["vae"].enable_slicing()
     if device.type == "cpu":
-        loaded["vae"].to(
-            memory_format=torch.channels_last
-        )  # which decodes faster there; the UNet does not
-        for model in (loaded["vae"], *([loaded["unet"]] if unet is None else [])):
+        # In which it decodes faster there; the UNet does not.
+        loaded["vae"].to(memory_format=torch.channels_last)
+        for model in of_maps:
             use_cpu_forms(model)
     pipeline = StableDiffusionPipeline(
         **dict(unet=unet, text_encoder=text_encoder) | loaded,

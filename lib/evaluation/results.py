@@ -190,6 +190,13 @@ def begin_pictures(runs, prompts, seeds, pool):
     threads of `pool`: encoding keeps a core busy, and no lock, so it goes on beside the scoring."""
     count = len(seeds)
     few = min(3, count)
+
+    def write_sheet(place, rows):
+        figures.comparison_figure(*rows).save(place)
+
+    def write_overview(place, rows):
+        figures.overview_figure(rows, few).save(place, quality=90)
+
     for run in runs:
         new = fresh_folder(run.target)
         by_prompt = [
@@ -209,12 +216,6 @@ def begin_pictures(runs, prompts, seeds, pool):
             chosen = [row for row in by_prompt if row["category"] == category]
             if chosen:
                 sheets[f"{category}_cases.png"] = chosen, f"{run.name}: {category}", count
-
-        def write_sheet(place, rows):
-            figures.comparison_figure(*rows).save(place)
-
-        def write_overview(place, rows):
-            figures.overview_figure(rows, few).save(place, quality=90)
 
         # The large ones first, so that none is left at the end.
         run.saving = [pool.submit(write_sheet, new / name, rows) for name, rows in sheets.items()]
