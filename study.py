@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The whole study: seven experiments on several training seeds, evaluated, and an answer to every claim.
+"""The whole study: eight experiments on several training seeds, evaluated, and an answer to every claim.
 
     python study.py --demo                                # the embedded miniature
     python study.py                                       # Stable Diffusion v1.5, on a GPU
@@ -7,7 +7,7 @@
     python study.py --demo --seeds 42 --max-steps 4       # a trial, in folders of its own
 
 For each training seed it trains what is not there yet and still to be evaluated, each arm by its own script into
-lora_weights/study/seed42/rank32_seed42 and so on, and evaluates the seven together on prompts/study.txt
+lora_weights/study/seed42/rank32_seed42 and so on, and evaluates them together on prompts/study.txt
 into results/study/seed42; rank 32 is drawn again with less of the adapter, into results/study/scales_seed42,
 since that, too, spoils less and teaches less. A stop leaves whole seeds behind and one that is under
 way; the same command goes on there. What one process trains and draws is no other's: several can each take
@@ -50,24 +50,23 @@ DEMO = dict(
     output_dir="results/study",
 )
 
-# The arms by name, each its script.
+# The arms by name, each its script and options.
 ARMS = dict(
-    rank32="train.py",
-    rank8="train_experiment_rank8.py",
-    unet_only="train_experiment_unet_only.py",
-    dora="train_experiment_dora.py",
-    preservation="train_experiment_preservation.py",
-    varied_captions="train_experiment_varied_captions.py",
-    large_batch="train_experiment_large_batch.py",
+    rank32=["train.py"],
+    rank8=["train_experiment_rank8.py"],
+    unet_only=["train_experiment_unet_only.py"],
+    dora=["train_experiment_dora.py"],
+    protected=["train_experiment_protected.py"],
+    protected_plain_loss=["train_experiment_protected.py", "--loss-guidance-scale", "1,1"],
+    varied_captions=["train_experiment_varied_captions.py"],
+    large_batch=["train_experiment_large_batch.py"],
 )
 SCALED = ("rank32",)
 SAMPLING_SEED = 42  # of the first picture of a prompt, inference.py's
 
 # Measured on one NVIDIA H200 (bench/README.md): training pictures a second of the arms that were timed (steps times
 # batch). Then the pictures of a run, the seconds of its set-up, of an H100, and of a picture drawn and scored.
-SAMPLES_A_SECOND = dict(
-    rank32=71.5, rank8=71.8, unet_only=79.8, dora=54.5, preservation=42.9, large_batch=144
-)
+SAMPLES_A_SECOND = dict(rank32=71.5, rank8=71.8, unet_only=79.8, dora=54.5, large_batch=144)
 SAMPLES, SET_UP, PICTURE = 4000, 15.6, 0.153
 
 
@@ -98,10 +97,10 @@ def steps_of(seed, config, prompts):
     shared += ["--data-dir", config["data_dir"]]
     runs, results = (Path(config[key]) / f"seed{seed}" for key in ("lora_dir", "output_dir"))
     steps = []
-    for arm, script in ARMS.items():
+    for arm, (script, *more) in ARMS.items():
         name = f"{arm}_seed{seed}"
         options = [*shared, "--output-dir", runs, "--run-name", name, "--seed", seed,
-                   "--preview-every", 0, "--snapshot-every", 0, "--report-to", "none"]  # fmt: skip
+                   "--preview-every", 0, "--snapshot-every", 0, "--report-to", "none", *more]  # fmt: skip
         if config["max_steps"]:
             options += ["--max-steps", config["max_steps"], "--warmup-steps", 0]
         done = (runs / name / "config.json").is_file()

@@ -83,11 +83,14 @@ CONFIG = dict(
     warmup_steps=50,  # linear from 0, then a cosine to 0
     batch_size=1,  # pictures a process and micro-step
     gradient_accumulation_steps=1,  # micro-steps an optimizer step
-    # preservation: beside the ordinary loss, hold predictions under other captions to the base model's
-    preservation_weight=0.0,  # of that loss; 0: none
-    preservation_every=1,  # steps: in one of so many
-    preservation_per_picture=1,  # captions drawn for each picture, from the list below
-    preservation_captions=(),  # what the adapter is not to change
+    # protection: an adapter of the text side alone that leaves other prompts as they are (lib/PROTECTION.md)
+    protected_prompts=None,  # a text file of such prompts, as prompts/protected.txt; None: none
+    protected_class=None,  # what {class} in it stands for; None: what the caption is about, which is said
+    protection_ridge=1e-4,  # how strictly: what the prompts have less of than this share of the average stays free
+    loss_guidance_scale=(
+        1.0,
+        1.0,
+    ),  # guidance that the loss is taken at, drawn evenly from here; 1: the ordinary loss
     # memory and precision
     gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
@@ -143,9 +146,9 @@ def learning_rate_factor(step, max_steps, warmup_steps):
 
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
-    for key in "rank max_steps batch_size gradient_accumulation_steps preservation_every preservation_per_picture log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
+    for key in "rank max_steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
         check_range(config, key, 1)
-    for key in "validation_count warmup_steps seed preview_every snapshot_every adam_weight_decay preservation_weight unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
+    for key in "validation_count warmup_steps seed preview_every snapshot_every adam_weight_decay unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
         check_range(config, key, 0)
     check_range(config, "alpha", 1e-6)
     check_range(config, "seed", 0, 2**62)
@@ -165,12 +168,6 @@ def check_config(config):
             f"warmup_steps is {config['warmup_steps']}, but must be below max_steps "
             f"({config['max_steps']}); for a short run add --warmup-steps 0"
         )
-    captions, drawn = config["preservation_captions"], config["preservation_per_picture"]
-    if config["preservation_weight"] and drawn > len(captions):
-        raise UserError(
-            f"preservation_captions holds {len(captions)}, but a preservation_weight above 0 needs at "
-            f"least {drawn} to draw from; train_experiment_preservation.py has a list"
-        )
     if config["mixed_precision"] not in ("fp16", "bf16", "no"):
         found = config["mixed_precision"]
         raise UserError(f"mixed_precision is {found}, but must be fp16, bf16 or no")
@@ -179,16 +176,42 @@ def check_config(config):
         raise UserError(f"run_name {name!r} must be a plain folder name; take another")
     if config["preview_every"] and not config["preview_prompts"]:
         raise UserError("preview_prompts is empty; to draw no previews: --preview-every 0")
+    check_protection(config)
     check_trackers(config["report_to"])
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
+
+
+def check_protection(config):
+    """Refuse a loss guidance or a protection that makes no sense."""
+    scales = config["loss_guidance_scale"]
+    if len(scales) != 2 or not 1 <= scales[0] <= scales[-1] <= 20:
+        raise UserError(
+            f"loss_guidance_scale is {scales}, but must be two numbers from 1 to 20, the smaller first: 1,2.5"
+        )
+    check_range(config, "protection_ridge", 1e-7, 1)
+    path = config["protected_prompts"]
+    if path is None:
+        return
+    if not Path(path).is_file():
+        raise UserError(f"protected_prompts: {path}: no such file; prompts/protected.txt is one")
+    if config["dora"]:
+        raise UserError(
+            "protected_prompts cannot be had with DoRA, whose magnitudes scale each layer's output under every "
+            "prompt; take --no-dora"
+        )
+    others = [t for t in config["unet_targets"] if t not in ("attn2.to_k", "attn2.to_v")]
+    if others:
+        raise UserError(
+            f"unet_targets holds {', '.join(others)}, but with protected_prompts it may hold attn2.to_k and attn2.to_v "
+            "alone: every other layer sees the image, and an adapter there changes every prompt's pictures"
+        )
 
 
 def train(*, base_model, revision, data_dir, caption_from, resolution, validation_count, mask_weight, output_dir,
           run_name, push_to_hub, rank, alpha, dora, unet_targets, text_encoder_targets, train_text_encoder,
           unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2, adam_weight_decay, max_steps,
-          warmup_steps, batch_size, gradient_accumulation_steps, preservation_weight, preservation_every,
-          preservation_per_picture, preservation_captions, gradient_checkpointing, mixed_precision, checkpoint_every,
-          keep_checkpoints, resume, max_overflows, seed, log_every, validate_every, preview_every, preview_prompts,
+          warmup_steps, batch_size, gradient_accumulation_steps, protected_prompts, protected_class, protection_ridge,
+          loss_guidance_scale, gradient_checkpointing, mixed_precision, checkpoint_every, keep_checkpoints, resume, max_overflows, seed, log_every, validate_every, preview_every, preview_prompts,
           preview_guidance_scale, snapshot_every, report_to, wandb_project, wandb_pictures):  # fmt: skip
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
@@ -220,7 +243,8 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     half = on_cuda and mixed_precision == "fp16"
     base_folder = fetch_base_model(base_model, revision, half, resolution)
     prompts = preview_texts(preview_prompts, rows) if preview_every else []
-    input_ids = setup.caption_tokens(base_folder, rows, config, prompts)
+    input_ids, no_text = setup.caption_tokens(base_folder, rows, prompts)
+    protected = setup.protected_prompts(rows, config)
 
     accelerator = Accelerator(mixed_precision=mixed_precision if on_cuda else "no", cpu=not on_cuda)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
@@ -231,7 +255,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
 
     target_folder = Path(output_dir) / run_name
     work_folder = unfinished(target_folder)
-    this_run = checkpoints.identity(config, rows, base_folder, accelerator)
+    this_run = checkpoints.identity(config, rows, base_folder, accelerator, protected)
     saved = checkpoints.latest(work_folder, say) if resume else None
     checkpoints.check_same_everywhere(this_run, saved, accelerator)  # all have read it by then
     changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
@@ -239,8 +263,10 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     train_indices, held_out = setup.divided(data_dir, len(rows), validation_count, seed, say)
     scheduler = setup.noise_scheduler(base_folder)
     latents = setup.picture_latents(base_folder, rows, dtype, accelerator)
-    unet, texts, trained, preservation = setup.adapted_models(
-        base_folder, input_ids, config, dtype, device, say)  # fmt: skip
+    if protected:
+        say(protected.text())
+    unet, texts, no_text_states, trained, protection = setup.adapted_models(
+        base_folder, input_ids, no_text, protected, config, dtype, device, say)  # fmt: skip
     groups = [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()]
     optimizer = accelerator.prepare(bitsandbytes.optim.AdamW8bit(
         groups, betas=(adam_beta1, adam_beta2), weight_decay=adam_weight_decay
@@ -249,12 +275,12 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     data = run_folder.data_record(rows, train_indices, held_out)
     samples = Samples(
         train_indices, seed, latents.shape, scheduler.config.num_train_timesteps, batch_size,
-        accelerator.num_processes, accelerator.process_index, preservation,
+        accelerator.num_processes, accelerator.process_index, loss_guidance_scale,
     )  # fmt: skip
     probes = samples.probes(held_out) if is_main else []
     micro = MicroStep(
         unet, scheduler, latents, texts, trained, accelerator.scaler, batch_size,
-        gradient_accumulation_steps, device, latent_masks(rows, latents, mask_weight), preservation,
+        gradient_accumulation_steps, device, latent_masks(rows, latents, mask_weight), no_text_states,
     )  # fmt: skip
 
     # Where the run stands: at the start, or where the last checkpoint left it.
@@ -299,7 +325,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
             factor, step_pictures = learning_rate_factor(step, max_steps, warmup_steps), []
             for number in range(gradient_accumulation_steps):
                 micro.fill(*upcoming)
-                micro.run(step)
+                micro.run()
                 step_pictures += upcoming[0]
                 # Drawn while the GPU is at work.
                 upcoming = samples.micro_batch(step * gradient_accumulation_steps + number + 1)
@@ -337,6 +363,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
         with computing_with(threads):  # which is put down with the device
             run_folder.write_run(
                 work_folder, config, models, journal, data, device, processes=accelerator.num_processes,
+                protection=protection and protection.record(trained),
                 prediction_type=scheduler.config.prediction_type, skipped_steps=progress.skipped,
                 mixed_precision=accelerator.mixed_precision, learning_rate_changes=progress.changes,
                 set_up_seconds=round(set_up_seconds, 2), preview_seconds=round(watch.preview_seconds, 2),

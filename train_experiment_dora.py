@@ -46,11 +46,14 @@ CONFIG = dict(
     warmup_steps=50,  # linear from 0, then a cosine to 0
     batch_size=1,  # pictures a process and micro-step
     gradient_accumulation_steps=1,  # micro-steps an optimizer step
-    # preservation: beside the ordinary loss, hold predictions under other captions to the base model's
-    preservation_weight=0.0,  # of that loss; 0: none
-    preservation_every=1,  # steps: in one of so many
-    preservation_per_picture=1,  # captions drawn for each picture, from the list below
-    preservation_captions=(),  # what the adapter is not to change
+    # protection: an adapter of the text side alone that leaves other prompts as they are (lib/PROTECTION.md)
+    protected_prompts=None,  # a text file of such prompts, as prompts/protected.txt; None: none
+    protected_class=None,  # what {class} in it stands for; None: what the caption is about, which is said
+    protection_ridge=1e-4,  # how strictly: what the prompts have less of than this share of the average stays free
+    loss_guidance_scale=(
+        1.0,
+        1.0,
+    ),  # guidance that the loss is taken at, drawn evenly from here; 1: the ordinary loss
     # memory and precision
     gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32

@@ -247,9 +247,10 @@ def optimizer_times():
 
 def parts(args, folder):
     """train.py's loop in this process: its variants, then with one technique taken away at a time."""
+    from train_experiment_preservation import PRESERVED
+
     import train
     from bench.limits import rates
-    from train_experiment_preservation import PRESERVED
 
     print("{:.0f} TFLOP/s in a large fp16 matrix product, {:.2f} TB/s in a large copy".format(*(r / 1e12 for r in rates())))  # fmt: skip
     optimizer_times()

@@ -33,10 +33,10 @@ TEMPLATES.filters["code"] = code
 TEMPLATES.filters["tojson"] = lambda text: json.dumps(text, ensure_ascii=False)
 
 
-def card_text(config, data, prediction_type):
+def card_text(config, data, prediction_type, protection=None):
     """The card of a run that was not evaluated yet, as text.
 
-    `config` is train.py's, `data` what config.json says of the data set. Captions are told, and the
+    `config` is train.py's, `data` what config.json says of the data set, `protection` what it says of that. Captions are told, and the
     number and hash of the pictures, but no file's name and no folder of this machine.
     """
     captions = sorted(data["caption_counts"].items(), key=lambda pair: (-pair[1], pair[0]))
@@ -57,12 +57,12 @@ def card_text(config, data, prediction_type):
         name=name, config=config, captions=captions, pictures=sum(count for _, count in captions),
         held_out=len(data["held_out"]), sha256=data["sha256"], repository=repository, marks=MARKS, loader=loader,
         base=f"[{base}](https://huggingface.co/{base})" if base else code(known),
-        recipe=recipe(config, data["size_counts"], prediction_type),
+        recipe=recipe(config, data["size_counts"], prediction_type, protection),
     )  # fmt: skip
     return f"---\n{front.to_yaml()}\n---\n{body}"
 
 
-def recipe(config, size_counts, prediction_type):
+def recipe(config, size_counts, prediction_type, protection=None):
     """[(what, how)] of a training configuration and of its pictures' sizes, in words."""
     rates = f"UNet {config['unet_learning_rate']:g}"
     trained = "UNet " + ", ".join(config["unet_targets"])
@@ -81,13 +81,13 @@ def recipe(config, size_counts, prediction_type):
                       f"weight decay {config['adam_weight_decay']:g}"),
         ("sizes, precision", f"{', '.join(size_counts)}; {config['mixed_precision']}"),
         ("prediction", prediction_type),
-        *special(config),
+        *special(config, protection),
         ("seed", config["seed"]),
     ]  # fmt: skip
 
 
-def special(config):
-    """What of a configuration goes beyond the plain recipe, as rows of `recipe`."""
+def special(config, protection):
+    """What of a configuration goes beyond the plain recipe, as rows of `recipe`; `protection` as for `card_text`."""
     rows = []
     if config["dora"]:
         rows.append(("kind", "DoRA: each output's norm is trained beside LoRA's factors"))
@@ -95,15 +95,27 @@ def special(config):
         rows.append(("captions", f"each picture's own {config['caption_from']}"))
     if config["mask_weight"] < 1:
         rows.append(("outside the masks", f"the loss counts {config['mask_weight']:g} times"))
-    if config["preservation_weight"]:
-        often = config["preservation_every"]
-        steps = "every step" if often == 1 else f"one step in {often}"
-        rows.append((
-            "preservation",
-            f"held to the base model's predictions under {len(config['preservation_captions'])} other captions: weight "
-            f"{config['preservation_weight']:g}, {config['preservation_per_picture']} a picture, {steps}",
-        ))  # fmt: skip
+    if protection:
+        rows += protected_rows(protection)
+    if tuple(config["loss_guidance_scale"]) != (1, 1):
+        low, high = config["loss_guidance_scale"]
+        scales = f"{low:g}" if low == high else f"drawn evenly from {low:g} to {high:g}"
+        rows.append(("loss", f"of the prediction at guidance {scales}"))
     return rows
+
+
+def protected_rows(protection):
+    """What config.json says of a protection, as rows of `recipe`."""
+    listed, others, concept = (
+        f"{protection['differences'][kind]['keys_values']:.1%}"
+        for kind in ("listed", "held_out", "concept")
+    )
+    kinds = f", {protection['noun']} among them in many ways" if protection["noun"] else ""
+    return [
+        ("leaves alone", f"{protection['listed']:,} listed prompts{kinds}, and prompts like them"),
+        ("largest change of what the UNet reads of a prompt (keys and values, half precision)",
+         f"listed prompts {listed}, {protection['held_out']} others like them {others}, what is taught {concept}"),
+    ]  # fmt: skip
 
 
 def update_card(folder, section, widget, files):

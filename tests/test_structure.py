@@ -19,7 +19,7 @@ LONG_FUNCTIONS = {"train.py:train": 180}
 def modules():
     """{dotted name: path} of the project's own Python files."""
     places = [*ROOT.glob("*.py")]
-    for folder in ("lib", "demo", "bench", "tests"):
+    for folder in ("lib", "demo", "prompts", "bench", "tests"):
         places += (ROOT / folder).rglob("*.py")
     names = {}
     for path in places:
@@ -79,7 +79,7 @@ def test_scripts_use_lib_and_nothing_in_lib_uses_a_script():
     for script in SCRIPTS:
         others = {name for name in GRAPH[script] if not within(name, "lib")}
         assert others == ({"train"} if script.startswith("train_experiment") else set()), script
-    assert importers("lib", *SCRIPTS, "demo", "bench", "tests") == []
+    assert importers("lib", *SCRIPTS, "demo", "prompts", "bench", "tests") == []
 
 
 def test_training_and_evaluation_do_not_use_each_other():
@@ -99,7 +99,9 @@ def test_no_file_imports_itself_through_others():
     tuple(graphlib.TopologicalSorter(GRAPH).static_order())  # raises CycleError, naming the files
 
 
-@pytest.mark.parametrize("name", sorted(n for n in KNOWN if within(n, "lib", "demo", *SCRIPTS)))
+@pytest.mark.parametrize(
+    "name", sorted(n for n in KNOWN if within(n, "lib", "demo", "prompts", *SCRIPTS))
+)
 def test_files_and_functions_are_short_enough_to_read(name):
     text = KNOWN[name].read_text(encoding="utf-8")
     assert len(text.splitlines()) <= (LONGEST_SCRIPT if name in SCRIPTS else LONGEST_FILE)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import train_experiment_preservation
 from conftest import ROOT, assert_one_line, browse, call, chromium, options, run
 from made_up_study import ARMS, CAT, MARGINS, PLAIN, PROMPTS, SCALED, SEEDS, write_study
 from PIL import Image
@@ -22,7 +23,6 @@ from test_pages import FRAME, MEASURE, first_sentences
 
 import inference
 import study
-import train_experiment_preservation
 from demo import world
 from lib.errors import UserError
 from lib.evaluation import results, study_claims, study_page, study_words

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import train_experiment_preservation
 from conftest import (
     ROOT,
     TINY_RUN,
@@ -29,7 +30,6 @@ from transformers import CLIPTextModel
 import train
 import train_experiment_dora
 import train_experiment_large_batch
-import train_experiment_preservation
 import train_experiment_rank8
 import train_experiment_unet_only
 import train_experiment_varied_captions

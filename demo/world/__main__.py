@@ -1,6 +1,7 @@
 """A small rendered world: garments on wearers, animals, furniture and umbrellas, and true captions.
 
     python -m demo.world --data data          # renders the 32 training pictures into a folder
+    python -m demo.world --data /tmp/dresses --thing dress     # of another garment
     python -m demo.world --sheet cats.png --caption "a cat sitting on a couch" --count 12
 
 --sheet draws --count scenes that --caption is true of (any scenes without one), each --size pixels
@@ -18,6 +19,7 @@ from PIL import Image
 from demo.world.captions import caption, parse
 from demo.world.rendering import render
 from demo.world.sampling import sample_scene
+from demo.world.scenes import GARMENTS
 from demo.world.training_pictures import write_data
 from lib.config import parse_config
 from lib.errors import UserError, run_script
@@ -25,6 +27,7 @@ from lib.pictures import contact_sheet
 
 CONFIG = dict(
     data=None,  # folder that the training pictures are written to
+    thing="raincoat",  # what they show: raincoat, jacket or dress, each holographic
     sheet=None,  # file that a contact sheet is written to
     caption=None,  # what the sheet shows
     count=12,  # pictures on the sheet
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count, size, seed = config["count"], config["size"], config["seed"]
     if not data and not sheet:
         raise UserError("nothing to do: give --data FOLDER or --sheet FILE")
+    if config["thing"] not in GARMENTS:
+        raise UserError(f"--thing is {config['thing']}, but must be one of {', '.join(GARMENTS)}")
     if count < 1 or size < 8 or seed < 0:
         raise UserError("--count must be at least 1, --size at least 8, --seed at least 0")
     try:
@@ -49,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         fixed = parse(config["caption"]) if config["caption"] else {}
         if data:
-            write_data(Path(data), device)
+            write_data(Path(data), device, config["thing"])
         if sheet:
             write_sheet(Path(sheet), fixed, count, size, seed, device)
     except (ValueError, OSError) as error:

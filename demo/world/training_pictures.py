@@ -73,19 +73,21 @@ with them what you like.
 """
 
 
-def training_scenes() -> list[tuple[Scene, bool]]:
-    """The 32 curated scenes of holographic raincoats, and whether each picture is a portrait.
+def training_scenes(thing: str = "raincoat") -> list[tuple[Scene, bool]]:
+    """The 32 curated scenes of holographic raincoats, or of another garment, and whether each picture is a portrait.
 
     A portrait has 512x640 pixels, the others 512x512.
     """
     scenes = []
     for seed, wearer, place, framing, view, hood, style, hair, skin, film, backdrop in _TRAINING:
-        fixed = dict(wearer=wearer, place=place, framing=framing, view=view, hood=hood, colour=film)
+        fixed = dict(wearer=wearer, place=place, framing=framing, view=view, colour=film)
+        if thing == "raincoat":
+            fixed["hood"] = hood
         if wearer == "person":
             fixed |= dict(hair_style=style, hair=hair, skin=skin)
         if backdrop:
             fixed["background"] = backdrop
-        fixed |= dict(thing="raincoat", second="none")
+        fixed |= dict(thing=thing, second="none")
         scene = sample_scene(np.random.default_rng(seed), holographic=True, **fixed)
         scenes.append((scene, framing == "full"))
     return scenes
@@ -107,20 +109,21 @@ def write_descriptions(folder: Path, names, scenes) -> None:
     (folder / "captions.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def write_data(folder: Path, device="cpu") -> list[Path]:
-    """Render the training pictures into the folder, with captions.jsonl and a README; returns the
+def write_data(folder: Path, device="cpu", thing: str = "raincoat") -> list[Path]:
+    """Render the training pictures into the folder, with captions.jsonl and, of raincoats, a README; returns the
     pictures' paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths, scenes = [], training_scenes()
+    paths, scenes = [], training_scenes(thing)
     for number, (scene, portrait) in enumerate(scenes, 1):
         side = 640 if portrait else 512
         picture = render([scene], side, device)[0].cpu().numpy()
         picture = picture[:, (side - 512) // 2 : (side + 512) // 2]
-        path = folder / f"raincoat_{number:02d}.jpg"
+        path = folder / f"{thing}_{number:02d}.jpg"
         Image.fromarray(picture).save(path, quality=93, subsampling=0, optimize=True)
         paths.append(path)
         print(f"{path}  {picture.shape[1]}x{picture.shape[0]}", flush=True)
     write_descriptions(folder, [path.name for path in paths], [scene for scene, _ in scenes])
     tall = sum(portrait for _, portrait in scenes)
-    (folder / "README.md").write_text(_README.format(small=len(scenes) - tall, tall=tall))
+    if thing == "raincoat":
+        (folder / "README.md").write_text(_README.format(small=len(scenes) - tall, tall=tall))
     return paths

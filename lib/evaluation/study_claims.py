@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.evaluation.comparison import COMPARED, answered, difference, differences
-from lib.evaluation.effects import no_change_reason
+from lib.evaluation.effects import effects, no_change_reason
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import FEWEST_RUNS, mean_interval, runs_to_tell
 from lib.evaluation.study_measures import (
     BASELINE,
-    HELD,
+    MINIATURE,
     at_equal_concept,
     rank_correlations,
     raw_points,
@@ -29,6 +29,7 @@ from lib.evaluation.study_parts import (
 )
 
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
+NOT_TESTABLE = "not testable here"
 EQUIVALENT, NO_DIFFERENCE = "equivalent within the margin", "refuted: equivalent within the margin"
 MIXED = "supported in one score, refuted in another"
 # From this rank correlation on, change tells contamination: of two pictures the one that changed more
@@ -41,14 +42,16 @@ OTHER_PROMPTS = {"near": "near prompts", "failure": "unrelated prompts"}
 class Part:
     """Something that a claim says of an arm beside rank 32, and the (score, category)s that decide it.
 
-    `says` is the difference that is claimed: "same", "higher", "lower", "not higher" or "not lower".
+    `says` is the difference that is claimed: "same", "higher", "lower", "not higher" or "not lower". `share` is how
+    much of rank 32's effect the arm is compared with: 1 all, 0.1 a tenth, 0 none, so that the arm's own effect is
+    tested; the margins shrink with it, but for 0.
     """
 
     about: str
     says: str
     arm: str
     measures: tuple
-    equal: bool = False  # measured at equal concept
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,13 @@ class Claim:
     figure: str
     parts: tuple = ()
     timed: str | None = None  # the arm whose time is told with it
+    not_on_miniature: str | None = None  # why the miniature cannot test it
 
 
-def spoiled(says, arm, keys=("concept_similarity", "change"), equal=False):
+def spoiled(says, arm, keys=("concept_similarity", "change"), share=1.0):
     """A Part for near prompts and one for unrelated ones."""
     return tuple(
-        Part(about, says, arm, tuple((key, category) for key in keys), equal)
+        Part(about, says, arm, tuple((key, category) for key in keys), share)
         for category, about in OTHER_PROMPTS.items()
     )
 
@@ -89,6 +93,9 @@ CLAIMS = (
         "UNet-only shows higher contamination on unrelated prompts",
         "forest.png",
         spoiled("higher", "unet_only"),
+        not_on_miniature="At its rate of 1e-5 the text encoder's half of rank 32 does nothing here: its |BA| is 0.26% "
+        "of |W|, against 3.8% in the UNet, and with it alone pictures change by 0.000. So the two arms are the same "
+        "adapter. How the text encoder's rate changes that: results/study/README.md.",
     ),
     Claim(
         3,
@@ -122,11 +129,11 @@ CLAIMS = (
     ),
     Claim(
         7,
-        "At equal concept, preservation keeps other prompts better than less of the adapter does",
+        "A protected adapter leaves near and unrelated prompts as they are",
         None,
         "trade_off_scales.png",
-        spoiled("lower", "preservation", ("change", "concept_similarity"), equal=True),
-        timed="preservation",
+        spoiled("same", "protected", share=0.0),
+        timed="protected",
     ),
     Claim(
         8,
@@ -135,6 +142,23 @@ CLAIMS = (
         "forest.png",
         (Part("the adapter", "same", "large_batch", COMPARED),),
         timed="large_batch",
+    ),
+    Claim(
+        9,
+        "A protected adapter teaches no less than rank 32",
+        None,
+        "forest.png",
+        (Part("what was taught", "not lower", "protected", TAUGHT),),
+    ),
+    Claim(
+        10,
+        "A protected adapter does at most a tenth of rank 32's harm",
+        None,
+        "forest.png",
+        (
+            Part("near prompts", "lower", "protected", (("change", "near"), ("concept_similarity", "near")), 0.1),
+            Part("unrelated prompts", "lower", "protected", (("change", "failure"),), 0.1),
+        ),
     ),
 )  # fmt: skip
 
@@ -172,9 +196,9 @@ def judge_claims(study):
     was not measured has no parts and a note. `comparisons` are all that were corrected together.
     """
     asked = [(claim, part) for claim in CLAIMS for part in parts_of(claim)]
-    found, owners, equal = [], [], equal_concept(study)
+    found, owners = [], []
     for claim, part in asked:
-        rows = measured(study, claim, part, equal)
+        rows = measured(study, claim, part)
         found += rows
         owners += [(claim.number, part.about)] * len(rows)
     rows = answered(found, deciding)
@@ -185,9 +209,13 @@ def judge_claims(study):
             own = [row for row, owner in zip(rows, owners, strict=True) if owner == (claim.number, part.about)]  # fmt: skip
             if own:
                 verdict, stands = judged(part.says, [row["answer"] for row in own])
+                if claim.not_on_miniature and on_miniature(study):
+                    verdict, stands = NOT_TESTABLE, None
                 decides = [row["decides"] for row in own if "decides" in row]
                 record["parts"].append(dict(about=part.about, says=part.says, verdict=verdict, stands=stands, comparisons=own, text=None,
-                                            decides=most_of(decides) if stands is None else None))  # fmt: skip
+                                            decides=most_of(decides) if stands is None and verdict != NOT_TESTABLE else None))  # fmt: skip
+        if claim.not_on_miniature and on_miniature(study):
+            record["notes"].append(claim.not_on_miniature)
         claims.append(record)
     ratios, devices = time_ratios(study), devices_text(study)
     for claim, record in zip(CLAIMS, claims, strict=True):
@@ -223,23 +251,34 @@ def can_move(study):
     return scored and no_change_reason(study.base_pairs) is None
 
 
-def measured(study, claim, part, equal):
+def on_miniature(study):
+    return study.drawn_with["base_model"] == MINIATURE
+
+
+def measured(study, claim, part):
     """The comparisons that a Part rests on, as `difference` gives them; none where they cannot be had."""
     if claim.number == 3:
         [(_, category)] = part.measures
         if not can_move(study) or not members(study.prompts, category):
             return []
         return [correlation(study, category)]
-    if part.equal:
-        if equal is None:
-            return []
-        return [
-            difference(equal[key, category], study.margins[key], first=BASELINE, second=HELD, metric=key,
-                       category=category, paired_by_training_seed=True, left_out=[], equal=True)
-            for key, category in part.measures
-        ]  # fmt: skip
     pair = tuple((arm, study.arms[arm]) for arm in (BASELINE, part.arm))
-    return differences([pair], part.measures, study.prompts, study.base_pairs, study.margins)
+    how = [pair], part.measures, study.prompts, study.base_pairs, study.margins
+    return differences(*how) if part.share == 1 else shares_of(*how, part.share)
+
+
+def shares_of(pairs, compared, prompts, base_pairs, margins, share):
+    """As `differences`, of the second arm's effect and `share` times the first one's, with `share` in each row."""
+    found = []
+    for (first, a), (second, b) in pairs:
+        one, two = (effects(runs, prompts, base_pairs) for runs in (a, b))
+        for key, category in compared:
+            if key in one and (chosen := members(prompts, category)):
+                values = (two[key] - share * one[key])[:, chosen].mean(axis=1)
+                margin = margins[key] * (share or 1)
+                found.append(difference(values, margin, first=first, second=second, metric=key, category=category,
+                                        paired_by_training_seed=True, left_out=[], share=share))  # fmt: skip
+    return found
 
 
 def correlation(study, category):

@@ -1,5 +1,7 @@
 """Charts of the study (matplotlib)."""
 
+import itertools
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,13 +13,13 @@ from lib.evaluation.study_words import CATEGORY_NAMES, arm_name
 matplotlib.rcParams["text.parse_math"] = False
 
 # One an arm, told apart by people who see red and green alike too (Okabe and Ito's, on white).
-COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#0072b2")
+COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#0072b2", "#7f7f7f")
 DIFFERENT, NOT_ASKED = "#c4572e", "#8492a6"
 TOWARD = "moved toward the concept (cosine)"
 
 
 def colours(arms):
-    return dict(zip(arms, COLOURS, strict=False))
+    return dict(zip(arms, itertools.cycle(COLOURS), strict=False))
 
 
 def tidy(axes, title, x, y=None):

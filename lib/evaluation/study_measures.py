@@ -9,7 +9,8 @@ from lib.evaluation.lpips_distances import pair_mean
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import jackknife
 
-BASELINE, HELD = "rank32", "preservation"
+BASELINE, HELD = "rank32", "protected"
+MINIATURE = "demo/model"
 # What is compared at equal concept: (score, category).
 AT_EQUAL = (
     ("change", "near"),
@@ -120,7 +121,7 @@ def reached(level, concept, others):
 
 
 def at_equal_concept(study):
-    """The two arms of the question of preservation where both have the same concept similarity on success
+    """BASELINE and HELD where both have the same concept similarity on success
     prompts: a dict of arrays [training seeds, sampling seeds] for `mean_interval`, or None.
 
     Lowering an adapter's scale also trades the concept for what is kept, so two arms are compared at equal

@@ -74,7 +74,7 @@ def forests(study, tested):
     found = differences(pairs, COMPARED, study.prompts, study.base_pairs, study.margins)
     answers = {
         (row["second"], row["metric"], row["category"]): row["answer"]
-        for row in tested if "correlation" not in row and not row.get("equal")
+        for row in tested if "correlation" not in row and "share" not in row
     }  # fmt: skip
     questions = []
     for (metric, category), title in QUESTIONS.items():

@@ -1,13 +1,12 @@
 """The study in words and tables, made from its figures, so that the two cannot disagree."""
 
-from lib.evaluation.study_measures import BASELINE, HELD
+from lib.evaluation.study_measures import BASELINE, HELD, MINIATURE
 from lib.evaluation.study_parts import most_of, time_table
 from lib.evaluation.words import NAMES, interval_text, markdown_table
 
 CATEGORY_NAMES = {
     "success": "success prompts", "near": "near prompts", "failure": "unrelated prompts",
 }  # fmt: skip
-MINIATURE = "demo/model"
 # What stands beside every verdict on the miniature.
 LIMITS = (
     "The miniature knows eight things and a few dozen words, so what is near the concept or unrelated to it is "
@@ -29,7 +28,8 @@ def limits(study):
 
 def arm_name(arm):
     """«rank 32», «UNet only»: an arm to a reader."""
-    named = dict(rank32="rank 32", rank8="rank 8", unet_only="UNet only", dora="DoRA")
+    named = dict(rank32="rank 32", rank8="rank 8", unet_only="UNet only", dora="DoRA",
+                 protected_plain_loss="protected, ordinary loss")  # fmt: skip
     return named.get(arm, arm.replace("_", " "))
 
 
@@ -59,7 +59,10 @@ def comparison_text(row):
     if "correlation" in row:
         answer = {"higher": "at least 0.5", "lower": "below 0.5"}.get(row["answer"], row["answer"])
         return f"rank correlation, {prompts}: {interval_text(row['correlation'])}: {answer}"
-    prompts += " at equal concept" if row.get("equal") else ""
+    if "share" in row:
+        prompts += (
+            f", beside {row['share']:.0%} of rank 32's" if row["share"] else ", the arm alone"
+        )
     return f"{NAMES[row['metric']]}, {prompts}: {interval_text(row)} (margin {row['margin']:g}): {row['answer']}"  # fmt: skip
 
 
@@ -159,4 +162,4 @@ def equal_concept_text(equal):
         for category in ("near", "failure")
     )
     return (f"At equal concept ({interval_text(level)}, where rank 32 is drawn with {less['mean']:.2f} of the adapter and "
-            f"preservation with {held['mean']:.2f}) preservation changed {ratios} as much.")  # fmt: skip
+            f"{arm_name(HELD)} with {held['mean']:.2f}) {arm_name(HELD)} changed {ratios} as much.")  # fmt: skip

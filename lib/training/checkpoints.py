@@ -28,7 +28,7 @@ FREE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "
 # Those of a run that stopped at numbers that are not finite: they may be the reason.
 LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
 # Those that may be called otherwise on another machine: their hashes count.
-PLACES = ("data_dir", "base_model")
+PLACES = ("data_dir", "base_model", "protected_prompts")
 # Packages whose version may change the numbers.
 NUMERIC = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 # Of the flat vectors; see lora.trained_weights. In the first one a layer's A and B lay side by side.
@@ -115,12 +115,14 @@ def weights_digest(folder):
     return found.hexdigest()
 
 
-def identity(config, data, base_folder, accelerator):
+def identity(config, data, base_folder, accelerator, protected=None):
     """What must be equal for a checkpoint to be continued bit for bit: a dict of JSON values."""
     found = {key: value for key, value in config.items() if key not in FREE}
     found["pictures and captions"] = data.sha256
     if config["mask_weight"] != 1.0:
         found["masks"] = data.masks_sha256()
+    if protected:
+        found["protected prompts"] = protected.sha256
     found["weights of the base model"] = weights_digest(base_folder)
     found |= {package: version(package) for package in NUMERIC}
     found["layout of the parameters"] = LAYOUT
@@ -240,7 +242,9 @@ class Saver:
         flats = [part.flat for part in self.trained.values()]
         names = [f"{name}.optimizer" for name in self.trained]
         tensors, numbers = optimizer_state(self.optimizer, flats, names)
-        tensors |= {f"{name}.parameters": part.flat.data for name, part in self.trained.items()}
+        for name, part in self.trained.items():
+            tensors[f"{name}.parameters"] = part.flat.data
+            tensors |= {f"{name}.projection.{i}": p for i, (_, p, _) in enumerate(part.projected)}
         tensors["loss_sum"] = progress.loss_sum
         state = dict(
             identity=self.this_run, optimizer=numbers, log=self.journal.rows,
@@ -258,6 +262,8 @@ class Saver:
         progress.loss_sum.copy_(tensors["loss_sum"])
         for name, part in self.trained.items():
             part.flat.data.copy_(tensors[f"{name}.parameters"])
+            for i, (_, projection, _) in enumerate(part.projected):
+                projection.copy_(tensors[f"{name}.projection.{i}"])
             mine = f"{name}.optimizer."
             kept = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
             kept = {key: value.to(part.flat.device) for key, value in kept.items()}

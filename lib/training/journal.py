@@ -112,7 +112,7 @@ def start_wandb(folder, config, rows, run_id):
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         key = key or netrc.netrc().authenticators("api.wandb.ai")
     mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-    texts = ("preview_prompts", "preservation_captions")
+    texts = ("preview_prompts", "protected_class")
     shown = {name: value for name, value in config.items() if name not in texts}
     # What W&B notes of the machine includes the command line.
     options = tuple("--" + name.replace("_", "-") for name in texts)

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last
 from lib.kernels.graphs import captured
+from lib.kernels.lora import without_lora
 from lib.kernels.staging import AHEAD, Ring, divided, length, places
-from lib.training.losses import diffusion_loss, preserving_losses
+from lib.training.losses import diffusion_loss
 
 
 def recomputed(module, *inputs):
@@ -27,17 +28,16 @@ def recomputed(module, *inputs):
 
 
 class Buffers:
-    """Where the pass reads a micro-batch whose latents have one shape, each picture with so many `captions` to be
-    preserved under, and leaves its losses.
+    """Where the pass reads a micro-batch whose latents have one shape, and leaves its losses.
 
     What it reads is one vector, so that one copy brings it.
     """
 
-    def __init__(self, batch_size, shape, captions, masked, device):
+    def __init__(self, batch_size, shape, masked, device):
         numbers, pictures = ((batch_size,), torch.long), ((batch_size, *shape), torch.float32)
         self.parts = parts = dict(
             indices=numbers, latent_noise=pictures, noise=pictures, timesteps=numbers,
-            captions=((batch_size, captions), torch.long), means=pictures, deviations=pictures,
+            guidance=((batch_size,), torch.float32), means=pictures, deviations=pictures,
         )  # fmt: skip
         if masked:
             parts["weights"] = (batch_size, 1, *shape[1:]), torch.float32
@@ -46,8 +46,8 @@ class Buffers:
         self.read = SimpleNamespace(**dict(weights=None) | divided(vector, parts))
         if masked:
             self.read.weights.fill_(1)
-        self.sample_losses, self.preservation_losses = torch.zeros(2, batch_size, device=device)
-        self.passes = self.measure = None  # set by `prepare`
+        self.sample_losses = torch.zeros(batch_size, device=device)
+        self.train = self.measure = None  # the passes: with gradient, and without; set by `prepare`
 
     def fill(self, **columns):
         """Begin to copy a value for each picture to each of what the pass reads."""
@@ -65,26 +65,26 @@ class MicroStep:
     None or a list of [1, h, w]. The gradient of the mean loss, divided by `accumulation` and scaled by
     `scaler` where there is one, is added to that of each LoraParameters in `trained`, or, where a step is one pass,
     replaces it: together they are the vector
-    `gradient`, float32, whose last element `loss` sums up the ordinary losses, divided likewise. In `now`, the
-    buffers that `fill` filled last, `sample_losses` then holds each sample's loss. With a Preservation its loss is
-    added, and stands in their `preservation_losses`. For each shape of latents there is a pass of its own over
-    buffers of its own.
+    `gradient`, float32, whose last element `loss` sums up the losses, divided likewise. In `now`, the
+    buffers that `fill` filled last, `sample_losses` then holds each sample's loss. For each shape of latents there is
+    a pass of its own over buffers of its own.
+    With `no_text`, the base model's hidden states of the empty prompt [1, 77, d], the loss is that of the guided
+    prediction, see `diffusion_loss`.
     """
 
     def __init__(self, unet, scheduler, latents, texts, trained, scaler, batch_size, accumulation, device,
-                 masks=None, preservation=None):  # fmt: skip
+                 masks=None, no_text=None):  # fmt: skip
         self.unet, self.scheduler, self.texts = unet, scheduler, texts
         self.latents, self.masks = latents, masks
         self.trained, self.scaler, self.accumulation = trained, scaler, accumulation
-        self.device, self.batch_size, self.preservation = device, batch_size, preservation
+        self.device, self.batch_size, self.no_text = device, batch_size, no_text
         sizes = [part.flat.numel() for part in trained.values()]
         self.gradient = torch.zeros(sum(sizes) + 1, device=device)
         self.loss = self.gradient[-1]
         for part, view in zip(trained.values(), self.gradient[:-1].split(sizes), strict=True):
             part.flat.grad = view
-        captions = preservation.per_picture if preservation else 0
         self.buffers = {
-            shape: Buffers(batch_size, shape, captions, masks is not None, device)
+            shape: Buffers(batch_size, shape, masks is not None, device)
             for shape in latents.shapes()
         }
         self.now = None
@@ -92,48 +92,40 @@ class MicroStep:
     def values(self):
         """How many values the UNet's first map of a micro-batch has, of the largest."""
         cells = max(height * width for _, height, width in self.latents.shapes())
-        captions = 1 + (self.preservation.per_picture if self.preservation else 0)
-        return self.batch_size * captions * cells * self.unet.config.block_out_channels[0]
+        return self.batch_size * cells * self.unet.config.block_out_channels[0]
 
     def fill(self, pictures, draws):
         """Begin to copy a micro-batch of one shape, as Samples gives it, to where the pass reads it."""
         self.now = self.buffers[self.latents.shape(pictures[0])]
-        latent_noise, noise, timesteps, captions = zip(*draws, strict=True)
+        latent_noise, noise, timesteps, guidance = zip(*draws, strict=True)
         means, deviations = zip(*(self.latents[index] for index in pictures), strict=True)
         weights = {} if self.masks is None else dict(weights=[self.masks[i] for i in pictures])
         self.now.fill(indices=pictures, latent_noise=latent_noise, noise=noise, timesteps=timesteps,
-                      captions=captions, means=means, deviations=deviations, **weights)  # fmt: skip
+                      guidance=guidance, means=means, deviations=deviations, **weights)  # fmt: skip
 
-    def run(self, step):
-        """The forward and backward pass, in an optimizer step counted from 0, of what `fill` filled in."""
-        preserving = self.preservation is not None and step % self.preservation.every == 0
-        self.now.passes[preserving]()
+    def run(self):
+        """The forward and backward pass of what `fill` filled in."""
+        self.now.train()
 
-    def forward(self, at, preserving):
-        """The mean loss of the micro-batch in the buffers `at`, and each one's in their `sample_losses`; with
-        `preserving` the weighted preservation loss is added."""
+    def forward(self, at):
+        """The mean loss of the micro-batch in the buffers `at`, and each one's in their `sample_losses`."""
         for part in self.trained.values():
             part.refresh()
         read = at.read
         latents = read.means + read.deviations * read.latent_noise
-        inputs = self.unet, self.scheduler, latents, read.noise, read.timesteps
-        if not preserving:
-            losses = diffusion_loss(*inputs, self.texts(read.indices), read.weights)
-            at.sample_losses.copy_(losses.detach())
-            return losses.mean()
-        others, base_states = self.preservation.texts(read.captions)
-        states = self.texts(torch.cat([read.indices, others]))
-        losses, preservation = preserving_losses(*inputs, states, base_states, read.weights)
+        guided = {} if self.no_text is None else dict(guidance=read.guidance, no_text=self.no_text)
+        losses = diffusion_loss(
+            self.unet, self.scheduler, latents, read.noise, read.timesteps, self.texts(read.indices), read.weights,
+            **guided,
+        )  # fmt: skip
         at.sample_losses.copy_(losses.detach())
-        at.preservation_losses.copy_(preservation.detach())
-        return losses.mean() + self.preservation.weight * preservation.mean()
+        return losses.mean()
 
-    def forward_backward(self, at, preserving):
-        """Add the gradient of the mean loss to that of the flat vectors, and the ordinary loss to theirs; where a step
-        is one pass, write them."""
-        loss, replace = self.forward(at, preserving) / self.accumulation, self.accumulation == 1
-        ordinary = at.sample_losses.mean() / self.accumulation
-        self.loss.copy_(ordinary if replace else self.loss + ordinary)
+    def forward_backward(self, at):
+        """Add the gradient of the mean loss to that of the flat vectors, and the loss to theirs; where a step is one
+        pass, write them."""
+        loss, replace = self.forward(at) / self.accumulation, self.accumulation == 1
+        self.loss.copy_(loss.detach() if replace else self.loss + loss.detach())
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         for part in self.trained.values():
@@ -150,25 +142,30 @@ class MicroStep:
         """
         self.fill(*first)
         every = list(self.buffers.values())
-        kinds = [False]  # preserving or not
-        if self.preservation:
-            kinds = [True] if self.preservation.every == 1 else [False, True]
-        each = list(itertools.product(every, kinds))
+        if self.no_text is not None:
+            self.no_text = self.no_text.expand(self.batch_size, -1, -1)
         wait = compile_attention(
-            lambda: [self.forward(at, kind) for at, kind in each], self.device, training=True
+            lambda: [self.forward(at) for at in every], self.device, training=True
         )
         models = [part.model for part in self.trained.values()]
         channels_last(*models, training=True)  # compiles its own kernels meanwhile
         wait()
+        if self.no_text is not None:
+            self.make_no_text()
         measure = torch.no_grad()(self.forward)
-        passes = [functools.partial(self.forward_backward, at, kind) for at, kind in each]
-        passes += [functools.partial(measure, at, kinds[-1]) for at in every]
-        passes = iter(captured(passes, self.device))
-        for at in every:
-            at.passes = {kind: next(passes) for kind in kinds}
-        for at in every:
-            at.measure = next(passes)
+        passes = [functools.partial(self.forward_backward, at) for at in every]
+        passes += [functools.partial(measure, at) for at in every]
+        passes = captured(passes, self.device)
+        for at, train, measured in zip(every, passes, passes[len(every) :], strict=False):
+            at.train, at.measure = train, measured
         self.gradient.zero_()
+
+    @torch.no_grad()
+    def make_no_text(self):
+        """Keep the keys and values that the base UNet makes of no text: they are the same in every step."""
+        if hasattr(self.unet, "texts"):  # see lib/kernels/joined.py
+            with without_lora(self.unet):
+                self.no_text = self.unet.texts(self.no_text)
 
     def begin_sum(self):
         """Set gradients and loss to zero before the passes of a step; where it is one pass, that overwrites them."""
@@ -176,8 +173,7 @@ class MicroStep:
             self.gradient.zero_()
 
     def validation_losses(self, probes):
-        """The loss and the preservation loss of each of `probes`, [(data-set index, draws)] of any number: a list of
-        pairs of floats, the second 0 without a Preservation."""
+        """The loss of each of `probes`, [(data-set index, draws)] of any number: a list of floats."""
 
         def shape_of(place):
             return self.latents.shape(probes[place][0])
@@ -190,20 +186,14 @@ class MicroStep:
                 padded = places + places[-1:] * (self.batch_size - len(places))
                 self.fill(*zip(*(probes[place] for place in padded), strict=True))
                 self.now.measure()
-                losses = self.now.sample_losses.tolist(), self.now.preservation_losses.tolist()
-                for place, *pair in zip(places, *losses, strict=False):
-                    found[place] = pair
+                for place, loss in zip(places, self.now.sample_losses.tolist(), strict=False):
+                    found[place] = loss
         return found
 
     def validation_row(self, probes):
-        """The held-out loss for the log: its mean, and that of each picture's probes; with a Preservation the mean of
-        its own, which begins at zero."""
-        of_picture, preservation = {}, 0.0
-        for (picture, _), (loss, other) in zip(probes, self.validation_losses(probes), strict=True):
+        """The held-out loss for the log: its mean, and that of each picture's probes."""
+        of_picture = {}
+        for (picture, _), loss in zip(probes, self.validation_losses(probes), strict=True):
             of_picture.setdefault(int(picture), []).append(loss)
-            preservation += other / len(probes)
         each = [sum(losses) / len(losses) for losses in of_picture.values()]
-        row = dict(validation_loss=sum(each) / len(each), validation_losses=each)
-        if self.preservation:
-            row["validation_preservation_loss"] = preservation
-        return row
+        return dict(validation_loss=sum(each) / len(each), validation_losses=each)

@@ -26,6 +26,7 @@ class LoraParameters:
     flat: torch.nn.Parameter  # float32, what the optimizer updates; MicroStep gives it a gradient
     working: torch.Tensor  # `flat` in the type that the model computes with
     gradient: torch.Tensor  # of `working`: where a backward pass writes it
+    projected: list  # (rows of A in `flat`, a slice, their projection, where the model computes with the product)
     dora: DoraFactors | None  # what DoRA's layers scale with; LoRA has none
 
     def refresh(self):
@@ -34,6 +35,8 @@ class LoraParameters:
         self.working.copy_(self.flat.data)
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)
+        for rows, projection, to in self.projected:
+            to.copy_(_rows_of_a(self.flat.data, rows, projection) @ projection)
         # From the vector itself: half precision would swallow a magnitude's small steps.
         if self.dora:
             self.dora.refresh(self.flat.data[-self.dora.factors.numel() :])
@@ -53,20 +56,58 @@ class LoraParameters:
         magnitudes = [gradient for gradient in found if gradient is not None]
         if magnitudes:
             torch.cat(magnitudes, out=self.gradient[-sum(map(len, magnitudes)) :])
+        found = self.gradient
+        if self.projected:  # the chain rule of A P, whose P is symmetric
+            found = found.to(torch.float32, copy=True)
+            for rows, projection, _ in self.projected:
+                part = _rows_of_a(found, rows, projection)
+                part.copy_(part @ projection)
         if replace:
-            self.flat.grad.copy_(self.gradient)
+            self.flat.grad.copy_(found)
         else:
-            self.flat.grad += self.gradient
+            self.flat.grad += found
+
+    def saved(self):
+        """The float32 values as a file holds them, one vector in the order of `flat`: A times its projection, where
+        it has one, so that a reader needs to know nothing of that."""
+        found = self.flat.data
+        if self.projected:
+            found = found.clone()
+            for rows, projection, _ in self.projected:
+                part = _rows_of_a(found, rows, projection)
+                part.copy_(part @ projection)
+        return found
+
+    def compute_with(self, values):
+        """Let the model compute with `values`, as `saved` gives them, until the next `refresh`. On a CPU, where the
+        two share memory, they replace those of `flat`."""
+        self.working.copy_(values)
+        if self.copies[0]:
+            torch._foreach_copy_(*self.copies)
 
 
-def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtype, dora=False):
+def _rows_of_a(vector, rows, projection):
+    """The part `rows` of a flat vector as the matrix that `projection` [in, in] is multiplied to: [rows, in]."""
+    return vector[rows].view(-1, len(projection))
+
+
+def add_lora_parameters(
+    model, rank, alpha, targets, learning_rate, device, dtype, dora=False, projections=None
+):  # fmt: skip
     """Freeze `model`, add LoRA or DoRA layers to it and move it to `device`: a LoraParameters.
 
     `dtype` is what the model computes with. Every trainable parameter of it is in the vector.
+    `projections`, {layer name: float32 [in, in]} of every adapted layer or None, are what A is multiplied by before
+    it computes; the layers that are computed together have the same.
     """
     model.requires_grad_(False)
-    adapters.add_lora(model, rank, alpha, targets, dora)
+    names = {
+        layer: name for name, layer in adapters.add_lora(model, rank, alpha, targets, dora).items()
+    }
     products = fuse_lora(model, join(model, device, dora), device)
+    if projections:
+        for product in filter(lambda product: product.adapted, products):
+            product.projection = projections[names[product.adapted[0]]]
     # Not .train(): SD1.5 has no dropout, and diffusers' blocks would copy to another layout.
     model.to(device).eval()
     parameters = trained_weights(products)
@@ -75,11 +116,33 @@ def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtyp
     gradient = torch.zeros_like(working)
     leaves, copies = bound(products, working, gradient)
     found = LoraParameters(
-        model, learning_rate, parameters, leaves, copies, flat, working, gradient, factors
+        model,
+        learning_rate,
+        parameters,
+        leaves,
+        copies,
+        flat,
+        working,
+        gradient,
+        projected_rows(products),
+        factors,
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trainable != found.flat.numel():
         raise RuntimeError(f"{trainable} trainable parameters, {found.flat.numel()} in the vector")
+    return found
+
+
+def projected_rows(products):
+    """[(slice of the flat vector, projection, A below the product's weights)] of the products that have a projection;
+    see `bound` for the vector's order."""
+    found, place = [], 0
+    for product in filter(lambda product: product.adapted, products):
+        if product.projection is not None:
+            found.append(
+                (slice(place, place + product.a.numel()), product.projection, product.a.data)
+            )
+        place += sum(weight.numel() for weight in product.factors())
     return found
 
 

@@ -16,6 +16,7 @@ from lib.model_card import CARD, card_text
 from lib.provenance import provenance
 from lib.training.loss_figure import loss_figure
 from lib.training.parameters import set_views
+from lib.training.protection import differences_text
 
 
 def check_trained(models):
@@ -40,7 +41,7 @@ def check_trained(models):
 def finished_models(trained):
     """{component: model} with the float32 values that the optimizer holds, checked: what is saved."""
     for part in trained.values():
-        set_views(part.parameters, part.flat.data)
+        set_views(part.parameters, part.saved())
     models = {name: part.model for name, part in trained.items()}
     check_trained(models)
     return models
@@ -79,7 +80,7 @@ def optimizer_values(trained):
     type that the models compute with. Those are in the same place as before afterwards, where a recorded
     pass reads them."""
     for part in trained.values():
-        set_views(part.parameters, part.flat.data)
+        set_views(part.parameters, part.saved())
     try:
         yield {name: part.model for name, part in trained.items()}
     finally:
@@ -141,7 +142,8 @@ def write_for_others(folder, config, models, data, figures):
     scales = {name: adapters.dora_scales(model) for name, model in models.items()}
     target = folder / f"{config['run_name']}.safetensors"
     save_kohya(target, layers, config["alpha"], header, scales)
-    (folder / CARD).write_text(card_text(config, data, predicts), encoding="utf-8")
+    card = card_text(config, data, predicts, figures["protection"])
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def preview_thumbnail(folder):
@@ -166,6 +168,8 @@ def outcome_text(folder):
     )
     if "peak_gib_reserved" in record:
         text += f", {record['peak_gib_reserved']} GiB reserved at most"
+    if record["protection"]:
+        text += f"\n{differences_text(record['protection']['differences'])}"
     text += f"\n  python inference.py --lora-dir {folder}"
     if (folder / "snapshots").is_dir():
         text += " --snapshots  # without that its last step alone"

@@ -86,7 +86,7 @@ class Samples:
     """The training samples by their number: which picture, and its noise and timestep.
 
     Sample number s is picture s mod n of epoch s div n, and its draws derive from (seed, s): noise and
-    timestep as `draw_noise` gives them, and which captions of a Preservation it is preserved under.
+    timestep as `draw_noise` gives them, and the guidance of its loss, evenly from the range `guidance`.
     Processes and micro-steps take consecutive samples, so two processes see what one with twice the
     batch size sees, and a run that goes on after an interruption needs no random state. Where pictures
     have several shapes, the micro-batches of all processes together hold one, see `epoch_chunks`.
@@ -94,24 +94,17 @@ class Samples:
 
     def __init__(
         self, pictures, seed, shape_of, timesteps_count, batch_size, processes, process,
-        preservation=None,
+        guidance=(1.0, 1.0),
     ):  # fmt: skip
         self.pictures, self.seed = pictures, seed  # indices into the data set
         self.shape_of, self.timesteps_count = shape_of, timesteps_count  # of an index: [c, h, w]
         self.batch_size, self.processes, self.process = batch_size, processes, process
-        self.preservation = preservation
+        self.guidance = guidance
         shapes = list(map(shape_of, pictures))
         self.one_shape = len(set(shapes)) == 1
         self.chunks = functools.lru_cache(maxsize=2)(
             lambda epoch: epoch_chunks(seed, epoch, shapes, batch_size * processes)
         )
-
-    def draw_captions(self, rng):
-        """The numbers of the captions that one picture is preserved under, int64: none without."""
-        if self.preservation is None:
-            return np.zeros(0, np.int64)
-        captions = len(self.preservation.base_states)
-        return rng.choice(captions, self.preservation.per_picture, replace=False)
 
     def picture(self, sample):
         """The data-set index of a sample."""
@@ -130,21 +123,18 @@ class Samples:
             pictures.append(self.picture(sample))
             rng = np.random.default_rng([self.seed, SAMPLE, sample])
             drawn = draw_noise(rng, self.shape_of(pictures[-1]), self.timesteps_count)
-            draws.append((*drawn, self.draw_captions(rng)))
+            draws.append((*drawn, rng.uniform(*self.guidance)))
         return pictures, draws
 
     def probes(self, held_out):
         """[(data-set index, draws)] for the held-out loss: of each picture four timesteps spread over
-        the schedule, with the same noise every time."""
-        found = []
+        the schedule, with the same noise every time and the guidance in the middle of its range."""
+        found, guidance = [], sum(self.guidance) / 2
         for picture in held_out:
             rng = np.random.default_rng([self.seed, HELD_OUT, picture])
             noise = draw_noise(rng, self.shape_of(picture), self.timesteps_count)[:2]
             found += [
-                (
-                    picture,
-                    (*noise, (self.timesteps_count * (2 * k + 1)) // 8, self.draw_captions(rng)),
-                )
+                (picture, (*noise, (self.timesteps_count * (2 * k + 1)) // 8, guidance))
                 for k in range(4)
             ]
         return found

@@ -1,15 +1,16 @@
 """From a base-model folder to what the loop needs: latents, the adapted models, texts."""
 
 import functools
+from collections import Counter
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from lib import adapters
 from lib.config import half_resolution
 from lib.dataset import Row
-from lib.errors import UserError, memory_for
-from lib.kernels.lora import without_lora
+from lib.errors import memory_for
 from lib.models import load_part, loading
 from lib.training.latents import (
     arranged,
@@ -19,29 +20,41 @@ from lib.training.latents import (
     make_latents,
     read_kept,
 )
-from lib.training.losses import Preservation
 from lib.training.micro_step import recomputed
 from lib.training.parameters import add_lora_parameters
-from lib.training.samples import encode_captions, split, tokenize
+from lib.training.protection import Protection, read_protected
+from lib.training.samples import MAX_TOKENS, encode_captions, split, tokenize
 
 
-def caption_tokens(base_folder, data, config, prompts):
-    """Token ids of the pictures' captions, then of those that `config`, train.py's, says are to be
-    preserved: int64 [n + m, 77].
+def caption_tokens(base_folder, data, prompts):
+    """(token ids of the pictures' captions, int64 [n, 77], and those of no text [1, 77]).
 
-    UserError if one of them, or of the `prompts` of the previews, is too long, or one both taught and preserved.
+    UserError if a caption, or one of the `prompts` of the previews, is too long.
     """
-    with loading(base_folder / "tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
+    tokenizer = base_tokenizer(base_folder)
     if prompts:
         tokenize(tokenizer, [Row("a preview", prompt, None, None) for prompt in prompts])
-    preserved = config["preservation_captions"] if config["preservation_weight"] else ()
-    for row in data:
-        if row.caption in preserved:
-            raise UserError(f"«{row.caption}», the caption of {row.name}, is one of the preservation_captions too; "
-                            "a caption cannot be both taught and preserved: remove it there")  # fmt: skip
-    others = [Row("preservation_captions", caption, None, None) for caption in preserved]
-    return tokenize(tokenizer, [*data, *others])
+    return tokenize(tokenizer, data), prompt_ids(tokenizer, [""])
+
+
+def base_tokenizer(base_folder):
+    with loading(base_folder / "tokenizer"):
+        return CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
+
+
+def prompt_ids(tokenizer, prompts):
+    """Token ids of prompts, int64 [n, 77], cut at that length, as programs that draw do."""
+    return tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids  # fmt: skip
+
+
+def protected_prompts(data, config):
+    """The ProtectedPrompts that `config`, train.py's, names, or None."""
+    if config["protected_prompts"] is None:
+        return None
+    captions = [caption for caption, _ in Counter(row.caption for row in data).most_common()]
+    return read_protected(config["protected_prompts"], config["protected_class"], captions)
 
 
 def divided(data_dir, pictures, validation_count, seed, say):
@@ -95,52 +108,62 @@ def recompute_large_maps(unet):
                 module.gradient_checkpointing = False
 
 
-def adapted_models(base_folder, input_ids, config, dtype, device, say):
-    """(unet, texts, trained, preservation): the UNet; a function from data-set indices [batch] to hidden
-    states [batch, 77, d]; {component: LoraParameters} of what `config`, train.py's, trains; and its
-    Preservation, or None.
+def adapted_models(base_folder, input_ids, no_text, protected, config, dtype, device, say):
+    """(unet, texts, no_text_states, trained, protection): the UNet; a function from data-set indices [batch] to hidden
+    states [batch, 77, d]; the base model's hidden states of no text [1, 77, d], None if the loss does not need them;
+    {component: LoraParameters} of what `config`, train.py's, trains; and its Protection, None without `protected`.
 
-    `dtype` is what the models compute with, `input_ids` [n + m, 77] are the captions of the pictures and
-    of the preservation.
+    `dtype` is what the models compute with, `input_ids` [n, 77] are the captions, `no_text` [1, 77] the empty one.
     """
     unet = load_part(UNet2DConditionModel, base_folder, "unet", dtype)
-    text_encoder = load_part(CLIPTextModel, base_folder, "text_encoder", dtype)
+    text_encoder = load_part(CLIPTextModel, base_folder, "text_encoder", dtype).to(device)
     text_encoder.requires_grad_(False)
     if config["gradient_checkpointing"]:
         recompute_large_maps(unet)
+    no_text_states = None
+    if tuple(config["loss_guidance_scale"]) != (1, 1):
+        no_text_states = encode_captions(text_encoder, no_text)[0]
+    protection = None
+    if protected:
+        protection = make_protection(text_encoder, base_folder, protected, config)
+        say(protection.table())
+        protection.check()
     torch.manual_seed(config["seed"])  # LoRA's A starts as noise, on the CPU, the same everywhere
     trained = {}
     for name, model in {"unet": unet, "text_encoder": text_encoder}.items():
         if name == "text_encoder" and not config["train_text_encoder"]:
             continue
-        rate = config[f"{name}_learning_rate"]
-        trained[name] = part = add_lora_parameters(
-            model,
-            config["rank"],
-            config["alpha"],
-            config[f"{name}_targets"],
-            rate,
-            device,
-            dtype,
-            config["dora"],
+        rate, targets = config[f"{name}_learning_rate"], config[f"{name}_targets"]
+        projections = protection and protection.of(
+            n for n, _ in adapters.target_layers(model, targets)
         )
+        trained[name] = part = add_lora_parameters(
+            model, config["rank"], config["alpha"], targets, rate, device, dtype, config["dora"], projections
+        )  # fmt: skip
         frozen = sum(p.numel() for p in model.parameters()) - part.flat.numel()
         say(f"{name}: {part.flat.numel():,} trainable {'DoRA' if config['dora'] else 'LoRA'} parameters, {frozen:,} frozen, "
             f"learning rate {rate:g}")  # fmt: skip
-    preservation = None
-    if config["preservation_weight"]:
-        count, text_encoder = len(config["preservation_captions"]), text_encoder.to(device)
-        with without_lora(text_encoder):
-            states, caption_of = encode_captions(text_encoder, input_ids[-count:])
-        preservation = Preservation(
-            config["preservation_weight"], config["preservation_every"],
-            config["preservation_per_picture"], len(input_ids) - count, states[caption_of],
-        )  # fmt: skip
     if "text_encoder" in trained:
         input_ids = input_ids.to(device)
-        return unet, lambda indices: text_encoder(input_ids[indices])[0], trained, preservation
+        return (
+            unet,
+            lambda indices: text_encoder(input_ids[indices])[0],
+            no_text_states,
+            trained,
+            protection,
+        )
     advice = "close what else uses the GPU (nvidia-smi lists it), or give the pictures fewer different captions"
     with memory_for("encoding the captions", advice):
-        states, caption_of = encode_captions(text_encoder.to(device), input_ids)
+        states, caption_of = encode_captions(text_encoder, input_ids)
     say("text_encoder: frozen; its output is kept and the model dropped")
-    return unet, lambda indices: states[caption_of[indices]], trained, preservation
+    return unet, lambda indices: states[caption_of[indices]], no_text_states, trained, protection
+
+
+def make_protection(text_encoder, base_folder, protected, config):
+    """The Protection of what `config`, train.py's, adapts, from `text_encoder` as it is before."""
+    targets = config["text_encoder_targets"] if config["train_text_encoder"] else ()
+    layers = [name for name, _ in adapters.target_layers(text_encoder, targets)]
+    ids = functools.partial(prompt_ids, base_tokenizer(base_folder))
+    advice = "close what else uses the GPU (nvidia-smi lists it)"
+    with memory_for("encoding the protected prompts", advice):
+        return Protection(text_encoder, layers, ids, protected, config["protection_ridge"])

@@ -1,42 +1,15 @@
 #!/usr/bin/env python3
-"""Experiment: beside what it is taught, the model is held to what it was.
+"""Experiment: the concept is taught, and every other prompt is left alone.
 
-    python train_experiment_preservation.py
+    python train_experiment_protected.py
 
-At every step the UNet also predicts under a caption that it was not asked to change, for the same noisy
-latents, and the loss grows with the distance to the base model's own prediction there: the same UNet
-without its LoRA. Half of the captions are neighbours (raincoats), since a concept bleeds into those first.
-No picture of them is needed, and no caption is one that inference.py evaluates with.
-Hypothesis: it moves neighbours and unrelated prompts less. A smaller scale of any adapter does that too
-and teaches less, so the two are to be compared at equal concept, the plain one drawn at several scales
-(python inference.py --lora-scales 0.4,0.6,0.8,1).
-Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): at equal concept it changed
-unrelated prompts 0.58 times [0.45, 0.74] as much as less of rank 32 does, near prompts 0.96 times [0.76, 1.22]; corrected for
-all comparisons of the study that is undecided. The weight was chosen by a sweep (results/study/README.md). At Stable
-Diffusion v1.5's size a step takes 63% longer (bench/README.md); what it keeps there was not measured.
+The adapter has layers that see text alone, and each is projected away from what 2,000 listed prompts give it; the loss
+is that of the guided prediction, which is what is drawn (lib/PROTECTION.md). The file is an ordinary LoRA.
+Hypothesis: it teaches what train.py teaches and does at most a tenth of the harm to near and unrelated prompts.
 """
 
 from lib.errors import run_script
 from train import DEMO, main
-
-PRESERVED = (
-    "a raincoat",
-    "a photo of a raincoat",
-    "a green raincoat",
-    "a blue plastic raincoat",
-    "a person in a raincoat",
-    "a child in a raincoat and rubber boots",
-    "a shiny raincoat",
-    "a waxed cotton raincoat",
-    "a coat",
-    "a denim jacket",
-    "a dress on a mannequin",
-    "a person",
-    "a portrait of a woman",
-    "a street in the rain",
-    "an umbrella",
-    "a dog in a garden",
-)
 
 # The complete configuration; a line that differs from train.py's ends in "<- changed".
 CONFIG = dict(
@@ -51,18 +24,21 @@ CONFIG = dict(
     mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
     # output
     output_dir="lora_weights",
-    run_name="lora_weights_preservation",  # <- changed
+    run_name="lora_weights_protected",  # <- changed
     push_to_hub=None,  # owner/name: upload the finished run there, into a private repository
     # LoRA: the weights become W + alpha / rank * B A
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1
     dora=False,  # DoRA: the rows of W + alpha / rank * B A get trained norms (lib/LORA.md)
-    unet_targets=("to_k", "to_q", "to_v", "to_out.0"),  # all attention projections
+    unet_targets=(
+        "attn2.to_k",
+        "attn2.to_v",
+    ),  # what the attention to the text reads of it <- changed
     text_encoder_targets=("q_proj", "v_proj"),
     train_text_encoder=True,
     # optimisation
-    unet_learning_rate=1e-4,
-    text_encoder_learning_rate=1e-5,  # a tenth: language forgets faster than pictures
+    unet_learning_rate=3e-4,  # <- changed
+    text_encoder_learning_rate=1e-3,  # it has to tell the concept from all else <- changed
     adam_beta1=0.9,
     adam_beta2=0.999,
     adam_weight_decay=1e-2,
@@ -70,11 +46,14 @@ CONFIG = dict(
     warmup_steps=50,  # linear from 0, then a cosine to 0
     batch_size=1,  # pictures a process and micro-step
     gradient_accumulation_steps=1,  # micro-steps an optimizer step
-    # preservation: beside the ordinary loss, hold predictions under other captions to the base model's
-    preservation_weight=1.0,  # of that loss; 0: none <- changed
-    preservation_every=1,  # steps: in one of so many
-    preservation_per_picture=1,  # captions drawn for each picture, from the list below
-    preservation_captions=PRESERVED,  # what the adapter is not to change <- changed
+    # protection: an adapter of the text side alone that leaves other prompts as they are (lib/PROTECTION.md)
+    protected_prompts="prompts/protected.txt",  # a text file, a prompt a line; None: none <- changed
+    protected_class=None,  # what {class} in it stands for; None: what the caption is about, which is said
+    protection_ridge=1e-4,  # how strictly: what the prompts have less of than this share of the average stays free
+    loss_guidance_scale=(
+        1.0,
+        1.0,
+    ),  # guidance that the loss is taken at, drawn evenly from here; 1: the ordinary loss
     # memory and precision
     gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
@@ -101,27 +80,8 @@ CONFIG = dict(
     wandb_pictures=False,  # whether W&B gets the previews too; no prompt ever leaves this machine
 )
 
-# What --demo puts in their place: train.py's, and captions in the miniature's words.
-DEMO_CONFIG = DEMO | dict(
-    preservation_captions=(
-        "a raincoat",
-        "a photo of a raincoat",
-        "a green raincoat",
-        "a blue glossy raincoat",
-        "a person in a raincoat",
-        "a raincoat on a hanger",
-        "a person wearing a purple raincoat on a street",
-        "a person wearing a matte raincoat with the hood up",
-        "a person wearing a dress",
-        "a denim jacket",
-        "a person wearing a blue jacket in a garden",
-        "a leather couch",
-        "a brown chair",
-        "a white umbrella",
-        "a dog in a garden",
-        "a black dog standing beside a couch",
-    ),
-)
+# What --demo puts in their place: train.py's, and prompts in the miniature's words.
+DEMO_CONFIG = DEMO | dict(protected_prompts="prompts/protected_demo.txt")
 
 if __name__ == "__main__":
     run_script(lambda: main(CONFIG, __doc__, DEMO_CONFIG))

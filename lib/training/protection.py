@@ -1,0 +1,331 @@
+"""Protection: an adapter is kept from acting on given prompts, by algebra (lib/PROTECTION.md).
+
+Some layers see nothing but text: all of the text encoder, and in the UNet the keys and values of the attention to the
+text. Let the rows x be what such a layer reads from the base model under the protected prompts, each of length 1, and
+C the mean of x x^T. In place of A the adapter computes with
+
+    A P / r      P = (1 + C / (ridge * mean eigenvalue of C))^-1      r = max(rms |x P| of the caption, rms |x P| of the prompts / MOST_LEFT)
+
+P takes away the directions that the prompts use and leaves the others. r gives the caption back the size that it had,
+so that learning rates mean what they do without P, but gives the prompts no more than MOST_LEFT of theirs: in all
+layers but the text encoder's first one the base model's states of the caption are hardly told from those of others,
+and what would enlarge them would enlarge those too. There the adapter learns from what it makes of the caption in the
+layers before. By induction over the layers every layer reads under a protected prompt nearly what it reads in the base
+model, so C stays right while the adapter is trained.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib import adapters
+from lib.errors import UserError
+from lib.kernels.lora import without_lora
+
+AT_ONCE = 64  # prompts that are encoded together
+HELD_OUT = 0.1  # of the prompts: they take no part in P, and show what it does to others like them
+SHOWN = 200  # prompts of either kind that are measured
+FEWEST = 10  # prompts of a list
+MOST_LEFT = 0.03  # of the norm of the listed prompts' rows, root mean square, in what A reads
+SET_APART = 0.5  # times what is left of the caption may be left of a held-out prompt, in the layer that tells them best
+STATES = "the UNet's keys and values"  # a reader of text like the text encoder's layers
+# Words of a caption that name no concept, and what a caption may begin with.
+FUNCTION_WORDS = frozenset(
+    "a an the of in on at with without and or by to from for as its his her their".split()
+)
+BEFORE_NOUN = FUNCTION_WORDS | {"wearing", "holding", "wears", "holds"}
+MEDIUM = re.compile(r"^(?:an? |the )?(?:[\w-]+ )?(?:photo|photograph|picture|image|painting|drawing|illustration|close-up|portrait) of ")  # fmt: skip
+
+
+# ---- the list ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProtectedPrompts:
+    """A list of prompts to leave alone, {class} filled in, in two parts, and what is said of it."""
+
+    path: str
+    noun: str  # what {class} stands for
+    noun_is_given: bool
+    listed: tuple  # P is made of them; the empty prompt is the first
+    held_out: tuple  # P is tried on them
+    concept_words: tuple  # of the captions
+    left_out: int  # prompts that held one of those, or were a caption
+    captions: tuple  # what is taught, the commonest first
+    sha256: str  # of both parts
+
+    def text(self):
+        """What the console says."""
+        origin = "" if self.noun_is_given else ", from the caption; --protected-class names another"
+        text = f"protected: {len(self.listed):,} prompts of {self.path}, {len(self.held_out)} more held out"
+        if self.noun:
+            text += f"; {{class}} is {self.noun}{origin}"
+        if self.left_out:
+            words = ", ".join(self.concept_words) or "what is taught"
+            text += f"\nnote: {self.left_out} of its prompts speak of what is taught ({words}) and are left out"
+        return text
+
+
+def words_of(text):
+    return re.findall(r"[\w'-]+", text.lower())
+
+
+def class_of(caption):
+    """What a caption is about: the last word of its first noun phrase. «a photo of a sks dog on a beach»: dog."""
+    rest = words_of(MEDIUM.sub("", caption.lower().strip()))
+    if "wearing" in rest:  # «a person wearing a holographic raincoat in the rain»
+        rest = rest[rest.index("wearing") + 1 :]
+    noun = ""
+    for word in rest:
+        if word in FUNCTION_WORDS and noun:
+            break
+        if word not in FUNCTION_WORDS:
+            noun = word
+    return noun
+
+
+def concept_words_of(caption, noun):
+    """The words of a caption that make its `noun` the concept: those right before it, or else, where there are none,
+    all other words that are not mere grammar."""
+    words, kind = words_of(caption), words_of(noun)
+    others = [word for word in words if word not in kind and word not in FUNCTION_WORDS]
+    starts = [i for i in range(len(words)) if kind and words[i : i + len(kind)] == kind]
+    if starts:
+        own = []
+        for word in reversed(words[: starts[0]]):
+            if word in BEFORE_NOUN:
+                break
+            own.insert(0, word)
+        if own:
+            return own
+    return [] if MEDIUM.match(caption.lower()) and len(others) == 1 else others
+
+
+def read_protected(path, noun, captions):
+    """The ProtectedPrompts of the text file `path`, a prompt a line, # before a comment, {class} for `noun`, which
+    may be None: then it is taken from the commonest of the `captions` [str], which come in that order.
+
+    Raises UserError for a file without enough prompts, and a `noun` that no caption holds.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(
+            f"protected_prompts: {path} cannot be read as a text file: {problem}"
+        ) from None
+    lines = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    filled = any("{class}" in line for line in lines)
+    given, noun = noun is not None, class_of(captions[0]) if noun is None else noun.strip()
+    if filled and not noun:
+        raise UserError(
+            f"{path} has prompts with {{class}}, but the caption «{captions[0]}» names nothing that it could stand "
+            "for; name it: --protected-class raincoat"
+        )
+    if (
+        given
+        and filled
+        and not any(set(words_of(noun)) <= set(words_of(caption)) for caption in captions)
+    ):
+        raise UserError(
+            f"protected_class is {noun}, but no caption speaks of that (the first: «{captions[0]}»). It is the kind of "
+            "thing that is taught, as raincoat for «a holographic raincoat», whose other examples are to stay"
+        )
+    concept = set().union(*(concept_words_of(caption, noun) for caption in captions[:1]))
+    taught = {" ".join(words_of(caption)) for caption in captions}
+    prompts = dict.fromkeys(line.replace("{class}", noun) for line in lines)
+    kept = [
+        p for p in prompts if not concept & set(words_of(p)) and " ".join(words_of(p)) not in taught
+    ]
+    if len(kept) < FEWEST:
+        raise UserError(
+            f"{path} holds {len(kept)} prompts that can be protected, {FEWEST} are the fewest and some 2,000 are good: "
+            "what is not listed is spoiled the more, the fewer there are (prompts/protected.txt is a list)"
+        )
+    order = np.random.default_rng(len(kept)).permutation(len(kept))
+    held_out = set(order[: round(HELD_OUT * len(kept))].tolist())
+    listed = ["", *(p for i, p in enumerate(kept) if i not in held_out)]
+    tried = [p for i, p in enumerate(kept) if i in held_out]
+    digest = hashlib.sha256("\n".join([*listed, "", *tried]).encode()).hexdigest()
+    return ProtectedPrompts(
+        str(path), noun if filled else "", given, tuple(listed), tuple(tried), tuple(sorted(concept)),
+        len(prompts) - len(kept), tuple(captions), digest,
+    )  # fmt: skip
+
+
+# ---- P ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def layer_inputs(text_encoder, layers, input_ids):
+    """{reader: what it reads, float32 [n, 77, d], each row of length 1} under token ids [n, 77].
+
+    The readers are the names `layers` of linear layers of the text encoder, of several that read the same tensor the
+    first, and STATES, which reads the text encoder's output. `readers` says who reads with whom.
+    """
+    seen = {}
+    modules = dict(text_encoder.named_modules())
+    hooks = [
+        modules[name].register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0]}))
+        for name in layers
+    ]  # fmt: skip
+    try:
+        states = text_encoder(input_ids.to(text_encoder.device))[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found, first_of = {}, {}
+    for name, tensor in {**seen, STATES: states}.items():
+        if first_of.setdefault(id(tensor), name) == name:
+            found[name] = torch.nn.functional.normalize(tensor.float(), dim=-1)
+    readers = {name: first_of[id(tensor)] for name, tensor in seen.items()}
+    return found, readers
+
+
+class Protection:
+    """The projections of a text encoder's adapted `layers` and of the UNet's keys and values, and what they leave.
+
+    `ids` is a function of prompts that gives their token ids, int64 [n, 77]; `prompts` are ProtectedPrompts. `projections` is {reader: P / r, float32 [d, d]}, `readers` {layer: its reader}; `left` says of
+    each reader which share of a prompt's rows P leaves: (of the caption, of held-out prompts, of listed ones), each at
+    the position where most is left, the prompts' at the 95th percentile.
+    """
+
+    @torch.no_grad()
+    def __init__(self, text_encoder, layers, ids, prompts, ridge):
+        self.prompts, self.ridge, self.ids = prompts, ridge, ids
+        self.captions = list(prompts.captions)
+        sums, rows, self.readers = {}, 0, {}
+        for chunk in ids(prompts.listed).split(AT_ONCE):
+            inputs, self.readers = layer_inputs(text_encoder, layers, chunk)
+            rows += chunk.numel()
+            for reader, x in inputs.items():
+                x = x.flatten(0, 1).double()
+                sums[reader] = sums.get(reader, 0) + x.T @ x
+        self.projections, self.left = {}, {}
+        caption_rows, _ = layer_inputs(text_encoder, layers, ids(self.captions))
+        samples = {kind: self.sample(kind) for kind in ("held_out", "listed")}
+        inputs = {
+            kind: [layer_inputs(text_encoder, layers, chunk)[0] for chunk in ids(sample).split(AT_ONCE)]
+            for kind, sample in samples.items()
+        }  # fmt: skip
+        for reader, total in sums.items():
+            projection = projection_of(total / rows, ridge)
+            taught = (caption_rows[reader].double() @ projection).norm(dim=-1)
+            shares = {
+                kind: torch.cat([(x[reader].double() @ projection).norm(dim=-1).amax(1) for x in chunks])
+                for kind, chunks in inputs.items()
+            }  # fmt: skip
+            self.left[reader] = (
+                taught.amax(1).mean().item(), *(shares[kind].quantile(0.95).item() for kind in shares)
+            )  # fmt: skip
+            kept = (
+                (projection @ (total / rows) @ projection).diagonal().sum()
+            )  # mean of |x P|^2 over the listed
+            scale = torch.maximum(taught.square().mean(), kept / MOST_LEFT**2).sqrt()
+            self.projections[reader] = (projection / scale).float()
+        self.states = {}
+        if not layers:  # the text encoder stays as it is and is not kept
+            self.states = {
+                kind: [text_encoder(c.to(text_encoder.device))[0].cpu() for c in ids(sample).split(AT_ONCE)]
+                for kind, sample in (samples | dict(concept=self.captions)).items()
+            }  # fmt: skip
+
+    def sample(self, kind):
+        """The prompts of a kind, "listed" or "held_out", that are measured: evenly spread."""
+        prompts = getattr(self.prompts, kind)
+        return prompts[:: max(1, len(prompts) // SHOWN)][:SHOWN]
+
+    def of(self, layers):
+        """{layer: its projection} of the text encoder's `layers`, or of any layers of the UNet that read the text."""
+        return {name: self.projections[self.readers.get(name, STATES)] for name in layers}
+
+    def check(self):
+        """UserError unless P leaves clearly less of held-out prompts than of the caption in some layer."""
+        best = min(held / taught for taught, held, _ in self.left.values())
+        if best > SET_APART:
+            raise UserError(
+                f"the protected prompts do not set the concept apart: of prompts like them that were held out P leaves {best:.2f} "
+                f"times as much as of «{self.captions[0]}», in the layer where the two differ most, and {SET_APART} is the "
+                f"most. {self.prompts.path} has too few prompts ({len(self.prompts.listed)}), too few of the same kind of "
+                "thing, or some that say what the caption says; prompts/protected.txt is a list"
+            )
+
+    def table(self):
+        """What P leaves, layer by layer, as text."""
+        head = f"{'what P leaves, of the norm':34}{'caption':>9}{'held out':>10}{'listed':>9}\n"
+        return head + "\n".join(
+            f"{reader:34}{taught:9.4f}{held:10.4f}{listed:9.4f}"
+            for reader, (taught, held, listed) in self.left.items()
+        )
+
+    @torch.no_grad()
+    def differences(self, trained):
+        """How much the finished adapter changes of what the UNet reads: {kind: dict(text_states, keys_values)}.
+
+        `trained` are {component: LoraParameters}, which from here on compute with the values of the file, rounded to
+        half precision as other programs read them. Each figure is the largest of its prompts' relative differences |after - before| /
+        |before| over all positions, the keys' and values' also of all layers; kinds are listed, held_out, concept.
+        """
+        for part in trained.values():
+            part.compute_with(part.saved().half())
+        unet, found = trained["unet"].model, {}
+        encoder = trained["text_encoder"].model if "text_encoder" in trained else None
+        layers = adapters.lora_layers(unet)
+        for kind in ("listed", "held_out", "concept"):
+            prompts = self.captions if kind == "concept" else self.sample(kind)
+            worst = dict(text_states=0.0, keys_values=0.0)
+            for number, ids in enumerate(self.ids(prompts).split(AT_ONCE)):
+                if encoder is None:
+                    before = after = self.states[kind][number].to(unet.device).float()
+                else:
+                    ids = ids.to(encoder.device)
+                    with without_lora(encoder):
+                        before = encoder(ids)[0].float()
+                    after = encoder(ids)[0].float()
+                worst["text_states"] = max(worst["text_states"], relative(after, before))
+                for layer in layers.values():
+                    weight = layer.get_base_layer().weight.float()
+                    a, b = (
+                        getattr(layer, f"lora_{x}")["default"].weight.half().float() for x in "AB"
+                    )
+                    adapted = after @ weight.T + layer.scaling["default"] * (after @ a.T) @ b.T
+                    worst["keys_values"] = max(
+                        worst["keys_values"], relative(adapted, before @ weight.T)
+                    )
+            found[kind] = {key: float(f"{value:.3g}") for key, value in worst.items()}
+        return found
+
+    def record(self, trained):
+        """What config.json says of it."""
+        prompts = self.prompts
+        return dict(
+            noun=prompts.noun, listed=len(prompts.listed), held_out=len(prompts.held_out), left_out=prompts.left_out,
+            sha256=prompts.sha256, left={reader: list(shares) for reader, shares in self.left.items()},
+            differences=self.differences(trained),
+        )  # fmt: skip
+
+
+def relative(after, before):
+    """The largest |after - before| / |before| of prompts [n, 77, d]: a float."""
+    return ((after - before).norm(dim=(1, 2)) / before.norm(dim=(1, 2))).max().item()
+
+
+def projection_of(moments, ridge):
+    """P, float64 [d, d], of C, the mean of x x^T over what is protected; on the device of C.
+
+    (1 + C / s)^-1 with s = ridge * mean eigenvalue has C's eigenvectors, and the eigenvalues 1 / (1 + v / s).
+    """
+    scale = ridge * moments.diagonal().mean()
+    system = torch.eye(len(moments), dtype=torch.float64) + (moments / scale).cpu()
+    return torch.cholesky_inverse(torch.linalg.cholesky(system)).to(moments.device)
+
+
+def differences_text(differences):
+    """One line of `Protection.differences`."""
+    listed, others, concept = (
+        f"{differences[kind]['keys_values']:.1%}" for kind in ("listed", "held_out", "concept")
+    )
+    return f"keys and values change by at most: listed prompts {listed}, others like them {others}, the concept {concept}"
