@@ -370,10 +370,11 @@ def test_nothing_is_wider_than_the_window(kind, width, dark, tmp_path):
 # Where the first row's pictures stand, where the first verdicts do, and whether they can be seen without scrolling.
 PLACES = """<script>
 const left = e => Math.round(e.getBoundingClientRect().left), found = s => [...document.querySelector(s).children];
-const scroller = document.querySelector(".scroll");
-parent.document.title = JSON.stringify({fits: scroller.scrollWidth <= scroller.clientWidth,
-  pictures: found(".beside .heads + [role=row]").map(left), verdicts: found(".beside .judged").map(left),
-  side: document.querySelector(".beside img").width});
+const scroller = document.querySelector(".scroll"), pictures = () => found(".beside .heads + [role=row]").map(left);
+const first = pictures(), verdicts = found(".beside .judged").map(left);
+scroller.scrollLeft = 150;
+parent.document.title = JSON.stringify({fits: scroller.scrollWidth <= scroller.clientWidth, pictures: first, verdicts,
+  scrolled: pictures(), side: document.querySelector(".beside img").width});
 </script>"""
 
 
@@ -394,6 +395,8 @@ def test_adapters_stand_side_by_side(width, adapters, fits, side, tmp_path):
     assert found["verdicts"] == found["pictures"]
     assert found["pictures"] == sorted(found["pictures"])
     assert found["side"] >= side  # large enough to see
+    assert found["scrolled"][:2] == found["pictures"][:2]  # label and base model stay in sight
+    assert (found["scrolled"][2:] == found["pictures"][2:]) == fits
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
