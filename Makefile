@@ -26,10 +26,11 @@ help:
 demo: .venv/installed
 	$(BIN)/python preprocess.py
 	$(BIN)/python train.py --demo
-	$(BIN)/python inference.py --demo
+	$(BIN)/python train_experiment_protected.py --demo
+	$(BIN)/python inference.py --demo --lora-dir lora_weights/demo_runs --output-dir results/demo
 	@echo
-	@echo "Open this page to see what the adapter learned and what it spoiled:"
-	@echo "  $(CURDIR)/results/demo_rank32/report.html"
+	@echo "Open this page to see what each adapter learned and what it spoiled:"
+	@echo "  $(CURDIR)/results/demo/comparison/report.html"
 
 study: .venv/installed
 	test -f processed_data/captions.jsonl || $(BIN)/python preprocess.py

@@ -14,7 +14,8 @@ Out comes, in the output folder (one subfolder a run where there are several): r
 images/<prompt>/{base,lora}_<seed>.png, overview.webp, comparison_all.png,
 {success,near,failure}_cases.png, metrics.json, metrics.csv (a row a picture) and summary.md; with
 --snapshots or --lora-scales also choose.html, to open first; for several runs comparison/ beside
-them. The model card in a run's own folder gets sample pictures and the verdicts.
+them, whose report.html and overview.webp show the base model and each adapter in columns. The model
+card in a run's own folder gets sample pictures and the verdicts.
 Base and LoRA share one pipeline and each picture's starting noise, which comes from its seed alone.
 Runs whose configurations differ in the seed alone are training seeds of one experiment.
 """

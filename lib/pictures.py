@@ -68,6 +68,18 @@ def webp(image, quality=90, exif=None):
     return buffer.getvalue()
 
 
+def fit_lines(text, font, width, most=2):
+    """`text` broken between words into at most `most` lines, none wider than `width` pixels: a list. What is
+    too wide then ends in an ellipsis."""
+    lines = []
+    for word in text.split():
+        if lines and (len(lines) == most or font.getlength(f"{lines[-1]} {word}") <= width):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return [fit_text(line, font, width) for line in lines]
+
+
 def fit_text(text, font, width):
     """`text`, its end replaced by an ellipsis where it is wider than `width` pixels."""
     if font.getlength(text) <= width:

@@ -1,6 +1,7 @@
 """The embedded miniature: it loads, it really learns, and it forgets nothing that it was not asked to."""
 
 import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -151,3 +152,26 @@ def test_groups_of_a_batch_differ_in_little():
     different = torch.tensor([[len(group[:, k].unique()) for k in range(3)] for group in groups])
     assert ((different > 1).sum(1) <= 1).float().mean() > 0.5
     assert (different > 1).any(0).sum() >= 1
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+def test_make_demo_ends_on_the_comparison_of_what_it_trained():
+    done = subprocess.run(
+        ["make", "-n", "--no-print-directory", "demo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    steps = [
+        line.split("python ")[1].split()
+        for line in done.stdout.splitlines()
+        if "python " in line and ".py" in line
+    ]
+    assert [step[0] for step in steps] == [
+        "preprocess.py", "train.py", "train_experiment_protected.py", "inference.py",
+    ]  # fmt: skip
+    evaluated = dict(zip(steps[-1][2::2], steps[-1][3::2], strict=True))
+    assert evaluated["--lora-dir"] == train.DEMO["output_dir"]  # where both lie
+    page = ROOT / evaluated["--output-dir"] / "comparison" / "report.html"
+    assert done.stdout.splitlines()[-1] == f'echo "  {page}"'

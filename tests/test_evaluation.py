@@ -261,6 +261,17 @@ def test_runs_are_one_experiment_if_they_differ_in_the_seed_alone():
         group_runs([configured("a_seed1"), configured("other")])
 
 
+def test_what_adds_to_a_recipe_stands_behind_it():
+    """So that it is shown on its right, and the recipe is subtracted from it."""
+    recipe = dict(protected_prompts=None, dora=False)
+    runs = [
+        configured("a_protected", **recipe | dict(protected_prompts="prompts.txt")),
+        configured("b_dora_too", **dict(protected_prompts="prompts.txt", dora=True)),
+        configured("rank_32", **recipe),
+    ]
+    assert list(group_runs(runs)) == ["rank_32", "a_protected", "b_dora_too"]
+
+
 def test_what_would_group_wrongly_is_refused_or_kept_apart():
     bare = Run("a", None, {"metadata": {}, "training": None}, [], [])
     groups = group_runs([bare, configured("a_seed1"), configured("a_seed2", seed=2)])
@@ -402,7 +413,14 @@ def test_one_adapter_under_two_names_stops_the_run(tmp_path, common, trained):
 def test_comparison_files(compared):
     folder, done = compared
     names = sorted(p.name for p in (folder / "comparison").iterdir())
-    assert names == ["comparison.csv", "forest.png", "metrics.json", "report.html", "summary.md"]
+    assert names == [
+        "comparison.csv", "forest.png", "metrics.json", "overview.webp", "report.html", "summary.md",
+    ]  # fmt: skip
+    with Image.open(folder / "comparison" / "overview.webp") as overview:
+        assert overview.format == "WEBP"
+        assert (
+            4 * 256 < overview.width < 5 * 256 + 100
+        )  # the base model and three adapters, a seed each
     record = json.loads((folder / "comparison" / "metrics.json").read_text())
     # Two seeds are too few for change and variety.
     measured = [key for key, _ in COMPARED if key in ("clip", "concept_similarity")]

@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import browse, chromium
-from PIL import Image
+from PIL import Image, ImageFont
 from test_evaluation import MARGINS, PROMPTS, SEEDS, base_pairs, fake_run
 
-from lib.evaluation import bars, figures, pages, sentences
+from lib.evaluation import bars, figures, pages, sentences, words
 from lib.evaluation.comparison import compare
 from lib.evaluation.memorisation import UNTOLD
 from lib.evaluation.scores import TrainingSet
 from lib.evaluation.verdicts import analyse
+from lib.pictures import fit_lines
 
 EVIL = 'a <script>alert(1)</script> & "raincoat" onload=x'
-LONG = "a_name_without_any_place_to_break_it_that_is_wider_than_a_telephone_rank_32_unet_only"
+LONG = "aNameWithoutAnyPlaceToBreakItThatIsWiderThanATelephoneRank32UnetOnlyWithVariedCaptions"
 
 
 def drawn(run, caption="a raincoat"):
@@ -69,16 +70,21 @@ PAGES = {
 # ---- what comes first ----------------------------------------------------------------------
 
 
+ORDERS = {
+    "run": ["<h1>", '<ul class="answers">', "<img", '<section class="told">', 'class="interval"', "<table>"],
+    "comparison": ["<h1>", 'class="beside"', "<img", 'class="judged"', '<ul class="differences">',
+                   '<section class="told">', 'class="interval"', '<section class="forests">', "<table>"],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", PAGES)
-def test_sentences_then_pictures_then_verdicts_then_tables(kind):
+def test_pictures_and_sentences_then_figures(kind):
     page = PAGES[kind]()
-    order = ["<h1>", '<ul class="answers">', "<img", '<section class="told">', 'class="interval"',
-             *(['<section class="forests">'] if kind == "comparison" else []), "<table>"]  # fmt: skip
-    places = [page.index(part) for part in order]
+    places = [page.index(part) for part in ORDERS[kind]]
     assert places == sorted(places)
     told = page.index('<section class="told">')
-    for _, prompt in PROMPTS:  # every prompt is seen before anything is claimed
-        assert page.index(f"<h3>«{prompt}»") < told
+    for _, prompt in PROMPTS:  # every prompt is seen before any figure
+        assert page.index(f">«{prompt}»</") < told
 
 
 def test_prompts_are_grouped_whatever_their_order():
@@ -169,13 +175,93 @@ def test_the_concept_is_called_by_its_caption_where_it_has_one():
     assert sentences.plain_sentence(learned, "«{x}»") == "It learned «{x}»."
 
 
-def test_a_comparison_opens_with_who_answers_what():
-    page = comparison_page(two_arms())
-    assert first_sentences(page)[:3] == [
-        ("good", "It learned «a raincoat». (all 2)"),
-        ("good", "Prompts close to it do not take it on. (one)"),
-        ("bad", "Prompts close to it take it on. (two)"),
+def rows_of(page, kind=""):
+    """The rows of the sheet that a comparison opens with, or of those of a class: [[cell as text]]."""
+    sheet = page[page.index('<div class="beside"') : page.index('<ul class="differences">')]
+    rows = re.split(r'<div role="row"', sheet)[1:]
+    cells = [
+        re.findall(r'<div class="[^"]*" role="\w+".*?>(.*?)</div>', row, re.S)
+        for row in rows if row.startswith(kind)
+    ]  # fmt: skip
+    return [
+        [" ".join(html.unescape(re.sub(r"<(?!img).*?>", " ", cell)).split()) for cell in row]
+        for row in cells
     ]
+
+
+def test_a_comparison_has_a_column_for_the_base_and_each_adapter():
+    page = comparison_page(two_arms("lora_weights_rank_32", "lora_weights_protected"))
+    head, *rows = rows_of(page)
+    assert head == ["", "Base model", "rank 32", "protected"]
+    pictures = rows[: len(PROMPTS)]
+    labels = [
+        "«a raincoat» What was taught: should change. seeds 0, 1",
+        "«a yellow coat» Close to it, but not asked for: should stay as it was. seeds 0, 1",
+        "«a cat» Nothing to do with it: should stay as it was. seeds 0, 1",
+    ]
+    assert [row[0] for row in pictures] == labels
+    for row, (_, prompt) in zip(pictures, PROMPTS, strict=True):
+        for cell, name in zip(row[1:], head[1:], strict=True):
+            alts = re.findall('alt="(.*?)"', cell)
+            assert alts == [f"{name}: «{prompt}», seed {seed}" for seed in (0, 1)]
+    uris = [re.findall('src="(.*?)"', cell) for cell in pictures[0][1:]]
+    assert uris[0] != uris[1] == uris[2]  # the base's are grey, all adapters' red
+
+
+def test_verdicts_stand_under_their_adapters():
+    groups = two_arms()
+    groups["one"] = [  # of which unrelated prompts cannot be judged
+        fake_run(f"one{seed}", concept=0.3, cat=0.1 * (seed == 1), seed=seed) for seed in (1, 2, 3)
+    ]
+    page = comparison_page(groups)
+    rows = rows_of(page, ' class="judged"')
+    assert [row[0].split("?")[0] for row in rows] == ["Learned", "Neighbours kept", "Contaminated", "Collapsed"]  # fmt: skip
+    assert [row[1] for row in rows] == [""] * 4  # nothing is judged of the base model
+    assert rows[0][2:] == ["✓ yes It learned «a raincoat»."] * 2
+    assert rows[1][2].startswith("✓ yes Prompts close to it do not take it on")
+    assert rows[1][3].startswith("✗ no Prompts close to it take on most of it (66%).")
+    assert rows[2][2].startswith("? cannot be told whether unrelated prompts take it on")
+    colours = re.findall(r'<div class="(good|bad|open)" role', page)
+    marks = ["✓✗?".index(cell[0]) for row in rows for cell in row[2:]]
+    assert colours == [("good", "bad", "open")[mark] for mark in marks]
+
+
+def test_experiments_without_a_verdict_keep_their_column():
+    found = dict(question="learned", answer="yes", name="two")
+    assert pages.verdict_rows([("learned", [found])], ["one", "two"])[0]["cells"] == [None, found]
+    groups = two_arms()
+    drawn(groups["one"][0]), drawn(groups["two"][0])
+    summaries = {name: judged(*members) | dict(verdicts=[]) for name, members in groups.items()}
+    page = pages.comparison_page(groups, summaries, [], shown())
+    assert "No verdicts: they need" in page[: page.index('<ul class="differences">')]
+
+
+@pytest.mark.parametrize("adapters", [1, 2, 3, 6])
+def test_no_picture_of_a_comparison_is_shown_twice(adapters):
+    prompts = [(category, f"{category} {n}") for n in range(3) for category in ("failure", "success", "near")]  # fmt: skip
+    pictures = [Image.new("RGB", (8, 8))] * len(prompts) * 4
+    columns = [(str(number), pictures) for number in range(1 + adapters)]
+    few, others = pages.comparison_sheets(columns, dict(prompts=prompts, seeds=[5, 6, 7, 8]))
+    assert [row["prompt"] for row in few] == ["success 0", "success 1", "near 0", "failure 0", "failure 1"]  # fmt: skip
+    each = [(row["prompt"], seed) for row in few + others for seed in row["seeds"]]
+    assert len(set(each)) == len(each)
+    seen = [seed for prompt, seed in each if prompt == "success 0"]
+    assert seen == {1: ["5", "6", "7"], 2: ["5", "6"]}.get(adapters, ["5", "6"])
+    assert {prompt for prompt, _ in each} == {prompt for _, prompt in prompts}
+    assert [row["category"] for row in others] == sorted([row["category"] for row in others], reverse=True, key=["failure", "near", "success"].index)  # fmt: skip
+
+
+def test_names_are_shown_plainly():
+    assert words.plain_names(["lora_weights_rank_32", "my_coat"]) == {
+        "lora_weights_rank_32": "rank 32", "my_coat": "my coat",
+    }  # fmt: skip
+    alike = ["lora_weights_coat", "coat", "lora_weights_"]
+    assert words.plain_names(alike) == {name: name for name in alike}
+    assert words.plain_names(["lora_weights_"]) == {"lora_weights_": "lora_weights_"}
+
+
+def test_a_comparison_counts_its_differences():
+    page = comparison_page(two_arms())
     pairs = compare(two_arms(), PROMPTS, base_pairs(), MARGINS)
     [sentence] = sentences.difference_sentences(pairs)
     assert sentence in page
@@ -254,7 +340,7 @@ FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><title>
 MEASURE = """<script>
 const out = [], wide = innerWidth;
 for (const e of document.querySelectorAll("body *")) {
-  const scroller = e.parentElement.closest(".pairs, .arms, .scroll, .chart, pre");
+  const scroller = e.parentElement.closest(".pairs, .scroll, .chart, pre");
   const box = e.getBoundingClientRect();
   if (!scroller && (box.width > wide || box.right > wide + 1 || box.left < -1)) out.push(e.outerHTML.slice(0, 80));
 }
@@ -281,6 +367,38 @@ def test_nothing_is_wider_than_the_window(kind, width, dark, tmp_path):
     assert max(paper) < 60 if dark else min(paper) > 240
 
 
+# Where the first row's pictures stand, where the first verdicts do, and whether they can be seen without scrolling.
+PLACES = """<script>
+const left = e => Math.round(e.getBoundingClientRect().left), found = s => [...document.querySelector(s).children];
+const scroller = document.querySelector(".scroll"), pictures = () => found(".beside .heads + [role=row]").map(left);
+const first = pictures(), verdicts = found(".beside .judged").map(left);
+scroller.scrollLeft = 150;
+parent.document.title = JSON.stringify({fits: scroller.scrollWidth <= scroller.clientWidth, pictures: first, verdicts,
+  scrolled: pictures(), side: document.querySelector(".beside img").width});
+</script>"""
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(("width", "adapters", "fits", "side"), [
+    (1280, 2, True, 160), (1280, 4, True, 180), (1280, 9, False, 130), (390, 2, True, 110), (390, 4, False, 100),
+])  # fmt: skip
+def test_adapters_stand_side_by_side(width, adapters, fits, side, tmp_path):
+    groups = {
+        f"adapter {n}": [fake_run(f"adapter {n}", concept=0.3, seed=n)] for n in range(adapters)
+    }
+    frame = FRAME.format(width=width, page=html.escape(comparison_page(groups) + PLACES))
+    path = tmp_path / "page.html"
+    path.write_text(frame, encoding="utf-8")
+    done = browse(path, tmp_path, "--window-size=1400,1000", "--dump-dom")
+    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
+    assert found["fits"] == fits
+    assert found["verdicts"] == found["pictures"]
+    assert found["pictures"] == sorted(found["pictures"])
+    assert found["side"] >= side  # large enough to see
+    assert found["scrolled"][:2] == found["pictures"][:2]  # label and base model stay in sight
+    assert (found["scrolled"][2:] == found["pictures"][2:]) == fits
+
+
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("kind", PAGES)
 def test_a_page_opens_without_errors(kind, tmp_path):
@@ -300,7 +418,10 @@ def test_the_style_sheet_folds_what_is_wide():
     wide, narrow = re.split(r"@media \(max-width: \d+px\) \{", sheet)
     for selector in (".scroll", ".chart", "pre"):
         assert re.search(rf"^{re.escape(selector)} {{[^}}]*overflow-x: auto", wide, re.M), selector
-    assert re.search(r"\.pairs, \.arms \{ display: flex; overflow-x: auto", narrow)
+    assert re.search(r"\.pairs \{ display: flex; overflow-x: auto", narrow)
+    assert re.search(
+        r"\.beside \{[^}]*grid-template-columns: repeat\(var\(--columns\), minmax", narrow
+    )
     assert re.search(r"^  table, [^}]*display: block", narrow, re.M)
     assert re.search(r"\.forests \.interval \{ grid-template-columns: 1fr;", narrow)
     assert re.search(r"^body \{[^}]*overflow-wrap: anywhere", wide, re.M)
@@ -310,26 +431,49 @@ def test_the_style_sheet_folds_what_is_wide():
 # ---- the picture that stands for a run -----------------------------------------------------
 
 
-def test_the_overview_has_the_base_left_and_the_adapter_right():
+@pytest.mark.parametrize(("adapters", "seeds"), [(1, 3), (2, 2), (3, 1), (7, 1)])
+def test_the_overview_has_the_base_left_and_the_adapters_beside_it(adapters, seeds):
     categories = ["failure", "success", "success", "success", "near", "near", "failure"]
-    rows = [
-        dict(category=category, prompt=f"{EVIL} {number}" * 9,
-             base=[Image.new("RGB", (32, 32), (0, 0, 40 * number))] * 4,
-             lora=[Image.new("RGB", (32, 32), (200, 0, 40 * number))] * 4)
-        for number, category in enumerate(categories)
-    ]  # fmt: skip
-    pixels = np.asarray(figures.overview_figure(rows, pairs=3, side=64)).astype(int)
-    middle = pixels.shape[1] // 2
+    prompts = [(category, f"{EVIL} {number}" * 9) for number, category in enumerate(categories)]
+
+    def pictures(red):
+        return [Image.new("RGB", (32, 32), (red, 0, 40 * n)) for n in range(len(prompts)) for _ in range(4)]  # fmt: skip
+
+    columns = [("Base model", pictures(0))]
+    columns += [(f"{LONG} of {n}", pictures(20 * n)) for n in range(1, adapters + 1)]
+    pixels = np.asarray(figures.overview_figure(columns, prompts, side=64)).astype(int)
     seen = []
     for line in pixels:
-        colours = [tuple(c) for c in np.unique(line, axis=0) if c[1] == 0]
-        if len(colours) == 2:
-            assert (line[:middle, 0] == 200).sum() == 0  # no picture of the adapter on the left
-            assert (line[middle:, 0] == 200).sum() == 3 * 64
-            seen.append(colours[0][2] // 40)
+        places = np.flatnonzero((line[:, 1] == 0) & (line[:, 0] % 20 == 0) & (line[:, 2] % 40 == 0))
+        if len(places) == len(columns) * seeds * 64:
+            # From left to right the base model's, then each adapter's, in their order.
+            assert (line[places, 0] == np.repeat(20 * np.arange(1 + adapters), seeds * 64)).all()
+            assert len(set(line[places, 2])) == 1
+            seen.append(line[places[0], 2] // 40)
     # Two that were taught, one near them, two unrelated, each as high as a picture.
     assert [seen[i] for i in range(0, len(seen), 64)] == [1, 2, 4, 0, 6]
     assert len(seen) == 5 * 64
+
+
+def test_an_overview_of_very_many_adapters_fits_into_webp():
+    columns = [(str(number), [Image.new("RGB", (256, 256))]) for number in range(90)]
+    sheet = figures.overview_figure(columns, [("success", "a coat")])
+    assert 12_000 < sheet.width <= 16_383
+
+
+def test_titles_are_broken_between_words():
+    font = ImageFont.load_default(20)
+    for text in (
+        "rank 32",
+        "no text encoder and captions that vary",
+        "x" * 50,
+        f"short {'x' * 50} words",
+    ):
+        lines = fit_lines(text, font, 120)
+        assert len(lines) <= 2
+        assert all(font.getlength(line) <= 120 for line in lines)
+        kept = " ".join(lines)
+        assert kept == text or "…" in kept and text.startswith(kept.split("…")[0])
 
 
 # ---- the nearest training pictures ---------------------------------------------------------

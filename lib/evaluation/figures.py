@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.evaluation.sentences import CATEGORY_TITLES
+from lib.evaluation.prompts import OVERVIEW, first_of_each
+from lib.evaluation.sentences import CATEGORY_TITLES, WISHED
 from lib.evaluation.words import NAMES
-from lib.pictures import INK, PAPER, QUIET, fit_text, height_at, shown
+from lib.pictures import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
 
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
 
@@ -45,45 +46,56 @@ def comparison_figure(rows, title, pairs, side=256):
     return figure
 
 
-# How many prompts of each category stand for a run: five in all.
-OVERVIEW = {"success": 2, "near": 1, "failure": 2}
+ACROSS = 6  # pictures of a prompt that an overview shows side by side, where its columns leave room for several
+WIDEST = 16_000  # pixels of a sheet; WebP holds 16,383
 
 
-def overview_figure(rows, pairs=3, side=256):
-    """What an adapter changed, to be read without a word more: on the left pictures of the base
-    model, on the right those of the same noise with the adapter; a row a prompt. A PIL picture.
+def seeds_shown(columns, seeds):
+    """How many of a prompt's `seeds` pictures each of so many `columns` of an overview shows."""
+    return max(1, min(seeds, ACROSS // columns))
 
-    `rows` are as for `comparison_figure`; the first OVERVIEW prompts of each category are shown,
-    with `pairs` seeds each, `side` pixels wide. The letters stay readable at half its size, as a README
+
+def overview_figure(columns, prompts, side=256):
+    """What adapters changed, to be read without a word more: on the left pictures of the base model, beside
+    them those of the same noise with each adapter; a row a prompt. A PIL picture.
+
+    `columns` are (title, pictures), the base model's first; its pictures are PIL pictures, prompt by prompt
+    and seed by seed. `prompts` are (category, prompt); those of OVERVIEW are shown. Pictures are `side` pixels
+    wide, fewer where there are very many columns. The letters stay readable at half its size, as a README
     shows it.
     """
+    count = len(columns[0][1]) // len(prompts)
+    seeds = seeds_shown(len(columns), count)
+    side = min(side, int(WIDEST / (1.2 * seeds * len(columns) + 0.2)))
     big, small = ImageFont.load_default(side // 7), ImageFont.load_default(side // 9)
     gap, between = side // 40, side // 6
-    block = pairs * (side + gap) - gap
-    head, line = 2 * between, side // 4
-    chosen = [
-        row
-        for category, most in OVERVIEW.items()
-        for row in [row for row in rows if row["category"] == category][:most]
-    ]
-    width = 2 * block + 3 * between
-    tall = max(height_at(image, side) for row in chosen for image in row["base"] + row["lora"])
+    block = seeds * (side + gap) - gap
+    line = side // 4
+    titles = [fit_lines(title, big, block) for title, _ in columns]
+    head = between + max(map(len, titles)) * between
+    chosen = first_of_each(prompts, OVERVIEW)
+    width = len(columns) * (block + between) + between
+    tall = max(
+        height_at(image, side)
+        for _, images in columns for index in chosen for image in images[index * count :][:seeds]
+    )  # fmt: skip
     figure = Image.new("RGB", (width, head + len(chosen) * (line + tall) + between), PAPER)
     draw = ImageDraw.Draw(figure)
-    right = 2 * between + block
-    for x, text in ((between, "Base model"), (right, "The same noise, with the LoRA")):
-        draw.text((x, between // 2), fit_text(text, big, block), INK, big)
-    for number, row in enumerate(chosen):
+    for number, lines in enumerate(titles):
+        x = between + number * (block + between)
+        draw.text((x, between // 2), "\n".join(lines), INK, big)
+    for number, index in enumerate(chosen):
+        category, prompt = prompts[index]
         y = head + number * (line + tall)
-        kind = CATEGORY_TITLES[row["category"]].lower()
+        kind = f"{CATEGORY_TITLES[category].lower()}: {WISHED[category]}"
         end = width - between - small.getlength(kind)
-        prompt = fit_text(f"“{row['prompt']}”", small, end - 2 * between)
+        prompt = fit_text(f"“{prompt}”", small, end - 2 * between)
         draw.text((between, y + line // 3), prompt, INK, small)
         draw.text((end, y + line // 3), kind, QUIET, small)
-        y += line
-        for left, images in ((between, row["base"]), (right, row["lora"])):
-            for index, image in enumerate(images[:pairs]):
-                figure.paste(shown(image, side), (left + index * (side + gap), y))
+        for column, (_, images) in enumerate(columns):
+            left = between + column * (block + between)
+            for offset, image in enumerate(images[index * count :][:seeds]):
+                figure.paste(shown(image, side), (left + offset * (side + gap), y + line))
     return figure
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from lib.evaluation import sentences, words
 from lib.evaluation.bars import forest_bars, verdict_bars
-from lib.evaluation.figures import distribution_figure
+from lib.evaluation.figures import distribution_figure, seeds_shown
+from lib.evaluation.prompts import CATEGORIES, OVERVIEW, first_of_each
 from lib.pictures import webp
 
 TEMPLATES = jinja2.Environment(
@@ -123,21 +124,50 @@ def pair_rows(run, shown):
     ]
 
 
-def arm_rows(groups, shown, seeds=2):
-    """The gallery of a comparison: for each prompt and seed the base's picture and one of each
-    experiment, that of its first run."""
-    firsts = {name: members[0] for name, members in groups.items()}
-    arms = [("base model", next(iter(firsts.values())).base)]
-    arms += [(name, run.lora) for name, run in firsts.items()]
+def columns_of(groups):
+    """The columns of a comparison, [(title, pictures)]: the base model, then each experiment, by the pictures
+    of its first run. `groups` is {experiment: [Run]}."""
+    titles = words.plain_names(groups)
+    firsts = {titles[name]: members[0] for name, members in groups.items()}
+    base = next(iter(firsts.values())).base
+    return [("Base model", base), *((title, run.lora) for title, run in firsts.items())]
+
+
+def sheet_rows(columns, shown, wanted):
+    """Rows of pictures side by side, a dict a prompt; `columns` as `columns_of` gives them, `wanted` is {index
+    of a prompt: places of the seeds that are shown of it}."""
     count, rows = len(shown["seeds"]), []
-    for index, (category, prompt) in enumerate(shown["prompts"]):
-        lines = [
-            [dict(name=name, seed=seed, uri=image_uri(images[index * count + offset]),
-                  alt=f"{name}: «{prompt}», seed {seed}") for name, images in arms]
-            for offset, seed in enumerate(shown["seeds"][:seeds])
-        ]  # fmt: skip
-        rows.append(dict(category=category, prompt=prompt, lines=lines))
+    with ThreadPoolExecutor() as pool:  # most of it is encoding pictures
+        for index, places in wanted.items():
+            category, prompt = shown["prompts"][index]
+            cells = [
+                dict(title=title, cards=[
+                    dict(uri=pool.submit(image_uri, images[index * count + place]),
+                         alt=f"{title}: «{prompt}», seed {shown['seeds'][place]}")
+                    for place in places
+                ]) for title, images in columns
+            ]  # fmt: skip
+            seeds = [str(shown["seeds"][place]) for place in places]
+            rows.append(dict(category=category, prompt=prompt, seeds=seeds, cells=cells,
+                             kind=sentences.CATEGORY_TITLES[category], wished=sentences.WISHED[category]))  # fmt: skip
+    for card in (card for row in rows for cell in row["cells"] for card in cell["cards"]):
+        card["uri"] = card["uri"].result()
     return rows
+
+
+def comparison_sheets(columns, shown, seeds=2):
+    """(the rows that stand for all, the others) of a comparison, as `sheet_rows` gives them; no picture is in
+    both. Of each prompt at least `seeds` are shown, where there are so many."""
+    prompts, count = shown["prompts"], len(shown["seeds"])
+    few, first = first_of_each(prompts, OVERVIEW), seeds_shown(len(columns), count)
+    left = {
+        index: range(first if index in few else 0, min(seeds, count))
+        for index in first_of_each(prompts, dict.fromkeys(CATEGORIES, len(prompts)))
+    }
+    return (
+        sheet_rows(columns, shown, dict.fromkeys(few, range(first))),
+        sheet_rows(columns, shown, {index: places for index, places in left.items() if places}),
+    )
 
 
 def run_page(run, summary, shown):
@@ -167,26 +197,45 @@ def comparison_title(names):
     return f"{', '.join(names[:-1])} and {names[-1]} compared" if len(names) > 1 else names[0]
 
 
+def verdict_rows(verdicts, names):
+    """What `judged` gives as a table: a row a question, a verdict or None for each of the experiments
+    `names`."""
+    rows = []
+    for question, found in verdicts:
+        by_name = {verdict["name"]: verdict for verdict in found}
+        cells = [by_name.get(name) for name in names]
+        rows.append(dict(question=question, plain=sentences.QUESTIONS[question], cells=cells))
+    return rows
+
+
 def comparison_page(groups, summaries, pairs, shown):
-    """The report over several experiments: pictures side by side, what can be told, differences."""
+    """The report over several experiments: pictures side by side, the verdicts, differences."""
     adapters = {run.name: run.adapter for members in groups.values() for run in members}
     concept = sentences.concept_name(adapters.values())
+    columns, titles = columns_of(groups), words.plain_names(groups)
+    summaries = {titles[name]: summary for name, summary in summaries.items()}
+    pairs = [r | dict(first=titles[r["first"]], second=titles[r["second"]]) for r in pairs]
     experiments = [
-        dict(name=name, spread=words.spread_text(summary), table=words.summary_table(summary))
+        dict(
+            name=name,
+            spread=words.spread_text(summary),
+            table=words.summary_table(summary),
+            runs=summary["runs"],
+        )
         for name, summary in summaries.items()
     ]
-    shared = [
-        row | dict(kind=kind(row["question"], row["answer"]))
-        for row in sentences.shared_sentences(summaries, concept)
-    ]
+    verdicts = judged(summaries, concept)
+    sheet, others = comparison_sheets(columns, shown)
     return TEMPLATES.get_template("comparison.html").render(
-        title=comparison_title(list(groups)),
-        answers=shared,
-        verdicts=judged(summaries, concept),
+        title=comparison_title(list(summaries)),
+        columns=[title for title, _ in columns],
+        sheet=sheet,
+        others=others,
+        judged=verdict_rows(verdicts, summaries),
+        verdicts=verdicts,
         differences=sentences.difference_sentences(pairs),
         warnings=shown["warnings"],
         no_verdicts=words.NO_VERDICTS,
-        groups=by_category(arm_rows(groups, shown)),
         table=words.comparison_table(summaries),
         experiments=experiments,
         forests=forest_bars(pairs),

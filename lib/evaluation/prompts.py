@@ -82,3 +82,13 @@ def slugs(prompts):
 def members(prompts, category):
     """The indices of the prompts of one category."""
     return [index for index, (name, _) in enumerate(prompts) if name == category]
+
+
+# How many prompts of each category stand for an evaluation where there is no room for all: five.
+OVERVIEW = {"success": 2, "near": 1, "failure": 2}
+
+
+def first_of_each(prompts, most):
+    """The indices of the first prompts of each category, category by category; `most` is {category: how
+    many}."""
+    return [index for category in most for index in members(prompts, category)[: most[category]]]

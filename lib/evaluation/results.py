@@ -194,8 +194,9 @@ def begin_pictures(runs, prompts, seeds, pool):
     def write_sheet(place, rows):
         figures.comparison_figure(*rows).save(place)
 
-    def write_overview(place, rows):
-        figures.overview_figure(rows, few).save(place, quality=90)
+    def write_overview(place, run):
+        columns = [("Base model", run.base), ("The same noise, with the LoRA", run.lora)]
+        figures.overview_figure(columns, prompts).save(place, quality=90)
 
     for run in runs:
         new = fresh_folder(run.target)
@@ -219,7 +220,7 @@ def begin_pictures(runs, prompts, seeds, pool):
 
         # The large ones first, so that none is left at the end.
         run.saving = [pool.submit(write_sheet, new / name, rows) for name, rows in sheets.items()]
-        run.saving.append(pool.submit(write_overview, new / "overview.webp", by_prompt))
+        run.saving.append(pool.submit(write_overview, new / "overview.webp", run))
         run.saving += [
             pool.submit(image.save, path) for image, path in zip(images, paths, strict=True)
         ]
@@ -249,8 +250,10 @@ def write_run(run, summary, shown, base_pairs):
 
 
 def write_comparison(target, groups, summaries, pairs, shown):
-    """Write what several experiments have in common and where they differ."""
+    """Write what several experiments have in common and where they differ, and their pictures side by side."""
     new = fresh_folder(target)
+    overview = figures.overview_figure(pages.columns_of(groups), shown["prompts"])
+    overview.save(new / "overview.webp", quality=90)
     if pairs:  # several experiments; several runs of one have nothing to compare
         figures.forest_figure(pairs).savefig(new / "forest.png")
         write_csv(new / "comparison.csv", [flattened(row) for row in pairs])

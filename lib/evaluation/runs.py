@@ -149,7 +149,8 @@ def group_runs(runs):
     """{experiment: [Run]}: runs whose configurations differ in the seed alone are one experiment.
 
     It is called as its first run is, less an ending _seed<N>. A run without config.json is an
-    experiment of its own. Raises UserError, naming the keys, for two runs of one seed and
+    experiment of its own. They are in the order of how many settings are switched on, so that what adds
+    something to a recipe stands behind it, wherever the two are shown or subtracted. Raises UserError, naming the keys, for two runs of one seed and
     configuration, and for runs of one experiment's name whose configurations differ.
     """
     groups, first_of_name = {}, {}
@@ -176,7 +177,11 @@ def group_runs(runs):
                 f"({run.training_seed}): one run counted twice; remove one"
             )
         group.append(run)
-    return groups
+
+    def switched_on(item):
+        return sum(map(bool, (experiment_settings(item[1][0]) or {}).values()))
+
+    return dict(sorted(groups.items(), key=switched_on))
 
 
 def experiment_settings(run):

@@ -13,6 +13,20 @@ CATEGORY_TITLES = {
     "near": "Close to it, but not asked for",
     "failure": "Nothing to do with it",
 }
+# What one wishes for their pictures.
+WISHED = {
+    "success": "should change",
+    "near": "should stay as it was",
+    "failure": "should stay as it was",
+}
+# The questions of the verdicts in plain words.
+QUESTIONS = {
+    "learned": "Does it draw what was taught?",
+    "neighbours kept": "Are prompts close to it left alone?",
+    "contaminated": "Do unrelated prompts take it on?",
+    "memorised": "Does it copy training pictures?",
+    "collapsed": "Are its pictures of one prompt all alike?",
+}
 # How much of the concept other prompts take on: words for shares below these.
 AMOUNTS = (("a little of it", 0.25), ("some of it", 0.6), ("most of it", 0.9))
 # What a yes and a no say, and what cannot be told.
@@ -90,19 +104,6 @@ def pictures_clause(category, summary):
     if moved["low"] > margin:
         return "; their pictures do change"
     return "; their pictures stay as they were" if moved["high"] < margin else ""
-
-
-def shared_sentences(summaries, concept):
-    """What several experiments answer: [dict(question, answer, sentence, names)], a row a question
-    and answer, `names` being the experiments that give it. `summaries` is {experiment: summary}."""
-    rows = {}
-    for name, summary in summaries.items():
-        for verdict in summary["verdicts"]:
-            key = verdict["question"], verdict["answer"]
-            row = dict(question=key[0], answer=key[1], sentence=plain_sentence(verdict, concept))
-            rows.setdefault(key, row | dict(names=[]))["names"].append(name)
-    order = list(dict.fromkeys(question for question, _ in rows))
-    return sorted(rows.values(), key=lambda row: order.index(row["question"]))
 
 
 def difference_sentences(pairs):

@@ -1,6 +1,6 @@
 """The study in pictures: one sheet a training seed, arms across, drawn from what an evaluation left."""
 
-from lib.evaluation.prompts import CATEGORIES, members
+from lib.evaluation.prompts import CATEGORIES, first_of_each
 from lib.evaluation.results import open_picture, picture_paths
 from lib.evaluation.study_words import arm_name
 from lib.files import write_bytes
@@ -16,7 +16,7 @@ def write_strip(path, folders, prompts, sampling_seed):
 
     Returns False, and writes nothing, where some of the pictures are gone.
     """
-    chosen = [i for name in CATEGORIES for i in members(prompts, name)[:SHOWN]]
+    chosen = first_of_each(prompts, dict.fromkeys(CATEGORIES, SHOWN))
     columns = {"base model": (next(iter(folders.values())), "base")}
     columns |= {arm_name(arm): (folder, "lora") for arm, folder in folders.items()}
     paths = {}

@@ -14,6 +14,15 @@ NAMES = {
 }
 
 
+def plain_names(names):
+    """{name: title}: run names as a reader is shown them, «rank 32» for lora_weights_rank_32; as they are where
+    two would be called the same."""
+    titles = {
+        name: name.removeprefix("lora_weights_").replace("_", " ").strip() or name for name in names
+    }
+    return titles if len(set(titles.values())) == len(titles) else {name: name for name in names}
+
+
 def interval_text(interval, sign=True):
     """«+0.012 [−0.003, +0.027]», or the mean alone where there is one value and so no interval."""
     form = "{:+.3f}" if sign else "{:.3f}"
