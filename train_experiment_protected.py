@@ -30,10 +30,7 @@ CONFIG = dict(
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1
     dora=False,  # DoRA: the rows of W + alpha / rank * B A get trained norms (lib/LORA.md)
-    unet_targets=(
-        "attn2.to_k",
-        "attn2.to_v",
-    ),  # what the attention to the text reads of it <- changed
+    unet_targets=("attn2.to_k", "attn2.to_v"),  # what reads the text <- changed
     text_encoder_targets=("q_proj", "v_proj"),
     train_text_encoder=True,
     # optimisation
@@ -46,14 +43,11 @@ CONFIG = dict(
     warmup_steps=50,  # linear from 0, then a cosine to 0
     batch_size=1,  # pictures a process and micro-step
     gradient_accumulation_steps=1,  # micro-steps an optimizer step
-    # protection: an adapter of the text side alone that leaves other prompts as they are (lib/PROTECTION.md)
+    # protection: a text-side adapter that leaves other prompts as they are (lib/PROTECTION.md)
     protected_prompts="prompts/protected.txt",  # a text file, a prompt a line; None: none <- changed
-    protected_class=None,  # what {class} in it stands for; None: what the caption is about, which is said
-    protection_ridge=1e-4,  # how strictly: what the prompts have less of than this share of the average stays free
-    loss_guidance_scale=(
-        1.0,
-        1.0,
-    ),  # guidance that the loss is taken at, drawn evenly from here; 1: the ordinary loss
+    protected_class=None,  # what {class} in it stands for; None: what the caption is about
+    protection_ridge=1e-4,  # how strictly: less takes more directions away
+    loss_guidance_scale=(1.0, 1.7),  # of the loss, drawn evenly; 1: the ordinary one <- changed
     # memory and precision
     gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32

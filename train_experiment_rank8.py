@@ -44,14 +44,11 @@ CONFIG = dict(
     warmup_steps=50,  # linear from 0, then a cosine to 0
     batch_size=1,  # pictures a process and micro-step
     gradient_accumulation_steps=1,  # micro-steps an optimizer step
-    # protection: an adapter of the text side alone that leaves other prompts as they are (lib/PROTECTION.md)
-    protected_prompts=None,  # a text file of such prompts, as prompts/protected.txt; None: none
-    protected_class=None,  # what {class} in it stands for; None: what the caption is about, which is said
-    protection_ridge=1e-4,  # how strictly: what the prompts have less of than this share of the average stays free
-    loss_guidance_scale=(
-        1.0,
-        1.0,
-    ),  # guidance that the loss is taken at, drawn evenly from here; 1: the ordinary loss
+    # protection: a text-side adapter that leaves other prompts as they are (lib/PROTECTION.md)
+    protected_prompts=None,  # a text file, a prompt a line; None: none
+    protected_class=None,  # what {class} in it stands for; None: what the caption is about
+    protection_ridge=1e-4,  # how strictly: less takes more directions away
+    loss_guidance_scale=(1.0, 1.0),  # of the loss, drawn evenly; 1: the ordinary one
     # memory and precision
     gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -37,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import adapters
 from lib.kernels import blocks, graphs
-from lib.training import micro_step, parameters, updates
+from lib.training import micro_step, parameters, protection, updates
 
 
 def driver_memory():
@@ -193,7 +194,9 @@ def replacing(replaced):
     """Inside, each function of `replaced`, {name: function}, stands in the place of the project's of that name."""
     with contextlib.ExitStack() as stack:
         for key, value in replaced.items():
-            module = next(m for m in (micro_step, parameters, updates, blocks) if hasattr(m, key))
+            module = next(
+                m for m in (micro_step, parameters, protection, updates, blocks) if hasattr(m, key)
+            )
             stack.enter_context(patch.object(module, key, value))
         yield
 
@@ -247,8 +250,6 @@ def optimizer_times():
 
 def parts(args, folder):
     """train.py's loop in this process: its variants, then with one technique taken away at a time."""
-    from train_experiment_preservation import PRESERVED
-
     import train
     from bench.limits import rates
 
@@ -276,7 +277,13 @@ def parts(args, folder):
 
     recomputing, small = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
     unet_only, dora, eight = dict(train_text_encoder=False), dict(dora=True), dict(batch_size=8)
-    preservation = dict(preservation_weight=1.0, preservation_captions=PRESERVED)
+    plain_loss = dict(
+        unet_targets=("attn2.to_k", "attn2.to_v"), protected_prompts="prompts/protected.txt"
+    )
+    protected = plain_loss | dict(loss_guidance_scale=(1.0, 2.0))
+    random_text = dict(
+        SET_APART=math.inf
+    )  # a text encoder of random weights need not tell prompts apart
     # (name, what differs in the configuration, what is replaced: see `replacing`)
     variants = [
         ("train.py, with checkpointing", recomputing, {}),
@@ -286,10 +293,12 @@ def parts(args, folder):
         ("rank 8 without", small, {}),
         ("UNet only without", unet_only, {}),
         ("DoRA, with checkpointing", recomputing | dora, {}),
-        ("preservation, with checkpointing", recomputing | preservation, {}),
+        ("protected, ordinary loss, with checkpointing", recomputing | plain_loss, random_text),
+        ("protected, with checkpointing", recomputing | protected, random_text),
         ("batches of 8, with checkpointing", recomputing | eight, {}),
         ("DoRA without", dora, {}),
-        ("preservation without", preservation, {}),
+        ("protected, ordinary loss, without", plain_loss, random_text),
+        ("protected without", protected, random_text),
         ("batches of 8 without", eight, {}),
         ("DoRA in PEFT's layers", dora, PEFT),
         ("- CUDA graph", {}, dict(captured=called)),
