@@ -29,7 +29,7 @@ from lib.training import setup
 from lib.training.latents import latent_masks
 from lib.training.losses import diffusion_loss
 from lib.training.micro_step import MicroStep
-from lib.training.samples import Samples
+from lib.training.samples import Samples, epoch_order
 
 # ---- sizes --------------------------------------------------------------------------------------
 
@@ -201,9 +201,8 @@ def test_micro_batches_hold_one_shape_and_processes_share_them():
         return Samples(pictures, 7, shapes.get, 1000, size, processes, process)
 
     large = samples(4)
-    per_epoch = 6  # 12 of one shape and 6 of the other, of which a last chunk begins again
     seen = []
-    for number in range(per_epoch):
+    for number in range(18):  # four epochs of 18 pictures
         batch, draws = large.micro_batch(number)
         assert {shapes[i] for i in batch} == {draws[0][0].shape}
         seen += batch
@@ -211,10 +210,9 @@ def test_micro_batches_hold_one_shape_and_processes_share_them():
         assert halves[0][0] + halves[1][0] == batch
         joined = halves[0][1] + halves[1][1]
         assert all(np.array_equal(a[1], b[1]) for a, b in zip(draws, joined, strict=True))
-    if len(seen) == 24:
-        assert set(seen) == set(pictures)
-    assert [large.micro_batch(n)[0] for n in range(6)] != [
-        large.micro_batch(n)[0] for n in range(6, 12)
+    assert Counter(seen) == dict.fromkeys(pictures, 4)
+    assert [large.micro_batch(n)[0] for n in range(18)] != [
+        large.micro_batch(n)[0] for n in range(18, 36)
     ]
     # One at a time: each picture once an epoch, as without shapes.
     plain = Samples(pictures, 7, lambda i: (4, 8, 8), 1000, 1, 1, 0)
@@ -222,6 +220,38 @@ def test_micro_batches_hold_one_shape_and_processes_share_them():
     assert [one.micro_batch(n)[0] for n in range(40)] == [
         plain.micro_batch(n)[0] for n in range(40)
     ]
+
+
+@pytest.mark.parametrize("counts", [(15, 1), (16,), (7, 5, 3), (1, 1, 1, 30), (2, 40)])
+@pytest.mark.parametrize(("batch", "processes"), [(1, 1), (3, 1), (8, 1), (8, 4)])
+def test_every_picture_is_seen_as_often_as_every_other(counts, batch, processes):
+    shape_of = [(4, 8, 8 + kind) for kind, count in enumerate(counts) for _ in range(count)]
+    pictures, size = np.arange(len(shape_of)), batch * processes
+    everyone = [
+        Samples(pictures, 42, shape_of.__getitem__, 1000, batch, processes, process)
+        for process in range(processes)
+    ]
+    seen, by_shape = Counter(), Counter()
+    for number in range(3 * len(pictures)):
+        found = [int(i) for samples in everyone for i in samples.micro_batch(number)[0]]
+        seen.update(found)
+        (shape,) = {shape_of[i] for i in found}
+        by_shape[shape] += size
+        # At no time is a shape more than a batch from its share.
+        for kind, count in enumerate(counts):
+            due = (number + 1) * size * count / len(pictures)
+            assert abs(by_shape[4, 8, 8 + kind] - due) <= size + count
+    assert seen == dict.fromkeys(map(int, pictures), 3 * size)
+    small = sum(count for count in counts if count < size) if len(counts) > 1 else 0
+    assert [f"{small} of {len(pictures)} pictures" in note for note in everyone[0].notes()] == (
+        [True] if small else []
+    )
+
+
+def test_pictures_of_one_shape_are_drawn_in_the_order_of_the_epochs():
+    found = Samples(np.arange(7), 5, lambda i: (4, 8, 8), 1000, 3, 2, 0)
+    orders = [epoch_order(5, epoch, 7) for epoch in range(20)]
+    assert [found.picture(sample) for sample in range(140)] == list(np.concatenate(orders))
 
 
 BUCKETED = TINY_RUN | dict(resolution=64, max_steps=9, checkpoint_every=3, validation_count=3)
