@@ -32,11 +32,12 @@ from lib.files import (
     write_marker,
 )
 from lib.kept import ahead
+from lib.photographs import upright_shape
 from lib.preparation.duplicates import without_duplicates
 from lib.preparation.framing import CROPS, choose_sizes, nearest_size
 from lib.preparation.sheets import write_sheets
 from lib.preparation.sources import picture_names, read_captions
-from lib.preparation.work import VIEW, prepare_pictures, upright_shape
+from lib.preparation.work import MASK, VIEW, prepare_pictures
 
 CONFIG = dict(
     data_dir="data",  # pictures, directly in this folder; captions beside them, see README
@@ -77,7 +78,7 @@ def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_
                duplicate_colour, processes, strict):  # fmt: skip
     """Write the training set of `data_dir` to `output_dir`; return the manifest (a dict)."""
     data_dir, output_dir = Path(data_dir), Path(output_dir)
-    names, companions = picture_names(data_dir)
+    names, masks, companions = picture_names(data_dir)
     if companions:
         print(f"{data_dir}: {len(companions)} clips and records beside pictures of the same name are passed "
               f"over ({companions[0]}{', …' if companions[1:] else ''})")  # fmt: skip
@@ -90,7 +91,7 @@ def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_
     sizes = (
         picture_sizes(data_dir, names, resolution) if buckets else [[resolution] * 2] * len(names)
     )
-    pictures, skipped = prepare_pictures(data_dir, names, sizes, parts, settings, processes)
+    pictures, skipped = prepare_pictures(data_dir, names, masks, sizes, parts, settings, processes)
     kept, duplicates = without_duplicates(pictures, duplicate_bits, duplicate_colour)
     report_counts(len(names), kept, skipped, duplicates, data_dir)
     if not kept:
@@ -195,6 +196,11 @@ def report_counts(read, kept, skipped, duplicates, data_dir):
         for action in picture["done"]:
             if "ICC" in action:
                 print(f"  warning    {picture['source']}: {action}")
+    masked = [picture for picture in kept if MASK in picture["files"]]
+    if masked:
+        clear = sum("masked by its transparency" in picture["done"] for picture in masked)
+        print(f"  masks      {len(masked) - clear} beside pictures, {clear} of transparent pictures; "
+              "train.py --mask-weight uses them")  # fmt: skip
     if cut := sum(picture["kept"] < 0.75 for picture in kept):
         print(
             f"  warning    {cut} pictures lose more than a quarter, which the contact sheet shows pale; "

@@ -1,11 +1,13 @@
-"""The training set as preprocess.py wrote it: captions.jsonl and its pictures.
+"""The training set: captions.jsonl and its pictures, as preprocess.py wrote them or anybody else, read in one way.
 
 Pictures are read when they are needed, so that their number costs no memory. What is known of them by their
 names, sizes and times of change is kept in latents/pictures.json beside them.
 """
 
+import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +15,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lib.errors import UserError, one_line
+from lib.errors import UserError
 from lib.files import sha256_file
 from lib.kept import ahead, first_process, keep
+from lib.masks import find_masks, only_mask, subject_mask
+from lib.photographs import Unusable, check_content, read_layers
 
+READER = (
+    2  # another number, where pictures are read in another way, makes anew all that is kept of them
+)
 KEPT = "latents"  # the folder in the training set where what was computed of it is kept
 
 
@@ -48,8 +55,8 @@ class Dataset:
         return self.rows[index]
 
     def key(self, index):
-        """By what a picture is known, whatever it is called: its bytes and its size."""
-        return "{} {}x{}".format(self.rows[index].sha256, *self.sizes[index])
+        """By what a picture is known, whatever it is called: its bytes, its size and how it is read."""
+        return "{} {}x{} {}".format(self.rows[index].sha256, *self.sizes[index], READER)
 
     def pixels(self, index):
         """A picture as uint8 [3, height, width]."""
@@ -59,25 +66,52 @@ class Dataset:
         """The same as a PIL picture."""
         return Image.fromarray(self.pixels(index).permute(1, 2, 0).numpy())
 
+    @functools.cached_property
+    def mask_names(self):
+        """{folder: {picture: [its masks]}} of the folders that the pictures lie in."""
+        return {
+            folder: find_masks(sorted(os.listdir(folder)))
+            for folder in {row.path.parent for row in self}
+        }
+
     def mask_path(self, index):
-        """Where a picture's mask lies, if it has one."""
-        return self.rows[index].path.with_suffix(".mask.png")
+        """Where a picture's mask lies, None if it has no file of its own; UserError if it has several."""
+        path = self.rows[index].path
+        try:
+            masks = self.mask_names[path.parent].get(path.name, [])
+            return only_mask([path.with_name(name) for name in masks])
+        except Unusable as reason:
+            raise UserError(f"{path} cannot be used: {reason}") from None
+
+    def has_mask(self, index):
+        """Whether a picture has a mask, a file of its own or its transparency."""
+        if self.mask_path(index) is not None:
+            return True
+        with Image.open(self.rows[index].path) as image:
+            return image.has_transparency_data
 
     def mask(self, index, size):
         """How much of the subject (0 to 255) each cell of a picture of `size` (width, height) shows, uint8 [height,
-        width]; 255 everywhere for a picture without a mask."""
-        path = self.mask_path(index)
-        if not path.is_file():
+        width]; 255 everywhere for a picture without a mask. UserError for a mask that marks nothing."""
+        path, mask = self.rows[index].path, None
+        if self.has_mask(index):
+            image, alpha = read_layers_of(path)
+            try:
+                mask, _ = subject_mask(self.mask_path(index), image, alpha)
+            except Unusable as reason:
+                raise UserError(f"{path} cannot be used: {reason}") from None
+        if mask is None:
             return torch.full((size[1], size[0]), 255, dtype=torch.uint8)
-        mask = read_pixels(path, self.sizes[index])[0]
-        return torch.from_numpy(
-            np.array(Image.fromarray(mask.numpy()).resize(size, Image.Resampling.BOX))
-        )
+        if mask.size != self.sizes[index]:
+            mask = ImageOps.fit(mask, self.sizes[index], Image.Resampling.BILINEAR)
+        if mask.getextrema()[1] == 0:
+            raise UserError(f"{path} cannot be used: its mask marks nothing of what is trained on")
+        return torch.from_numpy(np.array(mask.resize(size, Image.Resampling.BOX)))
 
     def masks_sha256(self):
         """SHA-256 over the masks, in the order of the rows."""
         paths = map(self.mask_path, range(len(self)))
-        found = [sha256_file(path) if path.is_file() else None for path in paths]
+        found = [path and sha256_file(path) for path in paths]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
@@ -229,17 +263,22 @@ def read_listing(data_dir, caption_from):
     return rows
 
 
+def read_layers_of(path):
+    """(a picture as RGB PIL image, its transparency or None), read as preprocess.py reads it; UserError if that cannot
+    be or it shows nothing."""
+    try:
+        image, alpha, _, _ = read_layers(path)
+        check_content(image, alpha)
+        return image, alpha
+    except (Unusable, OSError) as reason:
+        raise UserError(
+            f"{path} cannot be read as a picture: {reason}; mend it, or take it out of captions.jsonl"
+        ) from None
+
+
 def read_pixels(path, size):
     """A picture as uint8 [3, height, width], resized and centre-cropped to `size` (width, height) if need be."""
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF")) as image:
-            image = image.convert("RGB")
-    # A decoder may raise almost anything on a damaged file.
-    except Exception as problem:
-        reason = one_line(problem, 100)
-        raise UserError(
-            f"{path} cannot be read as a picture: {reason}; run preprocess.py"
-        ) from None
+    image, _ = read_layers_of(path)
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

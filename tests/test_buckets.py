@@ -16,6 +16,7 @@ from test_safety import assert_equal_runs, kill, succeeded, training
 
 import train
 from lib.dataset import read_dataset
+from lib.errors import UserError
 from lib.preparation.framing import (
     bucket_sizes,
     choose_sizes,
@@ -173,7 +174,7 @@ def test_masks_beside_pictures_and_in_them(tmp_path):
     clear.save(data / "b.png")
     picture(3, (300, 600)).save(data / "c.png")
     picture(4, (300, 600)).save(data / "d.png")
-    Image.new("L", (300, 300)).save(data / "d.mask.png")
+    Image.new("L", (300, 300), 255).save(data / "d.mask.png")
     mask.save(data / "e.mask.png")
     manifest = prepare(data, tmp_path / "out")
     assert [row["source"] for row in manifest["pictures"]] == ["a.jpg", "b.png", "c.png"]
@@ -188,6 +189,171 @@ def test_masks_beside_pictures_and_in_them(tmp_path):
         assert cells[4:].min() > 235
     assert rows.mask(2, (8, 8)).min() == 255
     assert len(list((tmp_path / "out" / "images").iterdir())) == 5
+
+
+def subject(size=(64, 64), mode="L", white=255):
+    """A mask of the left half."""
+    mask = Image.new(mode, size)
+    mask.paste(white, (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+def cut_out(black, white, outside):
+    """A mask painted in RGB, the left half `white`, the right one `black`, transparent where `outside` says."""
+    image = Image.new("RGBA", (64, 64), (black,) * 3 + (255,))
+    image.paste((white,) * 3 + (255,), (0, 0, 32, 64))
+    image.paste((255, 255, 255, 0), outside)
+    return image
+
+
+def voc_palette():
+    image = subject(mode="P", white=1)
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    return image
+
+
+RIGHT_HALF, LOWER_RIGHT = (32, 0, 64, 64), (32, 32, 64, 64)
+LEFT_MARKED = {
+    "0 and 255": subject(),
+    "0 and 1": subject(white=1),
+    "a bit": subject(mode="1", white=1),
+    "16 bits, 0 and 1": Image.fromarray(np.asarray(subject(white=1), np.uint16)),
+    "16 bits, 0 and 65535": Image.fromarray(np.asarray(subject(), np.uint16) * 257),
+    "floats": Image.fromarray(np.asarray(subject(), np.float32) / 255),
+    "labels with colours": voc_palette(),
+    "white, the rest cut out": cut_out(255, 255, RIGHT_HALF),
+    "black, the rest cut out": cut_out(0, 0, RIGHT_HALF),
+    "grey, the rest cut out": cut_out(90, 120, RIGHT_HALF),
+    "black and white, a corner cut out": cut_out(0, 255, LOWER_RIGHT),
+    "black and white, all there": cut_out(0, 255, (0, 0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_MARKED)
+def test_masks_as_programs_write_them(tmp_path, kind):
+    """Prepared or given to train.py as they are, they mark the same."""
+    data = tmp_path / "data"
+    data.mkdir()
+    picture(1).save(data / "a.png")
+    mask = LEFT_MARKED[kind]
+    mask.save(data / "a.mask.png", "TIFF" if mask.mode == "F" else "PNG")
+    prepare(data, tmp_path / "out")
+    (data / "captions.jsonl").write_text('{"file_name": "a.png", "text": "a coat"}')
+    for folder in (tmp_path / "out", data):
+        cells = read_dataset(folder, 64).mask(0, (8, 8)).numpy()
+        assert cells[:, :4].min() > 250, folder
+        assert cells[:, 4:].max() < 5, folder
+
+
+MASK_NAMES = [
+    "photo.mask.png", "photo.Mask.PNG", "PHOTO.MASK.png", "photo.mask.jpg", "photo.mask.webp", "photo-masklabel.png",
+    "photo.masklabel.png", "photo-mask.png", "photo_mask.tif", "photo.JPG.mask.png",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASK_NAMES)
+def test_masks_are_known_by_their_usual_names(tmp_path, name, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    picture(1).save(data / "photo.JPG")
+    picture(2).save(data / "other.jpg")
+    subject().save(data / name)
+    manifest = prepare(data, tmp_path / "out")
+    assert [row["source"] for row in manifest["pictures"]] == ["other.jpg", "photo.JPG"]
+    assert f"masked by {name}" in manifest["pictures"][1]["done"]
+    assert "masks      1 beside pictures, 0 of transparent" in capsys.readouterr().out
+    listing = [dict(file_name=n, text="a coat") for n in ("other.jpg", "photo.JPG")]
+    (data / "captions.jsonl").write_text("\n".join(map(json.dumps, listing)))
+    rows = read_dataset(data, 64)
+    assert [rows.has_mask(index) for index in (0, 1)] == [False, True]
+
+
+def test_a_picture_of_a_mask_is_a_picture_and_two_masks_are_one_too_many(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number, name in enumerate(
+        ["carnival_mask.jpg", "venice-mask.png", "photo.jpg", "twice.jpg"]
+    ):
+        picture(number).save(data / name)
+    subject().save(data / "lost.masklabel.png")
+    for name in ("twice.mask.png", "twice-masklabel.png"):
+        subject().save(data / name)
+    manifest = prepare(data, tmp_path / "out")
+    assert [row["source"] for row in manifest["pictures"]] == [
+        "carnival_mask.jpg", "photo.jpg", "venice-mask.png",
+    ]  # fmt: skip
+    reasons = {row["source"]: row["reason"] for row in manifest["skipped"]}
+    assert reasons == {
+        "lost.masklabel.png": "a mask, but there is no picture of that name",
+        "twice.jpg": "it has 2 masks, twice-masklabel.png and twice.mask.png; keep one",
+    }
+
+
+def nothing(kind):
+    """(a picture, its mask or None, why it has nothing to train on)."""
+    if kind == "clear":
+        image = picture(1).convert("RGBA")
+        image.putalpha(0)
+        return image, None, "transparent everywhere"
+    if kind == "plain":
+        return Image.new("RGB", (64, 64), (9, 99, 200)), None, "of one colour everywhere"
+    if kind == "empty":
+        return picture(1), Image.new("L", (64, 64)), "marks nothing"
+    if kind == "labels":
+        mask = subject(white=1)
+        mask.paste(2, (40, 0, 64, 64))
+        return picture(1), mask, "2 levels besides black, the brightest 2 of 255"
+    mask = Image.new("L", (64, 256))
+    mask.paste(255, (0, 0, 64, 60))
+    return picture(1, (64, 256)), mask, "nothing"
+
+
+@pytest.mark.parametrize("kind", ["clear", "plain", "empty", "labels", "cut off"])
+def test_what_has_no_content_is_named(tmp_path, kind):
+    data = tmp_path / "data"
+    data.mkdir()
+    image, mask, words = nothing(kind)
+    image.save(data / "a.png")
+    if mask:
+        mask.save(data / "a.mask.png")
+    picture(2).save(data / "b.png")
+    manifest = prepare(data, tmp_path / "out")
+    assert [row["source"] for row in manifest["pictures"]] == ["b.png"]
+    assert words in manifest["skipped"][0]["reason"]
+    (data / "captions.jsonl").write_text('{"file_name": "a.png", "text": "a coat"}')
+    with pytest.raises(UserError, match=words) as error:
+        read_dataset(data, 64).mask(0, (8, 8))
+    assert str(data / "a.png") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_thin_subject_stays_marked(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    picture(1, (1024, 1024)).save(data / "a.png")
+    mask = Image.new("L", (1024, 1024))
+    mask.paste(255, (500, 0, 503, 1024))
+    mask.save(data / "a.mask.png")
+    prepare(data, tmp_path / "out")
+    assert read_dataset(tmp_path / "out", 64).mask(0, (64, 64)).max() > 200
+
+
+def test_how_many_masks_are_used_is_said(tiny_model, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(4):
+        picture(number).save(data / f"{number}.png")
+    subject().save(data / "1.mask.png")
+    prepare(data, tmp_path / "out")
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=tmp_path / "out", max_steps=2)
+    for weight, words in (
+        (1.0, "which mask_weight 1 leaves unused"),
+        (0.25, "the loss counts 0.25"),
+    ):
+        done = call("train.py", *options(**config, output_dir=tmp_path / "x", mask_weight=weight))
+        succeeded(done)
+        assert "1 of 4 pictures have a mask" in done.stdout
+        assert words in done.stdout
 
 
 # ---- training -----------------------------------------------------------------------------------

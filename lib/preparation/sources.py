@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.masks import find_masks
 
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 # Not pictures, and no one means them to be: neither read nor reported as skipped.
@@ -14,8 +15,8 @@ COMPANIONS = (".aae", ".mov", ".mp4")
 
 
 def picture_names(data_dir):
-    """(names, companions), sorted: of what may be a picture in `data_dir`, without captions and hidden
-    files, and of what a telephone lays beside its pictures."""
+    """(names, masks, companions): of what may be a picture in `data_dir`, without captions, masks and hidden files;
+    {picture: [its masks]}; and what a telephone lays beside its pictures."""
     names = sorted(path.name for path in data_dir.iterdir())
     apart = {Path(n).stem for n in names if not n.lower().endswith((".txt", *COMPANIONS))}
     companions = [n for n in names if n.lower().endswith(COMPANIONS) and Path(n).stem in apart]
@@ -28,9 +29,10 @@ def picture_names(data_dir):
         and name not in CAPTION_FILES
         and not (name.endswith(".txt") and Path(name).stem in stems)
         and name not in passed_over
-        and not (name.lower().endswith(".mask.png") and name[: -len(".mask.png")] in stems)
     ]
-    return pictures, companions
+    masks = find_masks(pictures)
+    taken = {mask for some in masks.values() for mask in some}
+    return [name for name in pictures if name not in taken], masks, companions
 
 
 def read_captions(folder, names):

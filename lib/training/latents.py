@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lib.dataset import KEPT
 from lib.errors import UserError
 from lib.files import flush
-from lib.kept import ahead, keep
+from lib.kept import ahead, first_process, keep
 from lib.models import model_digest
 
 AT_ONCE = 4  # pictures that a GPU encodes at once; a CPU one, whose result depends on no other then
@@ -235,12 +235,22 @@ def make_latents(path, data, shape_of, kept, encode):
 def latent_masks(data, latents, weight):
     """The loss weight of each cell of the latents, by index: float32 [1, h, w] from `weight` outside the subject to 1 on
     it; None if that is 1 everywhere."""
+    found = sum(data.mask_path(index) is not None for index in range(len(data)))
     if weight == 1.0:
+        if found and first_process():
+            print(
+                f"{data.folder}: {found} of {len(data)} pictures have a mask, which mask_weight 1 leaves unused"
+            )
         return None
-    if not any(data.mask_path(index).is_file() for index in range(len(data))):
+    found = sum(map(data.has_mask, range(len(data))))
+    if not found:
         raise UserError(
             f"mask_weight is {weight}, but no picture in {data.folder} has a mask; give preprocess.py transparent "
             "pictures, or photo.mask.png beside photo.jpg"
+        )
+    if first_process():
+        print(
+            f"{data.folder}: {found} of {len(data)} pictures have a mask, outside which the loss counts {weight:g}"
         )
     shapes = [latents.shape(index) for index in range(len(data))]
     masks = ahead(lambda i: data.mask(i, shapes[i][:0:-1]), range(len(data)))
