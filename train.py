@@ -251,7 +251,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
         train_indices, seed, latents.shape, scheduler.config.num_train_timesteps, batch_size,
         accelerator.num_processes, accelerator.process_index, preservation,
     )  # fmt: skip
-    for note in samples.notes():
+    for note in [*rows.notes(), *samples.notes()]:
         say(note)
     probes = samples.probes(held_out) if is_main else []
     micro = MicroStep(

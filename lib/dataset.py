@@ -4,6 +4,7 @@ Pictures are read when they are needed, so that their number costs no memory. Wh
 names, sizes and times of change is kept in latents/pictures.json beside them.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -57,6 +58,26 @@ class Dataset:
     def key(self, index):
         """By what a picture is known, whatever it is called: its bytes, its size and how it is read."""
         return "{} {}x{} {}".format(self.rows[index].sha256, *self.sizes[index], READER)
+
+    def notes(self):
+        """What becomes of pictures where preprocess.py did not bring them to their size: a list of lines."""
+        if prepared_as(self.folder)[0]:
+            return []
+        small = cut = 0
+        for row, (width, height) in zip(self.rows, self.sizes, strict=True):
+            with contextlib.suppress(Exception), Image.open(row.path) as image:
+                small += image.width < width or image.height < height
+                cut += image.width * height != image.height * width
+        found = [
+            (small, "smaller and are enlarged"),
+            (cut, "of another shape and lose what does not fit"),
+        ]
+        size = self.resolution
+        return [
+            f"note: {self.folder}: of {len(self)} pictures {count} are {words} ({size}x{size} are trained on)"
+            for count, words in found
+            if count
+        ]
 
     def pixels(self, index):
         """A picture as uint8 [3, height, width]."""
@@ -154,9 +175,14 @@ def read_dataset(data_dir, resolution, caption_from="text"):
 def picture_sizes(data_dir, rows, resolution):
     """[(width, height)] of the rows: what preprocess.py says of those whose shape it kept, else a square.
 
-    UserError if it was told another resolution.
+    UserError if it was told another resolution; squares may be made smaller, but not larger.
     """
     prepared, said = prepared_as(data_dir)
+    if prepared and not said and prepared < resolution:
+        raise UserError(
+            f"{data_dir}: its pictures were prepared for a resolution of {prepared} and would be enlarged to "
+            f"{resolution}; run preprocess.py again with --resolution {resolution}, or add --resolution {prepared}"
+        )
     if said and prepared != resolution:
         raise UserError(
             f"{data_dir}: its pictures were prepared with --buckets for a resolution of {prepared}, not {resolution}; "

@@ -468,6 +468,37 @@ def test_another_resolution_than_the_buckets_is_refused(tiny_model, buckets, tmp
     assert_one_line(done, "--buckets", "resolution of 64, not 128")
 
 
+def test_squares_are_not_enlarged_in_silence(tiny_model, tmp_path):
+    """Made smaller they lose nothing."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(4):
+        picture(number, (400, 300)).save(data / f"{number}.png")
+    prepare(data, tmp_path / "out")
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=tmp_path / "out", max_steps=2)
+    done = call("train.py", *options(**config | dict(output_dir=tmp_path / "a", resolution=128)))
+    assert_one_line(done, "resolution of 64 and would be enlarged to 128", "--resolution 128")
+    done = call("train.py", *options(**config | dict(output_dir=tmp_path / "a", resolution=32)))
+    succeeded(done)
+    assert "note: not" in done.stdout
+    assert "are enlarged" not in done.stdout
+
+
+def test_what_becomes_of_ones_own_pictures_is_said(tiny_model, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    sizes = [(64, 64), (48, 64), (90, 60), (64, 64)]
+    for number, size in enumerate(sizes):
+        picture(number, size).save(data / f"{number}.png")
+    rows = [json.dumps(dict(file_name=f"{n}.png", text="a coat")) for n in range(4)]
+    (data / "captions.jsonl").write_text("\n".join(rows))
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=data, max_steps=2, output_dir=tmp_path)
+    done = call("train.py", *options(**config))
+    succeeded(done)
+    assert "of 4 pictures 2 are smaller and are enlarged (64x64 are trained on)" in done.stdout
+    assert "of 4 pictures 2 are of another shape and lose what does not fit" in done.stdout
+
+
 def test_a_mask_weight_without_masks_is_refused(tiny_model, buckets, tmp_path):
     config = BUCKETED | dict(base_model=tiny_model, data_dir=buckets, output_dir=tmp_path)
     assert_one_line(
