@@ -26,6 +26,7 @@ READER = (
     2  # another number, where pictures are read in another way, makes anew all that is kept of them
 )
 KEPT = "latents"  # the folder in the training set where what was computed of it is kept
+FACT = [int, int, int, str]  # what is known of a picture's file, see `file_fact`
 
 
 class Row(NamedTuple):
@@ -160,7 +161,7 @@ def read_dataset(data_dir, resolution, caption_from="text"):
     data_dir = Path(data_dir)
     listing, known = read_listing(data_dir, caption_from), read_known(data_dir)
     facts = {name: file_fact(name, path, known["pictures"]) for name, _, path in listing}
-    rows = [Row(name, caption, path, facts[name][2]) for name, caption, path in listing]
+    rows = [Row(name, caption, path, facts[name][3]) for name, caption, path in listing]
     data = Dataset(data_dir, rows, resolution, picture_sizes(data_dir, rows, resolution))
     made_of = [[row.caption, data.key(index)] for index, row in enumerate(rows)]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
@@ -213,24 +214,30 @@ def prepared_as(data_dir):
 
 
 def read_known(data_dir):
-    """What latents/pictures.json says: dicts of `pictures`, {name: [bytes, time of change, SHA-256]}, and `data`,
+    """What latents/pictures.json says: dicts of `pictures`, {name: what `file_fact` gives}, and `data`,
     {what a training set is made of: its SHA-256}; both empty where there is none or it is damaged."""
     try:
         record = json.loads((data_dir / KEPT / "pictures.json").read_text(encoding="utf-8"))
-        if all(isinstance(record[key], dict) for key in ("pictures", "data")):
-            return record
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pictures = {
+            name: fact for name, fact in record["pictures"].items() if [*map(type, fact)] == FACT
+        }
+        return dict(
+            pictures=pictures, data={k: v for k, v in record["data"].items() if type(v) is str}
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return dict(pictures={}, data={})
 
 
 def file_fact(name, path, known):
-    """[bytes, time of change in ns, SHA-256] of a picture, the last as `known` where the others agree."""
+    """[bytes, time of change and of the file's entry in ns, SHA-256] of a picture, the last as `known` where the others
+    agree. A program can set the first of the times, as editors do that keep it, but not the second."""
     try:
         state = path.stat()
-        if (fact := known.get(name)) and fact[:2] == [state.st_size, state.st_mtime_ns]:
+        looks = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        if (fact := known.get(name)) and fact[:3] == looks:
             return fact
-        return [state.st_size, state.st_mtime_ns, sha256_file(path)]
+        return [*looks, sha256_file(path)]
     except OSError as problem:
         raise UserError(f"{path} cannot be read: {problem.strerror}") from None
 

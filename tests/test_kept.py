@@ -1,6 +1,7 @@
 """What is computed of the training pictures once and kept beside them: latents, embeddings, hashes."""
 
 import hashlib
+import json
 import os
 import shutil
 
@@ -188,6 +189,29 @@ def test_pictures_are_read_again_only_where_they_changed(data, monkeypatch):
     assert read_dataset(data, 32).sha256 != first.sha256
     (data / KEPT / "pictures.json").write_text('{"pictures": 3, "data": {}}')
     changed.write_bytes(content)
+    assert read_dataset(data, 64).sha256 == first.sha256
+
+
+def test_a_picture_edited_with_its_size_and_time_kept_is_read_again(tmp_path):
+    data = make_processed(tmp_path / "processed", 3)
+    path = data / "images" / "image_02.png"
+    picture(2).save(path, "BMP")
+    first, state = read_dataset(data, 64), path.stat()
+    picture(50).save(path, "BMP")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert path.stat().st_size == state.st_size
+    second = read_dataset(data, 64)
+    assert second.sha256 != first.sha256
+    assert second.key(1) != first.key(1)
+
+
+@pytest.mark.parametrize("fact", [3, [], "words", [1, 2], [1, 2, "old"], [None] * 4])
+def test_what_is_known_of_pictures_may_hold_anything(data, fact):
+    first = read_dataset(data, 64)
+    path = data / KEPT / "pictures.json"
+    record = json.loads(path.read_text())
+    record["pictures"]["images/image_02.png"] = fact
+    path.write_text(json.dumps(record))
     assert read_dataset(data, 64).sha256 == first.sha256
 
 
