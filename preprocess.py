@@ -35,7 +35,7 @@ from lib.files import (
 )
 from lib.kept import ahead
 from lib.photographs import upright_shape
-from lib.preparation.duplicates import without_duplicates
+from lib.preparation.duplicates import with_those_of_duplicates, without_duplicates
 from lib.preparation.edits import NO_EDIT, Edits, fitting_edits, read_edits
 from lib.preparation.framing import CROPS, choose_sizes, nearest_size
 from lib.preparation.sheets import write_sheets
@@ -98,6 +98,7 @@ def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_
     )
     pictures, skipped = prepare_pictures(data_dir, names, masks, sizes, parts, settings, processes)
     kept, duplicates = without_duplicates(pictures, duplicate_bits, duplicate_colour)
+    captions = with_those_of_duplicates(captions, duplicates)
     report_counts(len(names), kept, skipped, duplicates, data_dir)
     if left_out := sorted({picture["source"] for picture in kept} & edits.left_out):
         print(f"  left out   {len(left_out)} whose rows were removed from captions.jsonl ({left_out[0]}"
@@ -213,6 +214,8 @@ def report_counts(read, kept, skipped, duplicates, data_dir):
         detail = (
             "" if row["reason"] == "the same file" else f" ({row['bits']} of 64 hash bits differ)"
         )
+        for words in row["notes"]:
+            detail += f"; {words}"
         print(f"  duplicate  {row['source']}: {row['reason']} as {row['duplicate_of']}{detail}")
     for picture in kept:
         if picture["enlarged"]:

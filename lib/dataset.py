@@ -20,7 +20,8 @@ from lib.errors import UserError
 from lib.files import sha256_file
 from lib.kept import ahead, first_process, keep
 from lib.masks import find_masks, only_mask, subject_mask
-from lib.photographs import Unusable, check_content, read_layers
+from lib.photographs import Unusable, check_content, fetched_by, read_layers
+from lib.texts import Names, alike, read_text, text_lines
 
 READER = (
     2  # another number, where pictures are read in another way, makes anew all that is kept of them
@@ -248,11 +249,8 @@ def read_listing(data_dir, caption_from):
     listing = data_dir / "captions.jsonl"
     if not listing.is_file():
         raise UserError(f"{listing}: no such file; run python preprocess.py first")
-    try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"{listing} cannot be read as UTF-8 text: {problem}") from None
-    rows, seen, inside = [], {}, data_dir.resolve()
+    lines = text_lines(read_text(listing))
+    rows, seen, folders = [], {}, {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -274,19 +272,22 @@ def read_listing(data_dir, caption_from):
             )
         try:
             caption.encode()  # JSON can spell half of a surrogate pair, which is no text
-            places = (data_dir / name, data_dir / "images" / name)
-            path = next((place for place in places if place.is_file()), None)
+            path = find_file([data_dir / name, data_dir / "images" / name], folders)
         except (OSError, ValueError):  # too long, a zero byte, half of a surrogate pair
             raise UserError(
                 f"{where}: file_name cannot be a file's, or {caption_from} is no text"
             ) from None
         if Path(name).is_absolute():
             raise UserError(f"{where}: {name} is an absolute path; name pictures from {data_dir}")
+        if Path(os.path.normpath(name)).parts[:1] == ("..",):
+            raise UserError(f"{where}: {name} lies outside {data_dir}")
         if path is None:
             raise UserError(f"{where}: there is no {name} in {data_dir} or {data_dir / 'images'}")
-        real = path.resolve()
-        if inside not in real.parents:
-            raise UserError(f"{where}: {name} lies outside {data_dir}")
+        if not path.is_file():
+            raise UserError(
+                f"{where}: {name} is a link to {os.readlink(path)}, which is not there{fetched_by(path)}"
+            )
+        real = path.resolve()  # links are followed, but no picture is one twice
         if real in seen:
             raise UserError(f"{where}: {name} was already named in line {seen[real]}")
         seen[real] = number
@@ -294,6 +295,22 @@ def read_listing(data_dir, caption_from):
     if not rows:
         raise UserError(f"{listing} names no pictures; run python preprocess.py first")
     return rows
+
+
+def find_file(places, folders):
+    """The first of the paths `places` that is a file, or else one whose name differs in case or Unicode's form alone, or
+    else a link to nothing; None if there is none. `folders` keeps what lies in which folder, for the next call."""
+    if found := next((place for place in places if place.is_file()), None):
+        return found
+    for place in places:
+        if place.name and place.parent.is_dir():
+            if place.parent not in folders:
+                folders[place.parent] = Names(os.listdir(place.parent))
+            found = folders[place.parent].find(place.name)
+            found = [name for name in found if alike(name) == alike(place.name)]
+            if len(found) == 1 and place.with_name(found[0]).is_file():
+                return place.with_name(found[0])
+    return next((place for place in places if place.is_symlink() and not place.exists()), None)
 
 
 def read_layers_of(path):

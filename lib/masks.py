@@ -1,13 +1,12 @@
 """Masks beside pictures: by which names they are known, and how they are read."""
 
 import re
-import unicodedata
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from lib.photographs import Unusable, decoded, reading
+from lib.texts import Names
 
 ENDINGS = r"\.(png|jpe?g|jfif|webp|bmp|tiff?|gif|avif|hei[cf])"
 # photo.mask.png, and photo-masklabel.png as OneTrainer has it, beside photo.jpg.
@@ -17,21 +16,13 @@ PERHAPS = re.compile(rf"(.+)[_-]mask{ENDINGS}", re.I | re.S)
 BLACK, WHITE = 32, 223  # up to which and from which a level of a mask is meant as such
 
 
-def alike(name):
-    """A file's name as different systems spell the same one: composed, without a difference of case."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
 def find_masks(names):
     """{picture: [its masks]} among the file names of a folder."""
-    pictures, masks = {}, {}
-    for name in names:
-        if not SURELY.fullmatch(name):
-            for spelt in {alike(name), alike(Path(name).stem)}:
-                pictures.setdefault(spelt, []).append(name)
+    pictures = Names(name for name in names if not SURELY.fullmatch(name))
+    masks = {}
     for name in names:
         if found := SURELY.fullmatch(name) or PERHAPS.fullmatch(name):
-            for picture in pictures.get(alike(found[1]), []):
+            for picture in pictures.find(found[1]):
                 masks.setdefault(picture, []).append(name)
     return masks
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import warnings
 
 import numpy as np
@@ -20,6 +21,26 @@ SRGB = ImageCms.createProfile("sRGB")
 # What a camera's sensor saw, which only becomes a picture when it is developed. Some of these are
 # TIFF files whose only picture, for a reader of TIFF, is a tiny preview.
 RAW_ENDINGS = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
+# What version control lays in the place of a large file: Git LFS, git-annex.
+POINTERS = (
+    b"version https://git-lfs",
+    b"/annex/objects/",
+    b"../.git/annex/objects/",
+    b".git/annex/objects/",
+)
+TEXTS = (
+    ".txt",
+    ".caption",
+    ".csv",
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".tsv",
+    ".xml",
+    ".xmp",
+    ".yaml",
+    ".yml",
+)
 DNG_VERSION = 50706  # a TIFF tag
 RAW = ("a camera's raw file ({}); develop it, in the camera's program, darktable or RawTherapee, and export "
        "a JPEG, TIFF or PNG")  # fmt: skip
@@ -209,10 +230,19 @@ def raw_kind(path):
     return next((kind for kind, fits in known.items() if fits), None)
 
 
+def fetched_by(link):
+    """What brings the file that a link of version control points to, in words after a comma; "" for another link."""
+    return (
+        ", until git annex get brings it"
+        if ".git/annex/" in os.readlink(link).replace("\\", "/")
+        else ""
+    )
+
+
 def unread_kind(path):
     """What a file is that no reader takes for a picture of its own, in words."""
     with path.open("rb") as file:
-        head = file.read(12)
+        head = file.read(30)
     if head.startswith(b"%PDF-"):
         return "a PDF"
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
@@ -223,6 +253,14 @@ def unread_kind(path):
         return "a film or another kind of file"
     if path.suffix.lower() in RAW_ENDINGS:
         return "by its name a camera's raw file, but damaged or of an unknown kind"
+    if head.startswith(POINTERS):
+        return (
+            "a pointer to a picture that was not fetched; git lfs pull, or git annex get, brings it"
+        )
+    if path.suffix.lower() in TEXTS:
+        return (
+            "no picture; captions are read from photo.txt beside photo.jpg, and from captions.jsonl"
+        )
     return "not a picture, or one in another format"
 
 

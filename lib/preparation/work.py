@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lib.errors import UserError
 from lib.files import replacing, sha256_file
 from lib.masks import SURELY, only_mask, subject_mask
-from lib.photographs import Unusable, check_content, read_layers, upright_shape
+from lib.photographs import Unusable, check_content, fetched_by, read_layers, upright_shape
 from lib.preparation.duplicates import fingerprint
 from lib.preparation.framing import framed, view
 from lib.preparation.sources import is_text
@@ -86,6 +86,8 @@ def prepared(data_dir, parts, settings, name, masks, size):
         if not is_text(name):
             name = name.encode("utf-8", "replace").decode()
             raise Unusable("its name is not UTF-8; give it another")
+        if not path.exists() and path.is_symlink():
+            raise Unusable(f"a link to {os.readlink(path)}, which is not there{fetched_by(path)}")
         if not path.is_file():
             raise Unusable("a folder or special file; only files directly in it are read")
         if SURELY.fullmatch(name):
@@ -93,9 +95,12 @@ def prepared(data_dir, parts, settings, name, masks, size):
         mask = only_mask([data_dir / mask for mask in masks])
         try:
             sha256 = sha256_file(path)
-            mask_sha256 = sha256_file(mask) if mask else None
         except OSError as problem:
             raise Unusable(f"cannot be read ({problem.strerror})") from None
+        try:
+            mask_sha256 = sha256_file(mask) if mask else None
+        except OSError as problem:
+            raise Unusable(f"its mask {mask.name} cannot be read ({problem.strerror})") from None
         made_from = [MAKER, sha256, mask_sha256, masks, path.suffix.lower(), size, settings]
         part = parts / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
         record = kept_record(part)
