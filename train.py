@@ -59,6 +59,7 @@ CONFIG = dict(
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
     caption_from="text",  # its column that is trained on: text (as a rule one caption), description
+    truncate_captions=False,  # True: read the first 77 tokens of a longer caption, which is said
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
     validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
     mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
@@ -183,9 +184,9 @@ def check_config(config):
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 
 
-def train(*, base_model, revision, data_dir, caption_from, resolution, validation_count, mask_weight, output_dir,
-          run_name, push_to_hub, rank, alpha, dora, unet_targets, text_encoder_targets, train_text_encoder,
-          unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2, adam_weight_decay, max_steps,
+def train(*, base_model, revision, data_dir, caption_from, truncate_captions, resolution, validation_count,
+          mask_weight, output_dir, run_name, push_to_hub, rank, alpha, dora, unet_targets, text_encoder_targets,
+          train_text_encoder, unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2, adam_weight_decay, max_steps,
           warmup_steps, batch_size, gradient_accumulation_steps, preservation_weight, preservation_every,
           preservation_per_picture, preservation_captions, gradient_checkpointing, mixed_precision, checkpoint_every,
           keep_checkpoints, resume, max_overflows, seed, log_every, validate_every, preview_every, preview_prompts,

@@ -6,28 +6,33 @@ import numpy as np
 import torch
 
 from lib.errors import UserError
+from lib.kept import first_process
 
 MAX_TOKENS = 77  # CLIP's text length, begin and end token included
 # Separate streams of random numbers, so that none shifts another.
 ORDER, SAMPLE, HELD_OUT = 1, 2, 3
 
 
-def tokenize(tokenizer, data):
-    """Token ids of the captions, int64 [n, 77]; UserError naming a caption that does not fit."""
+def tokenize(tokenizer, data, truncate=False):
+    """Token ids of the captions, int64 [n, 77]; UserError naming all that do not fit or, with `truncate`, a note that
+    does, and they end where the others must."""
     lengths = {}  # each caption is read once, however many pictures have it
-    for row in data:
-        caption = row.caption
-        if caption not in lengths:
-            lengths[caption] = len(tokenizer(caption, verbose=False).input_ids)
-        length = lengths[caption]
-        if length > MAX_TOKENS:
-            raise UserError(
-                f"the caption of {row.name} has {length} tokens, {MAX_TOKENS} is the most "
-                f"(begin and end included); shorten «{caption[:60]}…»"
-            )
+    for caption in dict.fromkeys(row.caption for row in data):
+        lengths[caption] = len(tokenizer(caption, verbose=False).input_ids)
+    long = [row for row in data if lengths[row.caption] > MAX_TOKENS]
+    names = ", ".join(f"{row.name} ({lengths[row.caption]})" for row in long)
+    if long and not truncate:
+        what = f"the caption of {names}" if len(long) == 1 else f"{len(long)} captions, {names},"
+        raise UserError(
+            f"more than {MAX_TOKENS} tokens (begin and end included): {what} cannot be read whole; shorten "
+            f"«{long[0].caption[:60]}…»{' and the others' if long[1:] else ''}, or add --truncate-captions"
+        )
+    if long and first_process():
+        print(f"note: of {len(long)} captions only the first {MAX_TOKENS} tokens are read: {names}")
     return tokenizer(
         [row.caption for row in data],
         padding="max_length",
+        truncation=truncate,
         max_length=MAX_TOKENS,
         return_tensors="pt",
     ).input_ids

@@ -34,14 +34,15 @@ def caption_tokens(base_folder, data, config, prompts):
     with loading(base_folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(base_folder / "tokenizer")
     if prompts:
-        tokenize(tokenizer, [Row("a preview", prompt, None, None) for prompt in prompts])
+        rows = [Row("a preview", prompt, None, None) for prompt in prompts]
+        tokenize(tokenizer, rows, config["truncate_captions"])
     preserved = config["preservation_captions"] if config["preservation_weight"] else ()
     for row in data:
         if row.caption in preserved:
             raise UserError(f"«{row.caption}», the caption of {row.name}, is one of the preservation_captions too; "
                             "a caption cannot be both taught and preserved: remove it there")  # fmt: skip
     others = [Row("preservation_captions", caption, None, None) for caption in preserved]
-    return tokenize(tokenizer, [*data, *others])
+    return tokenize(tokenizer, [*data, *others], config["truncate_captions"])
 
 
 def divided(data_dir, pictures, validation_count, seed, say):
