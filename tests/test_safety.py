@@ -754,7 +754,7 @@ def test_out_of_memory_says_what_was_done_and_what_to_change(
 
     monkeypatch.setattr(f"lib.training.{place}", full)
     if place == "setup.encode_latents":  # as if none were kept
-        monkeypatch.setattr("lib.training.setup.arranged", lambda *kept: None)
+        monkeypatch.setattr("lib.training.setup.kept_folder", lambda *kept: tmp_path / "none")
     config = exact | dict(
         output_dir=tmp_path, batch_size=4, validation_count=0 if place == "samples.draw_noise" else 2,
         train_text_encoder=place != "setup.encode_captions", gradient_checkpointing=False,

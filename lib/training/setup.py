@@ -1,7 +1,5 @@
 """From a base-model folder to what the loop needs: latents, the adapted models, texts."""
 
-import functools
-
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -11,14 +9,7 @@ from lib.dataset import Row
 from lib.errors import UserError, memory_for
 from lib.kernels.lora import without_lora
 from lib.models import load_part, loading
-from lib.training.latents import (
-    arranged,
-    encode_latents,
-    kept_path,
-    latent_shape,
-    make_latents,
-    read_kept,
-)
+from lib.training.latents import Latents, encode_latents, kept_folder
 from lib.training.losses import Preservation
 from lib.training.micro_step import recomputed
 from lib.training.parameters import add_lora_parameters
@@ -65,19 +56,14 @@ def picture_latents(base_folder, data, dtype, accelerator):
     """The Latents of a Dataset's pictures: those that were kept, and of the others what the VAE, which is needed
     for this alone and not kept, makes of them. Of several processes the first encodes and writes."""
     device, first = accelerator.device, accelerator.is_main_process
-    path = kept_path(data, base_folder / "vae", dtype, device)
     if not first:
         accelerator.wait_for_everyone()
-    kept = read_kept(path)
-    latents = arranged(kept, data)
-    if latents is None:
+    latents = Latents(data, kept_folder(data, base_folder / "vae", dtype, device))
+    if missing := latents.missing:
         vae = load_part(AutoencoderKL, base_folder, "vae", dtype).to(device)
         advice = f"--resolution {half_resolution(data.resolution)} needs a quarter"
         with memory_for("encoding the pictures", advice):
-            latents = make_latents(
-                path if first else None, data, functools.partial(latent_shape, vae), kept,
-                lambda indices: encode_latents(vae, data, indices, device),
-            )  # fmt: skip
+            latents.add(encode_latents(vae, data, missing, device), write=first)
     if first:
         accelerator.wait_for_everyone()
     return latents
