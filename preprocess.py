@@ -148,7 +148,8 @@ def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_
 def picture_sizes(data_dir, names, resolution):
     """The size [width, height] of each picture of `names` in buckets; says which were given up."""
     shapes = list(ahead(lambda name: upright_shape(data_dir / name), names))
-    sizes, merged = choose_sizes([shape for shape in shapes if shape], resolution)
+    known = [shape for shape in shapes if shape]
+    sizes, merged = choose_sizes(known, resolution) if known else ([], {})
     for (width, height), count in sorted(merged.items()):
         print(
             f"buckets: {count} pictures nearest to {width}x{height} go into the next size, as they are few"

@@ -295,6 +295,8 @@ def test_mistakes_get_one_line(tmp_path):
     out = tmp_path / "out"
     assert_one_line(fails("--data-dir", tmp_path / "none", "--output-dir", out), "no such folder")
     assert_one_line(fails("--data-dir", empty, "--output-dir", out), "no usable picture")
+    buckets = fails("--data-dir", empty, "--output-dir", out, "--buckets")
+    assert_one_line(buckets, "no usable picture")
     assert_one_line(fails("--data-dir", empty, "--output-dir", empty / "out"), "in one another")
     assert_one_line(fails("--data-dir", empty, "--output-dir", mine), "holds files")
     assert_one_line(fails("--resolution", "many"), "resolution is many", "WIDTHxHEIGHT")
