@@ -355,7 +355,7 @@ def test_data_order_visits_every_picture_once_an_epoch():
         ),
         (
             dict(preservation_weight=1, preservation_captions="a" * 99),
-            "of preservation_captions has",
+            "the caption of preservation_captions (101)",
         ),
         (dict(alpha="nan"), "alpha"),
     ],
