@@ -111,7 +111,8 @@ class Dataset:
         if self.mask_path(index) is not None:
             return True
         with Image.open(self.rows[index].path) as image:
-            return image.has_transparency_data
+            may_be = image.has_transparency_data
+        return may_be and read_layers_of(self.rows[index].path)[1] is not None
 
     def mask(self, index, size):
         """How much of the subject (0 to 255) each cell of a picture of `size` (width, height) shows, uint8 [height,

@@ -327,6 +327,16 @@ def test_what_has_no_content_is_named(tmp_path, kind):
     assert "\n" not in str(error.value)
 
 
+def test_a_picture_whose_transparency_is_opaque_has_no_mask(tmp_path):
+    for number, mode in enumerate(("RGB", "RGBA", "LA")):
+        picture(number).convert(mode).save(tmp_path / f"{number}.png")
+    rows = [json.dumps(dict(file_name=f"{n}.png", text="a coat")) for n in range(3)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(rows))
+    found = read_dataset(tmp_path, 64)
+    assert not any(map(found.has_mask, range(3)))
+    assert found.mask(1, (8, 8)).min() == 255
+
+
 def test_a_thin_subject_stays_marked(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
