@@ -9,7 +9,8 @@ as its EXIF says, converted to sRGB, put on white where it is transparent, and r
 centre-cropped to a square (never squashed). What cannot be used is named with its reason; of
 near-duplicates the better one is kept. The output also holds contact_sheet.jpg, to look at (of many
 pictures in numbered pages), and manifest.json: for each picture its source, the source's SHA-256 and
-what was done to it. A run that was interrupted goes on where it stopped.
+what was done to it. A run that was interrupted goes on where it stopped; captions, pictures and masks
+that were changed in processed_data/ by hand stay as they were changed.
 """
 
 import json
@@ -29,14 +30,17 @@ from lib.files import (
     real_folder,
     recover_folder,
     replace_folder,
+    sha256_file,
     write_marker,
 )
 from lib.kept import ahead
-from lib.preparation.duplicates import without_duplicates
+from lib.photographs import upright_shape
+from lib.preparation.duplicates import with_those_of_duplicates, without_duplicates
+from lib.preparation.edits import NO_EDIT, Edits, fitting_edits, read_edits
 from lib.preparation.framing import CROPS, choose_sizes, nearest_size
 from lib.preparation.sheets import write_sheets
 from lib.preparation.sources import picture_names, read_captions
-from lib.preparation.work import VIEW, prepare_pictures, upright_shape
+from lib.preparation.work import MASK, VIEW, prepare_pictures
 
 CONFIG = dict(
     data_dir="data",  # pictures, directly in this folder; captions beside them, see README
@@ -49,6 +53,7 @@ CONFIG = dict(
     duplicate_bits=6,  # of the 64 bits of the perceptual hash: this many or fewer differ, and
     duplicate_colour=12.0,  # thumbnails differ by at most this (mean of 0..255): a duplicate
     processes=0,  # at work at once; 0: one a core
+    keep_edits=True,  # what a person changed in output_dir; False: everything is made anew
     strict=False,  # True: any skipped or duplicate picture is an error
 )
 
@@ -74,14 +79,15 @@ def check_config(config):
 
 
 def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_megapixels, duplicate_bits,
-               duplicate_colour, processes, strict):  # fmt: skip
+               duplicate_colour, processes, keep_edits, strict):  # fmt: skip
     """Write the training set of `data_dir` to `output_dir`; return the manifest (a dict)."""
     data_dir, output_dir = Path(data_dir), Path(output_dir)
-    names, companions = picture_names(data_dir)
+    names, masks, companions = picture_names(data_dir)
     if companions:
         print(f"{data_dir}: {len(companions)} clips and records beside pictures of the same name are passed "
               f"over ({companions[0]}{', …' if companions[1:] else ''})")  # fmt: skip
     captions = read_captions(data_dir, names)
+    edits = read_edits(output_dir) if keep_edits else Edits({}, set())
 
     # Each picture is made ready, and lies in `parts` until it is known which are kept.
     settings = dict(max_megapixels=max_megapixels, crop=crop)
@@ -90,9 +96,14 @@ def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_
     sizes = (
         picture_sizes(data_dir, names, resolution) if buckets else [[resolution] * 2] * len(names)
     )
-    pictures, skipped = prepare_pictures(data_dir, names, sizes, parts, settings, processes)
+    pictures, skipped = prepare_pictures(data_dir, names, masks, sizes, parts, settings, processes)
     kept, duplicates = without_duplicates(pictures, duplicate_bits, duplicate_colour)
+    captions = with_those_of_duplicates(captions, duplicates)
     report_counts(len(names), kept, skipped, duplicates, data_dir)
+    if left_out := sorted({picture["source"] for picture in kept} & edits.left_out):
+        print(f"  left out   {len(left_out)} whose rows were removed from captions.jsonl ({left_out[0]}"
+              f"{', …' if left_out[1:] else ''}); --no-keep-edits brings them back")  # fmt: skip
+    kept = [picture for picture in kept if picture["source"] not in left_out]
     if not kept:
         shutil.rmtree(parts)
         raise UserError(
@@ -104,11 +115,14 @@ def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_
             f"--strict: {len(skipped)} skipped and {len(duplicates)} duplicate pictures, named above; "
             "nothing was written"
         )
+    changed, notes = fitting_edits(edits, kept)
+    for note in notes:
+        print(f"  by hand    {note}")
 
     new = fresh_folder(output_dir)
     views = [parts / f"{picture['key']}{VIEW}" for picture in kept]
     sheet = write_sheets(new, views, [picture["source"] for picture in kept])
-    records = write_pictures(new, parts, kept, captions, caption)
+    records = write_pictures(new, parts, kept, captions, caption, changed)
     manifest = dict(
         config=dict(caption=caption, duplicate_bits=duplicate_bits, duplicate_colour=duplicate_colour,
                     resolution=resolution, buckets=buckets) | settings,
@@ -116,6 +130,7 @@ def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_
         pictures=records,
         skipped=skipped,
         duplicates=duplicates,
+        left_out=left_out,
     )  # fmt: skip
     write_marker(new / "manifest.json", manifest)
     replace_folder(output_dir, "manifest.json")
@@ -133,7 +148,8 @@ def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_
 def picture_sizes(data_dir, names, resolution):
     """The size [width, height] of each picture of `names` in buckets; says which were given up."""
     shapes = list(ahead(lambda name: upright_shape(data_dir / name), names))
-    sizes, merged = choose_sizes([shape for shape in shapes if shape], resolution)
+    known = [shape for shape in shapes if shape]
+    sizes, merged = choose_sizes(known, resolution) if known else ([], {})
     for (width, height), count in sorted(merged.items()):
         print(
             f"buckets: {count} pictures nearest to {width}x{height} go into the next size, as they are few"
@@ -150,26 +166,38 @@ def count_sizes(pictures):
     return ", ".join(f"{size} ({number})" for size, number in count.most_common())
 
 
-def write_pictures(folder, parts, pictures, captions, caption):
+def write_pictures(folder, parts, pictures, captions, caption, edits):
     """Write images/ and captions.jsonl into `folder`, the images moved from the folder `parts`; return what the
     manifest says of each picture.
 
-    `captions` is what `read_captions` gives, `caption` the text of every picture without one.
+    `captions` is what `read_captions` gives, `caption` the text of every picture without one, `edits` what
+    `fitting_edits` gives.
     """
     (folder / "images").mkdir()
     digits = max(2, len(str(len(pictures))))
     rows, records = [], []
     for number, picture in enumerate(pictures, 1):
         file_name = f"images/image_{number:0{digits}}.png"
-        for ending in picture["files"]:
-            (parts / f"{picture['key']}{ending}").rename((folder / file_name).with_suffix(ending))
+        edit, files = edits.get(picture["source"], NO_EDIT), {}
+        for ending in {**picture["files"], **edit.files}:
+            goal = (folder / file_name).with_suffix(ending)
+            if ending not in edit.files:
+                (parts / f"{picture['key']}{ending}").rename(goal)
+                files[ending] = picture["files"][ending]
+            elif edit.files[ending] is not None:
+                shutil.copyfile(edit.files[ending], goal)
+                files[ending] = sha256_file(goal)
         own = captions[picture["source"]]
         text, caption_from = own.get("text", (caption, "CONFIG"))
+        if edit.words.get("text"):
+            text, caption_from = edit.words["text"], "a change by hand"
         row = dict(file_name=file_name, text=text)
         if own:  # without a description the picture's own text is one
             row["description"] = own.get("description", own.get("text"))[0]
+        row = {key: words for key, words in (row | edit.words).items() if words is not None}
         rows.append(json.dumps(row, ensure_ascii=False))
         record = {k: picture[k] for k in "source sha256 format mode width height size done".split()}
+        record |= dict(files=files, edited=edit.words, edited_files=sorted(edit.files))
         records.append(row | dict(caption_from=caption_from) | record)
     (folder / "captions.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return records
@@ -187,6 +215,8 @@ def report_counts(read, kept, skipped, duplicates, data_dir):
         detail = (
             "" if row["reason"] == "the same file" else f" ({row['bits']} of 64 hash bits differ)"
         )
+        for words in row["notes"]:
+            detail += f"; {words}"
         print(f"  duplicate  {row['source']}: {row['reason']} as {row['duplicate_of']}{detail}")
     for picture in kept:
         if picture["enlarged"]:
@@ -195,6 +225,11 @@ def report_counts(read, kept, skipped, duplicates, data_dir):
         for action in picture["done"]:
             if "ICC" in action:
                 print(f"  warning    {picture['source']}: {action}")
+    masked = [picture for picture in kept if MASK in picture["files"]]
+    if masked:
+        clear = sum("masked by its transparency" in picture["done"] for picture in masked)
+        print(f"  masks      {len(masked) - clear} beside pictures, {clear} of transparent pictures; "
+              "train.py --mask-weight uses them")  # fmt: skip
     if cut := sum(picture["kept"] < 0.75 for picture in kept):
         print(
             f"  warning    {cut} pictures lose more than a quarter, which the contact sheet shows pale; "

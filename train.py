@@ -59,6 +59,7 @@ CONFIG = dict(
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
     caption_from="text",  # its column that is trained on: text (as a rule one caption), description
+    truncate_captions=False,  # True: read the first 77 tokens of a longer caption, which is said
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
     validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
     mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
@@ -204,12 +205,13 @@ def check_protection(config):
         )
 
 
-def train(*, base_model, revision, data_dir, caption_from, resolution, validation_count, mask_weight, output_dir,
-          run_name, push_to_hub, rank, alpha, dora, unet_targets, text_encoder_targets, train_text_encoder,
-          unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2, adam_weight_decay, max_steps,
-          warmup_steps, batch_size, gradient_accumulation_steps, protected_prompts, protected_class, protection_ridge,
-          loss_guidance_scale, gradient_checkpointing, mixed_precision, checkpoint_every, keep_checkpoints, resume, max_overflows, seed, log_every, validate_every, preview_every, preview_prompts,
-          preview_guidance_scale, snapshot_every, report_to, wandb_project, wandb_pictures):  # fmt: skip
+def train(*, base_model, revision, data_dir, caption_from, truncate_captions, resolution, validation_count,
+          mask_weight, output_dir, run_name, push_to_hub, rank, alpha, dora, unet_targets, text_encoder_targets,
+          train_text_encoder, unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
+          adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps, protected_prompts,
+          protected_class, protection_ridge, loss_guidance_scale, gradient_checkpointing, mixed_precision,
+          checkpoint_every, keep_checkpoints, resume, max_overflows, seed, log_every, validate_every, preview_every,
+          preview_prompts, preview_guidance_scale, snapshot_every, report_to, wandb_project, wandb_pictures):  # fmt: skip
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
     # Imported here, so that --help and a wrong option are answered at once.
@@ -240,7 +242,7 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     half = on_cuda and mixed_precision == "fp16"
     base_folder = fetch_base_model(base_model, revision, half, resolution)
     prompts = preview_texts(preview_prompts, rows) if preview_every else []
-    input_ids, no_text = setup.caption_tokens(base_folder, rows, prompts)
+    input_ids, no_text = setup.caption_tokens(base_folder, rows, prompts, truncate_captions)
     protected = setup.protected_prompts(rows, config)
 
     accelerator = Accelerator(mixed_precision=mixed_precision if on_cuda else "no", cpu=not on_cuda)
@@ -274,6 +276,8 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
         train_indices, seed, latents.shape, scheduler.config.num_train_timesteps, batch_size,
         accelerator.num_processes, accelerator.process_index, loss_guidance_scale,
     )  # fmt: skip
+    for note in [*rows.notes(), *samples.notes()]:
+        say(note)
     probes = samples.probes(held_out) if is_main else []
     micro = MicroStep(
         unet, scheduler, latents, texts, trained, accelerator.scaler, batch_size,

@@ -21,6 +21,7 @@ CONFIG = dict(
     # data
     data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
     caption_from="text",  # its column that is trained on: text (as a rule one caption), description
+    truncate_captions=False,  # True: read the first 77 tokens of a longer caption, which is said
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
     validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
     mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none

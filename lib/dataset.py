@@ -1,11 +1,14 @@
-"""The training set as preprocess.py wrote it: captions.jsonl and its pictures.
+"""The training set: captions.jsonl and its pictures, as preprocess.py wrote them or anybody else, read in one way.
 
 Pictures are read when they are needed, so that their number costs no memory. What is known of them by their
 names, sizes and times of change is kept in latents/pictures.json beside them.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +16,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lib.errors import UserError, one_line
+from lib.errors import UserError
 from lib.files import sha256_file
 from lib.kept import ahead, first_process, keep
+from lib.masks import find_masks, only_mask, subject_mask
+from lib.photographs import Unusable, check_content, fetched_by, read_layers
+from lib.texts import Names, alike, read_text, text_lines
 
+READER = (
+    2  # another number, where pictures are read in another way, makes anew all that is kept of them
+)
 KEPT = "latents"  # the folder in the training set where what was computed of it is kept
+FACT = [int, int, int, str]  # what is known of a picture's file, see `file_fact`
 
 
 class Row(NamedTuple):
@@ -48,8 +58,28 @@ class Dataset:
         return self.rows[index]
 
     def key(self, index):
-        """By what a picture is known, whatever it is called: its bytes and its size."""
-        return "{} {}x{}".format(self.rows[index].sha256, *self.sizes[index])
+        """By what a picture is known, whatever it is called: its bytes, its size and how it is read."""
+        return "{} {}x{} {}".format(self.rows[index].sha256, *self.sizes[index], READER)
+
+    def notes(self):
+        """What becomes of pictures where preprocess.py did not bring them to their size: a list of lines."""
+        if prepared_as(self.folder)[0]:
+            return []
+        small = cut = 0
+        for row, (width, height) in zip(self.rows, self.sizes, strict=True):
+            with contextlib.suppress(Exception), Image.open(row.path) as image:
+                small += image.width < width or image.height < height
+                cut += image.width * height != image.height * width
+        found = [
+            (small, "smaller and are enlarged"),
+            (cut, "of another shape and lose what does not fit"),
+        ]
+        size = self.resolution
+        return [
+            f"note: {self.folder}: of {len(self)} pictures {count} are {words} ({size}x{size} are trained on)"
+            for count, words in found
+            if count
+        ]
 
     def pixels(self, index):
         """A picture as uint8 [3, height, width]."""
@@ -59,25 +89,53 @@ class Dataset:
         """The same as a PIL picture."""
         return Image.fromarray(self.pixels(index).permute(1, 2, 0).numpy())
 
+    @functools.cached_property
+    def mask_names(self):
+        """{folder: {picture: [its masks]}} of the folders that the pictures lie in."""
+        return {
+            folder: find_masks(sorted(os.listdir(folder)))
+            for folder in {row.path.parent for row in self}
+        }
+
     def mask_path(self, index):
-        """Where a picture's mask lies, if it has one."""
-        return self.rows[index].path.with_suffix(".mask.png")
+        """Where a picture's mask lies, None if it has no file of its own; UserError if it has several."""
+        path = self.rows[index].path
+        try:
+            masks = self.mask_names[path.parent].get(path.name, [])
+            return only_mask([path.with_name(name) for name in masks])
+        except Unusable as reason:
+            raise UserError(f"{path} cannot be used: {reason}") from None
+
+    def has_mask(self, index):
+        """Whether a picture has a mask, a file of its own or its transparency."""
+        if self.mask_path(index) is not None:
+            return True
+        with Image.open(self.rows[index].path) as image:
+            may_be = image.has_transparency_data
+        return may_be and read_layers_of(self.rows[index].path)[1] is not None
 
     def mask(self, index, size):
         """How much of the subject (0 to 255) each cell of a picture of `size` (width, height) shows, uint8 [height,
-        width]; 255 everywhere for a picture without a mask."""
-        path = self.mask_path(index)
-        if not path.is_file():
+        width]; 255 everywhere for a picture without a mask. UserError for a mask that marks nothing."""
+        path, mask = self.rows[index].path, None
+        if self.has_mask(index):
+            image, alpha = read_layers_of(path)
+            try:
+                mask, _ = subject_mask(self.mask_path(index), image, alpha)
+            except Unusable as reason:
+                raise UserError(f"{path} cannot be used: {reason}") from None
+        if mask is None:
             return torch.full((size[1], size[0]), 255, dtype=torch.uint8)
-        mask = read_pixels(path, self.sizes[index])[0]
-        return torch.from_numpy(
-            np.array(Image.fromarray(mask.numpy()).resize(size, Image.Resampling.BOX))
-        )
+        if mask.size != self.sizes[index]:
+            mask = ImageOps.fit(mask, self.sizes[index], Image.Resampling.BILINEAR)
+        if mask.getextrema()[1] == 0:
+            raise UserError(f"{path} cannot be used: its mask marks nothing of what is trained on")
+        return torch.from_numpy(np.array(mask.resize(size, Image.Resampling.BOX)))
 
     def masks_sha256(self):
         """SHA-256 over the masks, in the order of the rows."""
         paths = map(self.mask_path, range(len(self)))
-        found = [sha256_file(path) if path.is_file() else None for path in paths]
+        found = [path and sha256_file(path) for path in paths]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
@@ -105,7 +163,7 @@ def read_dataset(data_dir, resolution, caption_from="text"):
     data_dir = Path(data_dir)
     listing, known = read_listing(data_dir, caption_from), read_known(data_dir)
     facts = {name: file_fact(name, path, known["pictures"]) for name, _, path in listing}
-    rows = [Row(name, caption, path, facts[name][2]) for name, caption, path in listing]
+    rows = [Row(name, caption, path, facts[name][3]) for name, caption, path in listing]
     data = Dataset(data_dir, rows, resolution, picture_sizes(data_dir, rows, resolution))
     made_of = [[row.caption, data.key(index)] for index, row in enumerate(rows)]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
@@ -120,9 +178,14 @@ def read_dataset(data_dir, resolution, caption_from="text"):
 def picture_sizes(data_dir, rows, resolution):
     """[(width, height)] of the rows: what preprocess.py says of those whose shape it kept, else a square.
 
-    UserError if it was told another resolution.
+    UserError if it was told another resolution; squares may be made smaller, but not larger.
     """
     prepared, said = prepared_as(data_dir)
+    if prepared and not said and prepared < resolution:
+        raise UserError(
+            f"{data_dir}: its pictures were prepared for a resolution of {prepared} and would be enlarged to "
+            f"{resolution}; run preprocess.py again with --resolution {resolution}, or add --resolution {prepared}"
+        )
     if said and prepared != resolution:
         raise UserError(
             f"{data_dir}: its pictures were prepared with --buckets for a resolution of {prepared}, not {resolution}; "
@@ -153,24 +216,30 @@ def prepared_as(data_dir):
 
 
 def read_known(data_dir):
-    """What latents/pictures.json says: dicts of `pictures`, {name: [bytes, time of change, SHA-256]}, and `data`,
+    """What latents/pictures.json says: dicts of `pictures`, {name: what `file_fact` gives}, and `data`,
     {what a training set is made of: its SHA-256}; both empty where there is none or it is damaged."""
     try:
         record = json.loads((data_dir / KEPT / "pictures.json").read_text(encoding="utf-8"))
-        if all(isinstance(record[key], dict) for key in ("pictures", "data")):
-            return record
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pictures = {
+            name: fact for name, fact in record["pictures"].items() if [*map(type, fact)] == FACT
+        }
+        return dict(
+            pictures=pictures, data={k: v for k, v in record["data"].items() if type(v) is str}
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return dict(pictures={}, data={})
 
 
 def file_fact(name, path, known):
-    """[bytes, time of change in ns, SHA-256] of a picture, the last as `known` where the others agree."""
+    """[bytes, time of change and of the file's entry in ns, SHA-256] of a picture, the last as `known` where the others
+    agree. A program can set the first of the times, as editors do that keep it, but not the second."""
     try:
         state = path.stat()
-        if (fact := known.get(name)) and fact[:2] == [state.st_size, state.st_mtime_ns]:
+        looks = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        if (fact := known.get(name)) and fact[:3] == looks:
             return fact
-        return [state.st_size, state.st_mtime_ns, sha256_file(path)]
+        return [*looks, sha256_file(path)]
     except OSError as problem:
         raise UserError(f"{path} cannot be read: {problem.strerror}") from None
 
@@ -181,11 +250,8 @@ def read_listing(data_dir, caption_from):
     listing = data_dir / "captions.jsonl"
     if not listing.is_file():
         raise UserError(f"{listing}: no such file; run python preprocess.py first")
-    try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"{listing} cannot be read as UTF-8 text: {problem}") from None
-    rows, seen, inside = [], {}, data_dir.resolve()
+    lines = text_lines(read_text(listing))
+    rows, seen, folders = [], {}, {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -207,19 +273,22 @@ def read_listing(data_dir, caption_from):
             )
         try:
             caption.encode()  # JSON can spell half of a surrogate pair, which is no text
-            places = (data_dir / name, data_dir / "images" / name)
-            path = next((place for place in places if place.is_file()), None)
+            path = find_file([data_dir / name, data_dir / "images" / name], folders)
         except (OSError, ValueError):  # too long, a zero byte, half of a surrogate pair
             raise UserError(
                 f"{where}: file_name cannot be a file's, or {caption_from} is no text"
             ) from None
         if Path(name).is_absolute():
             raise UserError(f"{where}: {name} is an absolute path; name pictures from {data_dir}")
+        if Path(os.path.normpath(name)).parts[:1] == ("..",):
+            raise UserError(f"{where}: {name} lies outside {data_dir}")
         if path is None:
             raise UserError(f"{where}: there is no {name} in {data_dir} or {data_dir / 'images'}")
-        real = path.resolve()
-        if inside not in real.parents:
-            raise UserError(f"{where}: {name} lies outside {data_dir}")
+        if not path.is_file():
+            raise UserError(
+                f"{where}: {name} is a link to {os.readlink(path)}, which is not there{fetched_by(path)}"
+            )
+        real = path.resolve()  # links are followed, but no picture is one twice
         if real in seen:
             raise UserError(f"{where}: {name} was already named in line {seen[real]}")
         seen[real] = number
@@ -229,17 +298,38 @@ def read_listing(data_dir, caption_from):
     return rows
 
 
+def find_file(places, folders):
+    """The first of the paths `places` that is a file, or else one whose name differs in case or Unicode's form alone, or
+    else a link to nothing; None if there is none. `folders` keeps what lies in which folder, for the next call."""
+    if found := next((place for place in places if place.is_file()), None):
+        return found
+    for place in places:
+        if place.name and place.parent.is_dir():
+            if place.parent not in folders:
+                folders[place.parent] = Names(os.listdir(place.parent))
+            found = folders[place.parent].find(place.name)
+            found = [name for name in found if alike(name) == alike(place.name)]
+            if len(found) == 1 and place.with_name(found[0]).is_file():
+                return place.with_name(found[0])
+    return next((place for place in places if place.is_symlink() and not place.exists()), None)
+
+
+def read_layers_of(path):
+    """(a picture as RGB PIL image, its transparency or None), read as preprocess.py reads it; UserError if that cannot
+    be or it shows nothing."""
+    try:
+        image, alpha, _, _ = read_layers(path)
+        check_content(image, alpha)
+        return image, alpha
+    except (Unusable, OSError) as reason:
+        raise UserError(
+            f"{path} cannot be read as a picture: {reason}; mend it, or take it out of captions.jsonl"
+        ) from None
+
+
 def read_pixels(path, size):
     """A picture as uint8 [3, height, width], resized and centre-cropped to `size` (width, height) if need be."""
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF")) as image:
-            image = image.convert("RGB")
-    # A decoder may raise almost anything on a damaged file.
-    except Exception as problem:
-        reason = one_line(problem, 100)
-        raise UserError(
-            f"{path} cannot be read as a picture: {reason}; run preprocess.py"
-        ) from None
+    image, _ = read_layers_of(path)
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,12 +1,14 @@
 """Photographs as cameras, telephones and the web give them, read as upright, opaque 8-bit sRGB."""
 
+import contextlib
 import io
+import os
 import warnings
 
 import numpy as np
 import PIL
 import pillow_heif
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from lib.errors import one_line
 
@@ -19,9 +21,36 @@ SRGB = ImageCms.createProfile("sRGB")
 # What a camera's sensor saw, which only becomes a picture when it is developed. Some of these are
 # TIFF files whose only picture, for a reader of TIFF, is a tiny preview.
 RAW_ENDINGS = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
+# What version control lays in the place of a large file: Git LFS, git-annex.
+POINTERS = (
+    b"version https://git-lfs",
+    b"/annex/objects/",
+    b"../.git/annex/objects/",
+    b".git/annex/objects/",
+)
+TEXTS = (
+    ".txt",
+    ".caption",
+    ".csv",
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".tsv",
+    ".xml",
+    ".xmp",
+    ".yaml",
+    ".yml",
+)
 DNG_VERSION = 50706  # a TIFF tag
 RAW = ("a camera's raw file ({}); develop it, in the camera's program, darktable or RawTherapee, and export "
        "a JPEG, TIFF or PNG")  # fmt: skip
+
+
+# Of a text that a picture carries (ComfyUI writes its whole graph into a PNG) Pillow takes a MiB at most for sound.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
+# Pillow's warning is about pictures that `decoded` refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+WHITES = (1, 255, 1023, 4095, 16383, 65535)  # of greys of 1, 8, 10, 12, 14 and 16 bits
 
 
 class Unusable(Exception):
@@ -34,33 +63,26 @@ def read_picture(path, max_megapixels=200):
     Returns (image, info, done): an RGB PIL image; a dict of the source's format, mode, width and
     height; and a list of what was done beyond decoding. Raises Unusable with the reason.
     """
-    if path.stat().st_size == 0:
-        raise Unusable("empty file")
-    Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)
+    image, _, info, done = read_layers(path, max_megapixels)
+    return image, info, done
+
+
+def read_layers(path, max_megapixels=200):
+    """The same with its transparency as second of four: an L PIL image, 255 where it is opaque, or None where
+    all of it is."""
+    with reading(path, max_megapixels):
+        image, info, done = decoded(path, max_megapixels)
+        return *to_srgb(image, done), info, done
+
+
+@contextlib.contextmanager
+def reading(path, max_megapixels):
+    """What a decoder raises within becomes Unusable, with the reason."""
     try:
-        if kind := raw_kind(path):
-            raise Unusable(RAW.format(kind))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
-            info = dict(
-                format=image.format, mode=image.mode, width=image.width, height=image.height
-            )
-            if image.format == "TIFF" and DNG_VERSION in image.tag_v2:
-                raise Unusable(RAW.format("DNG"))
-            frames = getattr(image, "n_frames", 1)
-            if image.format != "HEIF":  # which opens at its main picture, wherever that lies
-                image.seek(0)
-            image.load()
-            # MPO is the JPEG of many cameras and telephones: a picture and its preview or depth map.
-            animated = frames > 1 and image.format not in ("MPO", "HEIF")
-            done = [f"first of {frames} frames"] if animated else []
-            if image.format == "HEIF":
-                done += heif_notes(image, frames)
-            return to_srgb(image, done), info, done
+        yield
     except Unusable:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise Unusable(f"more than {max_megapixels} megapixels") from None
     except PIL.UnidentifiedImageError:
         raise Unusable(f"{unread_kind(path)} (read are {', '.join(FORMATS)})") from None
@@ -70,24 +92,101 @@ def read_picture(path, max_megapixels=200):
         raise Unusable(f"damaged or truncated ({one_line(problem, 100)})") from None
 
 
-def to_srgb(image, done):
-    """An opaque 8-bit sRGB copy of a decoded picture; appends what was done to the list `done`."""
-    orientation = image.getexif().get(0x0112, 1)
-    profile = image.info.get("icc_profile")
-    if orientation in range(2, 9):
+def decoded(path, max_megapixels):
+    """(image, info, done) of a picture file: a PIL image, upright, of whatever mode; the rest as `read_picture` says.
+    To be called within `reading`."""
+    if path.stat().st_size == 0:
+        raise Unusable("empty file")
+    if kind := raw_kind(path):
+        raise Unusable(RAW.format(kind))
+    Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)  # of a frame; twice as many are an error
+    image = Image.open(path, formats=FORMATS)
+    info = dict(format=image.format, mode=image.mode, width=image.width, height=image.height)
+    if image.width * image.height > max_megapixels * 1e6:
+        raise Unusable(f"more than {max_megapixels} megapixels")
+    if image.format == "TIFF" and DNG_VERSION in image.tag_v2:
+        raise Unusable(RAW.format("DNG"))
+    frames = getattr(image, "n_frames", 1)
+    if image.format != "HEIF":  # which opens at its main picture, wherever that lies
+        image.seek(0)
+    # MPO is the JPEG of many cameras and telephones: a picture and its preview or depth map.
+    animated = frames > 1 and image.format not in ("MPO", "HEIF")
+    done = [f"first of {frames} frames"] if animated else []
+    if image.format == "HEIF":
+        done += heif_notes(image, frames)
+    turned, deep = orientation(image) != 1, deep_colours(path, image)
+    tiff = image.format == "TIFF"
+    negative = tiff and image.mode.startswith(("I", "F")) and image.tag_v2.get(262) == 0
+    image.load()
+    if turned and not tiff:
         image = ImageOps.exif_transpose(image)
+    if turned:
         done.append("rotated as its EXIF says")
     if image.mode.startswith(("I", "F")):
-        # 16-bit greys; Pillow keeps 32-bit and float TIFFs as they are, whose white is unknown.
-        levels = np.asarray(image).astype(np.float64)
-        white = (
-            65535.0 if image.mode.startswith("I") and levels.max() > 255 else max(levels.max(), 1)
-        )
-        image = Image.fromarray(np.clip(levels / white * 255 + 0.5, 0, 255).astype(np.uint8))
-        done.append("16 or more bits reduced to 8")
-        profile = None  # it describes values that are gone
+        image = eight_bits(image, negative, done)
+    elif deep and image.convert("L").getextrema()[1] < 16:
+        # Pillow keeps the upper 8 bits of colours alone.
+        raise Unusable("nearly black: of 16 bits it uses 12 or fewer, as 16-bit colours are not read; "
+                       "export it with 8 bits, or with its values stretched")  # fmt: skip
+    return image, info, done
+
+
+def orientation(image):
+    """How an opened picture is to be turned before it is upright, as EXIF counts from 1 to 8. Pillow turns a TIFF file
+    itself in loading it, and pillow_heif, which answers here that there is nothing to do, has done so."""
+    if image.format == "HEIF":
+        return 1
+    if image.format == "TIFF":
+        found = image.tag_v2.get(0x0112) or image.getexif().get(0x0112, 1)
+    else:
+        found = image.getexif().get(0x0112, 1)
+    return found if found in range(2, 9) else 1
+
+
+def upright_shape(path):
+    """(width, height) of a picture as it is shown, from its header; None where that cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            size, quarter = image.size, orientation(image) in range(5, 9)
+            if image.format == "TIFF":
+                # By its tag Pillow has exchanged them already, not by a remark in its XMP.
+                quarter = quarter and image.tag_v2.get(0x0112, 1) not in range(5, 9)
+            return size[::-1] if quarter else size
+    except Exception:  # what is wrong with it is told when it is read
+        return None
+
+
+def deep_colours(path, image):
+    """Whether a file has more than 8 bits a channel, of which Pillow reads 8."""
+    if image.format == "PNG":
+        with path.open("rb") as file:
+            return file.read(25)[24:] == b"\x10"
+    return image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8
+
+
+def eight_bits(image, negative, done):
+    """Greys of more than 8 bits, or with fractions, as an L picture; appends what was done to `done`.
+
+    White is what the fewest usual bits that hold the brightest value call white: cameras and scanners put 10 to 14
+    bits into a file of 16. `negative` means that 0 is white.
+    """
+    levels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+    top = levels.max(initial=0)
+    white = next((white for white in WHITES if top <= white), top)
+    if negative:
+        levels = white - levels
+    done.append(
+        f"16 or more bits reduced to 8, with {white:g} as {'black' if negative else 'white'}"
+    )
+    return Image.fromarray(np.clip(levels / white * 255 + 0.5, 0, 255).astype(np.uint8))
+
+
+def to_srgb(image, done):
+    """(an opaque 8-bit sRGB copy of what `decoded` gives, its transparency or None); appends what was done to the list
+    `done`."""
+    profile = image.info.get("icc_profile")
     alpha = None
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
         image = image.convert("RGB")
@@ -103,10 +202,18 @@ def to_srgb(image, done):
         except (ImageCms.PyCMSError, OSError) as problem:
             done.append(f"its ICC profile was ignored ({str(problem)[:60]})")
     image = image.convert("RGB")
-    if alpha is not None and alpha.getextrema()[0] < 255:
-        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-        done.append("put on white")
-    return image
+    if alpha is None or alpha.getextrema()[0] == 255:
+        return image, None
+    done.append("put on white")
+    return Image.composite(image, Image.new("RGB", image.size, "white"), alpha), alpha
+
+
+def check_content(image, alpha):
+    """Raise Unusable if a picture (RGB), of the transparency `alpha` or None, shows nothing."""
+    if alpha is not None and alpha.getextrema()[1] == 0:
+        raise Unusable("transparent everywhere: nothing of it can be seen")
+    if all(low == high for low, high in image.getextrema()):
+        raise Unusable("of one colour everywhere: it shows nothing")
 
 
 def raw_kind(path):
@@ -123,10 +230,19 @@ def raw_kind(path):
     return next((kind for kind, fits in known.items() if fits), None)
 
 
+def fetched_by(link):
+    """What brings the file that a link of version control points to, in words after a comma; "" for another link."""
+    return (
+        ", until git annex get brings it"
+        if ".git/annex/" in os.readlink(link).replace("\\", "/")
+        else ""
+    )
+
+
 def unread_kind(path):
     """What a file is that no reader takes for a picture of its own, in words."""
     with path.open("rb") as file:
-        head = file.read(12)
+        head = file.read(30)
     if head.startswith(b"%PDF-"):
         return "a PDF"
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
@@ -137,6 +253,14 @@ def unread_kind(path):
         return "a film or another kind of file"
     if path.suffix.lower() in RAW_ENDINGS:
         return "by its name a camera's raw file, but damaged or of an unknown kind"
+    if head.startswith(POINTERS):
+        return (
+            "a pointer to a picture that was not fetched; git lfs pull, or git annex get, brings it"
+        )
+    if path.suffix.lower() in TEXTS:
+        return (
+            "no picture; captions are read from photo.txt beside photo.jpg, and from captions.jsonl"
+        )
     return "not a picture, or one in another format"
 
 

@@ -53,7 +53,7 @@ def converted(path, say=print):
     """The folder in diffusers' layout of the base model in the safetensors file `path`.
 
     Raises UserError naming the file if it is damaged or no whole Stable Diffusion 1.x or 2.x for
-    text to image. Several processes may ask at once: the first one converts.
+    text to image, or naming the folder if that cannot be written. Several processes may ask at once: the first one converts.
     """
     path = Path(path)
     with reading(path) as file:
@@ -61,11 +61,23 @@ def converted(path, say=print):
         version = version_of(file, keys, path)
     place = Path(constants.HF_HOME) / "single_files"
     folder = place / f"{path.stem}-{file_digest(path)}"
-    place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / f"{folder.name}.lock"):
-        if not (folder / "model_index.json").is_file():
-            say(f"{path}: Stable Diffusion {version}.x in one file; making {folder} of it, once")
-            convert(path, folder, version, header, say)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / f"{folder.name}.lock"):
+            if not (folder / "model_index.json").is_file():
+                say(
+                    f"{path}: Stable Diffusion {version}.x in one file; making {folder} of it, once"
+                )
+                convert(path, folder, version, header, say)
+    except (
+        SafetensorError,
+        OSError,
+    ) as problem:  # safetensors' own is of the disk too, while it writes
+        there = next(parent for parent in (place, *place.parents) if parent.exists())
+        raise UserError(
+            f"{folder}, which is made of the base model {path}, cannot be written: {one_line(problem, 100)}; "
+            f"{shutil.disk_usage(there).free:,} bytes free (HF_HOME names another place)"
+        ) from None
     return folder
 
 
@@ -122,6 +134,16 @@ def convert(path, folder, version, header, say):
     """Write the file's models, their configurations and the tokenizer into `folder`, whole or not at all."""
     new = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(new, ignore_errors=True)
+    try:
+        write_models(path, new, version, header, say)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    finally:  # gone already where all went well
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def write_models(path, new, version, header, say):
+    """Write the file's models, their configurations and the tokenizer into the folder `new`."""
     shutil.copytree(CONFIGS[version], new)
     write_tokenizer(new / "tokenizer")
     with reading(path) as file:
@@ -137,8 +159,6 @@ def convert(path, folder, version, header, say):
     write_json(scheduler, known | dict(prediction_type=predicts))
     for place in (*new.rglob("*"), new):
         flush(place)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
 
 
 def empty_model(part, folder):

@@ -16,6 +16,7 @@ from test_safety import assert_equal_runs, kill, succeeded, training
 
 import train
 from lib.dataset import read_dataset
+from lib.errors import UserError
 from lib.preparation.framing import (
     bucket_sizes,
     choose_sizes,
@@ -29,7 +30,7 @@ from lib.training import setup
 from lib.training.latents import latent_masks
 from lib.training.losses import diffusion_loss
 from lib.training.micro_step import MicroStep
-from lib.training.samples import Samples
+from lib.training.samples import Samples, epoch_order
 
 # ---- sizes --------------------------------------------------------------------------------------
 
@@ -173,7 +174,7 @@ def test_masks_beside_pictures_and_in_them(tmp_path):
     clear.save(data / "b.png")
     picture(3, (300, 600)).save(data / "c.png")
     picture(4, (300, 600)).save(data / "d.png")
-    Image.new("L", (300, 300)).save(data / "d.mask.png")
+    Image.new("L", (300, 300), 255).save(data / "d.mask.png")
     mask.save(data / "e.mask.png")
     manifest = prepare(data, tmp_path / "out")
     assert [row["source"] for row in manifest["pictures"]] == ["a.jpg", "b.png", "c.png"]
@@ -190,6 +191,181 @@ def test_masks_beside_pictures_and_in_them(tmp_path):
     assert len(list((tmp_path / "out" / "images").iterdir())) == 5
 
 
+def subject(size=(64, 64), mode="L", white=255):
+    """A mask of the left half."""
+    mask = Image.new(mode, size)
+    mask.paste(white, (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+def cut_out(black, white, outside):
+    """A mask painted in RGB, the left half `white`, the right one `black`, transparent where `outside` says."""
+    image = Image.new("RGBA", (64, 64), (black,) * 3 + (255,))
+    image.paste((white,) * 3 + (255,), (0, 0, 32, 64))
+    image.paste((255, 255, 255, 0), outside)
+    return image
+
+
+def voc_palette():
+    image = subject(mode="P", white=1)
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    return image
+
+
+RIGHT_HALF, LOWER_RIGHT = (32, 0, 64, 64), (32, 32, 64, 64)
+LEFT_MARKED = {
+    "0 and 255": subject(),
+    "0 and 1": subject(white=1),
+    "a bit": subject(mode="1", white=1),
+    "16 bits, 0 and 1": Image.fromarray(np.asarray(subject(white=1), np.uint16)),
+    "16 bits, 0 and 65535": Image.fromarray(np.asarray(subject(), np.uint16) * 257),
+    "floats": Image.fromarray(np.asarray(subject(), np.float32) / 255),
+    "labels with colours": voc_palette(),
+    "white, the rest cut out": cut_out(255, 255, RIGHT_HALF),
+    "black, the rest cut out": cut_out(0, 0, RIGHT_HALF),
+    "grey, the rest cut out": cut_out(90, 120, RIGHT_HALF),
+    "black and white, a corner cut out": cut_out(0, 255, LOWER_RIGHT),
+    "black and white, all there": cut_out(0, 255, (0, 0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_MARKED)
+def test_masks_as_programs_write_them(tmp_path, kind):
+    """Prepared or given to train.py as they are, they mark the same."""
+    data = tmp_path / "data"
+    data.mkdir()
+    picture(1).save(data / "a.png")
+    mask = LEFT_MARKED[kind]
+    mask.save(data / "a.mask.png", "TIFF" if mask.mode == "F" else "PNG")
+    prepare(data, tmp_path / "out")
+    (data / "captions.jsonl").write_text('{"file_name": "a.png", "text": "a coat"}')
+    for folder in (tmp_path / "out", data):
+        cells = read_dataset(folder, 64).mask(0, (8, 8)).numpy()
+        assert cells[:, :4].min() > 250, folder
+        assert cells[:, 4:].max() < 5, folder
+
+
+MASK_NAMES = [
+    "photo.mask.png", "photo.Mask.PNG", "PHOTO.MASK.png", "photo.mask.jpg", "photo.mask.webp", "photo-masklabel.png",
+    "photo.masklabel.png", "photo-mask.png", "photo_mask.tif", "photo.JPG.mask.png",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASK_NAMES)
+def test_masks_are_known_by_their_usual_names(tmp_path, name, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    picture(1).save(data / "photo.JPG")
+    picture(2).save(data / "other.jpg")
+    subject().save(data / name)
+    manifest = prepare(data, tmp_path / "out")
+    assert [row["source"] for row in manifest["pictures"]] == ["other.jpg", "photo.JPG"]
+    assert f"masked by {name}" in manifest["pictures"][1]["done"]
+    assert "masks      1 beside pictures, 0 of transparent" in capsys.readouterr().out
+    listing = [dict(file_name=n, text="a coat") for n in ("other.jpg", "photo.JPG")]
+    (data / "captions.jsonl").write_text("\n".join(map(json.dumps, listing)))
+    rows = read_dataset(data, 64)
+    assert [rows.has_mask(index) for index in (0, 1)] == [False, True]
+
+
+def test_a_picture_of_a_mask_is_a_picture_and_two_masks_are_one_too_many(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number, name in enumerate(
+        ["carnival_mask.jpg", "venice-mask.png", "photo.jpg", "twice.jpg"]
+    ):
+        picture(number).save(data / name)
+    subject().save(data / "lost.masklabel.png")
+    for name in ("twice.mask.png", "twice-masklabel.png"):
+        subject().save(data / name)
+    manifest = prepare(data, tmp_path / "out")
+    assert [row["source"] for row in manifest["pictures"]] == [
+        "carnival_mask.jpg", "photo.jpg", "venice-mask.png",
+    ]  # fmt: skip
+    reasons = {row["source"]: row["reason"] for row in manifest["skipped"]}
+    assert reasons == {
+        "lost.masklabel.png": "a mask, but there is no picture of that name",
+        "twice.jpg": "it has 2 masks, twice-masklabel.png and twice.mask.png; keep one",
+    }
+
+
+def nothing(kind):
+    """(a picture, its mask or None, why it has nothing to train on)."""
+    if kind == "clear":
+        image = picture(1).convert("RGBA")
+        image.putalpha(0)
+        return image, None, "transparent everywhere"
+    if kind == "plain":
+        return Image.new("RGB", (64, 64), (9, 99, 200)), None, "of one colour everywhere"
+    if kind == "empty":
+        return picture(1), Image.new("L", (64, 64)), "marks nothing"
+    if kind == "labels":
+        mask = subject(white=1)
+        mask.paste(2, (40, 0, 64, 64))
+        return picture(1), mask, "2 levels besides black, the brightest 2 of 255"
+    mask = Image.new("L", (64, 256))
+    mask.paste(255, (0, 0, 64, 60))
+    return picture(1, (64, 256)), mask, "nothing"
+
+
+@pytest.mark.parametrize("kind", ["clear", "plain", "empty", "labels", "cut off"])
+def test_what_has_no_content_is_named(tmp_path, kind):
+    data = tmp_path / "data"
+    data.mkdir()
+    image, mask, words = nothing(kind)
+    image.save(data / "a.png")
+    if mask:
+        mask.save(data / "a.mask.png")
+    picture(2).save(data / "b.png")
+    manifest = prepare(data, tmp_path / "out")
+    assert [row["source"] for row in manifest["pictures"]] == ["b.png"]
+    assert words in manifest["skipped"][0]["reason"]
+    (data / "captions.jsonl").write_text('{"file_name": "a.png", "text": "a coat"}')
+    with pytest.raises(UserError, match=words) as error:
+        read_dataset(data, 64).mask(0, (8, 8))
+    assert str(data / "a.png") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_picture_whose_transparency_is_opaque_has_no_mask(tmp_path):
+    for number, mode in enumerate(("RGB", "RGBA", "LA")):
+        picture(number).convert(mode).save(tmp_path / f"{number}.png")
+    rows = [json.dumps(dict(file_name=f"{n}.png", text="a coat")) for n in range(3)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(rows))
+    found = read_dataset(tmp_path, 64)
+    assert not any(map(found.has_mask, range(3)))
+    assert found.mask(1, (8, 8)).min() == 255
+
+
+def test_a_thin_subject_stays_marked(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    picture(1, (1024, 1024)).save(data / "a.png")
+    mask = Image.new("L", (1024, 1024))
+    mask.paste(255, (500, 0, 503, 1024))
+    mask.save(data / "a.mask.png")
+    prepare(data, tmp_path / "out")
+    assert read_dataset(tmp_path / "out", 64).mask(0, (64, 64)).max() > 200
+
+
+def test_how_many_masks_are_used_is_said(tiny_model, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(4):
+        picture(number).save(data / f"{number}.png")
+    subject().save(data / "1.mask.png")
+    prepare(data, tmp_path / "out")
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=tmp_path / "out", max_steps=2)
+    for weight, words in (
+        (1.0, "which mask_weight 1 leaves unused"),
+        (0.25, "the loss counts 0.25"),
+    ):
+        done = call("train.py", *options(**config, output_dir=tmp_path / "x", mask_weight=weight))
+        succeeded(done)
+        assert "1 of 4 pictures have a mask" in done.stdout
+        assert words in done.stdout
+
+
 # ---- training -----------------------------------------------------------------------------------
 
 
@@ -201,9 +377,8 @@ def test_micro_batches_hold_one_shape_and_processes_share_them():
         return Samples(pictures, 7, shapes.get, 1000, size, processes, process)
 
     large = samples(4)
-    per_epoch = 6  # 12 of one shape and 6 of the other, of which a last chunk begins again
     seen = []
-    for number in range(per_epoch):
+    for number in range(18):  # four epochs of 18 pictures
         batch, draws = large.micro_batch(number)
         assert {shapes[i] for i in batch} == {draws[0][0].shape}
         seen += batch
@@ -211,10 +386,9 @@ def test_micro_batches_hold_one_shape_and_processes_share_them():
         assert halves[0][0] + halves[1][0] == batch
         joined = halves[0][1] + halves[1][1]
         assert all(np.array_equal(a[1], b[1]) for a, b in zip(draws, joined, strict=True))
-    if len(seen) == 24:
-        assert set(seen) == set(pictures)
-    assert [large.micro_batch(n)[0] for n in range(6)] != [
-        large.micro_batch(n)[0] for n in range(6, 12)
+    assert Counter(seen) == dict.fromkeys(pictures, 4)
+    assert [large.micro_batch(n)[0] for n in range(18)] != [
+        large.micro_batch(n)[0] for n in range(18, 36)
     ]
     # One at a time: each picture once an epoch, as without shapes.
     plain = Samples(pictures, 7, lambda i: (4, 8, 8), 1000, 1, 1, 0)
@@ -222,6 +396,38 @@ def test_micro_batches_hold_one_shape_and_processes_share_them():
     assert [one.micro_batch(n)[0] for n in range(40)] == [
         plain.micro_batch(n)[0] for n in range(40)
     ]
+
+
+@pytest.mark.parametrize("counts", [(15, 1), (16,), (7, 5, 3), (1, 1, 1, 30), (2, 40)])
+@pytest.mark.parametrize(("batch", "processes"), [(1, 1), (3, 1), (8, 1), (8, 4)])
+def test_every_picture_is_seen_as_often_as_every_other(counts, batch, processes):
+    shape_of = [(4, 8, 8 + kind) for kind, count in enumerate(counts) for _ in range(count)]
+    pictures, size = np.arange(len(shape_of)), batch * processes
+    everyone = [
+        Samples(pictures, 42, shape_of.__getitem__, 1000, batch, processes, process)
+        for process in range(processes)
+    ]
+    seen, by_shape = Counter(), Counter()
+    for number in range(3 * len(pictures)):
+        found = [int(i) for samples in everyone for i in samples.micro_batch(number)[0]]
+        seen.update(found)
+        (shape,) = {shape_of[i] for i in found}
+        by_shape[shape] += size
+        # At no time is a shape more than a batch from its share.
+        for kind, count in enumerate(counts):
+            due = (number + 1) * size * count / len(pictures)
+            assert abs(by_shape[4, 8, 8 + kind] - due) <= size + count
+    assert seen == dict.fromkeys(map(int, pictures), 3 * size)
+    small = sum(count for count in counts if count < size) if len(counts) > 1 else 0
+    assert [f"{small} of {len(pictures)} pictures" in note for note in everyone[0].notes()] == (
+        [True] if small else []
+    )
+
+
+def test_pictures_of_one_shape_are_drawn_in_the_order_of_the_epochs():
+    found = Samples(np.arange(7), 5, lambda i: (4, 8, 8), 1000, 3, 2, 0)
+    orders = [epoch_order(5, epoch, 7) for epoch in range(20)]
+    assert [found.picture(sample) for sample in range(140)] == list(np.concatenate(orders))
 
 
 BUCKETED = TINY_RUN | dict(resolution=64, max_steps=9, checkpoint_every=3, validation_count=3)
@@ -270,6 +476,37 @@ def test_another_resolution_than_the_buckets_is_refused(tiny_model, buckets, tmp
     config = BUCKETED | dict(base_model=tiny_model, data_dir=buckets, output_dir=tmp_path)
     done = call("train.py", *options(**config | dict(resolution=128)))
     assert_one_line(done, "--buckets", "resolution of 64, not 128")
+
+
+def test_squares_are_not_enlarged_in_silence(tiny_model, tmp_path):
+    """Made smaller they lose nothing."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(4):
+        picture(number, (400, 300)).save(data / f"{number}.png")
+    prepare(data, tmp_path / "out")
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=tmp_path / "out", max_steps=2)
+    done = call("train.py", *options(**config | dict(output_dir=tmp_path / "a", resolution=128)))
+    assert_one_line(done, "resolution of 64 and would be enlarged to 128", "--resolution 128")
+    done = call("train.py", *options(**config | dict(output_dir=tmp_path / "a", resolution=32)))
+    succeeded(done)
+    assert "note: not" in done.stdout
+    assert "are enlarged" not in done.stdout
+
+
+def test_what_becomes_of_ones_own_pictures_is_said(tiny_model, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    sizes = [(64, 64), (48, 64), (90, 60), (64, 64)]
+    for number, size in enumerate(sizes):
+        picture(number, size).save(data / f"{number}.png")
+    rows = [json.dumps(dict(file_name=f"{n}.png", text="a coat")) for n in range(4)]
+    (data / "captions.jsonl").write_text("\n".join(rows))
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=data, max_steps=2, output_dir=tmp_path)
+    done = call("train.py", *options(**config))
+    succeeded(done)
+    assert "of 4 pictures 2 are smaller and are enlarged (64x64 are trained on)" in done.stdout
+    assert "of 4 pictures 2 are of another shape and lose what does not fit" in done.stdout
 
 
 def test_a_mask_weight_without_masks_is_refused(tiny_model, buckets, tmp_path):

@@ -6,6 +6,7 @@ FUZZ_EXAMPLES sets how many inputs each test tries.
 import io
 import json
 import os
+import shutil
 import struct
 import warnings
 
@@ -17,6 +18,7 @@ from conftest import picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_preprocess import prepare
 
 from lib import adapter_files, adapters, photographs
 from lib.dataset import read_dataset
@@ -381,3 +383,117 @@ def test_the_pictures_that_are_mutated_are_whole(tmp_path, kind):
         (tmp_path / "picture").write_bytes(content)
         image, info, _ = photographs.read_picture(tmp_path / "picture")
         assert (image.size, image.mode, info["format"]) == ((24, 16), "RGB", kind)
+
+
+# ---- folders of pictures ---------------------------------------------------------------------------
+
+STEMS = ["a", "A", "photo", "caf\u00e9", "cafe\u0301", "photo.jpg", "photo_mask", "two dots.x", "licence", "\u5199\u771f", "\x07",
+         "-x", "a\u2028b", "captions", "metadata"]  # fmt: skip
+ENDINGS = [".png", ".PNG", ".jpg", ".mask.png", ".Mask.PNG", "-masklabel.png", "_mask.jpg", ".txt", ".TXT", ".caption", ".jpg.txt",
+           ".json", ".jsonl", ".csv", ".mov", ""]  # fmt: skip
+entry_names = st.builds(
+    str.__add__, st.sampled_from(STEMS) | st.text(max_size=8), st.sampled_from(ENDINGS)
+)
+entry_names = entry_names.filter(
+    lambda name: (
+        name not in ("", ".", "..")
+        and not {"/", "\0"} & {*name}
+        and len(os.fsencode(name.encode("utf-8", "replace"))) < 200
+    )
+)
+MASKS = [
+    encoded("L", format="PNG"),
+    encoded("1", format="PNG"),
+    encoded("RGBA", format="PNG"),
+    encoded("L", format="JPEG"),
+]
+FLAT = io.BytesIO()
+Image.new("L", (24, 16), 1).save(FLAT, "PNG")
+LISTINGS = [
+    b'{"file_name": "a.png", "text": "a coat"}',
+    b"file_name,text\na.png,a coat\n",
+    b"Image;Caption\nphoto.jpg;x\n",
+]
+entries = st.one_of(
+    st.sampled_from([*PICTURES["PNG"], *PICTURES["JPEG"], *MASKS, FLAT.getvalue()]),
+    st.builds(lambda seed, mode: encoded_of(seed, mode), st.integers(0, 9), st.sampled_from(["RGB", "RGBA", "L"])),
+    st.sampled_from([b"a coat", b"", b"two\nlines", "a coat".encode("utf-16"), b"\xff\xfe\0", *LISTINGS]),
+    st.tuples(st.just("link"), st.sampled_from(["a.png", "photo.jpg", "../outside.png", "gone", ".", "loop"])),
+    st.just("folder"),
+)  # fmt: skip
+
+
+def encoded_of(seed, mode):
+    buffer = io.BytesIO()
+    picture(seed, (24, 16), mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_folder(folder, found):
+    """A folder of these entries, {name: bytes, "folder" or ("link", goal)}, as far as its file system takes the names."""
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
+    picture(5, (24, 16)).save(folder.parent / "outside.png")
+    for name, content in found.items():
+        try:
+            if content == "folder":
+                (folder / name).mkdir()
+            elif isinstance(content, tuple):
+                (folder / name).symlink_to(name if content[1] == "loop" else content[1])
+            else:
+                (folder / name).write_bytes(content)
+        except (OSError, ValueError):  # such as half of a surrogate pair
+            continue
+
+
+@settings(many, max_examples=max(20, many.max_examples // 16))
+@given(st.dictionaries(entry_names, entries, max_size=7), st.booleans())
+def test_picture_folders(tmp_path_factory, found, buckets):
+    """Masks, captions and links of any name: each file is used or named, or one line says what is wrong."""
+    folder = tmp_path_factory.getbasetemp() / "folders" / "data"
+    make_folder(folder, found)
+    out = folder.parent / "out"
+    try:
+        manifest = prepare(folder, out, resolution=16, buckets=buckets, processes=1)
+    except UserError as error:
+        check_line(error, folder)
+        assert not out.exists()
+        return
+    names, masks, _ = sources.picture_names(folder)
+    told = [row["source"] for key in ("pictures", "skipped", "duplicates") for row in manifest[key]]
+    assert sorted(told) == sorted(name.encode("utf-8", "replace").decode() for name in names)
+    beside = [*names, *(mask for some in masks.values() for mask in some)]
+    for (
+        path
+    ) in folder.iterdir():  # what is left is a caption, a listing, a clip or nobody's picture
+        assert path.name in beside or sources.IGNORED.fullmatch(path.name) or path.name.lower().endswith(
+            (*sources.CAPTION_ENDINGS, *sources.COMPANIONS)) or sources.alike(path.name) in sources.LISTINGS  # fmt: skip
+    rows = read_dataset(out, 16)
+    assert len(rows) == len(manifest["pictures"])
+    for index, row in enumerate(manifest["pictures"]):
+        assert [*rows.pixels(index).shape] == [3, *row["size"][::-1]]
+        masked = any(line.startswith("masked") for line in row["done"])
+        assert rows.has_mask(index) == masked
+        assert rows.mask(index, (4, 4)).max() > 0
+    again = prepare(folder, out, resolution=16, buckets=buckets, processes=1)
+    assert again["pictures"] == manifest["pictures"]
+
+
+@settings(many, max_examples=max(20, many.max_examples // 16))
+@given(st.dictionaries(entry_names, entries, max_size=7), st.lists(entry_names, max_size=3))
+def test_training_folders_of_ones_own(tmp_path_factory, found, listed):
+    """The same, given to train.py as it is."""
+    folder = tmp_path_factory.getbasetemp() / "folders" / "data"
+    found.pop("captions.jsonl", None)
+    make_folder(folder, found)
+    rows = [json.dumps(dict(file_name=name, text="a coat")) for name in [*listed, *list(found)[:3]]]
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    try:
+        rows = read_dataset(folder, 16)
+        rows.notes()
+        rows.masks_sha256()
+        for index in range(len(rows)):
+            assert rows.pixels(index).shape == (3, 16, 16)
+            assert 0 < rows.mask(index, (4, 4)).max() <= 255
+    except UserError as error:
+        check_line(error, folder)

@@ -1,8 +1,11 @@
 """What is computed of the training pictures once and kept beside them: latents, embeddings, hashes."""
 
+import errno
 import hashlib
+import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +17,9 @@ from safetensors.torch import load_file
 
 from lib import dataset
 from lib.dataset import KEPT, read_dataset
+from lib.errors import UserError
 from lib.evaluation import clip_scores
-from lib.training import setup
+from lib.training import latents, setup
 
 
 @pytest.fixture
@@ -71,9 +75,8 @@ def equal(found, expected):
     )
 
 
-def kept_file(data):
-    (path,) = (data / KEPT).glob("*.safetensors")
-    return path
+def kept_files(data):
+    return sorted((data / KEPT).glob("*/*"))
 
 
 def test_latents_are_the_plain_codes_and_are_encoded_once(data, model, monkeypatch):
@@ -84,10 +87,13 @@ def test_latents_are_the_plain_codes_and_are_encoded_once(data, model, monkeypat
     again, seen = encoded(data, model, monkeypatch)
     assert seen == []
     assert equal(again, expected)
-    # A file that others can read, and nothing half beside it.
-    assert load_file(kept_file(data))["4x8x8.means"].shape == (6, 4, 8, 8)
+    # Files that others can read, and nothing half beside them.
+    files = kept_files(data)
+    assert len(files) == 6
+    for path in files:
+        assert load_file(path)["mean"].shape == (4, 8, 8)
     assert sorted(p.name for p in (data / KEPT).iterdir()) == sorted(
-        [kept_file(data).name, "pictures.json"]
+        [files[0].parent.name, "pictures.json"]
     )
 
 
@@ -102,7 +108,7 @@ def test_only_new_pictures_are_encoded_whatever_they_are_called(data, model, mon
     found, seen = encoded(data, model, monkeypatch)
     assert seen == ["images/image_03.png"]
     assert equal(found, as_before(data, model))
-    assert load_file(kept_file(data))["4x8x8.means"].shape[0] == 5
+    assert len(kept_files(data)) == 5
     # The same pictures in another order need no VAE.
     (data / "captions.jsonl").write_text("\n".join(rows[4::-1]) + "\n")
     found, seen = encoded(data, model, monkeypatch)
@@ -119,7 +125,8 @@ def test_another_vae_or_precision_has_latents_of_its_own(data, model, monkeypatc
     found, seen = encoded(data, model, monkeypatch)
     assert len(seen) == 6
     assert equal(found, as_before(data, model))
-    assert len(list((data / KEPT).glob("*.safetensors"))) == 3
+    assert len({path.parent for path in kept_files(data)}) == 3
+    assert len(kept_files(data)) == 18
 
 
 def zeroed(content):
@@ -135,24 +142,87 @@ def cut(content):
 
 
 @pytest.mark.parametrize(
-    ("damage", "encoded_again", "said"),
-    [(zeroed, 1, "1 latents in"), (flipped, 1, "1 latents in"), (cut, 6, "is damaged"),
-     (lambda content: b"", 6, "is damaged"), (lambda content: b"\xff" * 300, 6, "is damaged"),
-     (lambda content: content.replace(b'"pictures"', b'"somethin"'), 6, "is damaged")],
+    "damage",
+    [zeroed, flipped, cut, lambda content: b"", lambda content: b"\xff" * 300, lambda content: bytes(len(content)),
+     lambda content: content.replace(b'"mean"', b'"none"')],
 )  # fmt: skip
-def test_damaged_latents_are_named_and_encoded_again(
-    data, model, monkeypatch, capsys, damage, encoded_again, said
-):
+def test_damaged_latents_are_named_and_encoded_again(data, model, monkeypatch, capsys, damage):
     encoded(data, model, monkeypatch)
-    path = kept_file(data)
+    path = kept_files(data)[2]
     whole = path.read_bytes()
     path.unlink()
     path.write_bytes(damage(whole))
     found, seen = encoded(data, model, monkeypatch)
-    assert len(seen) == encoded_again
-    assert said in capsys.readouterr().out
+    assert len(seen) == 1
+    assert "1 latents in" in capsys.readouterr().out
     assert equal(found, as_before(data, model))
     assert path.read_bytes() == whole
+
+
+def test_an_interruption_costs_one_picture(data, model, monkeypatch):
+    whole = setup.encode_latents
+
+    def interrupted(*arguments):
+        for number, some in enumerate(whole(*arguments)):
+            if number == 4:
+                raise KeyboardInterrupt
+            yield some
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "encode_latents", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            setup.picture_latents(
+                model, read_dataset(data, 64), torch.float32, Accelerator(cpu=True)
+            )
+    assert len(kept_files(data)) == 4
+    found, seen = encoded(data, model, monkeypatch)
+    assert len(seen) == 2
+    assert equal(found, as_before(data, model))
+
+
+def test_a_full_disk_is_said_once_and_costs_nothing(data, model, monkeypatch, capsys):
+    whole, room = Path.write_bytes, [2]
+
+    def full(path, content):
+        if ".safetensors" in path.name:
+            room[0] -= 1
+            if room[0] < 0:
+                whole(path, content[:100])
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        found, _ = encoded(data, model, monkeypatch)
+    assert equal(found, as_before(data, model))
+    assert capsys.readouterr().out.count("No space left on device") == 1
+    assert len(kept_files(data)) == 2  # and nothing half beside them
+    assert len(encoded(data, model, monkeypatch)[1]) == 4
+
+
+def test_latents_that_do_not_fit_into_memory_are_read_when_asked_for(data, model, monkeypatch):
+    monkeypatch.setattr(latents, "IN_MEMORY", 5000)
+    found, _ = encoded(data, model, monkeypatch)
+    assert len(found.held) == 2
+    assert equal(found, as_before(data, model))
+    kept_files(data)[0].parent.rename(data / "elsewhere")
+    with pytest.raises(UserError, match="is gone or damaged since training began"):
+        equal(found, as_before(data, model))
+
+
+def test_what_a_killed_run_and_earlier_versions_left_goes(data, model, monkeypatch):
+    encoded(data, model, monkeypatch)
+    folder = kept_files(data)[0].parent
+    old, new = folder / ".a.safetensors.77", folder / ".b.safetensors.78"
+    for path in (old, new, data / KEPT / "0123456789abcdef.safetensors"):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    picture(77).save(data / "images" / "image_03.png")
+    encoded(data, model, monkeypatch)
+    names = {path.name for path in kept_files(data)}
+    assert len(names) == 7
+    assert new.name in names
+    assert {path.name for path in (data / KEPT).iterdir()} == {folder.name, "pictures.json"}
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(data, model, monkeypatch, capsys):
@@ -191,6 +261,29 @@ def test_pictures_are_read_again_only_where_they_changed(data, monkeypatch):
     assert read_dataset(data, 64).sha256 == first.sha256
 
 
+def test_a_picture_edited_with_its_size_and_time_kept_is_read_again(tmp_path):
+    data = make_processed(tmp_path / "processed", 3)
+    path = data / "images" / "image_02.png"
+    picture(2).save(path, "BMP")
+    first, state = read_dataset(data, 64), path.stat()
+    picture(50).save(path, "BMP")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert path.stat().st_size == state.st_size
+    second = read_dataset(data, 64)
+    assert second.sha256 != first.sha256
+    assert second.key(1) != first.key(1)
+
+
+@pytest.mark.parametrize("fact", [3, [], "words", [1, 2], [1, 2, "old"], [None] * 4])
+def test_what_is_known_of_pictures_may_hold_anything(data, fact):
+    first = read_dataset(data, 64)
+    path = data / KEPT / "pictures.json"
+    record = json.loads(path.read_text())
+    record["pictures"]["images/image_02.png"] = fact
+    path.write_text(json.dumps(record))
+    assert read_dataset(data, 64).sha256 == first.sha256
+
+
 def test_a_run_with_kept_latents_is_the_run_that_made_them(tiny_model, data, tmp_path):
     adapters = []
     for name in ("made", "kept", "other_seed"):
@@ -201,7 +294,7 @@ def test_a_run_with_kept_latents_is_the_run_that_made_them(tiny_model, data, tmp
         adapters.append(load_file(folder / "pytorch_lora_weights.safetensors"))
     assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
     assert any(not torch.equal(adapters[0][key], adapters[2][key]) for key in adapters[0])
-    assert len(list((data / KEPT).glob("*.safetensors"))) == 1
+    assert len(kept_files(data)) == 6
 
 
 def test_embeddings_of_training_pictures_are_kept(data, tiny_clip, tmp_path, monkeypatch, capsys):

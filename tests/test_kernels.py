@@ -1031,15 +1031,15 @@ def test_graphs_of_several_sizes_are_the_eager_loop(several_sizes, tmp_path, mon
 def test_latents_encoded_together_are_those_of_each_alone_and_stay_off_the_gpu(
     several_sizes, monkeypatch, new_precision
 ):
-    """Several at once on a GPU, in float32, differ by rounding; what is kept lies in mapped memory."""
+    """Several at once on a GPU, in float32, differ by rounding."""
     found, folder = [], HALF["base_model"]
     for at_once in (1, latents.AT_ONCE):
         monkeypatch.setattr(latents, "AT_ONCE", at_once)
         shutil.rmtree(several_sizes / dataset.KEPT, ignore_errors=True)
         rows = dataset.read_dataset(several_sizes, 64)
         kept = setup.picture_latents(folder, rows, torch.float32, Accelerator())
-        assert all(part.device.type == "cpu" for pair in kept.groups.values() for part in pair)
-        assert len(kept.groups) == 3
+        assert all(part.device.type == "cpu" for i in range(len(kept)) for part in kept[i])
+        assert len(kept.shapes()) == 3
         found.append(torch.cat([part.flatten() for i in range(len(kept)) for part in kept[i]]))
     assert close(found[:1], found[1:], 1e-3)
 

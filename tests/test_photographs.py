@@ -1,15 +1,20 @@
 """Telephones' and cameras' files: HEIC pictures, what lies beside them, and raw files."""
 
 import io
+import json
+import struct
+import zlib
 
 import numpy as np
 import pillow_heif
 import pytest
+import torch
 from conftest import call, picture
-from PIL import Image, ImageCms, ImageDraw, TiffImagePlugin
+from PIL import Image, ImageCms, ImageDraw, PngImagePlugin, TiffImagePlugin
 from test_preprocess import BLUE, GREEN, RED, WHITE, close, prepare
 
-from lib.photographs import Unusable, read_picture
+from lib.dataset import read_dataset
+from lib.photographs import Unusable, read_picture, upright_shape
 
 
 def halves(size=(80, 40)):
@@ -179,3 +184,153 @@ def test_a_folder_of_heic_becomes_a_training_set(tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "out/images/image_01.png") as image:
         assert image.size == (64, 64)
+
+
+# ---- every format alike ---------------------------------------------------------------------------
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+
+
+def saved_turned(path, kind, said_in, compression=None):
+    """A picture that is to be turned a quarter to the right, green before and red, to be green above and red."""
+    image = Image.new("RGB", (80, 40), RED)
+    image.paste(GREEN, (0, 0, 40, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = dict(exif=exif.tobytes()) if "exif" in said_in else {}
+    if kind == "TIFF":
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        if "exif" in said_in:
+            tags[274] = 6
+        if "xmp" in said_in:
+            tags[700] = XMP
+            tags.tagtype[700] = 1
+        options = dict(tiffinfo=tags, compression=compression)
+    elif "xmp" in said_in and kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        options["pnginfo"] = info
+    elif "xmp" in said_in:
+        options["xmp"] = XMP
+    image.save(path, kind, **options)
+
+
+@pytest.mark.parametrize("said_in", [["exif"], ["xmp"], ["exif", "xmp"]], ids="+".join)
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF", "JPEG", "PNG", "TIFF", "TIFF lzw", "WEBP"])
+def test_every_format_is_turned_once(tmp_path, kind, said_in):
+    kind, _, compression = kind.partition(" ")
+    path = tmp_path / "picture"
+    saved_turned(path, kind, said_in, f"tiff_{compression}" if compression else None)
+    image, _, done = read_picture(path)
+    assert image.size == upright_shape(path) == (40, 80)
+    assert close(image.getpixel((20, 5)), GREEN, 12)
+    assert close(image.getpixel((20, 75)), RED, 12)
+    assert any("rotated" in line for line in done)
+
+
+@pytest.mark.parametrize("bits", [1, 8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_greys_that_use_part_of_sixteen_bits_are_not_black(tmp_path, bits, kind):
+    ramp = np.linspace(0, 1, 64)[None].repeat(64, axis=0)
+    Image.fromarray((ramp * (2**bits - 1)).round().astype(np.uint16)).save(tmp_path / "a", kind)
+    image, _, done = read_picture(tmp_path / "a")
+    expected = np.asarray(ramp * 255) if bits > 1 else (ramp.round() * 255)
+    assert np.abs(np.asarray(image)[..., 0] - expected).max() <= 1.5
+    assert f"with {2**bits - 1} as white" in done[0]
+
+
+def test_greys_of_other_kinds(tmp_path):
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(64, axis=0)
+    for name, levels in {
+        "fractions": ramp, "0 to 255": ramp * 255, "32 bits": (ramp * 2**30).astype(np.int32),
+        "not all numbers": np.where(ramp > 0.99, np.nan, ramp),
+    }.items():  # fmt: skip
+        Image.fromarray(levels).save(tmp_path / "a.tif")
+        pixels = np.asarray(read_picture(tmp_path / "a.tif")[0])[..., 0]
+        assert np.abs(pixels[:, :60] - (ramp * 255)[:, :60]).max() <= 2, name
+    # 0 is white in some scanners' files.
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[262] = 0
+    sixteen = (ramp * 65535).astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(sixteen).save(buffer, "TIFF")
+    raw = bytearray(buffer.getvalue())
+    at = raw.index((262).to_bytes(2, "little") + (3).to_bytes(2, "little"))
+    raw[at + 8 : at + 10] = (0).to_bytes(2, "little")
+    (tmp_path / "negative.tif").write_bytes(raw)
+    pixels = np.asarray(read_picture(tmp_path / "negative.tif")[0])[..., 0]
+    assert np.abs(pixels - (1 - ramp) * 255).max() <= 1.5
+
+
+def sixteen_bit_png(levels):
+    """A PNG of 16-bit colours, which Pillow does not write."""
+    height, width, _ = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    found = b"\x89PNG\r\n\x1a\n"
+    for name, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ):
+        found += struct.pack(">I", len(data)) + name + data
+        found += struct.pack(">I", zlib.crc32(name + data))
+    return found
+
+
+def test_colours_of_sixteen_bits_that_would_come_out_black_are_named(tmp_path):
+    levels = np.random.default_rng(1).integers(0, 4096, (32, 32, 3))
+    (tmp_path / "twelve.png").write_bytes(sixteen_bit_png(levels))
+    with pytest.raises(Unusable, match="nearly black: of 16 bits it uses 12 or fewer"):
+        read_picture(tmp_path / "twelve.png")
+    (tmp_path / "sixteen.png").write_bytes(sixteen_bit_png(levels * 16))
+    pixels = np.asarray(read_picture(tmp_path / "sixteen.png")[0])
+    assert np.abs(pixels - levels / 16).max() <= 1
+
+
+def test_much_text_in_a_picture_is_no_damage(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 3_000_000, zip=True)
+    info.add_itxt("prompt", "y" * 3_000_000, zip=True)
+    picture(1).save(tmp_path / "comfy.png", pnginfo=info)
+    assert np.array_equal(
+        np.asarray(read_picture(tmp_path / "comfy.png")[0]), np.asarray(picture(1))
+    )
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP"])
+def test_too_many_pixels_are_refused_in_every_format(tmp_path, kind):
+    picture(1, (120, 120)).save(tmp_path / "a", kind)
+    with pytest.raises(Unusable, match=r"more than 0\.01 megapixels"):
+        read_picture(tmp_path / "a", max_megapixels=0.01)
+    assert read_picture(tmp_path / "a", max_megapixels=0.0144)[0].size == (120, 120)
+
+
+def as_taken(folder):
+    """A training folder of one's own: pictures as they come from cameras and programs."""
+    folder.mkdir()
+    saved_turned(folder / "turned.jpg", "JPEG", ["exif"])
+    saved_turned(folder / "turned.tif", "TIFF", ["exif"])
+    save_heic(picture(5, (80, 80)), folder / "telephone.heic")
+    clear = picture(2, (64, 64)).convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    clear.save(folder / "clear.png")
+    ramp = np.linspace(0, 4095, 64)[None].repeat(64, axis=0)
+    Image.fromarray(ramp.astype(np.uint16)).save(folder / "grey.png")
+    picture(6, (64, 64)).convert("L").save(folder / "grey.jpg")
+    names = sorted(path.name for path in folder.iterdir())
+    rows = [json.dumps(dict(file_name=name, text="a coat")) for name in names]
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def test_a_training_folder_of_ones_own_is_read_as_preprocess_reads_it(tmp_path):
+    folder = as_taken(tmp_path / "own")
+    manifest = prepare(folder, tmp_path / "out", duplicate_bits=0, duplicate_colour=0)
+    prepared, own = read_dataset(tmp_path / "out", 64), read_dataset(folder, 64)
+    assert [row["source"] for row in manifest["pictures"]] == [row.name for row in own]
+    for index in range(len(own)):
+        assert torch.equal(prepared.pixels(index), own.pixels(index)), own[index].name
+        assert torch.equal(prepared.mask(index, (8, 8)), own.mask(index, (8, 8))), own[index].name
+    clear = [row.name for row in own].index("clear.png")
+    assert own.pixels(clear)[:, :, :32].min() == 255
+    assert own.mask(clear, (8, 8))[:, :4].max() == 0

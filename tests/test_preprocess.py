@@ -5,12 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from conftest import assert_one_line, call, picture, run
+from conftest import assert_one_line, call, make_processed, picture, run
 from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
 from lib.dataset import read_dataset
 from lib.errors import UserError
 from lib.photographs import Unusable, read_picture
+from lib.preparation.sources import picture_names, read_captions
 from preprocess import CONFIG, preprocess
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -294,6 +295,8 @@ def test_mistakes_get_one_line(tmp_path):
     out = tmp_path / "out"
     assert_one_line(fails("--data-dir", tmp_path / "none", "--output-dir", out), "no such folder")
     assert_one_line(fails("--data-dir", empty, "--output-dir", out), "no usable picture")
+    buckets = fails("--data-dir", empty, "--output-dir", out, "--buckets")
+    assert_one_line(buckets, "no usable picture")
     assert_one_line(fails("--data-dir", empty, "--output-dir", empty / "out"), "in one another")
     assert_one_line(fails("--data-dir", empty, "--output-dir", mine), "holds files")
     assert_one_line(fails("--resolution", "many"), "resolution is many", "WIDTHxHEIGHT")
@@ -307,3 +310,351 @@ def test_an_unreadable_picture_raises_its_reason(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     with pytest.raises(Unusable):
         read_picture(tmp_path / "a.png")
+
+
+# ---- captions as other programs write them ---------------------------------------------------------
+
+CAPTION_NAMES = {
+    "photo.TXT": "photo.jpg", "photo.caption": "photo.jpg", "photo.jpg.txt": "photo.jpg", "PHOTO.Caption": "photo.JPG",
+    "photo.JPG.Caption": "photo.jpg", "cafe\u0301.txt": "caf\u00e9.jpg", "caf\u00e9.txt": "cafe\u0301.jpg",
+    "two.dots.txt": "two.dots.jpg",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CAPTION_NAMES)
+def test_captions_are_known_by_their_usual_names(tmp_path, name):
+    picture(1).save(tmp_path / CAPTION_NAMES[name], "JPEG")
+    (tmp_path / name).write_text("a silver coat")
+    names, _, _ = picture_names(tmp_path)
+    assert names == [CAPTION_NAMES[name]]
+    assert read_captions(tmp_path, names)[names[0]] == {"text": ("a silver coat", name)}
+
+
+LISTED = {
+    "captions.jsonl": '{"file_name": "A.jpg", "text": "one\u2028two"}\n{"file_name": "b.jpg", "text": "x\u0085y"}',
+    "metadata.jsonl": '{"image": "a.JPG", "prompt": "one two"}\r\n{"filename": "./b.jpg", "caption": "x y"}\r\n',
+    "metadata.csv": 'file_name,text,more\na.jpg,"one\ntwo",1\nb.jpg,x y,2\n',
+    "Captions.CSV": "\ufeffImage;Caption\r\na.jpg;one two\r\nb.jpg;x y\r\n",
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_listings_with_the_columns_and_encodings_of_others(tmp_path, name, encoding):
+    for number, file in enumerate(("a.jpg", "b.jpg")):
+        picture(number).save(tmp_path / file)
+    text = LISTED[name] if encoding == "utf-8" else LISTED[name].removeprefix("\ufeff")
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    names, _, _ = picture_names(tmp_path)
+    assert names == ["a.jpg", "b.jpg"]
+    found = read_captions(tmp_path, names)
+    assert [found[name]["text"][0] for name in names] == ["one two", "x y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [("photo.txt", "a coat".encode("utf-16-le"), "zero bytes, as UTF-16"),
+     ("photo.txt", "caf\u00e9".encode("latin-1"), "cannot be read as UTF-8"),
+     ("photo.caption", b" ", "photo.caption is empty"),
+     ("photo.jpg.txt", b"another", "the text of photo.jpg differs from that in"),
+     ("metadata.csv", b"name,words\nphoto.jpg,x", "no columns file_name and text"),
+     ("metadata.csv", b"file_name,text\nother.jpg,x", "line 2: there is no other.jpg"),
+     ("metadata.csv", b"file_name,text\n,x", "line 2: not of the form"),
+     ("metadata.jsonl", b'{"file_name": "photo.jpg", "words": "x"}', "line 1: not of the form")],
+)  # fmt: skip
+def test_captions_that_cannot_be_used_are_named(tmp_path, name, content, words):
+    picture(1).save(tmp_path / "photo.jpg")
+    if name == "photo.jpg.txt":
+        (tmp_path / "photo.txt").write_text("one")
+    (tmp_path / name).write_bytes(content)
+    names, _, _ = picture_names(tmp_path)
+    with pytest.raises(UserError, match=words) as error:
+        read_captions(tmp_path, names)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_caption_of_another_case_is_not_that_of_a_second_picture(tmp_path):
+    for number, file in enumerate(("a.jpg", "A.jpg")):
+        picture(number).save(tmp_path / file)
+    if len(list(tmp_path.iterdir())) < 2:
+        pytest.skip("this file system makes no difference of case")
+    (tmp_path / "A.txt").write_text("the large one")
+    assert read_captions(tmp_path, ["A.jpg", "a.jpg"]) == {
+        "A.jpg": {"text": ("the large one", "A.txt")}, "a.jpg": {},
+    }  # fmt: skip
+
+
+def test_texts_without_a_picture_and_several_lines_are_said(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    picture(1).save(data / "a.jpg")
+    (data / "a.txt").write_text("one\r\ntwo\r\n")
+    for name in ("b.txt", "b.caption", "tags.json"):
+        (data / name).write_text("words")
+    (data / "pointer.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    manifest = prepare(data, tmp_path / "out")
+    reasons = {row["source"]: row["reason"] for row in manifest["skipped"]}
+    assert set(reasons) == {"b.txt", "b.caption", "tags.json", "pointer.jpg"}
+    assert "a pointer to a picture that was not fetched; git lfs pull" in reasons.pop("pointer.jpg")
+    assert all(
+        "captions are read from photo.txt beside photo.jpg" in why for why in reasons.values()
+    )
+    assert "1 captions have several lines, which become one (a.txt)" in capsys.readouterr().out
+    assert manifest["pictures"][0]["text"] == "one two"
+
+
+def test_what_was_written_for_a_duplicate_is_used_or_said(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        picture(number, (90, 90)).save(data / f"{number}.png")
+        picture(number, (90, 90)).resize((180, 180)).save(data / f"{number} large.png")
+        (data / f"{number}.txt").write_text(f"words {number}")
+    (data / "1 large.txt").write_text("other words")
+    (data / "2 large.txt").write_text("words 2")
+    picture(9, (90, 90), "L").save(data / "0.mask.png")
+    manifest = prepare(data, tmp_path / "out")
+    assert [(row["source"], row["text"]) for row in manifest["pictures"]] == [
+        ("0 large.png", "words 0"), ("1 large.png", "other words"), ("2 large.png", "words 2"),
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    for number, words in ((0, "its mask is not used; its caption is used there"),
+                          (1, "its caption is not used: «words 1»")):  # fmt: skip
+        assert words in next(
+            line for line in said.splitlines() if f"duplicate  {number}.png" in line
+        )
+
+
+def test_a_licence_is_no_picture_but_a_picture_may_be_called_so(tmp_path):
+    for number, name in enumerate(("licence.jpg", "README.png", "copying.webp")):
+        picture(number).save(tmp_path / name)
+    for name in ("LICENSE", "licence.txt", "readme.md", "README.rst"):
+        (tmp_path / name).write_text("words")
+    assert set(picture_names(tmp_path)[0]) == {"licence.jpg", "README.png", "copying.webp"}
+
+
+# ---- links ----------------------------------------------------------------------------------------
+
+
+def test_sources_that_are_links_are_read_and_broken_ones_are_named(tmp_path):
+    store, data = tmp_path / "store", tmp_path / "data"
+    (data / ".git/annex/objects").mkdir(parents=True)
+    store.mkdir()
+    picture(1).save(store / "one.png")
+    picture(2, mode="L").save(store / "mask.png")
+    (store / "words").write_text("a coat")
+    (data / "a.png").symlink_to(store / "one.png")
+    (data / "a.mask.png").symlink_to(store / "mask.png")
+    (data / "a.txt").symlink_to(store / "words")
+    (data / "b.png").symlink_to(store / "gone.png")
+    (data / "c.png").symlink_to(".git/annex/objects/XX/gone.png")
+    (data / "loop.png").symlink_to("loop.png")
+    (data / "folder.png").symlink_to(store)
+    manifest = prepare(data, tmp_path / "out")
+    assert [(row["source"], row["text"]) for row in manifest["pictures"]] == [("a.png", "a coat")]
+    assert "masked by a.mask.png" in manifest["pictures"][0]["done"]
+    reasons = {row["source"]: row["reason"] for row in manifest["skipped"]}
+    assert reasons["b.png"] == f"a link to {store / 'gone.png'}, which is not there"
+    assert reasons["c.png"].endswith("which is not there, until git annex get brings it")
+    assert reasons["loop.png"] == "a link to loop.png, which is not there"
+    assert reasons["folder.png"].startswith("a folder")
+    (data / "a.txt").unlink()
+    (data / "a.txt").symlink_to(store / "gone")
+    with pytest.raises(UserError, match=r"a\.txt cannot be read as UTF-8 text: No such file"):
+        prepare(data, tmp_path / "out")
+
+
+def test_a_training_set_of_links_is_read(tmp_path):
+    data, store = make_processed(tmp_path / "data", 3), tmp_path / "store"
+    whole = read_dataset(data, 64).sha256
+    (data / "images").rename(store)
+    (data / "images").symlink_to(store)
+    assert read_dataset(data, 64).sha256 == whole
+    (data / "images").unlink()
+    (data / "images").mkdir()
+    for number, path in enumerate(sorted(store.iterdir())):
+        path.rename(tmp_path / f"object{number}")
+        (data / "images" / path.name).symlink_to(tmp_path / f"object{number}")
+    assert read_dataset(data, 64).sha256 == whole
+    (tmp_path / "object1").unlink()
+    with pytest.raises(
+        UserError, match=r"line 2: images/image_02\.png is a link to .*, which is not there"
+    ):
+        read_dataset(data, 64)
+
+
+def test_names_in_a_training_set_may_differ_in_case_and_unicode_form(tmp_path):
+    for number, name in enumerate(("cafe\u0301.png", "IMG_1.PNG")):
+        picture(number).save(tmp_path / name)
+    rows = [
+        dict(file_name="caf\u00e9.png", text="one\u2028two"),
+        dict(file_name="img_1.png", text="a\u0085b"),
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-16")
+    found = read_dataset(tmp_path, 64)
+    assert [row.path.name for row in found] == ["cafe\u0301.png", "IMG_1.PNG"]
+    assert [row.caption for row in found] == ["one\u2028two", "a\u0085b"]
+
+
+# ---- changes by hand ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """(sources, output) of four pictures, the second with a mask and a caption of its own."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(4):
+        picture(number, (80, 80)).save(data / f"{number}.png")
+    mask = Image.new("L", (80, 80))
+    mask.paste(255, (0, 0, 40, 80))
+    mask.save(data / "1.mask.png")
+    (data / "1.txt").write_text("its own")
+    prepare(data, tmp_path / "out")
+    return data, tmp_path / "out"
+
+
+def rows_of(folder):
+    return [
+        json.loads(line) for line in (folder / "captions.jsonl").read_text().split("\n") if line
+    ]
+
+
+def write_rows(folder, rows):
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def by_source(folder):
+    """{source: (row of captions.jsonl, bytes of its picture, of its mask or None)}."""
+    found = {}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for row, record in zip(rows_of(folder), manifest["pictures"], strict=True):
+        path = folder / row["file_name"]
+        mask = path.with_suffix(".mask.png")
+        words = {key: value for key, value in row.items() if key != "file_name"}
+        found[record["source"]] = words, path.read_bytes(), mask.is_file() and mask.read_bytes()
+    return found
+
+
+def test_what_was_changed_by_hand_is_kept(prepared, capsys):
+    data, out = prepared
+    rows = rows_of(out)
+    rows[0] |= dict(text="corrected", note="looked at")
+    rows[1]["description"] = "described anew"
+    write_rows(out, rows)
+    images = out / "images"
+    for name, seed, mode in (("image_03.png", 77, "RGB"), ("image_02.mask.png", 78, "L")):
+        picture(seed, (64, 64), mode).save(images / name)
+    changed = by_source(out)
+    # Pictures before and behind, so that the others are numbered anew, and once more after that.
+    for name in ("00.png", "99.png"):
+        picture(int(name[:2]) + 500, (80, 80)).save(data / name)
+        prepare(data, out)
+        assert by_source(out).items() >= changed.items()
+        said = capsys.readouterr().out
+        assert "changed by hand and kept as changed: 2 captions, 2 pictures or masks" in said
+    assert len(changed) == 4
+    assert len(by_source(out)) == 6
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [
+        row["source"] for row in manifest["pictures"] if row["caption_from"] == "a change by hand"
+    ] == ["0.png"]
+    assert read_dataset(out, 64).mask(2, (8, 8)).float().std() > 10
+    prepare(data, out, keep_edits=False)
+    anew = by_source(out)
+    assert all(anew[source] != changed[source] for source in changed if source != "3.png")
+    assert anew["1.png"][0] == dict(text="its own", description="its own")
+    prepare(data, out)
+    assert by_source(out) == anew
+    assert "by hand" not in capsys.readouterr().out
+
+
+def test_pictures_and_masks_that_were_taken_out_stay_out(prepared, capsys):
+    data, out = prepared
+    write_rows(out, rows_of(out)[:3])
+    (out / "images/image_02.mask.png").unlink()
+    for _ in range(2):
+        picture(200, (80, 80)).save(data / "9.png")
+        prepare(data, out)
+        assert list(by_source(out)) == ["0.png", "1.png", "2.png", "9.png"]
+        assert by_source(out)["1.png"][2] is False
+        assert (
+            "left out   1 whose rows were removed from captions.jsonl (3.png)"
+            in capsys.readouterr().out
+        )
+    prepare(data, out, keep_edits=False)
+    assert list(by_source(out)) == ["0.png", "1.png", "2.png", "3.png", "9.png"]
+    assert by_source(out)["1.png"][2]
+
+
+def test_the_caption_of_a_source_that_is_gone_is_said(prepared, capsys):
+    data, out = prepared
+    rows = rows_of(out)
+    rows[3]["text"] = "a long thought"
+    write_rows(out, rows)
+    (data / "3.png").unlink()
+    prepare(data, out)
+    assert "its caption goes with 3.png: «a long thought»" in capsys.readouterr().out
+
+
+def other_source(data, out):
+    picture(7, (64, 64)).save(out / "images/image_01.png")
+    picture(70, (80, 80)).save(data / "0.png")
+
+
+def other_size(data, out):
+    picture(7, (32, 32)).save(out / "images/image_01.png")
+
+
+def no_picture(data, out):
+    (out / "images/image_01.png").write_bytes(b"words")
+
+
+def foreign_mask(data, out):
+    picture(7, (64, 64), "L").save(out / "images/image_01.mask.png")
+
+
+def foreign_row(data, out):
+    picture(7, (64, 64)).save(out / "images/mine.png")
+    write_rows(out, [*rows_of(out), dict(file_name="images/mine.png", text="mine")])
+
+
+def broken_row(data, out):
+    (out / "captions.jsonl").write_text("words\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(other_source, "image_01.png was changed by hand, and its source 0.png or the size has changed"),
+     (other_size, "image_01.png was changed by hand and is no picture of 64x64"),
+     (no_picture, "image_01.png was changed by hand and is no picture of 64x64"),
+     (foreign_mask, "image_01.mask.png is not from preprocess.py"),
+     (foreign_row, "line 5: images/mine.png is not from preprocess.py"),
+     (broken_row, "line 1: changed, but not of the form")],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_changes_that_cannot_be_kept_are_refused_by_name(prepared, change, words):
+    data, out = prepared
+    change(data, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = call("preprocess.py", "--data-dir", data, "--output-dir", out, "--resolution", 64)
+    assert_one_line(done, words)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_changes_to_what_an_earlier_version_wrote_are_kept_too(prepared):
+    """Whose manifest has captions, but no hashes of the pictures."""
+    data, out = prepared
+    manifest = json.loads((out / "manifest.json").read_text())
+    for record in manifest["pictures"]:
+        for key in ("files", "edited", "edited_files"):
+            del record[key]
+    del manifest["left_out"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    rows = rows_of(out)
+    rows[2]["text"] = "corrected"
+    write_rows(out, rows)
+    prepare(data, out)
+    assert by_source(out)["2.png"][0] == dict(text="corrected")

@@ -58,3 +58,10 @@ def test_no_two_prompts_share_a_folder(prompts):
     names = slugs([("success", prompt) for prompt in prompts])
     assert len(set(names)) == len(prompts)
     assert all(name.strip("-") and "/" not in name for name in names)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_prompt_may_hold_signs_that_end_lines_elsewhere(tmp_path, encoding):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a coat\u2028on a hook\r\na\u0085cat\r\n".encode(encoding))
+    assert read_prompts(path) == [("success", "a coat\u2028on a hook"), ("success", "a\u0085cat")]

@@ -1,5 +1,6 @@
 """A base model in one file: the same model as the folder's, and what is refused by name."""
 
+import errno
 import json
 import re
 import shutil
@@ -8,11 +9,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_one_line, call, options
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_base_models import second_version
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lib import models, single_file
+from lib.errors import UserError
 from lib.evaluation.drawing import draw, load_pipeline
 
 NAME = "lora_weights_rank_32"
@@ -336,3 +339,42 @@ def test_pickles_damaged_and_missing_files(processed_data, tmp_path):
     ):
         config = TINY_RUN | dict(base_model=tmp_path / name, data_dir=processed_data, output_dir=tmp_path)  # fmt: skip
         assert_one_line(call("train.py", *options(**config)), tmp_path / name, words)
+
+
+@pytest.mark.parametrize("raised", [
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(),
+], ids=lambda raised: type(raised).__name__)  # fmt: skip
+def test_a_full_disk_while_it_is_made_leaves_nothing(one_file, monkeypatch, tmp_path, raised):
+    file, folder = one_file()
+    written, whole = [], single_file.save_file
+
+    def full(tensors, path, **named):
+        if written:
+            path.write_bytes(b"half")
+            raise raised
+        written.append(path)
+        whole(tensors, path, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(single_file, "save_file", full)
+        with pytest.raises((UserError, KeyboardInterrupt)) as error:
+            models.fetch_base_model(str(file))
+    if isinstance(error.value, UserError):
+        assert "No space left on device" in str(error.value)
+        assert "bytes free (HF_HOME names another place)" in str(error.value)
+        assert "\n" not in str(error.value)
+    left = [
+        path
+        for path in (tmp_path / "cache").rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    ]
+    assert left == []
+    assert weights(models.fetch_base_model(str(file))).keys() == weights(folder).keys()
+
+
+def test_a_place_that_cannot_be_written_is_named(one_file, tmp_path):
+    file, _ = one_file()
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    with pytest.raises(UserError, match=r"cannot be written: .* bytes free \(HF_HOME"):
+        models.fetch_base_model(str(file))

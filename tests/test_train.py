@@ -355,7 +355,7 @@ def test_data_order_visits_every_picture_once_an_epoch():
         ),
         (
             dict(preservation_weight=1, preservation_captions="a" * 99),
-            "of preservation_captions has",
+            "the caption of preservation_captions (101)",
         ),
         (dict(alpha="nan"), "alpha"),
     ],
@@ -476,3 +476,22 @@ def test_a_frozen_text_encoder_gives_each_picture_its_own_caption(tiny_model, tm
         log = (folder / "lora_weights_rank_32" / "log.jsonl").read_text()
         found.append(json.loads(log.splitlines()[0])["validation_loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_captions_of_too_many_tokens_are_all_named_or_cut_off(tiny_model, tmp_path):
+    data = make_processed(tmp_path / "data", 4)
+    rows = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
+    for number in (1, 3):
+        rows[number]["text"] = "a coat " + "x" * (80 + number)
+    (data / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=data, output_dir=tmp_path, max_steps=2)
+    done = call("train.py", *options(**config))
+    assert_one_line(
+        done, "2 captions, images/image_02.png (", "images/image_04.png (", "--truncate-captions"
+    )
+    assert "image_01" not in done.stderr
+    done = call("train.py", *options(**config, truncate_captions=True, preview_prompts="{caption}"))
+    assert done.returncode == 0, done.stderr
+    said = next(line for line in done.stdout.splitlines() if "only the first 77 tokens" in line)
+    assert "images/image_02.png" in said
+    assert "images/image_04.png" in said

@@ -5,9 +5,9 @@ is what an adapter changes first. `failure` prompts have nothing to do with it.
 """
 
 import re
-from pathlib import Path
 
 from lib.errors import UserError
+from lib.texts import read_text, text_lines
 
 CATEGORIES = ("success", "near", "failure")
 # Names that Windows keeps for devices; no folder can have them.
@@ -27,10 +27,7 @@ def read_prompts(path):
     one it is a success prompt). Empty lines and lines that begin with # are passed over. Raises
     UserError naming the line that is wrong.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"prompts file {path} cannot be read: {problem}") from None
+    lines = text_lines(read_text(path, "prompts file "))
     prompts = []
     for number, line in enumerate(lines, 1):
         line = line.strip()

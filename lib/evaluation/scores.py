@@ -102,12 +102,14 @@ def load_scorer(config, prompts, runs, device):
 
 def training_resolution(config, runs):
     """The resolution of the training pictures, whatever size is drawn: where they kept their shapes the one that
-    they were prepared for, else that which the first of `runs` was trained at, as far as it is known."""
+    they were prepared for, else that which the first of `runs` was trained at, as far as it is known and they were
+    prepared for it."""
     prepared, kept_shapes = prepared_as(config["data_dir"])
     if kept_shapes:
         return prepared
     trained = [(run.adapter.get("training") or {}).get("resolution") for run in runs]
-    return next(filter(None, [*trained, prepared]), min(picture_size(config["resolution"])))
+    found = next(filter(None, [*trained, prepared]), min(picture_size(config["resolution"])))
+    return min(found, prepared or found)
 
 
 def note_other_pictures(runs, training, data_dir):

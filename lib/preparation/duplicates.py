@@ -41,7 +41,7 @@ def without_duplicates(pictures, duplicate_bits, duplicate_colour):
             duplicates.append(dict(
                 source=picture["source"], duplicate_of=twin["source"],
                 reason="the same file" if exact else "nearly the same picture",
-                bits=int(bits[twins[0]]),
+                bits=int(bits[twins[0]]), notes=lost_mask(picture, twin),
             ))  # fmt: skip
         else:
             hashes[len(kept)], colours[len(kept)] = phash, colour
@@ -49,3 +49,25 @@ def without_duplicates(pictures, duplicate_bits, duplicate_colour):
     kept.sort(key=lambda picture: picture["source"])
     duplicates.sort(key=lambda row: row["source"])
     return kept, duplicates
+
+
+def lost_mask(picture, twin):
+    """What is to be said of the mask of a picture that is dropped for its `twin`: a list of words."""
+    masked = [".mask.png" in one.get("files", ()) for one in (picture, twin)]
+    return ["its mask is not used"] if masked == [True, False] else []
+
+
+def with_those_of_duplicates(captions, duplicates):
+    """`captions`, as `read_captions` gives them, where a picture that was kept has what was written for the one that was
+    dropped, if nothing was for itself. What becomes of a caption is added to `notes` of the rows of `duplicates`."""
+    captions = {name: dict(own) for name, own in captions.items()}
+    for row in duplicates:
+        own, twin = captions[row["source"]], captions[row["duplicate_of"]]
+        for key, words in own.items():
+            kept = twin.setdefault(key, words)
+            what = "caption" if key == "text" else key
+            if kept is words:
+                row["notes"].append(f"its {what} is used there")
+            elif kept[0] != words[0]:
+                row["notes"].append(f"its {what} is not used: «{words[0]}»")
+    return captions

@@ -13,29 +13,31 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from lib.errors import UserError
 from lib.files import replacing, sha256_file
-from lib.photographs import FORMATS, Unusable, read_picture
+from lib.masks import SURELY, only_mask, subject_mask
+from lib.photographs import Unusable, check_content, fetched_by, read_layers, upright_shape
 from lib.preparation.duplicates import fingerprint
 from lib.preparation.framing import framed, view
 from lib.preparation.sources import is_text
 
 FEW = 8  # pictures that are made ready sooner than a process that would help starts
 MEGAPIXELS_AT_ONCE = 32  # in all processes together; a picture takes about 16 MB a megapixel
+MAKER = 2  # another number makes all parts anew
 # Endings of a picture's parts.
 PNG, MASK, VIEW, RECORD = ".png", ".mask.png", ".jpg", ".json"
 
 
-def prepare_pictures(data_dir, names, sizes, parts, settings, processes=0):
+def prepare_pictures(data_dir, names, masks, sizes, parts, settings, processes=0):
     """(pictures, skipped): a dict of what is known of each picture of `names` in the folder `data_dir`,
-    and source and reason of each that cannot be used, both in the order of the names.
+    and source and reason of each that cannot be used, both in the order of the names. `masks` is what `find_masks`
+    gives.
 
     A picture's `key` is the name of its parts in the folder `parts`: PNG, as it is trained on, at its size of
     `sizes`; MASK, where it has one; and VIEW, a thumbnail for the contact sheet. `settings` are `crop`, see
@@ -43,14 +45,14 @@ def prepare_pictures(data_dir, names, sizes, parts, settings, processes=0):
     """
     work = functools.partial(prepared, data_dir, parts, settings)
     workers = min(processes or cores(), math.ceil(len(names) / FEW))
-    found = []
+    found, beside = [], [masks.get(name, []) for name in names]
     bar = functools.partial(tqdm, total=len(names), desc="preparing", unit="picture", leave=False)
     try:
         if workers <= 1:
-            found.extend(bar(map(work, names, sizes)))
+            found.extend(bar(map(work, names, beside, sizes)))
         else:
             with process_pool(workers) as pool:
-                found.extend(bar(pool.map(work, names, sizes, chunksize=2)))
+                found.extend(bar(pool.map(work, names, beside, sizes, chunksize=2)))
     except (KeyboardInterrupt, SystemExit):
         print(
             f"stopped at {len(found)} of {len(names)} pictures; the same command goes on from there"
@@ -77,30 +79,35 @@ def cores():
 # ---- one picture ------------------------------------------------------------------------------
 
 
-def prepared(data_dir, parts, settings, name, size):
+def prepared(data_dir, parts, settings, name, masks, size):
     """What `prepare_pictures` tells of one picture; its parts are in their folder afterwards."""
     path = data_dir / name
     try:
         if not is_text(name):
             name = name.encode("utf-8", "replace").decode()
             raise Unusable("its name is not UTF-8; give it another")
+        if not path.exists() and path.is_symlink():
+            raise Unusable(f"a link to {os.readlink(path)}, which is not there{fetched_by(path)}")
         if not path.is_file():
             raise Unusable("a folder or special file; only files directly in it are read")
-        if name.lower().endswith(MASK):
+        if SURELY.fullmatch(name):
             raise Unusable("a mask, but there is no picture of that name")
-        mask = path.with_suffix(MASK)
+        mask = only_mask([data_dir / mask for mask in masks])
         try:
             sha256 = sha256_file(path)
-            mask_sha256 = sha256_file(mask) if mask.is_file() else None
         except OSError as problem:
             raise Unusable(f"cannot be read ({problem.strerror})") from None
-        made_from = json.dumps([sha256, mask_sha256, path.suffix.lower(), size, settings])
-        part = parts / hashlib.sha256(made_from.encode()).hexdigest()[:32]
+        try:
+            mask_sha256 = sha256_file(mask) if mask else None
+        except OSError as problem:
+            raise Unusable(f"its mask {mask.name} cannot be read ({problem.strerror})") from None
+        made_from = [MAKER, sha256, mask_sha256, masks, path.suffix.lower(), size, settings]
+        part = parts / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
         record = kept_record(part)
         if record is None:
             with room_for(path):
                 record = dict(sha256=sha256, bytes=path.stat().st_size)
-                record |= write_parts(path, mask if mask_sha256 else None, part, size, settings)
+                record |= write_parts(path, mask, part, size, settings)
             write_beside(
                 part.with_suffix(RECORD), lambda file: file.write(json.dumps(record).encode())
             )
@@ -113,9 +120,18 @@ def prepared(data_dir, parts, settings, name, size):
 
 def write_parts(path, mask_path, part, size, settings):
     """Make the picture at `path`, whose mask may lie at `mask_path`, ready: write its parts, return what is known."""
-    image, info, done = read_picture(path, settings["max_megapixels"])
-    mask = subject_mask(path, mask_path, image, done, settings["max_megapixels"])
+    image, alpha, info, done = read_layers(path, settings["max_megapixels"])
+    check_content(image, alpha)
+    mask, masked = subject_mask(mask_path, image, alpha, settings["max_megapixels"])
     ready, ready_mask, frame = framed(image, size, settings["crop"], mask)
+    if mask is not None:
+        done.append(masked)
+        brightest = ready_mask.getextrema()[1]
+        if brightest < 8:
+            raise Unusable(f"{masked}, of which nothing is left {frame['words'].partition(' and ')[2]}; "
+                           "--crop subject and --buckets cut off less of it")  # fmt: skip
+        if brightest < 128:  # a thin subject, paler now that it is smaller
+            ready_mask = ready_mask.point(lambda level: level * 255 // brightest)
     done.append(frame["words"])
     write_beside(part.with_suffix(PNG), lambda file: ready.save(file, "PNG"))
     if mask is not None:
@@ -143,42 +159,6 @@ def kept_record(part):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if whole else None
-
-
-def subject_mask(path, mask_path, image, done, max_megapixels):
-    """The mask of a picture, white where the subject is: the picture at `mask_path` or, where that is None, the
-    transparency of the one at `path`, if it has any (`done` is what reading it did); else None."""
-    if mask_path is not None:
-        try:
-            mask = read_picture(mask_path, max_megapixels)[0].convert("L")
-        except Unusable as reason:
-            raise Unusable(f"its mask {mask_path.name}: {reason}") from None
-        if abs(mask.width / mask.height * image.height / image.width - 1) > 0.02:
-            raise Unusable(
-                f"its mask {mask_path.name} is {mask.width}x{mask.height}, another shape than the picture's "
-                f"{image.width}x{image.height}"
-            )
-        done.append(f"masked by {mask_path.name}")
-    elif "put on white" in done:
-        with Image.open(path, formats=FORMATS) as source:
-            source.load()
-            mask = ImageOps.exif_transpose(source).convert("RGBA").getchannel("A")
-        done.append("masked by its transparency")
-    else:
-        return None
-    return mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BILINEAR)
-
-
-def upright_shape(path):
-    """(width, height) of a picture as it is shown, from its header; None where that cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
-                turned = image.format != "HEIF" and image.getexif().get(0x0112, 1) in range(5, 9)
-                return image.size[::-1] if turned else image.size
-    except Exception:  # what is wrong with it is told when it is read
-        return None
 
 
 def write_beside(path, write):

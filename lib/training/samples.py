@@ -6,28 +6,33 @@ import numpy as np
 import torch
 
 from lib.errors import UserError
+from lib.kept import first_process
 
 MAX_TOKENS = 77  # CLIP's text length, begin and end token included
 # Separate streams of random numbers, so that none shifts another.
 ORDER, SAMPLE, HELD_OUT = 1, 2, 3
 
 
-def tokenize(tokenizer, data):
-    """Token ids of the captions, int64 [n, 77]; UserError naming a caption that does not fit."""
+def tokenize(tokenizer, data, truncate=False):
+    """Token ids of the captions, int64 [n, 77]; UserError naming all that do not fit or, with `truncate`, a note that
+    does, and they end where the others must."""
     lengths = {}  # each caption is read once, however many pictures have it
-    for row in data:
-        caption = row.caption
-        if caption not in lengths:
-            lengths[caption] = len(tokenizer(caption, verbose=False).input_ids)
-        length = lengths[caption]
-        if length > MAX_TOKENS:
-            raise UserError(
-                f"the caption of {row.name} has {length} tokens, {MAX_TOKENS} is the most "
-                f"(begin and end included); shorten «{caption[:60]}…»"
-            )
+    for caption in dict.fromkeys(row.caption for row in data):
+        lengths[caption] = len(tokenizer(caption, verbose=False).input_ids)
+    long = [row for row in data if lengths[row.caption] > MAX_TOKENS]
+    names = ", ".join(f"{row.name} ({lengths[row.caption]})" for row in long)
+    if long and not truncate:
+        what = f"the caption of {names}" if len(long) == 1 else f"{len(long)} captions, {names},"
+        raise UserError(
+            f"more than {MAX_TOKENS} tokens (begin and end included): {what} cannot be read whole; shorten "
+            f"«{long[0].caption[:60]}…»{' and the others' if long[1:] else ''}, or add --truncate-captions"
+        )
+    if long and first_process():
+        print(f"note: of {len(long)} captions only the first {MAX_TOKENS} tokens are read: {names}")
     return tokenizer(
         [row.caption for row in data],
         padding="max_length",
+        truncation=truncate,
         max_length=MAX_TOKENS,
         return_tensors="pt",
     ).input_ids
@@ -63,33 +68,34 @@ def draw_noise(rng, shape, timesteps_count):
     return latent_noise, noise, rng.integers(timesteps_count)
 
 
-@functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, count):
     """The order in which an epoch goes through its `count` pictures."""
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
 
 
-def epoch_chunks(seed, epoch, shapes, size):
-    """The epoch's order in chunks of `size` pictures of one shape each, in the order of their first pictures: a list of
-    lists of numbers. `shapes` are those of the pictures; a chunk that lacks some begins again with its shape."""
-    chunks, groups = [], {}
-    for rank, number in enumerate(epoch_order(seed, epoch, len(shapes))):
-        groups.setdefault(shapes[number], []).append((rank, number))
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            chunk = group[start : start + size]
-            chunks.append(chunk + [group[i % len(group)] for i in range(size - len(chunk))])
-    return [[number for _, number in chunk] for chunk in sorted(chunks, key=lambda c: c[0])]
+def cycle_chunks(seed, cycle, shapes, size):
+    """The pictures of `size` epochs, the `cycle`-th of such, in chunks of `size` pictures of one shape: int64 [n, size]
+    for n pictures, numbers of them. `shapes` [n] are the pictures' as whole numbers.
+
+    What an epoch leaves over of a shape waits for the next, so that nothing is filled up: after `size` epochs of n
+    pictures each of k of a shape was drawn `size` times, in k whole chunks. A chunk stands where its middle picture
+    does in the epochs; with chunks of one picture, or pictures of one shape, this is the order of the epochs.
+    """
+    epochs = range(cycle * size, (cycle + 1) * size)
+    order = np.concatenate([epoch_order(seed, epoch, len(shapes)) for epoch in epochs])
+    places = [np.flatnonzero(shapes[order] == shape) for shape in np.unique(shapes)]
+    places = np.concatenate([mine.reshape(-1, size) for mine in places])
+    return order[places[places[:, size // 2].argsort()]]
 
 
 class Samples:
     """The training samples by their number: which picture, and its noise and timestep.
 
-    Sample number s is picture s mod n of epoch s div n, and its draws derive from (seed, s): noise and
+    Epochs follow one another, each in an order of its own, and a sample's draws derive from (seed, number): noise and
     timestep as `draw_noise` gives them, and the guidance of its loss, evenly from the range `guidance`.
     Processes and micro-steps take consecutive samples, so two processes see what one with twice the
     batch size sees, and a run that goes on after an interruption needs no random state. Where pictures
-    have several shapes, the micro-batches of all processes together hold one, see `epoch_chunks`.
+    have several shapes, the micro-batches of all processes together hold one, see `cycle_chunks`.
     """
 
     def __init__(
@@ -100,20 +106,29 @@ class Samples:
         self.shape_of, self.timesteps_count = shape_of, timesteps_count  # of an index: [c, h, w]
         self.batch_size, self.processes, self.process = batch_size, processes, process
         self.guidance = guidance
-        shapes = list(map(shape_of, pictures))
-        self.one_shape = len(set(shapes)) == 1
+        numbers = {}
+        shapes = np.array([numbers.setdefault(shape_of(i), len(numbers)) for i in pictures])
+        self.shape_counts = np.bincount(shapes).tolist()
         self.chunks = functools.lru_cache(maxsize=2)(
-            lambda epoch: epoch_chunks(seed, epoch, shapes, batch_size * processes)
+            lambda cycle: cycle_chunks(seed, cycle, shapes, batch_size * processes)
         )
+
+    def notes(self):
+        """What a person should know of the batches, a list of lines."""
+        size = self.batch_size * self.processes
+        few = [count for count in self.shape_counts if count < size]
+        if not few or len(self.shape_counts) == 1:
+            return []
+        return [
+            f"note: {sum(few)} of {len(self.pictures)} pictures have a shape that fewer than {size} have: a batch of "
+            "theirs repeats them, and comes so rarely that every picture is seen equally often"
+        ]
 
     def picture(self, sample):
         """The data-set index of a sample."""
-        if self.one_shape:
-            epoch, place = divmod(sample, len(self.pictures))
-            return self.pictures[epoch_order(self.seed, epoch, len(self.pictures))[place]]
         chunk, place = divmod(sample, self.batch_size * self.processes)
-        epoch, chunk = divmod(chunk, len(self.chunks(0)))  # as many in every epoch
-        return self.pictures[self.chunks(epoch)[chunk][place]]
+        cycle, chunk = divmod(chunk, len(self.pictures))
+        return self.pictures[self.chunks(cycle)[chunk, place]]
 
     def micro_batch(self, number):
         """(data-set indices, draws) of this process's samples of micro-step `number`."""

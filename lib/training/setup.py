@@ -12,29 +12,23 @@ from lib.config import half_resolution
 from lib.dataset import Row
 from lib.errors import memory_for
 from lib.models import load_part, loading
-from lib.training.latents import (
-    arranged,
-    encode_latents,
-    kept_path,
-    latent_shape,
-    make_latents,
-    read_kept,
-)
+from lib.training.latents import Latents, encode_latents, kept_folder
 from lib.training.micro_step import recomputed
 from lib.training.parameters import add_lora_parameters
 from lib.training.protection import Protection, read_protected
 from lib.training.samples import MAX_TOKENS, encode_captions, split, tokenize
 
 
-def caption_tokens(base_folder, data, prompts):
+def caption_tokens(base_folder, data, prompts, truncate=False):
     """(token ids of the pictures' captions, int64 [n, 77], and those of no text [1, 77]).
 
-    UserError if a caption, or one of the `prompts` of the previews, is too long.
+    UserError if a caption, or one of the `prompts` of the previews, is too long, unless `truncate` cuts it off.
     """
     tokenizer = base_tokenizer(base_folder)
     if prompts:
-        tokenize(tokenizer, [Row("a preview", prompt, None, None) for prompt in prompts])
-    return tokenize(tokenizer, data), prompt_ids(tokenizer, [""])
+        rows = [Row("a preview", prompt, None, None) for prompt in prompts]
+        tokenize(tokenizer, rows, truncate)
+    return tokenize(tokenizer, data, truncate), prompt_ids(tokenizer, [""])
 
 
 def base_tokenizer(base_folder):
@@ -77,19 +71,14 @@ def picture_latents(base_folder, data, dtype, accelerator):
     """The Latents of a Dataset's pictures: those that were kept, and of the others what the VAE, which is needed
     for this alone and not kept, makes of them. Of several processes the first encodes and writes."""
     device, first = accelerator.device, accelerator.is_main_process
-    path = kept_path(data, base_folder / "vae", dtype, device)
     if not first:
         accelerator.wait_for_everyone()
-    kept = read_kept(path)
-    latents = arranged(kept, data)
-    if latents is None:
+    latents = Latents(data, kept_folder(data, base_folder / "vae", dtype, device))
+    if missing := latents.missing:
         vae = load_part(AutoencoderKL, base_folder, "vae", dtype).to(device)
         advice = f"--resolution {half_resolution(data.resolution)} needs a quarter"
         with memory_for("encoding the pictures", advice):
-            latents = make_latents(
-                path if first else None, data, functools.partial(latent_shape, vae), kept,
-                lambda indices: encode_latents(vae, data, indices, device),
-            )  # fmt: skip
+            latents.add(encode_latents(vae, data, missing, device), write=first)
     if first:
         accelerator.wait_for_everyone()
     return latents
