@@ -284,14 +284,6 @@ def write_json(path, value):
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def first_and_last(path):
-    """The first and the last MiB of a file, by which, and by its size, a large one is known quickly."""
-    with open(path, "rb") as file:
-        first = file.read(2**20)
-        file.seek(max(0, os.path.getsize(path) - 2**20))
-        return first + file.read()
-
-
 def sha256_file(path):
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:

@@ -27,7 +27,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib.adapters import some
 from lib.errors import UserError, one_line
-from lib.files import first_and_last, flush, write_json
+from lib.files import flush, write_json
+from lib.kept import content_digest
 
 BASE_MODELS = Path(__file__).parent / "base_models"
 CONFIGS = {version: BASE_MODELS / f"stable_diffusion_{version}" for version in (1, 2)}
@@ -89,10 +90,8 @@ class reading:
 
 
 def file_digest(path):
-    """16 hex digits by which a file is known: of its size, its first and its last MiB."""
-    found = hashlib.sha256(f"{CONVERTER} {path.stat().st_size}".encode())
-    found.update(first_and_last(path))
-    return found.hexdigest()[:16]
+    """16 hex digits by which a file is known: of its content and of how it is converted."""
+    return hashlib.sha256(f"{CONVERTER} {content_digest(path)}".encode()).hexdigest()[:16]
 
 
 def version_of(file, keys, path):

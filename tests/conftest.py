@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["HF_HUB_OFFLINE"] = "1"
+HOME = tempfile.TemporaryDirectory()  # of what is kept of models beside the hub's
+os.environ["HF_HOME"] = HOME.name
 # Models this small lose more by sharing a step among threads than they gain.
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)

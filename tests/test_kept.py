@@ -1,8 +1,11 @@
 """What is computed of the training pictures once and kept beside them: latents, embeddings, hashes."""
 
 import hashlib
+import json
 import os
 import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +13,10 @@ import torch
 from accelerate import Accelerator
 from conftest import TINY_RUN as TINY
 from conftest import call, make_processed, options, picture, tiny_vae
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from lib import dataset
+from lib import dataset, kept
 from lib.dataset import KEPT, read_dataset
 from lib.evaluation import clip_scores
 from lib.training import setup
@@ -232,3 +236,44 @@ def test_embeddings_of_training_pictures_are_kept(data, tiny_clip, tmp_path, mon
     assert "is damaged" in capsys.readouterr().out
     picture(91).save(data / "images" / "image_04.png")
     assert embedded()[1] == 12
+
+
+def test_a_file_is_known_by_its_whole_content_and_read_once(tmp_path, monkeypatch):
+    path, reads, whole = tmp_path / "model.safetensors", [], kept.sha256_file
+    monkeypatch.setattr(kept, "sha256_file", lambda path: reads.append(path) or whole(path))
+    monkeypatch.setattr(kept, "CLOCK_TICK", 0)
+    path.write_bytes(bytes(3 * 2**20))
+    before = path.stat()
+    (tmp_path / "link").symlink_to(path)
+    time.sleep(0.02)  # more than a tick of the clock
+    assert kept.content_digest(path) == hashlib.sha256(bytes(3 * 2**20)).hexdigest()
+    assert kept.content_digest(tmp_path / "link") == kept.content_digest(path)
+    assert len(reads) == 1
+    # Another content of the same size, the same ends and, as after a copy that keeps it, the same time.
+    changed = bytearray(3 * 2**20)
+    changed[2**20 + 2**19] = 1
+    path.write_bytes(changed)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert kept.content_digest(path) == hashlib.sha256(changed).hexdigest()
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"[" * 10**5, b"\xff"])
+def test_a_damaged_digest_is_made_anew(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(kept, "CLOCK_TICK", -(10**12))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    expected = kept.content_digest(path)
+    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
+    record = Path(constants.HF_HOME) / "digests" / f"{name}.json"
+    record.write_bytes(damage)
+    assert kept.content_digest(path) == expected
+    assert json.loads(record.read_text())["sha256"] == expected
+
+
+def test_a_file_of_this_moment_is_read_again(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for content in (b"1", b"2", b"3"):  # within one tick of a coarse clock all times are equal
+        path.write_bytes(content)
+        os.utime(path, ns=(0, 0))
+        assert kept.content_digest(path) == hashlib.sha256(content).hexdigest()

@@ -1,11 +1,13 @@
 """What the scripts share: models from a hub or a folder, and the command line."""
 
+import shutil
 import types
 
 import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from lib import models
@@ -95,11 +97,34 @@ def test_a_folder_of_fp16_variants_loads(tiny_model, tmp_path):
             assert torch.equal(weight, expected[name].float())
 
 
+def test_files_that_are_not_loaded_may_come_and_go(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    whole, half = (models.base_model_digest(folder, half) for half in (False, True))
+    assert whole == half  # there is one precision only
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    other = {key: weight.half() + 1 for key, weight in weights.items()}
+    save_file(other, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors", {"format": "pt"})
+    (folder / "unet" / "diffusion_pytorch_model.non_ema.safetensors").write_bytes(b"another")
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"not used")
+    assert models.base_model_digest(folder, False) == whole
+    assert models.base_model_digest(folder, True) != half
+    for dtype, expected in ((torch.float32, weights), (torch.float16, other)):
+        loaded = models.load_part(UNet2DConditionModel, folder, "unet", dtype).state_dict()
+        assert all(torch.equal(loaded[key], weight.to(dtype)) for key, weight in expected.items())
+    # Every part counts, and its configuration.
+    for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+                 "scheduler/scheduler_config.json", "unet/config.json"):  # fmt: skip
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + b" ")
+        assert models.base_model_digest(folder, False) != whole
+        (folder / name).write_bytes(content)
+    assert models.base_model_digest(folder, False) == whole
+
+
 def test_weights_that_are_missing_or_of_another_shape_are_named(tiny_model, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"

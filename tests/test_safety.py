@@ -269,6 +269,31 @@ def test_what_differs_is_listed_and_refused(interrupted, tmp_path, exact, data):
     assert json.loads((tmp_path / NAME / "config.json").read_text())["config"]["rank"] == 8
 
 
+def test_a_run_goes_on_after_a_move_and_with_more_files_beside_the_model(
+    interrupted, uninterrupted, tmp_path, data, tiny_model
+):
+    """The data set behind a link, the model in another folder that has one more precision."""
+    (tmp_path / "data").symlink_to(data)
+    model = tmp_path / "moved"
+    shutil.copytree(tiny_model, model)
+    half = model / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    half.write_bytes(b"fetched by another run")
+    moved = interrupted | dict(data_dir=tmp_path / "data", base_model=model)
+    assert "continuing" in succeeded(training(tmp_path, moved)).stdout
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+def test_another_base_model_under_the_same_name_is_refused(interrupted, tmp_path, tiny_model):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    done = training(tmp_path, interrupted | dict(base_model=model))
+    assert_one_line(done, "the base model's files", tiny_model, model)
+
+
 def test_a_changed_package_is_refused(interrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "version", lambda package: "0.0.1")
     assert_one_line(training(tmp_path, interrupted), "torch: ", "then, 0.0.1 now")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_one_line, call, options
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_base_models import second_version
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -175,6 +176,22 @@ def test_the_file_is_the_folder(one_file, version, prediction_type, capsys):
     assert models.fetch_base_model(str(file)) == found
     assert (found / "model_index.json").stat().st_mtime_ns == stamp
     assert capsys.readouterr().out == ""
+
+
+def test_a_file_that_is_replaced_under_its_name_is_read_anew(one_file):
+    def padded(tensors):  # the ends of large files, which are alike
+        return tensors | {"a": torch.zeros(2**19), "model_ema.z": torch.zeros(2**19)}
+
+    file, _ = one_file(change=padded)
+    first = weights(models.fetch_base_model(str(file)))
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    tensors["model.diffusion_model.out.2.bias"] += 1
+    save_file(tensors, file, header)
+    again = weights(models.fetch_base_model(str(file)))
+    differing = [key for key, value in first.items() if not torch.equal(value, again[key])]
+    assert differing == ["unet.conv_out.bias"]
 
 
 def test_old_names_of_the_text_encoder_and_half_precision(one_file):

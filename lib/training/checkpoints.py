@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from lib.errors import UserError, one_line
 from lib.files import write_bytes
+from lib.models import base_model_digest
 from lib.provenance import code_commit
 
 # Keys of train.py's CONFIG that may differ between an interrupted run and the one that continues it.
@@ -27,8 +28,9 @@ FREE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "
         "wandb_project", "wandb_pictures", "push_to_hub", "output_dir", "run_name")  # fmt: skip
 # Those of a run that stopped at numbers that are not finite: they may be the reason.
 LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
-# Those that may be called otherwise on another machine: their hashes count.
-PLACES = ("data_dir", "base_model")
+# Those that may be called otherwise after a move, through a link or on another machine: their hashes count.
+PLACES = ("data_dir", "base_model", "revision")
+BASE_MODEL, DATA = "the base model's files", "pictures and captions"  # these hashes
 # Packages whose version may change the numbers.
 NUMERIC = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 # Of the flat vectors; see lora.trained_weights. In the first one a layer's A and B lay side by side.
@@ -102,26 +104,14 @@ def latest(folder, say=print):
 # ---- the state of a run -----------------------------------------------------------------------
 
 
-def weights_digest(folder):
-    """SHA-256 over the names, sizes and first and last MiB of a base model's weight files."""
-    found = hashlib.sha256()
-    for path in sorted(folder.glob("*/*.safetensors")):
-        size = path.stat().st_size
-        found.update(f"{path.relative_to(folder)} {size}".encode())
-        with path.open("rb") as file:
-            found.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            found.update(file.read())
-    return found.hexdigest()
-
-
 def identity(config, data, base_folder, accelerator):
     """What must be equal for a checkpoint to be continued bit for bit: a dict of JSON values."""
     found = {key: value for key, value in config.items() if key not in FREE}
-    found["pictures and captions"] = data.sha256
+    found[DATA] = data.sha256
     if config["mask_weight"] != 1.0:
         found["masks"] = data.masks_sha256()
-    found["weights of the base model"] = weights_digest(base_folder)
+    half = accelerator.mixed_precision == "fp16"
+    found[BASE_MODEL] = base_model_digest(base_folder, half)
     found |= {package: version(package) for package in NUMERIC}
     found["layout of the parameters"] = LAYOUT
     found["processes"] = accelerator.num_processes
@@ -139,14 +129,17 @@ def check_same_run(state, now, folder):
     may = LEARNING_RATES if state.get("gave_up") else ()
     differing = {
         key: (saved.get(key), now.get(key))
-        for key in sorted(saved.keys() | now.keys())
+        for key in sorted((saved.keys() | now.keys()) - set(PLACES))
         if saved.get(key) != now.get(key)
     }
-    refused = [
-        key if key == "pictures and captions" else f"{key}: {then} then, {new} now"
-        for key, (then, new) in differing.items()
-        if key not in may
-    ]
+    of = {BASE_MODEL: "base_model", DATA: "data_dir"}
+    refused = []
+    for key, (then, new) in differing.items():
+        if key in of:
+            places = [f"{run.get(of[key])} {when}" for run, when in ((saved, "then"), (now, "now"))]
+            refused.append(f"{key} ({of[key]}: {', '.join(places)})")
+        elif key not in may:
+            refused.append(f"{key}: {then} then, {new} now")
     if refused:
         raise UserError(
             f"{folder} holds an interrupted run that differs from this one in {'; '.join(refused)}. "
