@@ -40,7 +40,7 @@ from lib.files import (
 )
 from lib.imports import quick_imports
 from lib.kept import first_process
-from lib.training.advice import not_finite, training_memory
+from lib.training.advice import going_back, not_finite, training_memory
 from lib.training.journal import check_trackers
 
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
@@ -271,9 +271,8 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     first_step = progress.step
 
     def give_up(problem, step, pictures):
-        if is_main:
-            saver.save(progress, gave_up=True)
-        raise not_finite(problem, step, {rows[i].name for i in pictures}, work_folder)
+        advice = going_back(saver.go_back(), work_folder) if is_main else ""
+        raise not_finite(problem, step, {rows[i].name for i in pictures}, advice)
 
     with training_memory(config):
         upcoming = samples.micro_batch(first_step * gradient_accumulation_steps)

@@ -673,14 +673,14 @@ def test_nan_stops_before_the_update_and_names_step_and_picture(
     with monkeypatch.context() as patched:
         nan_at(5, patched, accumulation=5)
         done = training(tmp_path, config)
-    assert_one_line(done, "NaN", "at step 5", "images/image_0", "after step 4 is kept")
+    assert_one_line(done, "NaN", "at step 5", "images/image_0")
+    assert "step 3 in" in done.stderr
     named = set(re.findall(r"images/image_\d+\.png", done.stderr))
     assert named <= {f"images/image_{number:02}.png" for number in range(1, 9)}
     assert 1 <= len(named) <= 5
     tensors, state = checkpoints.latest(files.unfinished(tmp_path / NAME))
-    assert state["step"] == 4
+    assert (state["step"], state["gave_up"]) == (3, True)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-    # What is kept is the state before, to the bit.
     succeeded(training(tmp_path, config))
     assert_equal_runs(tmp_path / NAME, uninterrupted)
 
@@ -695,10 +695,62 @@ def test_the_picture_that_is_named_is_the_one_of_that_step(exact, tmp_path, monk
     assert re.findall(r"images/image_\d+", done.stderr) == [f"images/image_{number:02}"]
 
 
-def test_an_absurd_learning_rate_ends_in_one_line(exact, tmp_path):
-    done = training(tmp_path, exact | dict(output_dir=tmp_path, unet_learning_rate=1e30))
-    assert_one_line(done, "NaN or infinite at step", "learning rates")
-    assert not (tmp_path / NAME).exists()
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_whose_rate_broke_the_weights_goes_on_from_before_that(
+    exact, uninterrupted, tmp_path, keep, monkeypatch
+):
+    """In step 6, after which a checkpoint is due; the loss shows it one step later. What broke them is nothing that
+    a checkpoint knows."""
+    config = exact | dict(output_dir=tmp_path, keep_checkpoints=keep)
+    with monkeypatch.context() as patched:
+        factor = train.learning_rate_factor
+        patched.setattr(train, "learning_rate_factor", lambda step, *rest: factor(step, *rest) * (1e33 if step == 5 else 1))  # fmt: skip
+        done = training(tmp_path, config)
+    assert_one_line(done, "NaN or infinite at step 7", "learning rates")
+    assert "the checkpoint of step 3 in" in done.stderr
+    (left,) = checkpoints.listed(files.unfinished(tmp_path / NAME))
+    assert checkpoints.read(left)[1]["step"] == 3
+    done = succeeded(training(tmp_path, config))
+    assert "after step 3" in done.stdout
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+def test_an_absurd_learning_rate_ends_in_one_line_and_can_be_lowered(
+    exact, uninterrupted, tmp_path
+):
+    """Without a warm-up the first update breaks the weights, before any checkpoint."""
+    config = exact | dict(output_dir=tmp_path)
+    for every in (1, 3):
+        done = training(tmp_path, config | dict(unet_learning_rate=1e30, warmup_steps=0, checkpoint_every=every))  # fmt: skip
+        assert_one_line(done, "NaN or infinite at step 2", "learning rates")
+        assert "begins anew" in done.stderr
+        assert not (tmp_path / NAME).exists()
+        assert checkpoints.listed(files.unfinished(tmp_path / NAME)) == []
+    succeeded(training(tmp_path, config))
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+def test_a_checkpoint_that_ends_in_nan_again_gives_way_to_an_older_one(tmp_path):
+    def saved(step, updates, gave_up=False):
+        state = dict(updates=updates, gave_up=gave_up)
+        checkpoints.save(tmp_path, step, TENSORS, state, keep=9)
+
+    def left():
+        states = [checkpoints.read(path)[1] for path in checkpoints.listed(tmp_path)]
+        return [(state["step"], state["gave_up"]) for state in states]
+
+    for step in (10, 20, 30, 40):
+        saved(step, step)
+    # The update after step 30 broke the weights; all behind it was skipped for overflow.
+    saved(50, 40)
+    assert checkpoints.go_back(tmp_path, 40) == 30
+    assert left() == [(30, True), (20, False), (10, False)]
+    assert checkpoints.go_back(tmp_path, 33) == 20
+    assert left() == [(20, True), (10, False)]
+    (tmp_path / "checkpoint_0000010.safetensors").write_bytes(b"damaged")
+    # The last good one stays, however often.
+    assert [checkpoints.go_back(tmp_path, 25) for _ in range(2)] == [20, 20]
+    assert checkpoints.go_back(tmp_path, 20) is None
 
 
 def test_overflows_are_skipped_counted_and_in_a_row_too_many(exact, tmp_path, monkeypatch):
@@ -1154,25 +1206,26 @@ def test_after_nan_a_run_goes_on_with_other_learning_rates(exact, tmp_path, monk
     with monkeypatch.context() as patched:
         nan_at(5, patched, accumulation=5)
         done = training(tmp_path, config)
-    assert_one_line(done, "after step 4 is kept", "--unet-learning-rate")
+    assert "the checkpoint of step 3 in" in done.stderr
+    assert "--unet-learning-rate" in done.stderr
     # Nothing else may differ.
     other = config | dict(unet_learning_rate=2e-4)
     assert_one_line(training(tmp_path, other | dict(rank=8)), "rank: 16 then, 8 now")
     done = training(tmp_path, other, {7: kill})
     assert "unet_learning_rate: 0.0002 from now on, 0.001 before" in done.stdout
-    assert "after step 4" in done.stdout
+    assert "after step 3" in done.stdout
     # From then on it is a run like any other, of these rates.
     assert_one_line(training(tmp_path, config), "unet_learning_rate: 0.0002 then, 0.001 now")
     done = succeeded(training(tmp_path, other))
     assert "from now on" not in done.stdout
     summary = json.loads((tmp_path / NAME / "config.json").read_text())
     assert summary["learning_rate_changes"] == [
-        dict(after_step=4, unet_learning_rate=[0.001, 0.0002])
+        dict(after_step=3, unet_learning_rate=[0.001, 0.0002])
     ]
     assert summary["config"]["unet_learning_rate"] == 0.0002
     rows = [json.loads(line) for line in (tmp_path / NAME / "log.jsonl").read_text().splitlines()]
     rates = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
-    for step, peak in ((4, 1e-3), (6, 2e-4)):
+    for step, peak in ((2, 1e-3), (4, 2e-4), (6, 2e-4)):
         factor = train.learning_rate_factor(step - 1, exact["max_steps"], exact["warmup_steps"])
         assert rates[step] == pytest.approx(peak * factor)
 

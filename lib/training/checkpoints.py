@@ -6,6 +6,7 @@ nothing random is saved. Each file carries the SHA-256 of its own content: one t
 zero-filled or altered is named and passed over for the one before it.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -60,13 +61,17 @@ def save(folder, step, tensors, state, keep):
     `tensors` is a dict of tensors, `state` of what JSON can hold. Older files go only once the new
     one is in its place.
     """
-    text = json.dumps(state | {"step": step})
+    write(folder / f"checkpoint_{step:07}.safetensors", tensors, state | {"step": step})
+    remove(folder, keep)
+
+
+def write(path, tensors, state):
+    """Write one checkpoint."""
+    text = json.dumps(state)
     header = {"state": text, "sha256": digest(tensors, text)}
     # Copies, because tensors may share memory (the optimizer's quantization map), files may not.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    path = folder / f"checkpoint_{step:07}.safetensors"
     write_bytes(path, safetensors.torch.save(copies, metadata=header))
-    remove(folder, keep)
 
 
 def remove(folder, keep=0):
@@ -89,6 +94,31 @@ def read(path):
     if not intact:
         raise ValueError("its content does not match its checksum")
     return tensors, state
+
+
+def go_back(folder, updates):
+    """Leave, as the newest checkpoint in `folder`, one whose weights are known to be good, and mark it, so that
+    learning rates may differ from there on; return its step, or None if there is none.
+
+    A run that stops at NaN after so many `updates` was broken by the last of them: a checkpoint is good if an
+    update followed it. One that is marked already, because a run that went on from it ended so again, may have been
+    broken more slowly: it gives way to an older one, where there is one.
+    """
+    found = []
+    for path in listed(folder):
+        with contextlib.suppress(ValueError):  # damaged: it stays, to be named when the run goes on
+            tensors, state = read(path)
+            if state["updates"] < updates:
+                found.append((path, tensors, state))
+            else:
+                path.unlink()
+    if len(found) > 1 and found[0][2]["gave_up"]:
+        found.pop(0)[0].unlink()
+    if not found:
+        return None
+    path, tensors, state = found[0]
+    write(path, tensors, state | dict(gave_up=True))
+    return state["step"]
 
 
 def latest(folder, say=print):
@@ -219,27 +249,42 @@ class Progress:
 class Saver:
     """Saves and restores a run: its parameters, optimizer, loss scaler, log and progress.
 
-    `trained` is {component: LoraParameters}, `scaler` accelerate's or None, `journal` the run's.
+    `trained` is {component: LoraParameters}, `scaler` accelerate's or None, `journal` the run's. Of the checkpoints
+    the newest `keep` stay, two at least: whether the newest is any good shows in the step after it.
     """
 
     def __init__(self, folder, this_run, trained, optimizer, scaler, journal, keep):
-        self.folder, self.this_run, self.keep = folder, this_run, keep
+        self.folder, self.this_run, self.keep = folder, this_run, max(2, keep)
         self.trained, self.optimizer, self.scaler = trained, optimizer, scaler
         self.journal = journal
         self.commit = code_commit()  # of the code that was loaded, whatever is checked out later
 
-    def save(self, progress, gave_up=False):
-        """Write the checkpoint of `progress`; `gave_up` if the next step's numbers are not finite."""
+    def optimizer_state(self):
+        """See the function of that name."""
         flats = [part.flat for part in self.trained.values()]
-        names = [f"{name}.optimizer" for name in self.trained]
-        tensors, numbers = optimizer_state(self.optimizer, flats, names)
+        return optimizer_state(
+            self.optimizer, flats, [f"{name}.optimizer" for name in self.trained]
+        )
+
+    def updates(self):
+        """How many updates were made: one a step, less those that were skipped for fp16."""
+        numbers = self.optimizer_state()[1]
+        return max((n for key, n in numbers.items() if key.endswith(".step")), default=0)
+
+    def go_back(self):
+        """See the function of that name, of this run."""
+        return go_back(self.folder, self.updates())
+
+    def save(self, progress):
+        """Write the checkpoint of `progress`."""
+        tensors, numbers = self.optimizer_state()
         tensors |= {f"{name}.parameters": part.flat.data for name, part in self.trained.items()}
         tensors["loss_sum"] = progress.loss_sum
         state = dict(
             identity=self.this_run, optimizer=numbers, log=self.journal.rows,
             loss_count=progress.loss_count, skipped=progress.skipped,
             scaler=self.scaler.state_dict() if self.scaler else None, run_id=self.journal.run_id,
-            gave_up=gave_up, changes=progress.changes, commit=self.commit,
+            gave_up=False, updates=self.updates(), changes=progress.changes, commit=self.commit,
         )  # fmt: skip
         save(self.folder, progress.step, tensors, state, self.keep)
 
