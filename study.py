@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.config import check_range, parse_config
-from lib.errors import UserError, run_script
+from lib.errors import STOP_SIGNALS, UserError, heeded, run_script
 from lib.evaluation.prompts import read_prompts
 
 CONFIG = dict(
@@ -150,7 +150,7 @@ def is_evaluated(folder, prompts, sampling_seeds):
 def call(command):
     """Run one of the scripts beside this one; its words go where this one's go.
 
-    A Ctrl-C reaches it by itself, and a SIGTERM is handed on; it then saves what it has. Raises UserError
+    A Ctrl-C reaches it by itself, and any other signal is handed on; it then saves what it has. Raises UserError
     if it fails, SystemExit if it or this script was stopped.
     """
     stopped = []
@@ -159,10 +159,10 @@ def call(command):
 
     def stop(number, frame):
         stopped.append(128 + number)
-        if number == signal.SIGTERM:
+        if number != signal.SIGINT:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in heeded()}
     try:
         code = child.wait()
     finally:
@@ -170,7 +170,7 @@ def call(command):
             signal.signal(number, handler)
     if stopped:
         sys.exit(stopped[0])
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if code - 128 in STOP_SIGNALS:
         sys.exit(code)
     if code:
         raise UserError(

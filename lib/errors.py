@@ -27,17 +27,61 @@ def one_line(problem, length):
     return " ".join(str(problem).split())[:length]
 
 
-def run_script(main):
-    """Call `main()`; a UserError becomes one line on stderr and exit status 1.
+# Those that ask a process to end, of what this system has: a terminal that is closed, Ctrl-C, a batch system.
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in "SIGHUP SIGINT SIGQUIT SIGTERM SIGUSR1 SIGUSR2 SIGBREAK".split()
+    if hasattr(signal, name)
+]
 
-    SIGINT ends with 130 and SIGTERM with 143, as shells count.
-    """
-    for stream in (sys.stdout, sys.stderr):
+
+def heeded(signals=STOP_SIGNALS):
+    """Those of the signals that are not ignored, as `nohup` ignores SIGHUP, nor handled by a library."""
+    return [number for number in signals if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
+class Spoken:
+    """A text stream that whoever reads it may leave, as a terminal that is closed or a `| tee` that has ended: what
+    is written from then on goes nowhere, and is no error."""
+
+    def __init__(self, stream):
+        self.stream = stream
         if hasattr(stream, "reconfigure"):
             # Output that Windows sends to a file has 256 letters: «?» in place of the others, no error.
             stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.go_nowhere()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.go_nowhere()
+
+    def go_nowhere(self):
+        """Also what libraries write there, and what is still in the buffer."""
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+def run_script(main):
+    """Call `main()`; a UserError becomes one line on stderr and exit status 1.
+
+    A signal ends it with 128 and its number, as shells count: SIGINT with 130, SIGTERM with 143.
+    """
+    sys.stdout, sys.stderr = Spoken(sys.stdout), Spoken(sys.stderr)
     try:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        for number in heeded():
+            if number != signal.SIGINT:
+                signal.signal(number, lambda number, frame: sys.exit(128 + number))
         main()
     except UserError as error:
         # Under `accelerate launch` most errors meet every process, some only one: each says its own.
@@ -47,6 +91,9 @@ def run_script(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager

@@ -612,7 +612,7 @@ def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
 # ---- signals -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)])  # fmt: skip
 def test_a_signal_finishes_the_step_and_saves(exact, uninterrupted, tmp_path, number, code):
     config = exact | dict(output_dir=tmp_path)
     done = training(tmp_path, config, {4: send(number)})
@@ -632,6 +632,42 @@ def test_a_second_signal_ends_at_once(exact, tmp_path, monkeypatch, number, code
     assert done.returncode == code
     assert "stopped after" not in done.stdout
     assert checkpoints.latest(files.unfinished(tmp_path / NAME))[1]["step"] == 3
+
+
+def test_a_signal_that_is_ignored_stays_so(exact, uninterrupted, tmp_path):
+    """As `nohup` ignores SIGHUP."""
+    config = exact | dict(output_dir=tmp_path)
+    child = start_training(tmp_path, config, {4: send(signal.SIGHUP)}, lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # fmt: skip
+    succeeded(finish(child, tmp_path))
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+@pytest.mark.parametrize("gone", ["pipe", "terminal"])
+def test_a_run_goes_on_where_nobody_reads_what_it_says(exact, uninterrupted, tmp_path, gone):
+    """A `| tee` that has ended, or a terminal that was closed, from which no signal came."""
+
+    def leave():
+        reader, writer = os.pipe() if gone == "pipe" else os.openpty()
+        os.close(reader)
+        for number in (1, 2):
+            os.dup2(writer, number)
+        with pytest.raises(OSError, match="Broken pipe|error"):
+            os.write(1, b"said")
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+
+    child = start_training(tmp_path, exact | dict(output_dir=tmp_path), prepare=leave)
+    assert finish(child, tmp_path).returncode == 0
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+def test_an_error_that_nobody_reads_ends_as_it_would(tmp_path):
+    code = "import os; os.close(0); from lib.errors import UserError, run_script\n"
+    code += "def main():\n    print('x' * 10**5)\n    raise UserError('wrong')\nrun_script(main)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 1
 
 
 def test_a_signal_in_the_last_step(exact, uninterrupted, tmp_path):
