@@ -235,6 +235,8 @@ def train(*, base_model, revision, data_dir, caption_from, resolution, validatio
     saved = checkpoints.latest(work_folder, say) if resume else None
     checkpoints.check_same_everywhere(this_run, saved, accelerator)  # all have read it by then
     changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
+    if not saved:
+        run_folder.note_replaced(target_folder, config, say)
 
     train_indices, held_out = setup.divided(data_dir, len(rows), validation_count, seed, say)
     scheduler = setup.noise_scheduler(base_folder)

@@ -313,6 +313,20 @@ def test_a_finished_run_trains_anew_and_stays_until_then(exact, tmp_path):
     assert "continuing" not in succeeded(training(tmp_path, again)).stdout
 
 
+def test_that_a_finished_run_will_be_replaced_is_said_before_it_begins(exact, tmp_path):
+    config = exact | dict(output_dir=tmp_path, max_steps=2)
+    assert "finished run" not in succeeded(training(tmp_path, config)).stdout
+    done = training(tmp_path, config | dict(max_steps=3), {0: kill})
+    assert "holds a finished run (max_steps: 2 then, 3 now). Training begins anew" in done.stdout
+    assert "of the same configuration" in training(tmp_path, config, {0: kill}).stdout
+    # A config.json that holds something else is no reason to stop.
+    path = tmp_path / NAME / "config.json"
+    record = json.loads(path.read_text())
+    for other in ([], None, 3):
+        path.write_text(json.dumps(record | dict(config=other)))
+        run_folder.note_replaced(tmp_path / NAME, train.CONFIG, print)
+
+
 def test_killed_when_it_is_all_but_done(exact, uninterrupted, tmp_path):
     """After the last step and before the folder is renamed nothing is lost either."""
     config = exact | dict(output_dir=tmp_path)

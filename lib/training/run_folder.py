@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lib import adapter_files, adapters
-from lib.errors import UserError
+from lib.errors import UserError, one_line
 from lib.files import write_marker
 from lib.kohya import kohya_header, save_kohya
 from lib.model_card import CARD, card_text
@@ -71,6 +71,26 @@ def write_adapter(folder, config, models, data, step, half=False):
         base_model=str(config["base_model"]), caption=caption, data_sha256=data["sha256"],
         steps=str(step), seed=str(config["seed"]),
     ), half)  # fmt: skip
+
+
+def note_replaced(folder, config, say):
+    """Say, before a run with `config` begins anew, that the finished run in `folder` will be replaced, if there is
+    one. (It cannot be trained on: the learning rate of every step depends on how many there are.)"""
+    try:
+        earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+        now = json.loads(json.dumps(config, default=str))
+        differing = [
+            f"{key}: {earlier.get(key)} then, {now.get(key)} now"
+            for key in sorted(earlier.keys() | now.keys())
+            if earlier.get(key) != now.get(key)
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
+    what = one_line("; ".join(differing), 300) or "of the same configuration"
+    say(
+        f"note: {folder} holds a finished run ({what}). Training begins anew, and replaces it once the new run is "
+        "whole; to keep both add --run-name with another name"
+    )
 
 
 @contextlib.contextmanager
