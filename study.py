@@ -24,7 +24,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.config import check_range, parse_config
+from lib import values
+from lib.config import parse_config
 from lib.errors import STOP_SIGNALS, UserError, heeded, run_script
 from lib.evaluation.prompts import read_prompts
 
@@ -80,11 +81,23 @@ class Step(NamedTuple):
     command: list
 
 
+# What values the keys may have.
+VALUES = (
+    (values.TEXT, "base_model data_dir prompts lora_dir output_dir"),
+    (values.or_none(values.TEXT), "clip_model"),
+    (values.several(values.whole(0, 2**62), 1), "seeds"),
+    (values.several(values.number(0, 10), 1), "scales"),
+    (values.whole(1), "sampling_seeds"),
+    (values.FLAG, "page"),
+    (values.or_none(values.whole(1)), "max_steps"),
+)
+
+
 def check_config(config):
     """Refuse values that make no sense, before anything is started; returns the (category, prompt)s."""
-    check_range(config, "sampling_seeds", 1)
+    values.check(config, VALUES)
     for key in ("seeds", "scales"):
-        if not config[key] or len(set(config[key])) < len(config[key]):
+        if len(set(config[key])) < len(config[key]):
             raise UserError(f"{key} is {config[key]}, but must be one or more, each once")
     if not (Path(config["data_dir"]) / "captions.jsonl").is_file():
         raise UserError(f"{config['data_dir']}: no captions.jsonl; run python preprocess.py first")

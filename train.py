@@ -28,7 +28,8 @@ import sys
 import time
 from pathlib import Path
 
-from lib.config import check_range, check_resolution, parse_config
+from lib import values
+from lib.config import check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.files import (
     check_output_folder,
@@ -141,22 +142,33 @@ def learning_rate_factor(step, max_steps, warmup_steps):
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+# What values the keys may have.
+VALUES = (
+    (values.TEXT, "base_model data_dir output_dir run_name wandb_project report_to"),
+    (values.or_none(values.TEXT), "revision push_to_hub"),
+    (values.several(values.TEXT, 1), "unet_targets text_encoder_targets"),
+    (values.several(values.TEXT), "preview_prompts preservation_captions"),
+    (values.FLAG, "dora train_text_encoder gradient_checkpointing resume wandb_pictures"),
+    (values.choice("text", "description"), "caption_from"),
+    (values.choice("fp16", "bf16", "no"), "mixed_precision"),
+    (values.SIZE, "resolution"),
+    (values.whole(1, 4096), "rank"),
+    (values.whole(1), "max_steps batch_size gradient_accumulation_steps preservation_every preservation_per_picture"),
+    (values.whole(1), "log_every validate_every checkpoint_every keep_checkpoints max_overflows"),
+    (values.whole(0), "validation_count warmup_steps preview_every snapshot_every"),
+    (values.whole(0, 2**62), "seed"),
+    (values.number(0, 1e30), "unet_learning_rate text_encoder_learning_rate adam_weight_decay preservation_weight"),
+    (values.number(0, 1 - 1e-9), "adam_beta1 adam_beta2"),
+    (values.number(1e-6, 1e6), "alpha"),
+    (values.number(0, 1), "mask_weight"),
+    (values.number(0, 100), "preview_guidance_scale"),
+)  # fmt: skip
+
+
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
-    for key in "rank max_steps batch_size gradient_accumulation_steps preservation_every preservation_per_picture log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
-        check_range(config, key, 1)
-    for key in "validation_count warmup_steps seed preview_every snapshot_every adam_weight_decay preservation_weight unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
-        check_range(config, key, 0)
-    check_range(config, "alpha", 1e-6)
-    check_range(config, "seed", 0, 2**62)
-    check_range(config, "mask_weight", 0, 1)
-    check_range(config, "preview_guidance_scale", 0, 100)
-    for key in ("adam_beta1", "adam_beta2"):
-        check_range(config, key, 0, 1 - 1e-9)
+    values.check(config, VALUES)
     check_resolution(config)
-    if config["caption_from"] not in ("text", "description"):
-        found = config["caption_from"]
-        raise UserError(f"caption_from is {found}, but must be text or description")
     listing = Path(config["data_dir"]) / "captions.jsonl"
     if not listing.is_file():
         raise UserError(f"{listing}: no such file; run python preprocess.py first")
@@ -171,9 +183,6 @@ def check_config(config):
             f"preservation_captions holds {len(captions)}, but a preservation_weight above 0 needs at "
             f"least {drawn} to draw from; train_experiment_preservation.py has a list"
         )
-    if config["mixed_precision"] not in ("fp16", "bf16", "no"):
-        found = config["mixed_precision"]
-        raise UserError(f"mixed_precision is {found}, but must be fp16, bf16 or no")
     name = config["run_name"]  # diffusers looks for a file of that ending, and must find one only
     if Path(name).name != name or name.startswith(".") or name.endswith("pytorch_lora_weights"):
         raise UserError(f"run_name {name!r} must be a plain folder name; take another")

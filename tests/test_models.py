@@ -1,16 +1,22 @@
 """What the scripts share: models from a hub or a folder, and the command line."""
 
+import importlib
+import re
 import shutil
 import types
 
 import huggingface_hub
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from lib import models
+import inference
+import study
+import train
+from lib import models, values
 from lib.config import parse_config
 from lib.errors import UserError
 from lib.evaluation import clip_scores
@@ -158,3 +164,70 @@ def test_the_command_line_overrides_the_demo_and_the_demo_overrides_config():
     for wrong in (["--steps", "many"], ["--step", "5"], ["stray"]):
         with pytest.raises(UserError):
             parse(*wrong)
+
+
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("train*.py"))] + ["inference", "study"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_key_has_values_and_those_of_config_are_among_them(script):
+    module = importlib.import_module(script)
+    table = (train if script.startswith("train_") else module).VALUES
+    for config in (module.CONFIG, module.CONFIG | getattr(module, "DEMO", {})):
+        values.check(config, table)
+    keys = [key for _, keys in table for key in keys.split()]
+    assert sorted(keys) == sorted(module.CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("script", "key", "value", "words"),
+    [
+        (train, "preview_prompts", "a coat", "needs a comma"),
+        (train, "unet_targets", "to_k", "needs a comma"),
+        (train, "unet_targets", (), "at least 1"),
+        (train, "text_encoder_targets", ("q_proj", ""), "not empty"),
+        (train, "preview_prompts", ("a coat", " "), "not empty"),
+        (train, "preview_prompts", ("a coat", 3), "each a text"),
+        *[(train, key, "", "not empty") for key in "base_model data_dir output_dir run_name wandb_project".split()],
+        (train, "push_to_hub", "", "not empty"),
+        (train, "output_dir", "caf\udce9", "UTF-8"),
+        (train, "data_dir", "a\0b", "a text"),
+        (train, "base_model", None, "a text"),
+        (train, "alpha", float("inf"), "from 1e-06 to"),
+        (train, "alpha", float("nan"), "from 1e-06 to"),
+        (train, "alpha", "32", "a number"),
+        (train, "unet_learning_rate", float("inf"), "a number"),
+        (train, "unet_learning_rate", 10**400, "a number"),
+        (train, "adam_beta2", 1, "from 0 to"),
+        (train, "rank", 32.0, "a whole number"),
+        (train, "rank", True, "a whole number"),
+        (train, "rank", 10**6, "from 1 to 4096"),
+        (train, "max_steps", 10**12, "a whole number"),
+        (train, "dora", "no", "True or False"),
+        (train, "dora", 1, "True or False"),
+        (train, "mixed_precision", "fp8", "fp16, bf16 or no"),
+        (train, "caption_from", ["text"], "text or description"),
+        (train, "resolution", "wide", "a number of pixels"),
+        (train, "resolution", None, "a resolution"),
+        (train, "rnak", 8, "which nothing reads"),
+        (inference, "lora_scales", 1.0, "needs a comma"),
+        (inference, "lora_scales", (1.0, float("inf")), "from 0 to 10"),
+        (inference, "lora_scales", (), "at least 1"),
+        (inference, "prompts", "", "not empty"),
+        (inference, "concept_margin", float("nan"), "a number"),
+        (inference, "seeds", 2.5, "a whole number"),
+        (study, "seeds", 42, "needs a comma"),
+        (study, "scales", (0.5, "1"), "from 0 to 10"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_named(script, key, value, words):
+    with pytest.raises(UserError, match="(?s)" + re.escape(words)) as error:
+        script.check_config(script.CONFIG | {key: value})
+    assert key in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_that_is_missing_is_named():
+    config = {key: value for key, value in train.CONFIG.items() if key != "alpha"}
+    with pytest.raises(UserError, match="CONFIG has no alpha"):
+        train.check_config(config)
