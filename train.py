@@ -43,6 +43,7 @@ from lib.imports import quick_imports
 from lib.kept import first_process
 from lib.training.advice import going_back, not_finite, training_memory
 from lib.training.journal import check_trackers
+from lib.training.launcher import only_processes
 
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
 # Left alone they spin so long that another process on one of the cores stops nearly everything; not
@@ -363,6 +364,7 @@ def main(config, description, demo=DEMO):
     """Run `train` with a script's CONFIG, what --demo puts in its place, and the command line's overrides."""
     config = parse_config(config, description, demo=demo)
     check_config(config)
+    only_processes(config)
     target = Path(config["output_dir"]) / config["run_name"]
     holder = first_process()  # which writes, and holds the folder
     advice = "close what else uses the GPU (nvidia-smi lists it)"

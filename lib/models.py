@@ -11,6 +11,7 @@ import transformers
 
 from lib.config import picture_size
 from lib.errors import UserError, one_line
+from lib.files import what_else
 from lib.kept import content_digest
 from lib.provenance import ROOT
 
@@ -256,6 +257,9 @@ def loading(path):
 def load_part(cls, folder, part, dtype, **options):
     """`cls.from_pretrained` of one part of a base-model folder, refusing half-filled weights."""
     files = loaded_weights(folder / part, PARTS[part], dtype == torch.float16)
+    for path in files:
+        if reason := what_else(path):
+            raise UserError(f"{path} cannot be read as safetensors: {reason}")
     with loading(folder / part):
         model, report = cls.from_pretrained(
             folder / part,

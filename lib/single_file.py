@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib.adapters import some
 from lib.errors import UserError, one_line
-from lib.files import flush, write_json
+from lib.files import flush, what_else, write_json
 from lib.kept import content_digest
 
 BASE_MODELS = Path(__file__).parent / "base_models"
@@ -64,7 +64,8 @@ def converted(path, say=print):
     folder = place / f"{path.stem}-{file_digest(path)}"
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / f"{folder.name}.lock"):
-        if not (folder / "model_index.json").is_file():
+        weights = list(folder.glob("*/*.safetensors"))  # of which someone may have made room
+        if not (len(weights) == 3 and (folder / "model_index.json").is_file()):
             say(f"{path}: Stable Diffusion {version}.x in one file; making {folder} of it, once")
             convert(path, folder, version, header, say)
     return folder
@@ -81,8 +82,9 @@ class reading:
             self.file = safe_open(self.path, framework="pt")
             return self.file.__enter__()
         except (SafetensorError, OSError) as problem:
+            reason = what_else(self.path) or one_line(problem, 100)
             raise UserError(
-                f"base model {self.path} cannot be read as safetensors: {one_line(problem, 100)}"
+                f"base model {self.path} cannot be read as safetensors: {reason}"
             ) from None
 
     def __exit__(self, *error):

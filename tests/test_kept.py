@@ -234,6 +234,16 @@ def test_embeddings_of_training_pictures_are_kept(data, tiny_clip, tmp_path, mon
     path.write_bytes(content)
     assert embedded() == (first, 12)
     assert "is damaged" in capsys.readouterr().out
+    one = np.zeros((6, 16), np.float32)
+    for write in (
+        lambda: path.write_text("a text"),
+        lambda: path.write_bytes(b""),
+        lambda: np.save(path.open("wb"), one),
+        lambda: np.savez(path.open("wb"), embeddings=np.array(1), mirrored=np.array(1), key="x"),
+        lambda: np.savez(path.open("wb"), embeddings=one, key="x"),
+    ):
+        write()
+        assert embedded() == (first, 12)
     picture(91).save(data / "images" / "image_04.png")
     assert embedded()[1] == 12
 

@@ -166,6 +166,31 @@ def test_the_command_line_overrides_the_demo_and_the_demo_overrides_config():
             parse(*wrong)
 
 
+def test_a_pointer_in_the_place_of_weights_is_named(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(UserError, match="git lfs pull") as error:
+        models.load_part(UNet2DConditionModel, folder, "unet", torch.float32)
+    assert str(path) in str(error.value)
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = dict(base_model="owner/model", data_dir="~", output_dir="out", score_dir=None, caption="~ a coat")  # fmt: skip
+    found = parse_config(config, "", argv=["--output-dir=~/loras", "--base-model", "~/a.safetensors", "--score-dir=~/a,~/b,c"])  # fmt: skip
+    assert found == dict(
+        base_model=f"{tmp_path}/a.safetensors", data_dir=f"{tmp_path}", output_dir=f"{tmp_path}/loras",
+        score_dir=f"{tmp_path}/a,{tmp_path}/b,c", caption="~ a coat",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"output_dir is ~nobody-of-that-name/x, .* \./~nobody"):
+        parse_config(config, "", argv=["--output-dir", "~nobody-of-that-name/x"])
+    (tmp_path / "~backup").mkdir()
+    assert parse_config(config, "", argv=["--data-dir=~backup"])["data_dir"] == "~backup"
+
+
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("train*.py"))] + ["inference", "study"]
 
 

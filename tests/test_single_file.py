@@ -176,6 +176,10 @@ def test_the_file_is_the_folder(one_file, version, prediction_type, capsys):
     assert models.fetch_base_model(str(file)) == found
     assert (found / "model_index.json").stat().st_mtime_ns == stamp
     assert capsys.readouterr().out == ""
+    # But again where a part of it was removed.
+    (found / "vae/diffusion_pytorch_model.safetensors").unlink()
+    assert models.fetch_base_model(str(file)) == found
+    assert weights(found).keys() == expected.keys()
 
 
 def test_a_file_that_is_replaced_under_its_name_is_read_anew(one_file):
@@ -345,7 +349,21 @@ def test_any_other_file_is_named(one_file, processed_data, tmp_path, change, wor
 def test_pickles_damaged_and_missing_files(processed_data, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02cposix\nsystem\n")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    (tmp_path / "pointer.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
+    (tmp_path / "page.safetensors").write_bytes(
+        b"\n<!DOCTYPE html><html><body>Log in</body></html>"
+    )
+    (tmp_path / "text.safetensors").write_bytes(b"Not found\r\n")
+    (tmp_path / "renamed.safetensors").write_bytes(b"PK\x03\x04" + bytes(99))
+    (tmp_path / "empty.safetensors").write_bytes(b"")
     for name, words in (
+        ("pointer.safetensors", "git lfs pull"),
+        ("page.safetensors", "is a web page"),
+        ("text.safetensors", "is a text"),
+        ("renamed.safetensors", "is a pickle or"),
+        ("empty.safetensors", "is empty"),
         ("model.ckpt", "is a pickle"),
         ("gone.ckpt", "is a pickle"),
         ("cut.safetensors", "cannot be read as safetensors"),
