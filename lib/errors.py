@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import sys
@@ -96,15 +97,28 @@ def run_script(main):
         sys.stderr.flush()
 
 
+# How the allocators of PyTorch, CUDA, its libraries and Triton say that memory ran out.
+NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|MemoryAllocation|can't allocate memory", re.I)
+
+
+def is_memory(problem):
+    """Whether an exception says that memory ran out: PyTorch's own, or an error of what is underneath."""
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+        return True  # torch's, which need not be imported
+    return isinstance(problem, RuntimeError) and bool(NO_MEMORY.search(str(problem)))
+
+
 @contextlib.contextmanager
 def memory_for(doing, advice):
-    """Turn running out of GPU memory inside into two lines: what was being done, what to change."""
+    """Turn running out of memory inside into two lines: what was being done, what to change."""
     try:
         yield
-    except RuntimeError as problem:
-        if type(problem).__name__ != "OutOfMemoryError":  # torch's, which need not be imported
+    except (RuntimeError, MemoryError) as problem:
+        if not is_memory(problem):
             raise
-        raise UserError(f"the GPU's memory ran out while {doing}", advice) from None
+        on_cpu = isinstance(problem, MemoryError) or "CPUAllocator" in str(problem)
+        which = "the computer's memory" if on_cpu else "the GPU's memory"
+        raise UserError(f"{which} ran out while {doing}", advice) from None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from conftest import TINY_RUN as TINY
 from conftest import call, make_processed, options, picture, tiny_vae
+from diffusers import AutoencoderKL
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
@@ -62,8 +63,6 @@ def as_before(data, model):
 
 
 def latents_vae(model):
-    from diffusers import AutoencoderKL
-
     return AutoencoderKL.from_pretrained(model / "vae")
 
 
@@ -287,3 +286,21 @@ def test_a_file_of_this_moment_is_read_again(tmp_path):
         path.write_bytes(content)
         os.utime(path, ns=(0, 0))
         assert kept.content_digest(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_vae_that_overflows_in_fp16_encodes_in_fp32(data, model, monkeypatch, capsys):
+    """And nothing else does."""
+    whole = AutoencoderKL.encode
+
+    def encode(vae, batch):
+        found = whole(vae, batch)
+        if vae.dtype == torch.float16:
+            found.latent_dist.mean.fill_(float("inf"))
+        return found
+
+    expected = as_before(data, model)
+    monkeypatch.setattr(AutoencoderKL, "encode", encode)
+    found, _ = encoded(data, model, monkeypatch, torch.float16)
+    assert "overflows in fp16" in capsys.readouterr().out
+    for index, (mean, _) in enumerate(expected):  # of weights that were rounded to fp16
+        torch.testing.assert_close(found[index][0], mean, rtol=2e-2, atol=2e-2)

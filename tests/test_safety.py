@@ -44,6 +44,7 @@ from lib import adapter_files, adapters, dataset, errors, files, models
 from lib.errors import UserError
 from lib.evaluation import drawing
 from lib.evaluation.results import recover
+from lib.kernels import compiling, graphs
 from lib.training import (
     advice,
     checkpoints,
@@ -890,6 +891,43 @@ def test_out_of_memory_says_what_was_done_and_what_to_change(
     assert_one_line(done, doing)
     after = done.stderr[done.stderr.index("error: ") :].splitlines()
     assert advice in after[1]
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be …"), "the GPU's memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the GPU's memory"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "the GPU's memory"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "the GPU's memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"), "the computer's memory"),
+        (MemoryError(), "the computer's memory"),
+    ],
+)  # fmt: skip
+def test_memory_that_ran_out_is_known_by_any_of_its_names(monkeypatch, problem, words):
+    def full():
+        raise problem
+
+    with pytest.raises(UserError, match=words), errors.memory_for("training", "less"):
+        full()
+    # It is no reason to go on without kernels or graphs.
+    with pytest.raises(type(problem)):
+        compiling.failure(full)
+    if isinstance(problem, RuntimeError):
+        nothing = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in dict(
+            Stream=lambda device: nothing, current_stream=lambda device: nothing, empty_cache=lambda: None,
+            stream=lambda stream: contextlib.nullcontext(), graph_pool_handle=lambda: None,
+        ).items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(graphs, "_record", lambda *arguments: full())
+        with pytest.raises(RuntimeError, match=re.escape(str(problem))):
+            graphs.captured([lambda: None], torch.device("cuda"))
+
+
+def test_another_error_is_no_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"), errors.memory_for("training", "less"):
+        raise RuntimeError("shapes cannot be multiplied")
 
 
 # ---- two runs at once --------------------------------------------------------------------------
