@@ -145,7 +145,8 @@ def learning_rate_factor(step, max_steps, warmup_steps):
 
 # What values the keys may have.
 VALUES = (
-    (values.TEXT, "base_model data_dir output_dir run_name wandb_project report_to"),
+    (values.TEXT, "base_model data_dir output_dir wandb_project report_to"),
+    (values.NAME, "run_name"),
     (values.or_none(values.TEXT), "revision push_to_hub"),
     (values.several(values.TEXT, 1), "unet_targets text_encoder_targets"),
     (values.several(values.TEXT), "preview_prompts preservation_captions"),
@@ -185,8 +186,8 @@ def check_config(config):
             f"least {drawn} to draw from; train_experiment_preservation.py has a list"
         )
     name = config["run_name"]  # diffusers looks for a file of that ending, and must find one only
-    if Path(name).name != name or name.startswith(".") or name.endswith("pytorch_lora_weights"):
-        raise UserError(f"run_name {name!r} must be a plain folder name; take another")
+    if name.endswith("pytorch_lora_weights"):
+        raise UserError(f"run_name {name!r} is the other file's name; take another")
     if config["preview_every"] and not config["preview_prompts"]:
         raise UserError("preview_prompts is empty; to draw no previews: --preview-every 0")
     check_trackers(config["report_to"])

@@ -167,7 +167,10 @@ def base_model_name(name):
     """A base model as others may read it: a hub id, the embedded one's place, or the name of a local
     folder or file without the way to it."""
     embedded = not Path(name).is_absolute() and (ROOT / name).is_dir()
-    return str(name) if hub_id(name) or embedded else PurePath(name).name
+    if hub_id(name) or embedded:
+        return str(name)
+    last = PurePath(name).name
+    return last if last.strip(".") else Path(name).resolve().name
 
 
 def fetch_model(name, revision, stems, half, others):
@@ -180,6 +183,8 @@ def fetch_model(name, revision, stems, half, others):
         raise UserError(f"model {name}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import HfApi, snapshot_download
 
+    from lib.hub import odd_token
+
     try:
         files = {entry.rfilename for entry in HfApi().model_info(name, revision=revision).siblings}
         wanted = list(others)
@@ -191,6 +196,8 @@ def fetch_model(name, revision, stems, half, others):
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         except Exception:
             reason = str(problem).strip().splitlines()[0] if str(problem).strip() else "no answer"
+            if wrong := odd_token():
+                raise UserError(f"model {name} cannot be had: {wrong}") from None
             raise UserError(
                 f"model {name} cannot be had: it is not in the cache and the hub says "
                 f"«{type(problem).__name__}: {reason[:160]}»; connect to the network, or pass a "

@@ -63,6 +63,30 @@ def or_none(kind):
     return Kind(f"None or {kind.words}", lambda value: value is None or kind.holds(value))
 
 
+# What Windows keeps for itself, whatever follows a dot.
+DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{name}{n}" for name in ("com", "lpt") for n in range(10)),
+}
+
+
+def is_name(value):
+    """Whether a text can be a file's name on any system and stand in A1111's prompt: <lora:NAME:1>."""
+    if not is_text(value) or len(value.encode()) > 150 or any(c in '<>:"/\\|?*' for c in value):
+        return False
+    return (
+        value.isprintable()
+        and value == value.strip()
+        and not value.startswith((".", "-"))
+        and not value.endswith(".")
+        and value.split(".")[0].strip().lower() not in DEVICES
+    )
+
+
+NAME = Kind("a plain folder name: on any system, and in A1111's <lora:NAME:1>", is_name)
 TEXT = Kind("a text in UTF-8 that is not empty", is_text)
 FLAG = Kind("True or False", lambda value: isinstance(value, bool))
 SIZE = Kind("a resolution", lambda value: isinstance(value, (int, str)))  # see check_resolution

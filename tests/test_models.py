@@ -213,7 +213,10 @@ def test_every_key_has_values_and_those_of_config_are_among_them(script):
         (train, "text_encoder_targets", ("q_proj", ""), "not empty"),
         (train, "preview_prompts", ("a coat", " "), "not empty"),
         (train, "preview_prompts", ("a coat", 3), "each a text"),
-        *[(train, key, "", "not empty") for key in "base_model data_dir output_dir run_name wandb_project".split()],
+        *[(train, key, "", "not empty") for key in "base_model data_dir output_dir wandb_project".split()],
+        *[(train, "run_name", name, "plain folder name") for name in (
+            "../coat", "a/b", "a\\b", "coat:v2", "<coat>", "what?", "a*", 'a"b', "a|b", "coat.", " coat", "coat ", ".coat",
+            "-coat", "con", "NUL.1", "Com1", "a\nb", "coat\u200b", "x" * 151, "ё" * 80)],
         (train, "push_to_hub", "", "not empty"),
         (train, "output_dir", "caf\udce9", "UTF-8"),
         (train, "data_dir", "a\0b", "a text"),
@@ -250,6 +253,13 @@ def test_a_value_of_another_kind_is_named(script, key, value, words):
         script.check_config(script.CONFIG | {key: value})
     assert key in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["coat", "Mantel (neu) [2]", "плащ", "coat.v2", "console", "外套", "a_b-c+d!"]
+)
+def test_names_that_every_system_can_use(name):
+    assert values.is_name(name)
 
 
 def test_a_key_that_is_missing_is_named():

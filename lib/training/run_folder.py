@@ -13,6 +13,7 @@ from lib.errors import UserError, one_line
 from lib.files import write_marker
 from lib.kohya import kohya_header, save_kohya
 from lib.model_card import CARD, card_text
+from lib.models import base_model_name
 from lib.provenance import provenance
 from lib.training.loss_figure import loss_figure
 from lib.training.parameters import set_views
@@ -68,7 +69,7 @@ def write_adapter(folder, config, models, data, step, half=False):
     caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
     targets = {name: config[f"{name}_targets"] for name in models}
     adapter_files.save_adapter(folder, models, config["rank"], config["alpha"], targets, dict(
-        base_model=str(config["base_model"]), caption=caption, data_sha256=data["sha256"],
+        base_model=base_model_name(config["base_model"]), caption=caption, data_sha256=data["sha256"],
         steps=str(step), seed=str(config["seed"]),
     ), half)  # fmt: skip
 
