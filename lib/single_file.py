@@ -60,6 +60,9 @@ def converted(path, say=print):
     with reading(path) as file:
         keys, header = set(file.keys()), file.metadata() or {}
         version = version_of(file, keys, path)
+        check_last_noise(file, keys, header, path)
+    if "v_pred" in keys:  # an empty tensor, as ComfyUI and others mark it
+        header = {"modelspec.prediction_type": "v"} | header
     place = Path(constants.HF_HOME) / "single_files"
     folder = place / f"{path.stem}-{file_digest(path)}"
     place.mkdir(parents=True, exist_ok=True)
@@ -67,8 +70,35 @@ def converted(path, say=print):
         weights = list(folder.glob("*/*.safetensors"))  # of which someone may have made room
         if not (len(weights) == 3 and (folder / "model_index.json").is_file()):
             say(f"{path}: Stable Diffusion {version}.x in one file; making {folder} of it, once")
-            convert(path, folder, version, header, say)
+            new = folder.with_name(f".{folder.name}.unfinished")
+            try:
+                convert(path, new, version, header, say)
+                shutil.rmtree(folder, ignore_errors=True)
+                new.rename(folder)
+            except (
+                SafetensorError,
+                OSError,
+            ) as problem:  # safetensors has an error of its own for a full disk
+                free = shutil.disk_usage(place).free
+                raise UserError(
+                    f"{folder} cannot be written: {one_line(problem, 100)}; {free:,} bytes free, about "
+                    f"{path.stat().st_size:,} needed; HF_HOME names another place"
+                ) from None
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
     return folder
+
+
+def check_last_noise(file, keys, header, path):
+    """UserError if a model was trained with a last timestep that is noise alone (zero terminal SNR), as a folder's
+    scheduler is refused that says so."""
+    marked = "ztsnr" in keys or header.get("ss_zero_terminal_snr", "").lower() == "true"
+    kept = file.get_tensor("alphas_cumprod") if "alphas_cumprod" in keys else torch.ones(1)
+    if marked or (kept.numel() and kept.flatten()[-1].abs() < 1e-4):  # Stable Diffusion's is 0.0047
+        raise UserError(
+            f"base model {path} was trained with zero terminal SNR, which the scheduler that draws does not have; "
+            "supported are Stable Diffusion 1.x and 2.x with their own noise"
+        )
 
 
 class reading:
@@ -119,9 +149,8 @@ def version_of(file, keys, path):
     return versions[0]
 
 
-def convert(path, folder, version, header, say):
-    """Write the file's models, their configurations and the tokenizer into `folder`, whole or not at all."""
-    new = folder.with_name(f".{folder.name}.unfinished")
+def convert(path, new, version, header, say):
+    """Write the file's models, their configurations and the tokenizer into the folder `new`."""
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(CONFIGS[version], new)
     write_tokenizer(new / "tokenizer")
@@ -138,8 +167,6 @@ def convert(path, folder, version, header, say):
     write_json(scheduler, known | dict(prediction_type=predicts))
     for place in (*new.rglob("*"), new):
         flush(place)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
 
 
 def empty_model(part, folder):

@@ -1,5 +1,6 @@
 """A base model in one file: the same model as the folder's, and what is refused by name."""
 
+import errno
 import json
 import re
 import shutil
@@ -8,12 +9,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_one_line, call, options
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from test_base_models import second_version
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lib import models, single_file
+from lib.errors import UserError
 from lib.evaluation.drawing import draw, load_pipeline
 
 NAME = "lora_weights_rank_32"
@@ -344,6 +346,59 @@ def test_any_other_file_is_named(one_file, processed_data, tmp_path, change, wor
         path.parent.name.startswith(".") for path in (tmp_path / "cache").rglob("model_index.json")
     )
     assert_one_line(call("train.py", *config), file, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "header"),
+    [
+        (lambda tensors: tensors | {"ztsnr": torch.zeros(0)}, {}),
+        (lambda tensors: tensors | {"alphas_cumprod": torch.linspace(0.99, 0, 1000)}, {}),
+        (lambda tensors: tensors | {"alphas_cumprod": torch.linspace(0.99, 4e-8, 1000).half()}, {}),
+        (lambda tensors: tensors, {"ss_zero_terminal_snr": "True"}),
+    ],
+)
+def test_zero_terminal_snr_is_refused_as_it_is_in_a_folder(one_file, change, header):
+    file, _ = one_file(change=change, header=header)
+    with pytest.raises(UserError, match="zero terminal SNR") as error:
+        models.fetch_base_model(str(file))
+    assert str(file) in str(error.value)
+
+
+def test_a_mark_of_velocity_is_heeded(one_file):
+    def change(tensors):
+        own = torch.tensor(0.0047)  # the last of Stable Diffusion's own
+        return tensors | {"v_pred": torch.zeros(0), "alphas_cumprod": own}
+
+    folder = models.fetch_base_model(str(one_file(change=change, header={})[0]))
+    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_named_and_leaves_nothing(one_file, monkeypatch, problem, tmp_path):
+    file, _ = one_file()
+    save, calls = single_file.save_file, []
+
+    def full(tensors, path, **named):
+        calls.append(path)
+        if len(calls) > 1:
+            raise problem
+        save(tensors, path, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(single_file, "save_file", full)
+        with pytest.raises(UserError, match="No space left on device.*; .* bytes free") as error:
+            models.fetch_base_model(str(file))
+    assert "HF_HOME" in str(error.value)
+    places = [path for path in (tmp_path / "cache" / "single_files").iterdir() if path.is_dir()]
+    assert places == []
+    assert weights(models.fetch_base_model(str(file)))
 
 
 def test_pickles_damaged_and_missing_files(processed_data, tmp_path):
