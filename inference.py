@@ -26,7 +26,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib.config import check_range, check_resolution, parse_config
+from lib import values
+from lib.config import check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.evaluation.prompts import read_prompts
 from lib.files import locked
@@ -93,15 +94,27 @@ DEMO = dict(
 )
 
 
+# What values the keys may have.
+VALUES = (
+    (values.TEXT, "lora_dir output_dir base_model data_dir clip_model"),
+    (values.or_none(values.TEXT), "revision clip_revision prompts score_dir"),
+    (values.FLAG, "snapshots rescore"),
+    (values.SIZE, "resolution"),
+    (values.whole(1), "seeds steps"),
+    (values.whole(0), "batch_size"),
+    (values.whole(0, 2**62), "seed"),
+    (values.number(0, 100), "guidance_scale"),
+    (
+        values.number(1e-6, 1 - 1e-6),
+        "concept_margin clip_margin change_margin variety_margin copy_margin",
+    ),
+    (values.several(values.number(0, 10), 1), "lora_scales"),
+)
+
+
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
-    for key in ("seeds", "steps"):
-        check_range(config, key, 1)
-    check_range(config, "batch_size", 0)
-    for key in ("concept_margin", "clip_margin", "change_margin", "variety_margin", "copy_margin"):
-        check_range(config, key, 1e-6, 1 - 1e-6)
-    check_range(config, "seed", 0, 2**62)
-    check_range(config, "guidance_scale", 0, 100)
+    values.check(config, VALUES)
     check_resolution(config, least=32, square=False)  # LPIPS sees nothing in fewer pixels
     if config["rescore"] and config["score_dir"]:
         raise UserError("rescore and score_dir exclude one another; give one of them")
@@ -113,8 +126,6 @@ def check_config(config):
         raise UserError(
             f"{config['lora_dir']}: no such folder; train an adapter first (python train.py)"
         )
-    if not config["lora_scales"] or not all(0 <= s <= 10 for s in config["lora_scales"]):
-        raise UserError(f"lora_scales is {config['lora_scales']}, but must be numbers from 0 to 10")
 
 
 def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, seeds, seed, steps,

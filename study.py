@@ -24,8 +24,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.config import check_range, parse_config
-from lib.errors import UserError, run_script
+from lib import values
+from lib.config import parse_config
+from lib.errors import STOP_SIGNALS, UserError, heeded, run_script
 from lib.evaluation.prompts import read_prompts
 
 CONFIG = dict(
@@ -79,11 +80,23 @@ class Step(NamedTuple):
     command: list
 
 
+# What values the keys may have.
+VALUES = (
+    (values.TEXT, "base_model data_dir prompts lora_dir output_dir"),
+    (values.or_none(values.TEXT), "clip_model"),
+    (values.several(values.whole(0, 2**62), 1), "seeds"),
+    (values.several(values.number(0, 10), 1), "scales"),
+    (values.whole(1), "sampling_seeds"),
+    (values.FLAG, "page"),
+    (values.or_none(values.whole(1)), "max_steps"),
+)
+
+
 def check_config(config):
     """Refuse values that make no sense, before anything is started; returns the (category, prompt)s."""
-    check_range(config, "sampling_seeds", 1)
+    values.check(config, VALUES)
     for key in ("seeds", "scales"):
-        if not config[key] or len(set(config[key])) < len(config[key]):
+        if len(set(config[key])) < len(config[key]):
             raise UserError(f"{key} is {config[key]}, but must be one or more, each once")
     if not (Path(config["data_dir"]) / "captions.jsonl").is_file():
         raise UserError(f"{config['data_dir']}: no captions.jsonl; run python preprocess.py first")
@@ -149,7 +162,7 @@ def is_evaluated(folder, prompts, sampling_seeds):
 def call(command):
     """Run one of the scripts beside this one; its words go where this one's go.
 
-    A Ctrl-C reaches it by itself, and a SIGTERM is handed on; it then saves what it has. Raises UserError
+    A Ctrl-C reaches it by itself, and any other signal is handed on; it then saves what it has. Raises UserError
     if it fails, SystemExit if it or this script was stopped.
     """
     stopped = []
@@ -158,10 +171,10 @@ def call(command):
 
     def stop(number, frame):
         stopped.append(128 + number)
-        if number == signal.SIGTERM:
+        if number != signal.SIGINT:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in heeded()}
     try:
         code = child.wait()
     finally:
@@ -169,7 +182,7 @@ def call(command):
             signal.signal(number, handler)
     if stopped:
         sys.exit(stopped[0])
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if code - 128 in STOP_SIGNALS:
         sys.exit(code)
     if code:
         raise UserError(

@@ -28,7 +28,8 @@ import sys
 import time
 from pathlib import Path
 
-from lib.config import check_range, check_resolution, parse_config
+from lib import values
+from lib.config import check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.files import (
     check_output_folder,
@@ -40,8 +41,9 @@ from lib.files import (
 )
 from lib.imports import quick_imports
 from lib.kept import first_process
-from lib.training.advice import not_finite, training_memory
+from lib.training.advice import going_back, not_finite, training_memory
 from lib.training.journal import check_trackers
+from lib.training.launcher import only_processes
 
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
 # Left alone they spin so long that another process on one of the cores stops nearly everything; not
@@ -142,22 +144,36 @@ def learning_rate_factor(step, max_steps, warmup_steps):
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+# What values the keys may have.
+VALUES = (
+    (values.TEXT, "base_model data_dir output_dir wandb_project report_to"),
+    (values.NAME, "run_name"),
+    (values.or_none(values.TEXT), "revision push_to_hub protected_prompts protected_class"),
+    (values.several(values.TEXT, 1), "unet_targets text_encoder_targets"),
+    (values.several(values.TEXT), "preview_prompts"),
+    (values.FLAG, "truncate_captions dora train_text_encoder gradient_checkpointing resume wandb_pictures"),
+    (values.choice("text", "description"), "caption_from"),
+    (values.choice("fp16", "bf16", "no"), "mixed_precision"),
+    (values.SIZE, "resolution"),
+    (values.whole(1, 4096), "rank"),
+    (values.whole(1), "max_steps batch_size gradient_accumulation_steps"),
+    (values.whole(1), "log_every validate_every checkpoint_every keep_checkpoints max_overflows"),
+    (values.whole(0), "validation_count warmup_steps preview_every snapshot_every"),
+    (values.whole(0, 2**62), "seed"),
+    (values.number(0, 1e30), "unet_learning_rate text_encoder_learning_rate adam_weight_decay"),
+    (values.number(0, 1 - 1e-9), "adam_beta1 adam_beta2"),
+    (values.number(1e-6, 1e6), "alpha"),
+    (values.number(0, 1), "mask_weight"),
+    (values.number(0, 100), "preview_guidance_scale"),
+    (values.number(1e-7, 1), "protection_ridge"),
+    (values.several(values.number(1, 20), 2), "loss_guidance_scale"),
+)  # fmt: skip
+
+
 def check_config(config):
     """Refuse values that make no sense, before anything is loaded."""
-    for key in "rank max_steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every keep_checkpoints max_overflows".split():  # fmt: skip
-        check_range(config, key, 1)
-    for key in "validation_count warmup_steps seed preview_every snapshot_every adam_weight_decay unet_learning_rate text_encoder_learning_rate".split():  # fmt: skip
-        check_range(config, key, 0)
-    check_range(config, "alpha", 1e-6)
-    check_range(config, "seed", 0, 2**62)
-    check_range(config, "mask_weight", 0, 1)
-    check_range(config, "preview_guidance_scale", 0, 100)
-    for key in ("adam_beta1", "adam_beta2"):
-        check_range(config, key, 0, 1 - 1e-9)
+    values.check(config, VALUES)
     check_resolution(config)
-    if config["caption_from"] not in ("text", "description"):
-        found = config["caption_from"]
-        raise UserError(f"caption_from is {found}, but must be text or description")
     listing = Path(config["data_dir"]) / "captions.jsonl"
     if not listing.is_file():
         raise UserError(f"{listing}: no such file; run python preprocess.py first")
@@ -166,12 +182,9 @@ def check_config(config):
             f"warmup_steps is {config['warmup_steps']}, but must be below max_steps "
             f"({config['max_steps']}); for a short run add --warmup-steps 0"
         )
-    if config["mixed_precision"] not in ("fp16", "bf16", "no"):
-        found = config["mixed_precision"]
-        raise UserError(f"mixed_precision is {found}, but must be fp16, bf16 or no")
     name = config["run_name"]  # diffusers looks for a file of that ending, and must find one only
-    if Path(name).name != name or name.startswith(".") or name.endswith("pytorch_lora_weights"):
-        raise UserError(f"run_name {name!r} must be a plain folder name; take another")
+    if name.endswith("pytorch_lora_weights"):
+        raise UserError(f"run_name {name!r} is the other file's name; take another")
     if config["preview_every"] and not config["preview_prompts"]:
         raise UserError("preview_prompts is empty; to draw no previews: --preview-every 0")
     check_protection(config)
@@ -182,11 +195,10 @@ def check_config(config):
 def check_protection(config):
     """Refuse a loss guidance or a protection that makes no sense."""
     scales = config["loss_guidance_scale"]
-    if len(scales) != 2 or not 1 <= scales[0] <= scales[-1] <= 20:
+    if len(scales) != 2 or scales[0] > scales[1]:
         raise UserError(
-            f"loss_guidance_scale is {scales}, but must be two numbers from 1 to 20, the smaller first: 1,2.5"
+            f"loss_guidance_scale is {scales}, but must be two numbers, the smaller first: 1,1.7"
         )
-    check_range(config, "protection_ridge", 1e-7, 1)
     path = config["protected_prompts"]
     if path is None:
         return
@@ -258,6 +270,8 @@ def train(*, base_model, revision, data_dir, caption_from, truncate_captions, re
     saved = checkpoints.latest(work_folder, say) if resume else None
     checkpoints.check_same_everywhere(this_run, saved, accelerator)  # all have read it by then
     changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
+    if not saved:
+        run_folder.note_replaced(target_folder, config, say)
 
     train_indices, held_out = setup.divided(data_dir, len(rows), validation_count, seed, say)
     scheduler = setup.noise_scheduler(base_folder)
@@ -298,9 +312,8 @@ def train(*, base_model, revision, data_dir, caption_from, truncate_captions, re
     first_step = progress.step
 
     def give_up(problem, step, pictures):
-        if is_main:
-            saver.save(progress, gave_up=True)
-        raise not_finite(problem, step, {rows[i].name for i in pictures}, work_folder)
+        advice = going_back(saver.go_back(), work_folder) if is_main else ""
+        raise not_finite(problem, step, {rows[i].name for i in pictures}, advice)
 
     with training_memory(config):
         upcoming = samples.micro_batch(first_step * gradient_accumulation_steps)
@@ -381,6 +394,7 @@ def main(config, description, demo=DEMO):
     """Run `train` with a script's CONFIG, what --demo puts in its place, and the command line's overrides."""
     config = parse_config(config, description, demo=demo)
     check_config(config)
+    only_processes(config)
     target = Path(config["output_dir"]) / config["run_name"]
     holder = first_process()  # which writes, and holds the folder
     advice = "close what else uses the GPU (nvidia-smi lists it)"

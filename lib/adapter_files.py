@@ -13,8 +13,8 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from lib.adapters import Adapter, factors, magnitudes, some
-from lib.errors import UserError
-from lib.files import write_bytes
+from lib.errors import UserError, one_line
+from lib.files import what_else, write_bytes
 from lib.kohya import adapter_header, is_kohya, read_kohya
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name, inside an adapter folder
@@ -192,7 +192,8 @@ def read_tensors(path):
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             header = file.metadata() or {}
     except (SafetensorError, OSError) as problem:
-        raise UserError(f"{path} cannot be read as safetensors: {problem}") from None
+        reason = what_else(path) or one_line(problem, 100)
+        raise UserError(f"{path} cannot be read as safetensors: {reason}") from None
     if not tensors:
         raise UserError(f"{path} holds no tensors")
     return tensors, header

@@ -1,6 +1,7 @@
 """A script's CONFIG and its command line."""
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -56,7 +57,29 @@ def parse_config(config, description, demo=None, argv=None):
             parser.add_argument(option, type=kind, help=shown, metavar=kind.__name__.upper())
     typed = vars(parser.parse_args(argv))
     swapped = demo if typed.pop("demo", False) else {}
-    return config | swapped | typed
+    found = config | swapped | typed
+    return found | {key: at_home(key, found[key]) for key in PATHS if key in found}
+
+
+# Keys of the CONFIGs that may hold paths; score_dir two of them, with a comma.
+PATHS = ("base_model", "clip_model", "data_dir", "lora_dir", "output_dir", "prompts", "score_dir", "work_dir")  # fmt: skip
+
+
+def at_home(key, value):
+    """A path with a «~» at its start as the home folder that it means, where no shell has seen to it: in CONFIG and
+    in --key=~/folder. UserError if there is none; what is no path stays as it is."""
+    if not isinstance(value, str):
+        return value
+    parts = value.split(",") if key == "score_dir" else [value]
+    for place, part in enumerate(parts):
+        if part.startswith("~") and not os.path.lexists(part):
+            parts[place] = os.path.expanduser(part)
+            if parts[place] == part:
+                raise UserError(
+                    f"{key} is {value}, but there is no home folder {part.split('/')[0]}; a folder of that very "
+                    f"name is written ./{part}"
+                )
+    return ",".join(parts)
 
 
 def _tuple_of(kind):

@@ -2,10 +2,12 @@
 that are never half there."""
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -233,19 +235,24 @@ def locked(final):
         lock.release()
 
 
+NO_FOLDER_FLUSHED = {errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.EIO, errno.EISDIR,
+                     errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}  # fmt: skip
+
+
 def flush(path):
-    """Wait until a file or folder is on the disk itself, where a power cut leaves it. (On Windows
-    folders cannot be opened, and files only to write.)"""
+    """Wait until a file or folder is on the disk itself, where a power cut leaves it.
+
+    A folder only where its file system can: Windows cannot open one, SMB, FUSE and WSL's do not flush one.
+    """
     try:
         opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    except PermissionError:
-        if path.is_dir():
-            return
-        raise
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError as problem:
+        if not (path.is_dir() and problem.errno in NO_FOLDER_FLUSHED):
+            raise
 
 
 @contextlib.contextmanager
@@ -284,12 +291,24 @@ def write_json(path, value):
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def first_and_last(path):
-    """The first and the last MiB of a file, by which, and by its size, a large one is known quickly."""
-    with open(path, "rb") as file:
-        first = file.read(2**20)
-        file.seek(max(0, os.path.getsize(path) - 2**20))
-        return first + file.read()
+def what_else(path):
+    """What a file that is no safetensors file is, as far as its beginning tells: a few words, or "" where it does
+    not."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1024)
+    except OSError:
+        return ""
+    if start.startswith(b"version https://git-lfs"):
+        return "it is Git LFS's pointer to the file, which `git lfs pull` fetches"
+    if re.match(rb"\s*<(!doctype|html)", start, re.IGNORECASE):
+        return "it is a web page, as a download that needed a login gives; fetch the file again"
+    if start.startswith((b"PK\3\4", b"\x80\2", b"\x80\4")):
+        return "it is a pickle or another archive by another name"
+    if not start:
+        return "it is empty"
+    printable = sum(byte >= 32 or byte in b"\t\r\n" for byte in start)
+    return "it is a text" if printable == len(start) and start[8:9] != b"{" else ""
 
 
 def sha256_file(path):

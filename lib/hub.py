@@ -1,6 +1,10 @@
 """A run on the Hugging Face Hub: what can be wrong is found before training, and what is uploaded."""
 
-from huggingface_hub import HfApi
+import contextlib
+import glob
+import os
+
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -9,6 +13,19 @@ from lib.files import written_files
 
 # Names the training pictures and where things lie on this machine: it stays here.
 PRIVATE = ("config.json",)
+
+
+def odd_token():
+    """What is wrong with the hub's token where it holds what no token does, which ends as one error or another of
+    the network: a sentence, or None."""
+    for token, place in ((os.environ.get("HF_TOKEN", "").strip(), "HF_TOKEN"), (get_token() or "", "the token for the hub")):  # fmt: skip
+        for number, letter in enumerate(token, 1):
+            if not "!" <= letter <= "~":
+                return (
+                    f"{place} holds {ascii(letter)} as its letter {number}, which no token has: copy the token again, "
+                    "`hf auth login` keeps it"
+                )
+    return None
 
 
 def check_push(repository):
@@ -20,6 +37,8 @@ def check_push(repository):
         raise UserError(f"push_to_hub {repository!r} is no repository: {one_line(problem, 150)}") from None  # fmt: skip
     if repository.count("/") != 1:
         raise UserError(f"push_to_hub is {repository!r}, but must be owner/name")
+    if wrong := odd_token():
+        raise UserError(f"push_to_hub: {wrong}")
     instead = "or leave push_to_hub out and upload the folder later"
     try:
         user = HfApi().whoami()
@@ -37,6 +56,11 @@ def check_push(repository):
                         f"it can be one of {', '.join(owners)}")  # fmt: skip
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"push_to_hub: the token of {user['name']} can only read; make one that writes, {instead}")  # fmt: skip
+    with contextlib.suppress(Exception):  # there is none yet, or only the upload will tell
+        if HfApi().repo_info(repository).private is False:
+            print(
+                f"note: {repository} exists and is public: everybody will see the run there, with its captions"
+            )
 
 
 def push(folder, repository):
@@ -46,10 +70,11 @@ def push(folder, repository):
     Raises UserError, with the command that tries again, if that fails: the folder stays as it is.
     """
     files = sorted(written_files(folder, "config.json") - set(PRIVATE))
+    patterns = [glob.escape(name) for name in files]  # a bracket in a name is one
     try:
         api = HfApi()
         address = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files,
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=patterns,
                           commit_message=f"Upload {folder.name}")  # fmt: skip
     except Exception as problem:  # whatever a network can do
         what = f"{type(problem).__name__}: {one_line(problem, 150)}"

@@ -3,17 +3,27 @@
 import contextlib
 import hashlib
 import json
+import re
 from pathlib import Path, PurePath
 
+import torch
 import transformers
 
 from lib.config import picture_size
 from lib.errors import UserError, one_line
-from lib.files import first_and_last
+from lib.files import what_else
+from lib.kept import content_digest
 from lib.provenance import ROOT
 
 # The scripts show bars of their own work; the libraries' bars for reading a file only blink.
 transformers.utils.logging.disable_progress_bar()
+
+# The parts of a base model that have weights, and what their files are called.
+PARTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 
 
 def fetch_base_model(name, revision=None, half=False, resolution=None):
@@ -25,29 +35,24 @@ def fetch_base_model(name, revision=None, half=False, resolution=None):
     Raises UserError, naming the model and what to do, when it is not there, not whole, of another kind
     or unable to draw `resolution` pixels; for the last two no weights are fetched.
     """
-    parts = {
-        "unet": "diffusion_pytorch_model",
-        "vae": "diffusion_pytorch_model",
-        "text_encoder": "model",
-    }
     configs = ["model_index.json", "*/*.json", "tokenizer/merges.txt"]
     endings = (".safetensors", *PICKLES)
     if Path(name).suffix.lower() in endings and not Path(name).is_dir():
         name = folder_of_file(Path(name))
     folder = fetch_model(name, revision, [], half, configs)
     needed = ["model_index.json", "scheduler/scheduler_config.json"]
-    needed += [f"{part}/config.json" for part in parts]
+    needed += [f"{part}/config.json" for part in PARTS]
     # Without its vocabulary the tokenizer would load, and read every word as unknown.
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
         needed += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
     missing = [path for path in needed if not (folder / path).is_file()]
     if not missing:
         check_base_model(folder, resolution)
-        weights = [f"{part}/{stem}" for part, stem in parts.items()]
+        weights = [f"{part}/{stem}" for part, stem in PARTS.items()]
         folder = fetch_model(name, revision, weights, half, configs)
     missing += [
         f"{part}/{stem}.safetensors"
-        for part, stem in parts.items()
+        for part, stem in PARTS.items()
         if not weight_files(folder / part, stem)
     ]
     if missing:
@@ -162,7 +167,10 @@ def base_model_name(name):
     """A base model as others may read it: a hub id, the embedded one's place, or the name of a local
     folder or file without the way to it."""
     embedded = not Path(name).is_absolute() and (ROOT / name).is_dir()
-    return str(name) if hub_id(name) or embedded else PurePath(name).name
+    if hub_id(name) or embedded:
+        return str(name)
+    last = PurePath(name).name
+    return last if last.strip(".") else Path(name).resolve().name
 
 
 def fetch_model(name, revision, stems, half, others):
@@ -175,6 +183,8 @@ def fetch_model(name, revision, stems, half, others):
         raise UserError(f"model {name}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import HfApi, snapshot_download
 
+    from lib.hub import odd_token
+
     try:
         files = {entry.rfilename for entry in HfApi().model_info(name, revision=revision).siblings}
         wanted = list(others)
@@ -186,6 +196,8 @@ def fetch_model(name, revision, stems, half, others):
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         except Exception:
             reason = str(problem).strip().splitlines()[0] if str(problem).strip() else "no answer"
+            if wrong := odd_token():
+                raise UserError(f"model {name} cannot be had: {wrong}") from None
             raise UserError(
                 f"model {name} cannot be had: it is not in the cache and the hub says "
                 f"«{type(problem).__name__}: {reason[:160]}»; connect to the network, or pass a "
@@ -200,21 +212,43 @@ def variant_suffix(files, stem, half):
     return ".safetensors"
 
 
-def weight_files(folder, stem="*"):
+def weight_files(folder, stem=""):
     """The safetensors files of one model folder, whole or in shards."""
     return sorted(folder.glob(f"{stem}*.safetensors"))
 
 
+def is_half(path):
+    """Whether a weights file is of the fp16 variant, whole or in shards."""
+    return ".fp16." in path.name or ".fp16-" in path.name
+
+
+def loaded_weights(folder, stem, half):
+    """The weight files of a model's folder that are loaded where both precisions may lie in it, as after two
+    fetches: the fp16 variant if `half` is wanted and there, else the others."""
+    ours = re.compile(rf"{stem}(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
+    found = [path for path in weight_files(folder, stem) if ours.fullmatch(path.name)]
+    return [path for path in found if is_half(path) == half] or found
+
+
+def digest_of(files):
+    """SHA-256 over the contents of files, in their order."""
+    return hashlib.sha256(" ".join(map(content_digest, files)).encode()).hexdigest()
+
+
 def model_digest(folder):
-    """SHA-256 over the names, sizes and first and last MiB of the weight files in a model's folder, and over
-    its JSON files."""
-    found = hashlib.sha256()
-    for path in sorted(folder.glob("*.json")):
-        found.update(path.read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        found.update(f"{path.name} {path.stat().st_size}".encode())
-        found.update(first_and_last(path))
-    return found.hexdigest()
+    """SHA-256 over the JSON and the weight files in a model's folder."""
+    return digest_of([*sorted(folder.glob("*.json")), *weight_files(folder)])
+
+
+def base_model_digest(folder, half):
+    """SHA-256 over what is loaded of a base model's folder, where `half` precision is wanted or not: other files
+    may come and go."""
+    files = ["scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)]
+    files += [f"tokenizer/{name}" for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    found = [folder / name for name in files if (folder / name).is_file()]
+    for part, stem in PARTS.items():
+        found += loaded_weights(folder / part, stem, half)
+    return digest_of(found)
 
 
 @contextlib.contextmanager
@@ -229,15 +263,15 @@ def loading(path):
 
 def load_part(cls, folder, part, dtype, **options):
     """`cls.from_pretrained` of one part of a base-model folder, refusing half-filled weights."""
-    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-    plain = (folder / part / f"{stem}.safetensors").is_file() or list(
-        (folder / part).glob(f"{stem}-*.safetensors")
-    )
+    files = loaded_weights(folder / part, PARTS[part], dtype == torch.float16)
+    for path in files:
+        if reason := what_else(path):
+            raise UserError(f"{path} cannot be read as safetensors: {reason}")
     with loading(folder / part):
         model, report = cls.from_pretrained(
             folder / part,
             torch_dtype=dtype,
-            variant=None if plain else "fp16",
+            variant="fp16" if all(map(is_half, files)) else None,
             use_safetensors=True,
             output_loading_info=True,
             **options,

@@ -27,7 +27,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib.adapters import some
 from lib.errors import UserError, one_line
-from lib.files import first_and_last, flush, write_json
+from lib.files import flush, what_else, write_json
+from lib.kept import content_digest
 
 BASE_MODELS = Path(__file__).parent / "base_models"
 CONFIGS = {version: BASE_MODELS / f"stable_diffusion_{version}" for version in (1, 2)}
@@ -53,32 +54,51 @@ def converted(path, say=print):
     """The folder in diffusers' layout of the base model in the safetensors file `path`.
 
     Raises UserError naming the file if it is damaged or no whole Stable Diffusion 1.x or 2.x for
-    text to image, or naming the folder if that cannot be written. Several processes may ask at once: the first one converts.
+    text to image. Several processes may ask at once: the first one converts.
     """
     path = Path(path)
     with reading(path) as file:
         keys, header = set(file.keys()), file.metadata() or {}
         version = version_of(file, keys, path)
+        check_last_noise(file, keys, header, path)
+    if "v_pred" in keys:  # an empty tensor, as ComfyUI and others mark it
+        header = {"modelspec.prediction_type": "v"} | header
     place = Path(constants.HF_HOME) / "single_files"
     folder = place / f"{path.stem}-{file_digest(path)}"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with FileLock(place / f"{folder.name}.lock"):
-            if not (folder / "model_index.json").is_file():
-                say(
-                    f"{path}: Stable Diffusion {version}.x in one file; making {folder} of it, once"
-                )
-                convert(path, folder, version, header, say)
-    except (
-        SafetensorError,
-        OSError,
-    ) as problem:  # safetensors' own is of the disk too, while it writes
-        there = next(parent for parent in (place, *place.parents) if parent.exists())
-        raise UserError(
-            f"{folder}, which is made of the base model {path}, cannot be written: {one_line(problem, 100)}; "
-            f"{shutil.disk_usage(there).free:,} bytes free (HF_HOME names another place)"
-        ) from None
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / f"{folder.name}.lock"):
+        weights = list(folder.glob("*/*.safetensors"))  # of which someone may have made room
+        if not (len(weights) == 3 and (folder / "model_index.json").is_file()):
+            say(f"{path}: Stable Diffusion {version}.x in one file; making {folder} of it, once")
+            new = folder.with_name(f".{folder.name}.unfinished")
+            try:
+                convert(path, new, version, header, say)
+                shutil.rmtree(folder, ignore_errors=True)
+                new.rename(folder)
+            except (
+                SafetensorError,
+                OSError,
+            ) as problem:  # safetensors has an error of its own for a full disk
+                free = shutil.disk_usage(place).free
+                raise UserError(
+                    f"{folder} cannot be written: {one_line(problem, 100)}; {free:,} bytes free, about "
+                    f"{path.stat().st_size:,} needed; HF_HOME names another place"
+                ) from None
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
     return folder
+
+
+def check_last_noise(file, keys, header, path):
+    """UserError if a model was trained with a last timestep that is noise alone (zero terminal SNR), as a folder's
+    scheduler is refused that says so."""
+    marked = "ztsnr" in keys or header.get("ss_zero_terminal_snr", "").lower() == "true"
+    kept = file.get_tensor("alphas_cumprod") if "alphas_cumprod" in keys else torch.ones(1)
+    if marked or (kept.numel() and kept.flatten()[-1].abs() < 1e-4):  # Stable Diffusion's is 0.0047
+        raise UserError(
+            f"base model {path} was trained with zero terminal SNR, which the scheduler that draws does not have; "
+            "supported are Stable Diffusion 1.x and 2.x with their own noise"
+        )
 
 
 class reading:
@@ -92,8 +112,9 @@ class reading:
             self.file = safe_open(self.path, framework="pt")
             return self.file.__enter__()
         except (SafetensorError, OSError) as problem:
+            reason = what_else(self.path) or one_line(problem, 100)
             raise UserError(
-                f"base model {self.path} cannot be read as safetensors: {one_line(problem, 100)}"
+                f"base model {self.path} cannot be read as safetensors: {reason}"
             ) from None
 
     def __exit__(self, *error):
@@ -101,10 +122,8 @@ class reading:
 
 
 def file_digest(path):
-    """16 hex digits by which a file is known: of its size, its first and its last MiB."""
-    found = hashlib.sha256(f"{CONVERTER} {path.stat().st_size}".encode())
-    found.update(first_and_last(path))
-    return found.hexdigest()[:16]
+    """16 hex digits by which a file is known: of its content and of how it is converted."""
+    return hashlib.sha256(f"{CONVERTER} {content_digest(path)}".encode()).hexdigest()[:16]
 
 
 def version_of(file, keys, path):
@@ -130,20 +149,9 @@ def version_of(file, keys, path):
     return versions[0]
 
 
-def convert(path, folder, version, header, say):
-    """Write the file's models, their configurations and the tokenizer into `folder`, whole or not at all."""
-    new = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        write_models(path, new, version, header, say)
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
-    finally:  # gone already where all went well
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def write_models(path, new, version, header, say):
+def convert(path, new, version, header, say):
     """Write the file's models, their configurations and the tokenizer into the folder `new`."""
+    shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(CONFIGS[version], new)
     write_tokenizer(new / "tokenizer")
     with reading(path) as file:

@@ -40,12 +40,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["HF_HUB_OFFLINE"] = "1"
+HOME = tempfile.TemporaryDirectory()  # of what is kept of models beside the hub's
+os.environ["HF_HOME"] = HOME.name
 # Models this small lose more by sharing a step among threads than they gain.
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)
 
 from demo.build.tokenizers import byte_tokenizer
-from lib.errors import run_script
+from lib.errors import STOP_SIGNALS, run_script
 
 BOS, EOS = 510, 511
 
@@ -227,7 +229,7 @@ def call(script, *options):
     module = sys.modules[script.removesuffix(".py")]
     out, err, code = io.StringIO(), io.StringIO(), 0
     arguments = () if main.__code__.co_argcount == 0 else (module.CONFIG, module.__doc__)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     AcceleratorState._reset_state(reset_partial_state=True)
     with (
         contextlib.redirect_stdout(out),
@@ -240,7 +242,8 @@ def call(script, *options):
         except SystemExit as stop:
             code = stop.code or 0
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             AcceleratorState._reset_state(reset_partial_state=True)
     return subprocess.CompletedProcess([script], code, out.getvalue(), err.getvalue())
 

@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import re
 import signal
+import stat
 import sys
 from pathlib import Path
 
@@ -341,7 +343,7 @@ def test_the_scripts_run_without_posix_modules_and_under_windows_rules(commands,
     done = command("tests/as_on_windows.py", *words[:-1], env={"PYTHONIOENCODING": "ascii"})
     assert "after step 2" in done.stdout
     assert done.stdout.count("run: 4 steps, ") == 2
-    expected = r"note: (without a CLIP model|1 seed a prompt give|not 2, as at most)"
+    expected = r"note: (without a CLIP model|1 seed a prompt give|not 2, as at most|\S+ holds a finished run)"
     assert "note:" not in re.sub(expected, "", done.stdout)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "results", "processed", "out", "err"}  # fmt: skip
     assert (tmp_path / "results" / "metrics.json").is_file()
@@ -387,3 +389,34 @@ def test_an_old_output_that_is_in_use_goes_later(tmp_path, monkeypatch, capsys):
     files.recover_folder(tmp_path / "out", "marker")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "content").read_text() == "new"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO, errno.EACCES])
+def test_a_folder_that_cannot_be_flushed_is_no_error_but_a_file_is(tmp_path, monkeypatch, number):
+    """As on SMB, FUSE and WSL."""
+    fsync = os.fsync
+
+    def refuse(opened, folders=True):
+        if stat.S_ISDIR(os.fstat(opened).st_mode) == folders:
+            raise OSError(number, os.strerror(number))
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    files.write_bytes(tmp_path / "file", b"content")
+    new = files.fresh_folder(tmp_path / "out")
+    (new / "file").write_text("new")
+    files.replace_folder(tmp_path / "out", "marker")
+    assert (tmp_path / "out" / "file").read_text() == "new"
+    monkeypatch.setattr(os, "fsync", functools.partial(refuse, folders=False))
+    with pytest.raises(UserError, match=re.escape(os.strerror(number))):
+        files.write_bytes(tmp_path / "file", b"other")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_a_full_disk_is_an_error_of_a_folder_too(tmp_path, monkeypatch):
+    def refuse(opened):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="full"):
+        files.flush(tmp_path)

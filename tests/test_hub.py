@@ -40,6 +40,10 @@ class Hub(BaseHTTPRequestHandler):
                 return self.answer(401, {"error": "Invalid credentials"})
             token = {"accessToken": {"role": hub.role}}
             return self.answer(200, {"name": "anna", "orgs": [{"name": "coats"}], "auth": token})
+        if self.path == "/api/models/anna/coat" and hub.private is not None:
+            return self.answer(
+                200, {"id": "anna/coat", "private": hub.private, "siblings": [], "tags": []}
+            )
         return self.answer(404)
 
     def do_POST(self):
@@ -85,7 +89,7 @@ def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
     server.files, server.large, server.asked, server.made = {}, {}, [], None
-    server.role, server.broken = "write", False
+    server.role, server.broken, server.private = "write", False, None
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -94,18 +98,19 @@ def hub():
     server.server_close()
 
 
-def train(hub, tmp_path, tiny_model, repository="anna/coat", token=TOKEN, **env):
+def train(hub, tmp_path, tiny_model, repository="anna/coat", token=TOKEN, name=NAME, **env):
     data = make_processed(tmp_path / "data", 4)
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=data, output_dir=tmp_path / "runs", max_steps=2,
-                             push_to_hub=repository)  # fmt: skip
+                             push_to_hub=repository, run_name=name)  # fmt: skip
     # A home without a token, and no proxy between this machine and itself.
     known = dict(HF_ENDPOINT=hub.address, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_TOKEN=token or "",
                  HF_HOME=str(tmp_path / "home"), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # fmt: skip
     return command("train.py", *options(**config), env=known | env, check=False)
 
 
-def test_a_finished_run_is_uploaded(hub, tmp_path, tiny_model):
-    done = train(hub, tmp_path, tiny_model)
+@pytest.mark.parametrize("name", [NAME, "coat [v2] (a+b)"])
+def test_a_finished_run_is_uploaded(hub, tmp_path, tiny_model, name):
+    done = train(hub, tmp_path, tiny_model, name=name)
     assert done.returncode == 0, done.stderr
     assert f"uploaded to {hub.address}/anna/coat" in done.stdout
     made = hub.asked.index("POST /api/repos/create")
@@ -113,12 +118,56 @@ def test_a_finished_run_is_uploaded(hub, tmp_path, tiny_model):
     assert not [line for line in hub.asked[:made] if line.startswith("POST")]
     assert hub.made["visibility"] == "private"
     assert (hub.made["name"], hub.made["organization"]) == ("coat", "anna")
-    folder = tmp_path / "runs" / NAME
+    folder = tmp_path / "runs" / name
     there = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}  # fmt: skip
     assert hub.files == {name: content for name, content in there.items() if name != "config.json"}
-    assert {"README.md", f"{NAME}.safetensors", "pytorch_lora_weights.safetensors"} <= hub.files.keys()  # fmt: skip
+    assert {"README.md", f"{name}.safetensors", "pytorch_lora_weights.safetensors"} <= hub.files.keys()  # fmt: skip
     assert hub.card.encode() == hub.files["README.md"]  # which the hub has looked at
     assert b'load_lora_weights("anna/coat"' in hub.files["README.md"]
+    # Nothing says where things lie on this machine.
+    assert not [
+        name for name, content in hub.files.items() if str(tmp_path.parent).encode() in content
+    ]
+    assert "is public" not in done.stdout
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_that_a_repository_is_public_is_said_before_training(
+    hub, tmp_path, monkeypatch, capsys, private
+):
+    import huggingface_hub
+
+    from lib import hub as ours
+
+    hub.private = private
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(ours, "HfApi", lambda: huggingface_hub.HfApi(endpoint=hub.address))
+    huggingface_hub.close_session()
+    ours.check_push("anna/coat")
+    assert ("anna/coat exists and is public" in capsys.readouterr().out) == (not private)
+    huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize("token", ["hf_abc\u200bdef", "hf_abc\ndef", "hf_абв", "hf_a b"])
+def test_a_token_with_an_odd_letter_is_named(monkeypatch, tmp_path, token):
+    from lib import hub as ours
+    from lib import models
+    from lib.errors import UserError
+
+    monkeypatch.setenv("HF_TOKEN", token)
+    for ask in (
+        lambda: ours.check_push("anna/coat"),
+        lambda: models.fetch_model("anna/coat", None, [], False, []),
+    ):
+        with pytest.raises(UserError, match="HF_TOKEN holds .* as its letter") as error:
+            ask()
+        assert "\n" not in str(error.value)
+    monkeypatch.setenv(
+        "HF_TOKEN", f" {TOKEN}\n"
+    )  # as a file's end or a paste leaves it, which the hub's client drops
+    assert ours.odd_token() is None
 
 
 def test_an_upload_that_fails_leaves_the_run_whole(hub, tmp_path, tiny_model):

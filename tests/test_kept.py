@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from accelerate import Accelerator
 from conftest import TINY_RUN as TINY
 from conftest import call, make_processed, options, picture, tiny_vae
+from diffusers import AutoencoderKL
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from lib import dataset
+from lib import dataset, kept
 from lib.dataset import KEPT, read_dataset
 from lib.errors import UserError
 from lib.evaluation import clip_scores
@@ -62,8 +65,6 @@ def as_before(data, model):
 
 
 def latents_vae(model):
-    from diffusers import AutoencoderKL
-
     return AutoencoderKL.from_pretrained(model / "vae")
 
 
@@ -323,5 +324,74 @@ def test_embeddings_of_training_pictures_are_kept(data, tiny_clip, tmp_path, mon
     path.write_bytes(content)
     assert embedded() == (first, 12)
     assert "is damaged" in capsys.readouterr().out
+    one = np.zeros((6, 16), np.float32)
+    for write in (
+        lambda: path.write_text("a text"),
+        lambda: path.write_bytes(b""),
+        lambda: np.save(path.open("wb"), one),
+        lambda: np.savez(path.open("wb"), embeddings=np.array(1), mirrored=np.array(1), key="x"),
+        lambda: np.savez(path.open("wb"), embeddings=one, key="x"),
+    ):
+        write()
+        assert embedded() == (first, 12)
     picture(91).save(data / "images" / "image_04.png")
     assert embedded()[1] == 12
+
+
+def test_a_file_is_known_by_its_whole_content_and_read_once(tmp_path, monkeypatch):
+    path, reads, whole = tmp_path / "model.safetensors", [], kept.sha256_file
+    monkeypatch.setattr(kept, "sha256_file", lambda path: reads.append(path) or whole(path))
+    monkeypatch.setattr(kept, "CLOCK_TICK", 0)
+    path.write_bytes(bytes(3 * 2**20))
+    before = path.stat()
+    (tmp_path / "link").symlink_to(path)
+    time.sleep(0.02)  # more than a tick of the clock
+    assert kept.content_digest(path) == hashlib.sha256(bytes(3 * 2**20)).hexdigest()
+    assert kept.content_digest(tmp_path / "link") == kept.content_digest(path)
+    assert len(reads) == 1
+    # Another content of the same size, the same ends and, as after a copy that keeps it, the same time.
+    changed = bytearray(3 * 2**20)
+    changed[2**20 + 2**19] = 1
+    path.write_bytes(changed)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert kept.content_digest(path) == hashlib.sha256(changed).hexdigest()
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"[" * 10**5, b"\xff"])
+def test_a_damaged_digest_is_made_anew(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(kept, "CLOCK_TICK", -(10**12))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    expected = kept.content_digest(path)
+    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
+    record = Path(constants.HF_HOME) / "digests" / f"{name}.json"
+    record.write_bytes(damage)
+    assert kept.content_digest(path) == expected
+    assert json.loads(record.read_text())["sha256"] == expected
+
+
+def test_a_file_of_this_moment_is_read_again(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for content in (b"1", b"2", b"3"):  # within one tick of a coarse clock all times are equal
+        path.write_bytes(content)
+        os.utime(path, ns=(0, 0))
+        assert kept.content_digest(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_vae_that_overflows_in_fp16_encodes_in_fp32(data, model, monkeypatch, capsys):
+    """And nothing else does."""
+    whole = AutoencoderKL.encode
+
+    def encode(vae, batch):
+        found = whole(vae, batch)
+        if vae.dtype == torch.float16:
+            found.latent_dist.mean.fill_(float("inf"))
+        return found
+
+    expected = as_before(data, model)
+    monkeypatch.setattr(AutoencoderKL, "encode", encode)
+    found, _ = encoded(data, model, monkeypatch, torch.float16)
+    assert "overflows in fp16" in capsys.readouterr().out
+    for index, (mean, _) in enumerate(expected):  # of weights that were rounded to fp16
+        torch.testing.assert_close(found[index][0], mean, rtol=2e-2, atol=2e-2)

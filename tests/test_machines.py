@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY_RUN, assert_one_line, options
+from conftest import ROOT, TINY_RUN, assert_one_line, call, options
 from safetensors.torch import load_file
 from test_buckets import mixed
 from test_preprocess import prepare
@@ -152,3 +152,30 @@ def test_two_processes_on_buckets_go_on_bit_for_bit(in_two, tmp_path):
     assert_equal_runs(tmp_path / NAME, folder / NAME)
     ours = load_file(tmp_path / NAME / adapter_files.WEIGHTS)
     assert any(weight.abs().max() > 0 for key, weight in ours.items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (dict(ACCELERATE_USE_FSDP="true", FSDP_SHARDING_STRATEGY="1"), "FSDP"),
+        (dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_MIXED_PRECISION="bf16"), "DeepSpeed, mixed_precision bf16"),
+        (dict(ACCELERATE_MIXED_PRECISION="fp8", ACCELERATE_DYNAMO_BACKEND="INDUCTOR"), "torch.compile, mixed_precision fp8"),
+        (dict(ACCELERATE_USE_MEGATRON_LM="true"), "Megatron-LM"),
+        (dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4"), "gradient_accumulation_steps 4 (--gradient-acc"),
+        # What a launcher says that was told nothing.
+        (dict(ACCELERATE_MIXED_PRECISION="no", ACCELERATE_DYNAMO_BACKEND="NO", ACCELERATE_USE_CPU="False"), None),
+        (dict(ACCELERATE_MIXED_PRECISION="fp16"), None),
+    ],
+)  # fmt: skip
+def test_what_a_launcher_was_told_of_another_project_is_left_out(
+    tiny_model, processed_data, tmp_path, monkeypatch, environment, words
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data, output_dir=tmp_path, max_steps=2)  # fmt: skip
+    done = call("train.py", *options(**config))
+    assert done.returncode == 0, done.stderr
+    if words:
+        assert f"asks for {words}" in done.stdout
+    else:
+        assert "accelerate's configuration" not in done.stdout

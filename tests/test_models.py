@@ -1,14 +1,22 @@
 """What the scripts share: models from a hub or a folder, and the command line."""
 
+import importlib
+import re
+import shutil
 import types
 
 import huggingface_hub
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from lib import models
+import inference
+import study
+import train
+from lib import models, values
 from lib.config import parse_config
 from lib.errors import UserError
 from lib.evaluation import clip_scores
@@ -95,11 +103,34 @@ def test_a_folder_of_fp16_variants_loads(tiny_model, tmp_path):
             assert torch.equal(weight, expected[name].float())
 
 
+def test_files_that_are_not_loaded_may_come_and_go(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    whole, half = (models.base_model_digest(folder, half) for half in (False, True))
+    assert whole == half  # there is one precision only
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    other = {key: weight.half() + 1 for key, weight in weights.items()}
+    save_file(other, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors", {"format": "pt"})
+    (folder / "unet" / "diffusion_pytorch_model.non_ema.safetensors").write_bytes(b"another")
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"not used")
+    assert models.base_model_digest(folder, False) == whole
+    assert models.base_model_digest(folder, True) != half
+    for dtype, expected in ((torch.float32, weights), (torch.float16, other)):
+        loaded = models.load_part(UNet2DConditionModel, folder, "unet", dtype).state_dict()
+        assert all(torch.equal(loaded[key], weight.to(dtype)) for key, weight in expected.items())
+    # Every part counts, and its configuration.
+    for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+                 "scheduler/scheduler_config.json", "unet/config.json"):  # fmt: skip
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + b" ")
+        assert models.base_model_digest(folder, False) != whole
+        (folder / name).write_bytes(content)
+    assert models.base_model_digest(folder, False) == whole
+
+
 def test_weights_that_are_missing_or_of_another_shape_are_named(tiny_model, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -133,3 +164,105 @@ def test_the_command_line_overrides_the_demo_and_the_demo_overrides_config():
     for wrong in (["--steps", "many"], ["--step", "5"], ["stray"]):
         with pytest.raises(UserError):
             parse(*wrong)
+
+
+def test_a_pointer_in_the_place_of_weights_is_named(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(UserError, match="git lfs pull") as error:
+        models.load_part(UNet2DConditionModel, folder, "unet", torch.float32)
+    assert str(path) in str(error.value)
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = dict(base_model="owner/model", data_dir="~", output_dir="out", score_dir=None, caption="~ a coat")  # fmt: skip
+    found = parse_config(config, "", argv=["--output-dir=~/loras", "--base-model", "~/a.safetensors", "--score-dir=~/a,~/b,c"])  # fmt: skip
+    assert found == dict(
+        base_model=f"{tmp_path}/a.safetensors", data_dir=f"{tmp_path}", output_dir=f"{tmp_path}/loras",
+        score_dir=f"{tmp_path}/a,{tmp_path}/b,c", caption="~ a coat",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"output_dir is ~nobody-of-that-name/x, .* \./~nobody"):
+        parse_config(config, "", argv=["--output-dir", "~nobody-of-that-name/x"])
+    (tmp_path / "~backup").mkdir()
+    assert parse_config(config, "", argv=["--data-dir=~backup"])["data_dir"] == "~backup"
+
+
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("train*.py"))] + ["inference", "study"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_key_has_values_and_those_of_config_are_among_them(script):
+    module = importlib.import_module(script)
+    table = (train if script.startswith("train_") else module).VALUES
+    for config in (module.CONFIG, module.CONFIG | getattr(module, "DEMO", {})):
+        values.check(config, table)
+    keys = [key for _, keys in table for key in keys.split()]
+    assert sorted(keys) == sorted(module.CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("script", "key", "value", "words"),
+    [
+        (train, "preview_prompts", "a coat", "needs a comma"),
+        (train, "unet_targets", "to_k", "needs a comma"),
+        (train, "unet_targets", (), "at least 1"),
+        (train, "text_encoder_targets", ("q_proj", ""), "not empty"),
+        (train, "preview_prompts", ("a coat", " "), "not empty"),
+        (train, "preview_prompts", ("a coat", 3), "each a text"),
+        *[(train, key, "", "not empty") for key in "base_model data_dir output_dir wandb_project".split()],
+        *[(train, "run_name", name, "plain folder name") for name in (
+            "../coat", "a/b", "a\\b", "coat:v2", "<coat>", "what?", "a*", 'a"b', "a|b", "coat.", " coat", "coat ", ".coat",
+            "-coat", "con", "NUL.1", "Com1", "a\nb", "coat\u200b", "x" * 151, "ё" * 80)],
+        (train, "push_to_hub", "", "not empty"),
+        (train, "output_dir", "caf\udce9", "UTF-8"),
+        (train, "data_dir", "a\0b", "a text"),
+        (train, "base_model", None, "a text"),
+        (train, "alpha", float("inf"), "from 1e-06 to"),
+        (train, "alpha", float("nan"), "from 1e-06 to"),
+        (train, "alpha", "32", "a number"),
+        (train, "unet_learning_rate", float("inf"), "a number"),
+        (train, "unet_learning_rate", 10**400, "a number"),
+        (train, "adam_beta2", 1, "from 0 to"),
+        (train, "rank", 32.0, "a whole number"),
+        (train, "rank", True, "a whole number"),
+        (train, "rank", 10**6, "from 1 to 4096"),
+        (train, "max_steps", 10**12, "a whole number"),
+        (train, "dora", "no", "True or False"),
+        (train, "dora", 1, "True or False"),
+        (train, "mixed_precision", "fp8", "fp16, bf16 or no"),
+        (train, "caption_from", ["text"], "text or description"),
+        (train, "resolution", "wide", "a number of pixels"),
+        (train, "resolution", None, "a resolution"),
+        (train, "rnak", 8, "which nothing reads"),
+        (inference, "lora_scales", 1.0, "needs a comma"),
+        (inference, "lora_scales", (1.0, float("inf")), "from 0 to 10"),
+        (inference, "lora_scales", (), "at least 1"),
+        (inference, "prompts", "", "not empty"),
+        (inference, "concept_margin", float("nan"), "a number"),
+        (inference, "seeds", 2.5, "a whole number"),
+        (study, "seeds", 42, "needs a comma"),
+        (study, "scales", (0.5, "1"), "from 0 to 10"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_named(script, key, value, words):
+    with pytest.raises(UserError, match="(?s)" + re.escape(words)) as error:
+        script.check_config(script.CONFIG | {key: value})
+    assert key in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["coat", "Mantel (neu) [2]", "плащ", "coat.v2", "console", "外套", "a_b-c+d!"]
+)
+def test_names_that_every_system_can_use(name):
+    assert values.is_name(name)
+
+
+def test_a_key_that_is_missing_is_named():
+    config = {key: value for key, value in train.CONFIG.items() if key != "alpha"}
+    with pytest.raises(UserError, match="CONFIG has no alpha"):
+        train.check_config(config)

@@ -1,7 +1,9 @@
 """The notebook, executed as Colab and Kaggle would, on the embedded miniature and with few steps."""
 
 import os
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -74,3 +76,66 @@ def test_it_runs_from_pictures_to_the_file(notebook, tmp_path, monkeypatch):
     assert file.is_file()
     assert str(file) in str(notebook.cells[-1].outputs)
     assert not (ROOT / "requirements.notebook.txt").exists()
+
+
+# ---- torch for an older driver, as README.md says ----------------------------------------------
+
+
+def pip(*arguments, path=None):
+    """pip without an index, and without what the environment tells it: (exit status, what it said)."""
+    pytest.importorskip("pip")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+    environment |= dict(PIP_CONFIG_FILE=os.devnull, PYTHONPATH=str(path or ""))
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", *map(str, arguments)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def installed(folder, **versions):
+    """A folder of packages of these versions, which hold nothing."""
+    for name, version in versions.items():
+        place = folder / f"{name}-{version}.dist-info"
+        place.mkdir(parents=True)
+        (place / "METADATA").write_text(metadata(name, version))
+        (place / "RECORD").write_text("")
+    return folder
+
+
+def metadata(name, version):
+    needs = "Requires-Dist: torch==2.12.1\n" if name == "torchvision" else ""
+    return f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
+
+
+def test_the_build_for_an_older_driver_is_that_of_the_requirements(tmp_path):
+    pins = [line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith("torch")]  # fmt: skip
+    wanted = [pin for pin in pins if pin.startswith(("torch==", "torchvision=="))]
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "/whl/cu126" in line]  # fmt: skip
+    assert line.split()[:5] == ["pip", "install", *wanted, "--index-url"]
+    # Such an index gives versions with an ending, which pip takes for the one that is asked for.
+    for pin in wanted:
+        name, version = pin.split("==")
+        wheel, info = f"{name}-{version}+cu126", f"{name}-{version}+cu126.dist-info"
+        with zipfile.ZipFile(tmp_path / f"{wheel}-py3-none-any.whl", "w") as file:
+            file.writestr(f"{info}/METADATA", metadata(name, f"{version}+cu126"))
+            file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")  # fmt: skip
+            file.writestr(f"{info}/RECORD", "")
+    code, said = pip("--ignore-installed", "--find-links", tmp_path, *wanted)
+    assert code == 0, said
+    assert "+cu126" in said.splitlines()[-1]
+    assert said.splitlines()[-1].startswith("Would install")
+
+
+def test_requirements_leave_that_build_alone_but_no_other_version(tmp_path):
+    pins = (ROOT / "requirements.txt").read_text().split()
+    own = [pin for pin in pins if pin.startswith(("torch==", "torchvision=="))]
+    versions = {name: f"{version}+cu126" for name, version in (pin.split("==") for pin in own)}
+    code, said = pip(*own, path=installed(tmp_path / "same", **versions))
+    assert code == 0, said
+    assert "Would install" not in said
+    assert "+cu126" in said
+    # What `pip install torch` gives by itself is newer some day, and would be replaced.
+    other = installed(tmp_path / "other", **versions | dict(torch="99.0+cu126"))
+    code, said = pip(*own, path=other)
+    assert code != 0, said

@@ -44,6 +44,7 @@ from lib import adapter_files, adapters, dataset, errors, files, models
 from lib.errors import UserError
 from lib.evaluation import drawing
 from lib.evaluation.results import recover
+from lib.kernels import compiling, graphs
 from lib.training import (
     advice,
     checkpoints,
@@ -269,6 +270,31 @@ def test_what_differs_is_listed_and_refused(interrupted, tmp_path, exact, data):
     assert json.loads((tmp_path / NAME / "config.json").read_text())["config"]["rank"] == 8
 
 
+def test_a_run_goes_on_after_a_move_and_with_more_files_beside_the_model(
+    interrupted, uninterrupted, tmp_path, data, tiny_model
+):
+    """The data set behind a link, the model in another folder that has one more precision."""
+    (tmp_path / "data").symlink_to(data)
+    model = tmp_path / "moved"
+    shutil.copytree(tiny_model, model)
+    half = model / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    half.write_bytes(b"fetched by another run")
+    moved = interrupted | dict(data_dir=tmp_path / "data", base_model=model)
+    assert "continuing" in succeeded(training(tmp_path, moved)).stdout
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+def test_another_base_model_under_the_same_name_is_refused(interrupted, tmp_path, tiny_model):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    done = training(tmp_path, interrupted | dict(base_model=model))
+    assert_one_line(done, "the base model's files", tiny_model, model)
+
+
 def test_a_changed_package_is_refused(interrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "version", lambda package: "0.0.1")
     assert_one_line(training(tmp_path, interrupted), "torch: ", "then, 0.0.1 now")
@@ -286,6 +312,20 @@ def test_a_finished_run_trains_anew_and_stays_until_then(exact, tmp_path):
     new = load_file(tmp_path / NAME / adapter_files.WEIGHTS)
     assert not all(torch.equal(first[key], new[key]) for key in first)
     assert "continuing" not in succeeded(training(tmp_path, again)).stdout
+
+
+def test_that_a_finished_run_will_be_replaced_is_said_before_it_begins(exact, tmp_path):
+    config = exact | dict(output_dir=tmp_path, max_steps=2)
+    assert "finished run" not in succeeded(training(tmp_path, config)).stdout
+    done = training(tmp_path, config | dict(max_steps=3), {0: kill})
+    assert "holds a finished run (max_steps: 2 then, 3 now). Training begins anew" in done.stdout
+    assert "of the same configuration" in training(tmp_path, config, {0: kill}).stdout
+    # A config.json that holds something else is no reason to stop.
+    path = tmp_path / NAME / "config.json"
+    record = json.loads(path.read_text())
+    for other in ([], None, 3):
+        path.write_text(json.dumps(record | dict(config=other)))
+        run_folder.note_replaced(tmp_path / NAME, train.CONFIG, print)
 
 
 def test_killed_when_it_is_all_but_done(exact, uninterrupted, tmp_path):
@@ -587,7 +627,7 @@ def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
 # ---- signals -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)])  # fmt: skip
 def test_a_signal_finishes_the_step_and_saves(exact, uninterrupted, tmp_path, number, code):
     config = exact | dict(output_dir=tmp_path)
     done = training(tmp_path, config, {4: send(number)})
@@ -607,6 +647,42 @@ def test_a_second_signal_ends_at_once(exact, tmp_path, monkeypatch, number, code
     assert done.returncode == code
     assert "stopped after" not in done.stdout
     assert checkpoints.latest(files.unfinished(tmp_path / NAME))[1]["step"] == 3
+
+
+def test_a_signal_that_is_ignored_stays_so(exact, uninterrupted, tmp_path):
+    """As `nohup` ignores SIGHUP."""
+    config = exact | dict(output_dir=tmp_path)
+    child = start_training(tmp_path, config, {4: send(signal.SIGHUP)}, lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # fmt: skip
+    succeeded(finish(child, tmp_path))
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+@pytest.mark.parametrize("gone", ["pipe", "terminal"])
+def test_a_run_goes_on_where_nobody_reads_what_it_says(exact, uninterrupted, tmp_path, gone):
+    """A `| tee` that has ended, or a terminal that was closed, from which no signal came."""
+
+    def leave():
+        reader, writer = os.pipe() if gone == "pipe" else os.openpty()
+        os.close(reader)
+        for number in (1, 2):
+            os.dup2(writer, number)
+        with pytest.raises(OSError, match="Broken pipe|error"):
+            os.write(1, b"said")
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+
+    child = start_training(tmp_path, exact | dict(output_dir=tmp_path), prepare=leave)
+    assert finish(child, tmp_path).returncode == 0
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+def test_an_error_that_nobody_reads_ends_as_it_would(tmp_path):
+    code = "import os; os.close(0); from lib.errors import UserError, run_script\n"
+    code += "def main():\n    print('x' * 10**5)\n    raise UserError('wrong')\nrun_script(main)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 1
 
 
 def test_a_signal_in_the_last_step(exact, uninterrupted, tmp_path):
@@ -648,14 +724,14 @@ def test_nan_stops_before_the_update_and_names_step_and_picture(
     with monkeypatch.context() as patched:
         nan_at(5, patched, accumulation=5)
         done = training(tmp_path, config)
-    assert_one_line(done, "NaN", "at step 5", "images/image_0", "after step 4 is kept")
+    assert_one_line(done, "NaN", "at step 5", "images/image_0")
+    assert "step 3 in" in done.stderr
     named = set(re.findall(r"images/image_\d+\.png", done.stderr))
     assert named <= {f"images/image_{number:02}.png" for number in range(1, 9)}
     assert 1 <= len(named) <= 5
     tensors, state = checkpoints.latest(files.unfinished(tmp_path / NAME))
-    assert state["step"] == 4
+    assert (state["step"], state["gave_up"]) == (3, True)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-    # What is kept is the state before, to the bit.
     succeeded(training(tmp_path, config))
     assert_equal_runs(tmp_path / NAME, uninterrupted)
 
@@ -670,10 +746,62 @@ def test_the_picture_that_is_named_is_the_one_of_that_step(exact, tmp_path, monk
     assert re.findall(r"images/image_\d+", done.stderr) == [f"images/image_{number:02}"]
 
 
-def test_an_absurd_learning_rate_ends_in_one_line(exact, tmp_path):
-    done = training(tmp_path, exact | dict(output_dir=tmp_path, unet_learning_rate=1e30))
-    assert_one_line(done, "NaN or infinite at step", "learning rates")
-    assert not (tmp_path / NAME).exists()
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_whose_rate_broke_the_weights_goes_on_from_before_that(
+    exact, uninterrupted, tmp_path, keep, monkeypatch
+):
+    """In step 6, after which a checkpoint is due; the loss shows it one step later. What broke them is nothing that
+    a checkpoint knows."""
+    config = exact | dict(output_dir=tmp_path, keep_checkpoints=keep)
+    with monkeypatch.context() as patched:
+        factor = train.learning_rate_factor
+        patched.setattr(train, "learning_rate_factor", lambda step, *rest: factor(step, *rest) * (1e33 if step == 5 else 1))  # fmt: skip
+        done = training(tmp_path, config)
+    assert_one_line(done, "NaN or infinite at step 7", "learning rates")
+    assert "the checkpoint of step 3 in" in done.stderr
+    (left,) = checkpoints.listed(files.unfinished(tmp_path / NAME))
+    assert checkpoints.read(left)[1]["step"] == 3
+    done = succeeded(training(tmp_path, config))
+    assert "after step 3" in done.stdout
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+def test_an_absurd_learning_rate_ends_in_one_line_and_can_be_lowered(
+    exact, uninterrupted, tmp_path
+):
+    """Without a warm-up the first update breaks the weights, before any checkpoint."""
+    config = exact | dict(output_dir=tmp_path)
+    for every in (1, 3):
+        done = training(tmp_path, config | dict(unet_learning_rate=1e30, warmup_steps=0, checkpoint_every=every))  # fmt: skip
+        assert_one_line(done, "NaN or infinite at step 2", "learning rates")
+        assert "begins anew" in done.stderr
+        assert not (tmp_path / NAME).exists()
+        assert checkpoints.listed(files.unfinished(tmp_path / NAME)) == []
+    succeeded(training(tmp_path, config))
+    assert_equal_runs(tmp_path / NAME, uninterrupted)
+
+
+def test_a_checkpoint_that_ends_in_nan_again_gives_way_to_an_older_one(tmp_path):
+    def saved(step, updates, gave_up=False):
+        state = dict(updates=updates, gave_up=gave_up)
+        checkpoints.save(tmp_path, step, TENSORS, state, keep=9)
+
+    def left():
+        states = [checkpoints.read(path)[1] for path in checkpoints.listed(tmp_path)]
+        return [(state["step"], state["gave_up"]) for state in states]
+
+    for step in (10, 20, 30, 40):
+        saved(step, step)
+    # The update after step 30 broke the weights; all behind it was skipped for overflow.
+    saved(50, 40)
+    assert checkpoints.go_back(tmp_path, 40) == 30
+    assert left() == [(30, True), (20, False), (10, False)]
+    assert checkpoints.go_back(tmp_path, 33) == 20
+    assert left() == [(20, True), (10, False)]
+    (tmp_path / "checkpoint_0000010.safetensors").write_bytes(b"damaged")
+    # The last good one stays, however often.
+    assert [checkpoints.go_back(tmp_path, 25) for _ in range(2)] == [20, 20]
+    assert checkpoints.go_back(tmp_path, 20) is None
 
 
 def test_overflows_are_skipped_counted_and_in_a_row_too_many(exact, tmp_path, monkeypatch):
@@ -763,6 +891,43 @@ def test_out_of_memory_says_what_was_done_and_what_to_change(
     assert_one_line(done, doing)
     after = done.stderr[done.stderr.index("error: ") :].splitlines()
     assert advice in after[1]
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be …"), "the GPU's memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the GPU's memory"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "the GPU's memory"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "the GPU's memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"), "the computer's memory"),
+        (MemoryError(), "the computer's memory"),
+    ],
+)  # fmt: skip
+def test_memory_that_ran_out_is_known_by_any_of_its_names(monkeypatch, problem, words):
+    def full():
+        raise problem
+
+    with pytest.raises(UserError, match=words), errors.memory_for("training", "less"):
+        full()
+    # It is no reason to go on without kernels or graphs.
+    with pytest.raises(type(problem)):
+        compiling.failure(full)
+    if isinstance(problem, RuntimeError):
+        nothing = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in dict(
+            Stream=lambda device: nothing, current_stream=lambda device: nothing, empty_cache=lambda: None,
+            stream=lambda stream: contextlib.nullcontext(), graph_pool_handle=lambda: None,
+        ).items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(graphs, "_record", lambda *arguments: full())
+        with pytest.raises(RuntimeError, match=re.escape(str(problem))):
+            graphs.captured([lambda: None], torch.device("cuda"))
+
+
+def test_another_error_is_no_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"), errors.memory_for("training", "less"):
+        raise RuntimeError("shapes cannot be multiplied")
 
 
 # ---- two runs at once --------------------------------------------------------------------------
@@ -1126,25 +1291,26 @@ def test_after_nan_a_run_goes_on_with_other_learning_rates(exact, tmp_path, monk
     with monkeypatch.context() as patched:
         nan_at(5, patched, accumulation=5)
         done = training(tmp_path, config)
-    assert_one_line(done, "after step 4 is kept", "--unet-learning-rate")
+    assert "the checkpoint of step 3 in" in done.stderr
+    assert "--unet-learning-rate" in done.stderr
     # Nothing else may differ.
     other = config | dict(unet_learning_rate=2e-4)
     assert_one_line(training(tmp_path, other | dict(rank=8)), "rank: 16 then, 8 now")
     done = training(tmp_path, other, {7: kill})
     assert "unet_learning_rate: 0.0002 from now on, 0.001 before" in done.stdout
-    assert "after step 4" in done.stdout
+    assert "after step 3" in done.stdout
     # From then on it is a run like any other, of these rates.
     assert_one_line(training(tmp_path, config), "unet_learning_rate: 0.0002 then, 0.001 now")
     done = succeeded(training(tmp_path, other))
     assert "from now on" not in done.stdout
     summary = json.loads((tmp_path / NAME / "config.json").read_text())
     assert summary["learning_rate_changes"] == [
-        dict(after_step=4, unet_learning_rate=[0.001, 0.0002])
+        dict(after_step=3, unet_learning_rate=[0.001, 0.0002])
     ]
     assert summary["config"]["unet_learning_rate"] == 0.0002
     rows = [json.loads(line) for line in (tmp_path / NAME / "log.jsonl").read_text().splitlines()]
     rates = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
-    for step, peak in ((4, 1e-3), (6, 2e-4)):
+    for step, peak in ((2, 1e-3), (4, 2e-4), (6, 2e-4)):
         factor = train.learning_rate_factor(step - 1, exact["max_steps"], exact["warmup_steps"])
         assert rates[step] == pytest.approx(peak * factor)
 

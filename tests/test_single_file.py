@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_one_line, call, options
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from test_base_models import second_version
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -178,6 +178,26 @@ def test_the_file_is_the_folder(one_file, version, prediction_type, capsys):
     assert models.fetch_base_model(str(file)) == found
     assert (found / "model_index.json").stat().st_mtime_ns == stamp
     assert capsys.readouterr().out == ""
+    # But again where a part of it was removed.
+    (found / "vae/diffusion_pytorch_model.safetensors").unlink()
+    assert models.fetch_base_model(str(file)) == found
+    assert weights(found).keys() == expected.keys()
+
+
+def test_a_file_that_is_replaced_under_its_name_is_read_anew(one_file):
+    def padded(tensors):  # the ends of large files, which are alike
+        return tensors | {"a": torch.zeros(2**19), "model_ema.z": torch.zeros(2**19)}
+
+    file, _ = one_file(change=padded)
+    first = weights(models.fetch_base_model(str(file)))
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    tensors["model.diffusion_model.out.2.bias"] += 1
+    save_file(tensors, file, header)
+    again = weights(models.fetch_base_model(str(file)))
+    differing = [key for key, value in first.items() if not torch.equal(value, again[key])]
+    assert differing == ["unet.conv_out.bias"]
 
 
 def test_old_names_of_the_text_encoder_and_half_precision(one_file):
@@ -328,10 +348,77 @@ def test_any_other_file_is_named(one_file, processed_data, tmp_path, change, wor
     assert_one_line(call("train.py", *config), file, words)
 
 
+@pytest.mark.parametrize(
+    ("change", "header"),
+    [
+        (lambda tensors: tensors | {"ztsnr": torch.zeros(0)}, {}),
+        (lambda tensors: tensors | {"alphas_cumprod": torch.linspace(0.99, 0, 1000)}, {}),
+        (lambda tensors: tensors | {"alphas_cumprod": torch.linspace(0.99, 4e-8, 1000).half()}, {}),
+        (lambda tensors: tensors, {"ss_zero_terminal_snr": "True"}),
+    ],
+)
+def test_zero_terminal_snr_is_refused_as_it_is_in_a_folder(one_file, change, header):
+    file, _ = one_file(change=change, header=header)
+    with pytest.raises(UserError, match="zero terminal SNR") as error:
+        models.fetch_base_model(str(file))
+    assert str(file) in str(error.value)
+
+
+def test_a_mark_of_velocity_is_heeded(one_file):
+    def change(tensors):
+        own = torch.tensor(0.0047)  # the last of Stable Diffusion's own
+        return tensors | {"v_pred": torch.zeros(0), "alphas_cumprod": own}
+
+    folder = models.fetch_base_model(str(one_file(change=change, header={})[0]))
+    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_named_and_leaves_nothing(one_file, monkeypatch, problem, tmp_path):
+    file, _ = one_file()
+    save, calls = single_file.save_file, []
+
+    def full(tensors, path, **named):
+        calls.append(path)
+        if len(calls) > 1:
+            raise problem
+        save(tensors, path, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(single_file, "save_file", full)
+        with pytest.raises(UserError, match="No space left on device.*; .* bytes free") as error:
+            models.fetch_base_model(str(file))
+    assert "HF_HOME" in str(error.value)
+    places = [path for path in (tmp_path / "cache" / "single_files").iterdir() if path.is_dir()]
+    assert places == []
+    assert weights(models.fetch_base_model(str(file)))
+
+
 def test_pickles_damaged_and_missing_files(processed_data, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02cposix\nsystem\n")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    (tmp_path / "pointer.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
+    (tmp_path / "page.safetensors").write_bytes(
+        b"\n<!DOCTYPE html><html><body>Log in</body></html>"
+    )
+    (tmp_path / "text.safetensors").write_bytes(b"Not found\r\n")
+    (tmp_path / "renamed.safetensors").write_bytes(b"PK\x03\x04" + bytes(99))
+    (tmp_path / "empty.safetensors").write_bytes(b"")
     for name, words in (
+        ("pointer.safetensors", "git lfs pull"),
+        ("page.safetensors", "is a web page"),
+        ("text.safetensors", "is a text"),
+        ("renamed.safetensors", "is a pickle or"),
+        ("empty.safetensors", "is empty"),
         ("model.ckpt", "is a pickle"),
         ("gone.ckpt", "is a pickle"),
         ("cut.safetensors", "cannot be read as safetensors"),

@@ -208,7 +208,7 @@ def test_a_script_that_fails_stops_the_study():
         study.call(["train.py", "--no-such-option"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_study_lets_its_script_save(number, tmp_path):
     """Ctrl-C reaches every process of a terminal, SIGTERM the study alone; either way the script ends by
     itself, and the study after it."""
@@ -217,7 +217,7 @@ def test_a_stopped_study_lets_its_script_save(number, tmp_path):
         "import pathlib, signal, sys, time\n"
         "def stop(number, frame):\n"
         f"    time.sleep(1)\n    pathlib.Path({str(saved)!r}).touch()\n    sys.exit(128 + number)\n"
-        "for number in (signal.SIGINT, signal.SIGTERM):\n    signal.signal(number, stop)\n"
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n    signal.signal(number, stop)\n"
         f"pathlib.Path({str(tmp_path / 'started')!r}).touch()\ntime.sleep(60)\n"
     )
     code = f"import study\nfrom lib.errors import run_script\nrun_script(lambda: study.call([{str(script)!r}]))"

@@ -345,7 +345,7 @@ def test_data_order_visits_every_picture_once_an_epoch():
         (dict(base_model="some-owner/no-such-model"), "some-owner/no-such-model cannot be had"),
         (dict(unet_learning_rate="fast"), "--unet-learning-rate"),
         (dict(unet_targets="to_z"), "to_z"),
-        (dict(caption_from="words"), "caption_from is words"),
+        (dict(caption_from="words"), "caption_from is 'words'"),
         (dict(caption_from="description"), "has no description"),
         (dict(preservation_weight=1), "preservation_captions holds 0"),
         (dict(preservation_weight=-1, preservation_captions="a coat"), "preservation_weight"),

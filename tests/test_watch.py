@@ -424,7 +424,7 @@ def test_a_mere_folder_is_no_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("pictures", [False, True])
 def test_pictures_leave_the_machine_only_when_asked(common, tmp_path, pictures):
     home = dict(HOME=str(tmp_path), NETRC=str(tmp_path / "none"), WANDB_DIR=str(tmp_path),
-                WANDB_MODE="offline")  # fmt: skip
+                WANDB_MODE="offline", WANDB_SAVE_CODE="true")  # fmt: skip
     config = common | dict(
         output_dir=tmp_path, report_to="wandb", wandb_pictures=pictures, max_steps=2,
         preview_prompts="{caption},my secret garden", preservation_weight=1,
@@ -437,7 +437,53 @@ def test_pictures_leave_the_machine_only_when_asked(common, tmp_path, pictures):
     for key in (b"train/loss", b"train/learning_rate", b"train/step", b"train/validation_loss"):
         assert key in content
     assert b"secret garden" not in content
+    # Nor any code, in which a CONFIG has prompts.
+    names = {path.name for path in tmp_path.glob("wandb/offline-run-*/**/*") if path.is_file()}
+    assert not [name for name in names if name.endswith((".py", ".patch"))], names
     assert b"validation_losses" not in content
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        (dict(), "offline"),
+        (dict(WANDB_MODE="online"), "offline"),
+        (dict(WANDB_MODE="shared"), "offline"),
+        (dict(WANDB_MODE="disabled"), "disabled"),
+        (dict(WANDB_API_KEY="x" * 40), "online"),
+        (dict(WANDB_MODE="online", WANDB_API_KEY="x" * 40), "online"),
+        (dict(WANDB_BASE_URL="https://wandb.example.org", NETRC="own"), "online"),
+        (dict(NETRC="own"), "offline"),
+    ],
+)  # fmt: skip
+def test_wandb_is_online_only_with_a_key_and_never_asks(
+    tmp_path, monkeypatch, capsys, environment, mode
+):
+    (tmp_path / "own").write_text("machine wandb.example.org login user password " + "x" * 40)
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_SAVE_CODE", "true")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(tmp_path / value) if name == "NETRC" else value)
+    asked = []
+
+    class Tracker:
+        def __init__(self, project, **named):
+            asked.append(named)
+
+        def start(self):
+            pass
+
+    monkeypatch.setattr("accelerate.tracking.WandBTracker", Tracker)
+    journal.start_wandb(tmp_path, train.CONFIG | dict(protected_prompts=("mine",)), [], None)
+    assert asked[0]["mode"] == mode
+    assert ("no API key" in capsys.readouterr().out) == (
+        environment.get("WANDB_MODE") not in (None, mode)
+    )
+    settings = asked[0]["settings"]
+    assert (settings.save_code, settings.disable_git) == (False, True)
+    assert not [key for key in asked[0]["config"] if "prompts" in key or "captions" in key]
 
 
 def test_tensorboard(common, tmp_path):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from lib.errors import one_line
+from lib.errors import is_memory, one_line
 
 try:
     import triton
@@ -43,7 +43,7 @@ def failure(work):
     raise anything, and training goes on without their kernels."""
     try:
         return work()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as problem:
+        if is_memory(problem):
+            raise
         return f"{type(problem).__name__}: {one_line(problem, 160)}"

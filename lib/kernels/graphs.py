@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from lib.errors import one_line
+from lib.errors import is_memory, one_line
 from lib.kernels.compiling import failure
 from lib.kernels.memsets import memsets_as_kernels
 
@@ -32,9 +32,9 @@ def captured(functions, device):
     pool = torch.cuda.graph_pool_handle()
     try:
         return [_record(function, pool, stream) for function in functions]
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as problem:
+        if is_memory(problem):
+            raise
         print("note: this GPU's work cannot be recorded as a CUDA graph, so Python launches every kernel, "
             f"which is several times slower: {one_line(problem, 160)}")  # fmt: skip
         return list(functions)

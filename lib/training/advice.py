@@ -26,10 +26,20 @@ def training_memory(config):
     return memory_for(f"training with batch_size {config['batch_size']}", memory_advice(config))
 
 
-def not_finite(problem, step, pictures, folder):
+def not_finite(problem, step, pictures, advice):
     """The UserError of a step whose numbers are not finite, before whose update the run stops."""
-    return UserError(
-        f"{problem} at step {step + 1} ({', '.join(sorted(pictures))}); the state after step {step} is "
-        f"kept in {folder}. Are the learning rates too high? With lower ones (--unet-learning-rate, "
-        "--text-encoder-learning-rate) the same command goes on from there"
+    line = f"{problem} at step {step + 1} ({', '.join(sorted(pictures))}). Are the learning rates too high?"
+    return UserError(line, advice) if advice else UserError(line)
+
+
+def going_back(step, folder):
+    """How such a run goes on from the checkpoint of `step` in `folder`, None if it has no good one: a sentence."""
+    lower = "with lower ones (--unet-learning-rate, --text-encoder-learning-rate)"
+    if step is None:
+        return (
+            f"no checkpoint is from before the weights broke: the same command {lower} begins anew"
+        )
+    return (
+        f"the checkpoint of step {step} in {folder} is the last good one: {lower} the same command goes on from "
+        "there; with --no-resume it begins anew"
     )

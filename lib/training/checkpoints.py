@@ -6,6 +6,7 @@ nothing random is saved. Each file carries the SHA-256 of its own content: one t
 zero-filled or altered is named and passed over for the one before it.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 
 from lib.errors import UserError, one_line
 from lib.files import write_bytes
+from lib.models import base_model_digest
 from lib.provenance import code_commit
 
 # Keys of train.py's CONFIG that may differ between an interrupted run and the one that continues it.
@@ -27,8 +29,9 @@ FREE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "
         "wandb_project", "wandb_pictures", "push_to_hub", "output_dir", "run_name")  # fmt: skip
 # Those of a run that stopped at numbers that are not finite: they may be the reason.
 LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
-# Those that may be called otherwise on another machine: their hashes count.
-PLACES = ("data_dir", "base_model", "protected_prompts")
+# Those that may be called otherwise after a move, through a link or on another machine: their hashes count.
+PLACES = ("data_dir", "base_model", "revision", "protected_prompts")
+BASE_MODEL, DATA = "the base model's files", "pictures and captions"  # these hashes
 # Packages whose version may change the numbers.
 NUMERIC = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 # Of the flat vectors; see lora.trained_weights. In the first one a layer's A and B lay side by side.
@@ -58,13 +61,17 @@ def save(folder, step, tensors, state, keep):
     `tensors` is a dict of tensors, `state` of what JSON can hold. Older files go only once the new
     one is in its place.
     """
-    text = json.dumps(state | {"step": step})
+    write(folder / f"checkpoint_{step:07}.safetensors", tensors, state | {"step": step})
+    remove(folder, keep)
+
+
+def write(path, tensors, state):
+    """Write one checkpoint."""
+    text = json.dumps(state)
     header = {"state": text, "sha256": digest(tensors, text)}
     # Copies, because tensors may share memory (the optimizer's quantization map), files may not.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    path = folder / f"checkpoint_{step:07}.safetensors"
     write_bytes(path, safetensors.torch.save(copies, metadata=header))
-    remove(folder, keep)
 
 
 def remove(folder, keep=0):
@@ -89,6 +96,31 @@ def read(path):
     return tensors, state
 
 
+def go_back(folder, updates):
+    """Leave, as the newest checkpoint in `folder`, one whose weights are known to be good, and mark it, so that
+    learning rates may differ from there on; return its step, or None if there is none.
+
+    A run that stops at NaN after so many `updates` was broken by the last of them: a checkpoint is good if an
+    update followed it. One that is marked already, because a run that went on from it ended so again, may have been
+    broken more slowly: it gives way to an older one, where there is one.
+    """
+    found = []
+    for path in listed(folder):
+        with contextlib.suppress(ValueError):  # damaged: it stays, to be named when the run goes on
+            tensors, state = read(path)
+            if state["updates"] < updates:
+                found.append((path, tensors, state))
+            else:
+                path.unlink()
+    if len(found) > 1 and found[0][2]["gave_up"]:
+        found.pop(0)[0].unlink()
+    if not found:
+        return None
+    path, tensors, state = found[0]
+    write(path, tensors, state | dict(gave_up=True))
+    return state["step"]
+
+
 def latest(folder, say=print):
     """(tensors, state) of the newest whole checkpoint in `folder`, or None; the damaged are named."""
     for path in listed(folder):
@@ -102,28 +134,16 @@ def latest(folder, say=print):
 # ---- the state of a run -----------------------------------------------------------------------
 
 
-def weights_digest(folder):
-    """SHA-256 over the names, sizes and first and last MiB of a base model's weight files."""
-    found = hashlib.sha256()
-    for path in sorted(folder.glob("*/*.safetensors")):
-        size = path.stat().st_size
-        found.update(f"{path.relative_to(folder)} {size}".encode())
-        with path.open("rb") as file:
-            found.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            found.update(file.read())
-    return found.hexdigest()
-
-
 def identity(config, data, base_folder, accelerator, protected=None):
     """What must be equal for a checkpoint to be continued bit for bit: a dict of JSON values."""
     found = {key: value for key, value in config.items() if key not in FREE}
-    found["pictures and captions"] = data.sha256
+    found[DATA] = data.sha256
     if config["mask_weight"] != 1.0:
         found["masks"] = data.masks_sha256()
     if protected:
         found["protected prompts"] = protected.sha256
-    found["weights of the base model"] = weights_digest(base_folder)
+    half = accelerator.mixed_precision == "fp16"
+    found[BASE_MODEL] = base_model_digest(base_folder, half)
     found |= {package: version(package) for package in NUMERIC}
     found["layout of the parameters"] = LAYOUT
     found["processes"] = accelerator.num_processes
@@ -141,14 +161,17 @@ def check_same_run(state, now, folder):
     may = LEARNING_RATES if state.get("gave_up") else ()
     differing = {
         key: (saved.get(key), now.get(key))
-        for key in sorted(saved.keys() | now.keys())
+        for key in sorted((saved.keys() | now.keys()) - set(PLACES))
         if saved.get(key) != now.get(key)
     }
-    refused = [
-        key if key == "pictures and captions" else f"{key}: {then} then, {new} now"
-        for key, (then, new) in differing.items()
-        if key not in may
-    ]
+    of = {BASE_MODEL: "base_model", DATA: "data_dir"}
+    refused = []
+    for key, (then, new) in differing.items():
+        if key in of:
+            places = [f"{run.get(of[key])} {when}" for run, when in ((saved, "then"), (now, "now"))]
+            refused.append(f"{key} ({of[key]}: {', '.join(places)})")
+        elif key not in may:
+            refused.append(f"{key}: {then} then, {new} now")
     if refused:
         raise UserError(
             f"{folder} holds an interrupted run that differs from this one in {'; '.join(refused)}. "
@@ -228,20 +251,35 @@ class Progress:
 class Saver:
     """Saves and restores a run: its parameters, optimizer, loss scaler, log and progress.
 
-    `trained` is {component: LoraParameters}, `scaler` accelerate's or None, `journal` the run's.
+    `trained` is {component: LoraParameters}, `scaler` accelerate's or None, `journal` the run's. Of the checkpoints
+    the newest `keep` stay, two at least: whether the newest is any good shows in the step after it.
     """
 
     def __init__(self, folder, this_run, trained, optimizer, scaler, journal, keep):
-        self.folder, self.this_run, self.keep = folder, this_run, keep
+        self.folder, self.this_run, self.keep = folder, this_run, max(2, keep)
         self.trained, self.optimizer, self.scaler = trained, optimizer, scaler
         self.journal = journal
         self.commit = code_commit()  # of the code that was loaded, whatever is checked out later
 
-    def save(self, progress, gave_up=False):
-        """Write the checkpoint of `progress`; `gave_up` if the next step's numbers are not finite."""
+    def optimizer_state(self):
+        """See the function of that name."""
         flats = [part.flat for part in self.trained.values()]
-        names = [f"{name}.optimizer" for name in self.trained]
-        tensors, numbers = optimizer_state(self.optimizer, flats, names)
+        return optimizer_state(
+            self.optimizer, flats, [f"{name}.optimizer" for name in self.trained]
+        )
+
+    def updates(self):
+        """How many updates were made: one a step, less those that were skipped for fp16."""
+        numbers = self.optimizer_state()[1]
+        return max((n for key, n in numbers.items() if key.endswith(".step")), default=0)
+
+    def go_back(self):
+        """See the function of that name, of this run."""
+        return go_back(self.folder, self.updates())
+
+    def save(self, progress):
+        """Write the checkpoint of `progress`."""
+        tensors, numbers = self.optimizer_state()
         for name, part in self.trained.items():
             tensors[f"{name}.parameters"] = part.flat.data
             tensors |= {f"{name}.projection.{i}": p for i, (_, p, _) in enumerate(part.projected)}
@@ -250,7 +288,7 @@ class Saver:
             identity=self.this_run, optimizer=numbers, log=self.journal.rows,
             loss_count=progress.loss_count, skipped=progress.skipped,
             scaler=self.scaler.state_dict() if self.scaler else None, run_id=self.journal.run_id,
-            gave_up=gave_up, changes=progress.changes, commit=self.commit,
+            gave_up=False, updates=self.updates(), changes=progress.changes, commit=self.commit,
         )  # fmt: skip
         save(self.folder, progress.step, tensors, state, self.keep)
 

@@ -6,6 +6,7 @@ import json
 import netrc
 import os
 import sys
+import urllib.parse
 
 from lib.errors import UserError, one_line
 
@@ -98,21 +99,32 @@ def start_tensorboard(folder, config, rows, run_id):
     return tracker
 
 
+def has_key():
+    """Whether W&B finds an API key without asking for one: in the environment, or where `wandb login` put it."""
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc(os.environ.get("NETRC")).authenticators(host):
+            return True
+    return bool(os.environ.get("WANDB_API_KEY"))
+
+
 def start_wandb(folder, config, rows, run_id):
     """accelerate's tracker with a W&B run: online with an API key, else offline, never asking;
     WANDB_MODE decides if set.
 
-    It gets the configuration and the figures, no captions, no prompts, and no pictures unless
+    It gets the configuration and the figures, no code, no captions, no prompts, and no pictures unless
     `config`["wandb_pictures"]. With `run_id` a run that was interrupted goes on.
     """
     import wandb
     from accelerate.tracking import WandBTracker
 
-    key = os.environ.get("WANDB_API_KEY")
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        key = key or netrc.netrc().authenticators("api.wandb.ai")
-    mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-    texts = ("preview_prompts", "protected_class")
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    if mode in ("online", "run", "shared") and not has_key():
+        print(
+            f"note: WANDB_MODE is {mode}, but there is no API key (wandb login): W&B logs offline"
+        )
+        mode = "offline"
+    texts = [name for name in config if name.endswith(("prompts", "captions", "class"))]
     shown = {name: value for name, value in config.items() if name not in texts}
     # What W&B notes of the machine includes the command line.
     options = tuple("--" + name.replace("_", "-") for name in texts)
@@ -122,14 +134,18 @@ def start_wandb(folder, config, rows, run_id):
         tracker = WandBTracker(
             config["wandb_project"], name=config["run_name"], config=shown, id=run_id, mode=mode,
             resume="allow" if run_id else None,
-            settings=wandb.Settings(console="off", silent=True, x_disable_meta=typed),
+            settings=wandb.Settings(
+                console="off", silent=True, x_disable_meta=typed,
+                # Whatever WANDB_SAVE_CODE and the account say: prompts stand in the script too.
+                save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
+            ),
         )  # fmt: skip
         tracker.start()
         return tracker
 
     try:
         return start(mode)
-    except (wandb.Error, ValueError) as problem:
+    except Exception as problem:
         # No network, a wrong key, an unknown mode: not worth a training run.
         print(f"W&B cannot start ({one_line(problem, 120)}): logging offline")
         os.environ["WANDB_MODE"] = "offline"

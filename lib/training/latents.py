@@ -166,10 +166,15 @@ def encode_latents(vae, data, indices, device):
             some = order[place + 1 - len(waiting) : place + 1]
             batch = torch.stack(waiting).to(device, vae.dtype) / 127.5 - 1.0  # [-1, 1]
             latent = vae.encode(batch).latent_dist
+            if vae.dtype == torch.float16 and not latent.mean.isfinite().all():
+                # The VAE alone, which is gone before the training: its activations are what fp16 cannot hold.
+                print("\nnote: the VAE overflows in fp16; it encodes in fp32 from here on")
+                vae.float()
+                latent = vae.encode(batch.float()).latent_dist
             finite = latent.mean.isfinite().flatten(1).all(dim=1).tolist()
             if not all(finite):
                 name = data[some[finite.index(False)]].name
-                raise UserError(f"the VAE gives NaN for {name}; try --mixed-precision no")
+                raise UserError(f"the VAE gives NaN for {name}, in fp32 too; is its file damaged?")
             scale = vae.config.scaling_factor
             yield some, latent.mean.float().cpu() * scale, latent.std.float().cpu() * scale
             bar.update(len(some))

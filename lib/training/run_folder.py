@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from lib import adapter_files, adapters
-from lib.errors import UserError
+from lib.errors import UserError, one_line
 from lib.files import write_marker
 from lib.kohya import kohya_header, save_kohya
 from lib.model_card import CARD, card_text
+from lib.models import base_model_name
 from lib.provenance import provenance
 from lib.training.loss_figure import loss_figure
 from lib.training.parameters import set_views
@@ -69,9 +70,29 @@ def write_adapter(folder, config, models, data, step, half=False):
     caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
     targets = {name: config[f"{name}_targets"] for name in models}
     adapter_files.save_adapter(folder, models, config["rank"], config["alpha"], targets, dict(
-        base_model=str(config["base_model"]), caption=caption, data_sha256=data["sha256"],
+        base_model=base_model_name(config["base_model"]), caption=caption, data_sha256=data["sha256"],
         steps=str(step), seed=str(config["seed"]),
     ), half)  # fmt: skip
+
+
+def note_replaced(folder, config, say):
+    """Say, before a run with `config` begins anew, that the finished run in `folder` will be replaced, if there is
+    one. (It cannot be trained on: the learning rate of every step depends on how many there are.)"""
+    try:
+        earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+        now = json.loads(json.dumps(config, default=str))
+        differing = [
+            f"{key}: {earlier.get(key)} then, {now.get(key)} now"
+            for key in sorted(earlier.keys() | now.keys())
+            if earlier.get(key) != now.get(key)
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
+    what = one_line("; ".join(differing), 300) or "of the same configuration"
+    say(
+        f"note: {folder} holds a finished run ({what}). Training begins anew, and replaces it once the new run is "
+        "whole; to keep both add --run-name with another name"
+    )
 
 
 @contextlib.contextmanager

@@ -6,11 +6,13 @@ import time
 
 import torch
 
+from lib.errors import heeded
+
 SAME_SIGNAL = 2.0  # seconds within which a second signal is the first one again
 
 
 class StopSignals:
-    """SIGINT and SIGTERM while a step is under way: remembered in `received` until it is done.
+    """STOP_SIGNALS while a step is under way: remembered in `received` until it is done.
 
     A second one ends the process at once, unless it comes within SAME_SIGNAL seconds: what signals a
     launcher and its workers alike reaches a worker twice, as the launcher hands it on.
@@ -18,7 +20,7 @@ class StopSignals:
 
     def __enter__(self):
         self.received, self.since = 0, None
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self.note) for s in heeded()}
         return self
 
     def note(self, number, frame):
