@@ -87,10 +87,7 @@ CONFIG = dict(
     protected_prompts=None,  # a text file of such prompts, as prompts/protected.txt; None: none
     protected_class=None,  # what {class} in it stands for; None: what the caption is about, which is said
     protection_ridge=1e-4,  # how strictly: what the prompts have less of than this share of the average stays free
-    loss_guidance_scale=(
-        1.0,
-        1.0,
-    ),  # guidance that the loss is taken at, drawn evenly from here; 1: the ordinary loss
+    loss_guidance_scale=(1.0, 1.0),  # that the loss is taken at, drawn evenly; 1: the ordinary loss
     # memory and precision
     gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
@@ -185,9 +182,7 @@ def check_protection(config):
     """Refuse a loss guidance or a protection that makes no sense."""
     scales = config["loss_guidance_scale"]
     if len(scales) != 2 or not 1 <= scales[0] <= scales[-1] <= 20:
-        raise UserError(
-            f"loss_guidance_scale is {scales}, but must be two numbers from 1 to 20, the smaller first: 1,2.5"
-        )
+        raise UserError(f"loss_guidance_scale is {scales}, but must be two numbers from 1 to 20, the smaller first: 1,2.5")  # fmt: skip
     check_range(config, "protection_ridge", 1e-7, 1)
     path = config["protected_prompts"]
     if path is None:

@@ -51,10 +51,7 @@ CONFIG = dict(
     protected_prompts=None,  # a text file of such prompts, as prompts/protected.txt; None: none
     protected_class=None,  # what {class} in it stands for; None: what the caption is about, which is said
     protection_ridge=1e-4,  # how strictly: what the prompts have less of than this share of the average stays free
-    loss_guidance_scale=(
-        1.0,
-        1.0,
-    ),  # guidance that the loss is taken at, drawn evenly from here; 1: the ordinary loss
+    loss_guidance_scale=(1.0, 1.0),  # that the loss is taken at, drawn evenly; 1: the ordinary loss
     # memory and precision
     gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
