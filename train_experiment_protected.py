@@ -30,10 +30,7 @@ CONFIG = dict(
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1
     dora=False,  # DoRA: the rows of W + alpha / rank * B A get trained norms (lib/LORA.md)
-    unet_targets=(
-        "attn2.to_k",
-        "attn2.to_v",
-    ),  # what the attention to the text reads of it <- changed
+    unet_targets=("attn2.to_k", "attn2.to_v"),  # keys and values of the text <- changed
     text_encoder_targets=("q_proj", "v_proj"),
     train_text_encoder=True,
     # optimisation
