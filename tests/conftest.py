@@ -246,6 +246,14 @@ def call(script, *options):
     return subprocess.CompletedProcess([script], code, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture
+def new_precision():
+    """accelerate keeps the first precision that a process asks for."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 COSINE = 1e-5  # of one: what rounding may do to a cosine, however small it is
 
 

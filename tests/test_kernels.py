@@ -783,13 +783,13 @@ def run_of(model, data, folder, **changes):
     return [row["loss"] for row in rows if "loss" in row], weights
 
 
-def plain_run_of(model, data, **changes):
+def plain_run_of(model, data, projections=None, **changes):
     """The same by the plain loop."""
     config = train.CONFIG | TINY_RUN | dict(
         base_model=str(model), data_dir=str(data), max_steps=STEPS, warmup_steps=5,
         gradient_checkpointing=False,
     ) | changes  # fmt: skip
-    losses, weights, _ = plain_loop(config, one_vector=True)
+    losses, weights, _ = plain_loop(config, one_vector=True, projections=projections)
     return losses, {k.replace("text_model.", ""): w for k, w in weights.items()}
 
 
@@ -894,14 +894,6 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(
     run_of(tiny_model, processed_data, tmp_path, batch_size=3, **how)
     assert close(*seen, 1e-4)
     assert all(gradient.norm() > 0 for gradient in seen[0])
-
-
-@pytest.fixture
-def new_precision():
-    """accelerate keeps the first precision that a process asks for."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # What the experiments change of the pass itself, each recorded and called.
