@@ -544,8 +544,8 @@ def test_the_file_holds_a_times_its_projection(whole, apart_model):
                 assert_close(read[component, layer][1], b, rounding)
     kohya = factors_of(folder / f"{NAME}.safetensors")
     assert kohya.keys() == read.keys()
-    for key, pair in read.items():
-        assert all(torch.equal(x, y) for x, y in zip(pair, kohya[key], strict=True))
+    for key, pair in read.items():  # kohya's is in half precision
+        assert all(torch.equal(x.half().float(), y) for x, y in zip(pair, kohya[key], strict=True))
 
     keys = load_file(folder / adapter_files.WEIGHTS).keys()
     assert {key.rpartition(".lora_")[2] for key in keys} == {"A.weight", "B.weight"}
