@@ -44,6 +44,7 @@ from lib.kept import first_process
 from lib.training.advice import going_back, not_finite, training_memory
 from lib.training.journal import check_trackers
 from lib.training.launcher import only_processes
+from lib.training.protected_prompts import check_protection
 
 # Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
 # Left alone they spin so long that another process on one of the cores stops nearly everything; not
@@ -190,31 +191,6 @@ def check_config(config):
     check_protection(config)
     check_trackers(config["report_to"])
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
-
-
-def check_protection(config):
-    """Refuse a loss guidance or a protection that makes no sense."""
-    scales = config["loss_guidance_scale"]
-    if len(scales) != 2 or scales[0] > scales[1]:
-        raise UserError(
-            f"loss_guidance_scale is {scales}, but must be two numbers, the smaller first: 1,1.7"
-        )
-    path = config["protected_prompts"]
-    if path is None:
-        return
-    if not Path(path).is_file():
-        raise UserError(f"protected_prompts: {path}: no such file; prompts/protected.txt is one")
-    if config["dora"]:
-        raise UserError(
-            "protected_prompts cannot be had with DoRA, whose magnitudes scale each layer's output under every "
-            "prompt; take --no-dora"
-        )
-    others = [t for t in config["unet_targets"] if t not in ("attn2.to_k", "attn2.to_v")]
-    if others:
-        raise UserError(
-            f"unet_targets holds {', '.join(others)}, but with protected_prompts it may hold attn2.to_k and attn2.to_v "
-            "alone: every other layer sees the image, and an adapter there changes every prompt's pictures"
-        )
 
 
 def train(*, base_model, revision, data_dir, caption_from, truncate_captions, resolution, validation_count,

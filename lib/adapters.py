@@ -179,8 +179,9 @@ def match_layers(rows, model, targets, path, component):
         bare = {name.removeprefix("text_model."): factor for name, factor in rows.items()}
         rows = {f"text_model.{name}" if prefixed else name: f for name, f in bare.items()}
     unknown = sorted(set(rows) - set(linear))
-    # With the name of the layer's module, as attn2.to_k: adapters of the attention to the text alone are common.
-    endings = targets or {re.search(r"[^.]+\.[^.]+(\.\d+)?$", name)[0] for name in rows}
+    # `to_out.0` and the like: a number says nothing without the name before it. And a file may adapt the
+    # attention to the text alone, attn2, or that to the picture.
+    endings = targets or {re.search(r"(attn\d\.)?[^.]+(\.\d+)?$", name)[0] for name in rows}
     empty = sorted({name for name in linear if matches(name, endings)} - set(rows))
     problems = []
     if unknown:

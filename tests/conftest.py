@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import importlib
 import io
+import itertools
 import json
 import multiprocessing.forkserver
 import os
@@ -248,6 +249,14 @@ def call(script, *options):
     return subprocess.CompletedProcess([script], code, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture
+def new_precision():
+    """accelerate keeps the first precision that a process asks for."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 COSINE = 1e-5  # of one: what rounding may do to a cosine, however small it is
 
 
@@ -286,9 +295,28 @@ def options(**config):
         name = key.replace("_", "-")
         if isinstance(value, bool):
             flat.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            flat += [f"--{name}", ",".join(map(str, value))]
         else:
             flat += [f"--{name}", str(value)]
     return flat
+
+
+@pytest.fixture(scope="session")
+def protected(tmp_path_factory):
+    """train.py's keys for a protected adapter on a tiny model.
+
+    A text encoder of 32 dimensions with random weights tells little apart. The list gets by with seven of the
+    letters that «a holographic raincoat» is spelled with.
+    """
+    words = "coat cat rat tar oat iron corn icon actor ration root acorn".split()
+    prompts = ["{class}", "a {class}", *(f"a {word} in a {{class}}" for word in words)]
+    prompts += [f"a {a} on a {b}" for a, b in list(itertools.combinations(words, 2))[::2]]
+    path = tmp_path_factory.mktemp("protected") / "list.txt"
+    path.write_text("# A few prompts\n" + "\n".join(prompts) + "\n")
+    return dict(
+        protected_prompts=str(path), unet_targets=("attn2.to_k", "attn2.to_v"), loss_guidance_scale=(1.0, 3.0)
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

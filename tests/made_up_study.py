@@ -5,7 +5,9 @@ import zlib
 
 import numpy as np
 
-ARMS = ("rank32", "rank8", "unet_only", "dora", "preservation", "varied_captions", "large_batch")
+ARMS = (
+    "rank32", "rank8", "unet_only", "dora", "protected", "protected_plain_loss", "varied_captions", "large_batch",
+)  # fmt: skip
 SCALED = ("rank32",)
 SCALES = (0.25, 0.5, 0.75, 1.0)
 MARGINS = dict(concept_similarity=0.02, clip=0.02, change=0.05, variety=0.25, copies=1 / 3)
@@ -53,10 +55,15 @@ def rows_of(does, scale, rng, noise, of_run, base):
 
 
 def write_study(
-    folder, seeds=(1, 2, 3, 4, 5, 6), noise=0.003, of_runs=0.002, scales=SCALES, **arms
-):
+    folder, seeds=(1, 2, 3, 4, 5, 6), noise=0.003, of_runs=0.002, scales=SCALES, base_model="demo/model", **arms
+):  # fmt: skip
     """Write a study into `folder`; `arms` are {arm: what differs from PLAIN}. `noise` is a picture's, `of_runs`
     a run's own share."""
+
+    def record(*of, **more):
+        found = record_of(*of) | more
+        return found | dict(config=found["config"] | dict(base_model=base_model))
+
     base = np.random.default_rng(0).normal(0.4, 0.01, (len(PROMPTS), SEEDS, 2))
     base_pairs = pairs(np.random.default_rng(1))
     for seed in seeds:
@@ -75,13 +82,13 @@ def write_study(
                         rows = rows_of(does, scale, rng, noise, shift, base)
                         lora = [row for row in rows if row["model"] == "lora"]
                         swept.append(dict(step=None, scale=scale, pictures=lora, pairs=pairs(rng)))
-                found = record(name, arm, seed, does, own, base_pairs, rng) | dict(swept=swept)
+                found = record(name, arm, seed, does, own, base_pairs, rng, swept=swept)
                 write(folder / f"scales_seed{seed}" / name, found)
         write(folder / f"seed{seed}" / "comparison", {})
     return folder
 
 
-def record(name, arm, seed, does, rows, base_pairs, rng):
+def record_of(name, arm, seed, does, rows, base_pairs, rng):
     """A metrics.json, as far as a study reads it."""
     steps = 1000
     training = dict(max_steps=steps, seed=seed, arm=arm, data_sha256="0" * 64)
@@ -91,7 +98,7 @@ def record(name, arm, seed, does, rows, base_pairs, rng):
                    peak_gib_reserved=1.0),
     )  # fmt: skip
     return dict(
-        run=name, config=dict(base_model="demo/model", steps=28, guidance_scale=6.0, resolution=64), adapter=adapter,
+        run=name, config=dict(steps=28, guidance_scale=6.0, resolution=64), adapter=adapter,
         summary=dict(margins=MARGINS), pictures=rows, pairs=dict(base=base_pairs, lora=pairs(rng)), swept=[],
         versions={}, commit="0" * 40, device="a made-up device",
     )  # fmt: skip

@@ -7,8 +7,8 @@ compared with, by tests/test_kernels.py and bench/train_speed.py.
 
 Everything in float32 under autocast, the VAE at every step, PEFT's layers, an optimizer over some 300
 separate tensors, gradient checkpointing. It takes train.py's options for the model, the pictures, LoRA,
-the optimizer and precision; its batch is one picture. It trains on the same pictures in the same order
-with the same noise, prints the median time of a step, and saves nothing.
+the optimizer, the loss' guidance and precision; its batch is one picture. It trains on the same pictures in
+the same order with the same noise, prints the median time of a step, and saves nothing.
 """
 
 import copy
@@ -35,6 +35,7 @@ from lib.errors import run_script
 from lib.kernels import joined, lora
 from lib.models import fetch_base_model, load_part
 from lib.training import samples
+from lib.training.setup import prompt_ids
 
 WARM_UP = 20  # steps whose time does not count
 
@@ -48,9 +49,18 @@ def in_order_of_the_vector(model, dora):
     return [weights[names[id(weight)]] for weight in lora.trained_weights(products)]
 
 
-def plain_loop(config, one_vector=False):
+def projected(model, projections):
+    """Let the LoRA layers of `model` compute with A P, P symmetric: `projections` are {layer: P, [in, in]}."""
+    for name, layer in adapters.lora_layers(model).items():
+        layer.lora_A["default"].register_forward_pre_hook(
+            lambda module, inputs, p=projections[name]: inputs[0] @ p
+        )
+
+
+def plain_loop(config, one_vector=False, projections=None):
     """Train; returns (losses, {name: weight}, seconds of each step).
 
+    `projections` are {component: {layer: P}} of what is protected; the weights then are A P and B.
     With `one_vector` the optimizer works on one vector a model as train.py's does, because the
     blocks of an 8-bit state, and so its rounding, depend on where tensors begin.
     """
@@ -66,13 +76,18 @@ def plain_loop(config, one_vector=False):
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     vae = load_part(AutoencoderKL, folder, "vae", torch.float32).to(device)
     unet = load_part(UNet2DConditionModel, folder, "unet", torch.float32)
-    text_encoder = load_part(CLIPTextModel, folder, "text_encoder", torch.float32)
+    text_encoder = load_part(CLIPTextModel, folder, "text_encoder", torch.float32).to(device)
+    base, guidance_range = None, tuple(config["loss_guidance_scale"])
+    if guidance_range != (1, 1):
+        base = copy.deepcopy(unet).to(device)
+        with torch.no_grad():
+            no_text = text_encoder(prompt_ids(tokenizer, [""]).to(device))[0]
     torch.manual_seed(config["seed"])
     models = {"unet": unet}
     if config["train_text_encoder"]:
         models["text_encoder"] = text_encoder
     vae.requires_grad_(False)
-    text_encoder.to(device).requires_grad_(False)
+    text_encoder.requires_grad_(False)
     groups, sources = [], []
     for name, model in models.items():
         model.requires_grad_(False)
@@ -80,6 +95,8 @@ def plain_loop(config, one_vector=False):
             model, config["rank"], config["alpha"], config[f"{name}_targets"], config["dora"]
         )
         model.to(device).train()
+        if projections:
+            projected(model, projections[name])
         weights = [p for p in model.parameters() if p.requires_grad]
         if one_vector:  # in the order of train.py's vector
             sources.append(in_order_of_the_vector(model, config["dora"]))
@@ -124,10 +141,18 @@ def plain_loop(config, one_vector=False):
             states = text_encoder(input_ids[picture][None])[0]
             noisy_latents = scheduler.add_noise(latents, noise, timesteps)
             noise_pred = unet(noisy_latents, timesteps, states).sample
+            if base:
+                with torch.no_grad():
+                    base_pred = base(noisy_latents, timesteps, no_text).sample
         expected = noise
         if scheduler.config.prediction_type == "v_prediction":
             expected = scheduler.get_velocity(latents, noise, timesteps)
-        loss = torch.nn.functional.mse_loss(noise_pred.float(), expected)
+        if base:  # the loss of what guidance makes of both
+            guidance = rng.uniform(*guidance_range)
+            guided = base_pred.float() + guidance * (noise_pred.float() - base_pred.float())
+            loss = torch.nn.functional.mse_loss(guided, expected) / guidance
+        else:
+            loss = torch.nn.functional.mse_loss(noise_pred.float(), expected)
         accelerator.backward(loss)
         for group, weights in zip(groups, sources, strict=False):
             group["params"][0].grad = torch.cat([weight.grad.flatten() for weight in weights])
@@ -145,7 +170,11 @@ def plain_loop(config, one_vector=False):
         for component, model in models.items()
         for name, pair in adapters.factors(model).items()
         for factor, weight in zip("AB", pair, strict=True)
-    } | {
+    }
+    if projections:
+        for component, of in projections.items():
+            weights |= {f"{component}.{n}.A": weights[f"{component}.{n}.A"] @ p.cpu() for n, p in of.items()}  # fmt: skip
+    weights |= {
         f"{component}.{name}.magnitude_vector": weight.detach().float().cpu()
         for component, model in models.items()
         for name, weight in adapters.magnitudes(model).items()

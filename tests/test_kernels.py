@@ -286,6 +286,30 @@ def test_doras_norms_are_those_of_the_whole_product():
     assert_close(factors.inverses, factors.factors)
 
 
+def predicted(unet, states):
+    noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    return unet(noisy, torch.tensor([300], device=DEVICE), states).sample
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_without_lora_the_model_is_the_base_model(kind):
+    """Inside a `with` alone, whatever ends it."""
+    unet, states = (
+        fused(small_unet()) if kind == "lora" else fused_dora(),
+        torch.randn(1, 77, 32).to(DEVICE),
+    )
+    adapted = predicted(unet, states)
+    with contextlib.suppress(KeyError), lora.without_lora(unet):
+        base = predicted(unet, states)
+        raise KeyError
+    assert (adapted - base).abs().max() > 0.01 * base.abs().max()
+    assert torch.equal(predicted(unet, states), adapted)
+    plain = small_unet()
+    for _, b in adapters.factors(plain).values():
+        b.data.zero_()
+    assert_close(predicted(plain, states), base)
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_recomputing_gives_the_same_gradients(kind):
     unet = fused(small_unet()) if kind == "lora" else fused_dora()
@@ -759,13 +783,13 @@ def run_of(model, data, folder, **changes):
     return [row["loss"] for row in rows if "loss" in row], weights
 
 
-def plain_run_of(model, data, **changes):
+def plain_run_of(model, data, projections=None, **changes):
     """The same by the plain loop."""
     config = train.CONFIG | TINY_RUN | dict(
         base_model=str(model), data_dir=str(data), max_steps=STEPS, warmup_steps=5,
         gradient_checkpointing=False,
     ) | changes  # fmt: skip
-    losses, weights, _ = plain_loop(config, one_vector=True)
+    losses, weights, _ = plain_loop(config, one_vector=True, projections=projections)
     return losses, {k.replace("text_model.", ""): w for k, w in weights.items()}
 
 
@@ -872,20 +896,12 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(
     assert all(gradient.norm() > 0 for gradient in seen[0])
 
 
-@pytest.fixture
-def new_precision():
-    """accelerate keeps the first precision that a process asks for."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 # What the experiments change of the pass itself, each recorded and called.
 VARIANTS = dict(
     dora=dict(dora=True),
-    preservation=dict(
-        preservation_weight=4.0, preservation_captions=("a raincoat", "a cat", "a green umbrella"),
-        preservation_per_picture=2, preservation_every=2,
+    protected=dict(
+        protected_prompts=str(ROOT / "prompts" / "protected_demo.txt"), unet_targets=("attn2.to_k", "attn2.to_v"),
+        loss_guidance_scale=(1.0, 2.5),
     ),
 )  # fmt: skip
 HALF = dict(base_model=ROOT / "demo" / "model", rank=8, alpha=8.0)
@@ -901,8 +917,9 @@ def half_runs(tmp_path_factory):
     for name in (
         *kinds,
         *(f"dora {kind}" for kind in kinds),
-        "preservation fast",
-        "preservation eager",
+        "protected fast",
+        "protected eager",
+        "protected waiting",
     ):
         variant, _, kind = name.rpartition(" ")
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -940,7 +957,7 @@ def test_the_fast_path_is_the_plain_loop_in_half_precision(half_runs, name, vari
 
 
 @needs_gpu
-@pytest.mark.parametrize("variant", ["", "preservation ", "dora "])
+@pytest.mark.parametrize("variant", ["", "protected ", "dora "])
 def test_the_graph_is_the_eager_loop(half_runs, variant):
     """The same function, recorded or called: the same numbers but for the order of some sums, of which 8-bit states
     make up to a twentieth of a run so short (of DoRA 5.4% on an H200)."""
@@ -951,7 +968,7 @@ def test_the_graph_is_the_eager_loop(half_runs, variant):
 
 
 @needs_gpu
-@pytest.mark.parametrize("variant", ["", "dora "])
+@pytest.mark.parametrize("variant", ["", "protected ", "dora "])
 def test_updates_that_do_not_ask_the_gpu_are_those_that_do(half_runs, variant):
     """bitsandbytes' AdamW and PyTorch's loss scaler after the same recorded pass: as near as that to itself."""
     found = distances(half_runs[f"{variant}waiting"], half_runs[f"{variant}fast"])

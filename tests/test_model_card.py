@@ -87,11 +87,27 @@ def test_the_recipe_tells_what_goes_beyond_the_plain_one(trained):
     assert first.startswith("A DoRA adapter (rank 4)") and kind.startswith("| kind | DoRA")
     assert more(caption_from="description") == ["| captions | each picture's own description |"]
     assert more(mask_weight=0.2) == ["| outside the masks | the loss counts 0.2 times |"]
-    held = dict(preservation_captions=["a coat", "a hat"], preservation_per_picture=2)
-    [row] = more(preservation_weight=4.0, preservation_every=3, **held)
-    assert row == ("| preservation | held to the base model's predictions under 2 other captions: weight 4, "
-                   "2 a picture, one step in 3 |")  # fmt: skip
-    assert more(**held) == more(mask_weight=1.0) == []  # captions without a weight do nothing
+    assert more(loss_guidance_scale=[1.0, 2.5]) == [
+        "| loss | of the prediction at guidance drawn evenly from 1 to 2.5 |"
+    ]
+    assert more(loss_guidance_scale=[3, 3]) == ["| loss | of the prediction at guidance 3 |"]
+    assert more(mask_weight=1.0, loss_guidance_scale=[1, 1]) == []
+
+
+def test_a_protected_adapter_says_what_it_leaves_alone(trained):
+    config, data = record_of(trained / NAME)
+    differences = {kind: dict(text_states=0.5, keys_values=value)
+                   for kind, value in (("listed", 0.0123), ("held_out", 0.034), ("concept", 1.5))}  # fmt: skip
+    for noun, among in (("raincoat", ", raincoat among them in many ways"), ("", "")):
+        record = dict(noun=noun, listed=1711, held_out=190, left_out=3, differences=differences)
+        rows = model_card.recipe(config, data["size_counts"], "epsilon", record)
+        assert ("leaves alone", f"1,711 listed prompts{among}, and prompts like them") in rows
+        assert (
+            "largest change of what the UNet reads of a prompt (keys and values, half precision)",
+            "listed prompts 1.2%, 190 others like them 3.4%, what is taught 150.0%",
+        ) in rows
+        text = model_card.card_text(config, data, "epsilon", record)
+        assert all(f"| {what} | {how} |" in text for what, how in rows)
 
 
 def test_nobodys_words_break_the_card(trained):

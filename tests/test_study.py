@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import train_experiment_preservation
 from conftest import ROOT, assert_one_line, browse, call, chromium, options, run
 from made_up_study import ARMS, CAT, MARGINS, PLAIN, PROMPTS, SCALED, SEEDS, write_study
 from PIL import Image
@@ -39,18 +38,16 @@ from lib.evaluation.study_parts import columns_part, time_part, time_ratios
 
 @pytest.mark.parametrize("name", ["study", "study_sd15"])
 def test_the_lists_of_prompts(name):
-    """The published five and beside them six that were taught, eight near ones and eight far ones, none of
-    which the preservation arm was held to, nor any arm trained on."""
+    """The published five and beside them six that were taught, 16 near ones and 16 far ones, none of which any
+    arm trained on."""
     prompts = read_prompts(ROOT / "prompts" / f"{name}.txt")
     assert {c: len(members(prompts, c)) for c in ("success", "near", "failure")} == {
-        "success": 3 + 6, "near": 8, "failure": 2 + 8,
+        "success": 3 + 6, "near": 8 + 8, "failure": 2 + 8 + 8,
     }  # fmt: skip
     assert set(inference.PUBLISHED) < set(prompts)
-    held = {*train_experiment_preservation.PRESERVED,
-            *train_experiment_preservation.DEMO_CONFIG["preservation_captions"]}  # fmt: skip
+    assert len(set(prompts)) == len(prompts)
     taught = [json.loads(line) for line in (ROOT / "data" / "captions.jsonl").read_text().splitlines()]  # fmt: skip
-    held |= {row["description"] for row in taught}
-    assert not held & {prompt for _, prompt in prompts}
+    assert not {row["description"] for row in taught} & {prompt for _, prompt in prompts}
     for category, prompt in prompts:
         assert ("holographic" in prompt) == (category == "success"), prompt
         if name == "study":  # in the miniature's words, and a scene that it can draw
@@ -123,25 +120,30 @@ def test_seed_by_seed_every_arm_and_then_its_evaluation(plan):
     assert arms_of(plan.calls) == seed_plan(1) + seed_plan(2)
     assert set(study.ARMS) == set(ARMS) and tuple(study.SCALED) == SCALED
     for arm, command in zip(study.ARMS, plan.calls, strict=False):
-        assert command[0] == study.ARMS[arm] and "--demo" in command
+        script, *more = study.ARMS[arm]
+        assert (
+            command[0] == script
+            and "--demo" in command
+            and command[len(command) - len(more) :] == more
+        )
         assert (ROOT / command[0]).is_file()
         assert command[command.index("--seed") + 1] == "1"
-    assert "18 left" in done.stdout and "[18 of 18] seed 2" in done.stdout
+    assert "20 left" in done.stdout and "[20 of 20] seed 2" in done.stdout
     assert (plan.results / "study.json").is_file()
 
 
 def test_what_is_there_is_not_done_again(plan):
-    plan.stop_at = 11  # in the middle of the second seed
+    plan.stop_at = 12  # in the middle of the second seed
     assert_one_line(plan.start(), "ended with status 1")
     assert arms_of(plan.calls) == seed_plan(1) + seed_plan(2)[:2]
     assert not (plan.results / "study.json").exists()
     plan.stop_at, before = None, len(plan.calls)
     done = plan.start()
     assert arms_of(plan.calls[before:]) == seed_plan(2)[2:]
-    assert "11 of 18 steps are done, 7 left" in done.stdout
+    assert "12 of 20 steps are done, 8 left" in done.stdout
     before = len(plan.calls)
     (plan.results / "study.json").unlink()
-    assert "18 of 18 steps are done" in plan.start().stdout
+    assert "20 of 20 steps are done" in plan.start().stdout
     assert len(plan.calls) == before
     assert (plan.results / "study.json").is_file()
 
@@ -151,7 +153,7 @@ def test_adapters_that_were_evaluated_may_be_gone(plan):
     plan.start()
     before = len(plan.calls)
     shutil.rmtree(plan.folder / "lora" / "seed1")
-    assert "18 of 18 steps are done" in plan.start().stdout
+    assert "20 of 20 steps are done" in plan.start().stdout
     assert len(plan.calls) == before
     (plan.results / "seed1" / "comparison" / "metrics.json").unlink()
     plan.start()
@@ -175,14 +177,14 @@ def test_processes_that_share_the_seeds_share_nothing_else(plan):
     plan.start("--seeds", "2")  # the page is over all that is whole
     assert json.loads((plan.results / "study.json").read_text())["training_seeds"] == [1, 2]
     places = [{part for part in command if part.startswith(str(plan.folder)) and "seed" in part} for command in plan.calls]  # fmt: skip
-    assert all("seed1" not in place for found in places[9:] for place in found)
+    assert all("seed1" not in place for found in places[10:] for place in found)
 
 
 def test_a_trial_lies_in_folders_of_its_own(plan):
     plan.start("--max-steps", "4", "--no-page", "--seeds", "1")
     assert all("lora_4_steps" in " ".join(command) for command in plan.calls)
     assert all("results_4_steps" in " ".join(c) for c in plan.calls if c[0] == "inference.py")
-    assert all("--max-steps 4 --warmup-steps 0" in " ".join(c) for c in plan.calls[:7])
+    assert all("--max-steps 4 --warmup-steps 0" in " ".join(c) for c in plan.calls[:8])
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_hours_come_from_the_rates_in_the_bench():
     prompts = read_prompts(config["prompts"])
     steps = study.steps_of(42, config, prompts)
     text = study.gpu_text(steps, config, prompts)
-    pictures = 27 * 8 * (1 + 7 + 1 + 5)
+    pictures = 43 * 8 * (1 + 8 + 1 + 5)
     known = {arm: study.SAMPLES_A_SECOND.get(arm, 71.5) for arm in study.ARMS}
     seconds = pictures * 0.153 + sum(4000 / rate + 15.6 for rate in known.values())
     assert f"about {seconds / 60:.0f} min" in text or f"about {seconds / 3600:.1f} h" in text
@@ -264,12 +266,17 @@ def verdicts(found):
 
 NEAR, FAR, TAUGHT = "near prompts", "unrelated prompts", "what was taught"
 EQUIVALENT, NONE = "equivalent within the margin", "refuted: equivalent within the margin"
+NOT_HERE, FULL_SIZE = "not testable here", dict(base_model="a model of full size")
+# Of arms that all do the same, which is no protection.
 ALIKE = {
     (1, TAUGHT): EQUIVALENT, (1, NEAR): EQUIVALENT, (1, FAR): EQUIVALENT,
-    (2, NEAR): NONE, (2, FAR): NONE, (4, TAUGHT): NONE,
+    (2, NEAR): NOT_HERE, (2, FAR): NOT_HERE, (4, TAUGHT): NONE,
     (5, TAUGHT): EQUIVALENT, (5, NEAR): EQUIVALENT, (5, FAR): EQUIVALENT, (6, "the columns"): "refuted",
-    (7, NEAR): NONE, (7, FAR): NONE, (8, "the adapter"): EQUIVALENT, (8, "the time"): "refuted",
+    (7, NEAR): "refuted", (7, FAR): "refuted", (8, "the adapter"): EQUIVALENT, (8, "the time"): "refuted",
+    (9, TAUGHT): EQUIVALENT, (10, NEAR): "refuted", (10, FAR): "refuted",
 }  # fmt: skip
+HARMLESS = dict(near=(0.0, 0.01), failure=(0.0, 0.01))
+LEFT_ALONE = {(7, NEAR): EQUIVALENT, (7, FAR): EQUIVALENT, (10, NEAR): "supported", (10, FAR): "supported"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -280,28 +287,32 @@ ALIKE = {
         (dict(rank8=dict(clip=0.03)), {(1, TAUGHT): "refuted"}),
         (dict(rank8=dict(success=(0.3, 0.8))), {(1, TAUGHT): "supported"}),
         (dict(rank8=dict(near=(0.2, 0.5))), {(1, NEAR): "refuted"}),
-        (dict(unet_only=dict(failure=(0.08, 0.2))), {(2, FAR): "supported"}),
-        (dict(unet_only=dict(near=(0.1, 0.9))), {(2, NEAR): "supported"}),
-        (dict(unet_only=dict(near=(0.0, 0.5))), {(2, NEAR): "refuted"}),
-        (dict(unet_only=dict(near=(0.0, 0.9))), {(2, NEAR): study_claims.MIXED}),
+        (dict(unet_only=dict(failure=(0.08, 0.9))), {}),  # on the miniature nothing is said of it
+        (FULL_SIZE, {(2, NEAR): NONE, (2, FAR): NONE}),
+        (FULL_SIZE | dict(unet_only=dict(failure=(0.08, 0.2))), {(2, NEAR): NONE, (2, FAR): "supported"}),
+        (FULL_SIZE | dict(unet_only=dict(near=(0.1, 0.9))), {(2, NEAR): "supported", (2, FAR): NONE}),
+        (FULL_SIZE | dict(unet_only=dict(near=(0.0, 0.5))), {(2, NEAR): "refuted", (2, FAR): NONE}),
+        (FULL_SIZE | dict(unet_only=dict(near=(0.0, 0.9))), {(2, NEAR): study_claims.MIXED, (2, FAR): NONE}),
         (dict(varied_captions=dict(success=(0.1, 0.8))), {(4, TAUGHT): "supported"}),
         (dict(varied_captions=dict(success=(0.3, 0.8))), {(4, TAUGHT): "refuted"}),
         (dict(dora=dict(success=(0.3, 0.8))), {(5, TAUGHT): "refuted"}),
         (dict(dora=dict(near=(0.0, 0.5))), {(5, NEAR): "refuted"}),
         (dict(dora=dict(near=(0.2, 0.5))), {(5, NEAR): "supported"}),
-        (dict(preservation=dict(success=(0.1, 0.4), near=(0.05, 0.25), failure=(0.005, 0.1))), {}),
-        (dict(preservation=dict(near=(0.1, 0.25))), {(7, NEAR): "supported"}),
-        (dict(preservation=dict(success=(0.15, 0.8))), {(7, NEAR): "refuted"}),
+        (dict(protected=HARMLESS), LEFT_ALONE),
+        (dict(protected=HARMLESS | dict(success=(0.3, 0.8))), LEFT_ALONE | {(9, TAUGHT): "supported"}),
+        (dict(protected=HARMLESS | dict(success=(0.15, 0.8))), LEFT_ALONE | {(9, TAUGHT): "refuted"}),
+        # A seventh of the movement is within the margin of none, and more than a tenth of it.
+        (dict(of_runs=0.0, protected=HARMLESS | dict(near=(0.014, 0.01))), LEFT_ALONE | {(10, NEAR): study_claims.MIXED}),
+        (dict(protected=HARMLESS | dict(near=(0.0, -0.2))), LEFT_ALONE | {(7, NEAR): "refuted"}),
+        (dict(protected=HARMLESS | dict(failure=(0.01, 0.1))),
+         LEFT_ALONE | {(7, FAR): "refuted", (10, FAR): "refuted"}),
+        (dict(protected_plain_loss=HARMLESS), {}),
         (dict(large_batch=dict(failure=(0.1, 0.2), seconds=33)),
          {(8, "the adapter"): "refuted", (8, "the time"): "supported"}),
     ],
 )  # fmt: skip
 def test_verdicts_are_true(arms, changed, tmp_path):
     found = verdicts(made(tmp_path / "study", **arms))
-    if (
-        "preservation" in arms and (7, NEAR) in changed
-    ):  # its unrelated prompts move with the concept too
-        changed = changed | {(7, FAR): found[7, FAR]}
     expected = ALIKE | changed
     # The correlation is over all arms, and has tests of its own.
     assert {k: v for k, v in found.items() if k[0] != 3} == expected
@@ -359,7 +370,7 @@ def test_where_sampling_seeds_are_what_is_missing_their_number_is_told():
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_training_seeds_claim_nothing(seeds, tmp_path):
-    found = verdicts(made(tmp_path / "study", seeds=seeds, of_runs=0.0, noise=1e-4, unet_only=dict(near=(0.3, 0.9))))  # fmt: skip
+    found = verdicts(made(tmp_path / "study", seeds=seeds, of_runs=0.0, noise=1e-4, unet_only=dict(near=(0.3, 0.9)), **FULL_SIZE))  # fmt: skip
     assert set(found.values()) == {"undecided"}
 
 
@@ -368,9 +379,46 @@ def test_all_comparisons_are_corrected_together(tmp_path):
     asked = sum(
         len(part.measures) for c in study_claims.CLAIMS for part in study_claims.parts_of(c)
     )
-    assert len(rows) == asked == 27
+    assert len(rows) == asked == 32
     least = min(row["p"] for row in rows)
-    assert min(row["p_holm"] for row in rows) == pytest.approx(min(1, 27 * least))
+    assert min(row["p_holm"] for row in rows) == pytest.approx(min(1, 32 * least))
+
+
+def test_an_arm_is_compared_with_a_share_of_rank_32s_effect(tmp_path):
+    """And the margin is that share of the ordinary one; an arm alone has that whole."""
+    found = made(tmp_path / "study", of_runs=0.0, protected=dict(near=(0.02, 0.15)))
+    _, rows = study_claims.judge_claims(found)
+    shared = {(row["metric"], row["category"], row["share"]): row for row in rows if "share" in row}
+    kinds = {("change", "near"), ("concept_similarity", "near"), ("change", "failure")}
+    assert set(shared) == {(*kind, 0.1) for kind in kinds} | {
+        (*kind, 0.0) for kind in (*kinds, ("concept_similarity", "failure"))
+    }
+    for (metric, category, share), row in shared.items():
+        assert row["margin"] == pytest.approx(MARGINS[metric] * (share or 1))
+        part = 0.1 * share if metric == "concept_similarity" else 0.5 * share
+        own = 0.02 if metric == "concept_similarity" else 0.15
+        if category == "near":
+            assert row["mean"] == pytest.approx(own - part, abs=0.004)
+    text = study_words.comparison_text(shared["change", "near", 0.1])
+    assert "near prompts, beside 10% of rank 32's" in text and "(margin 0.005)" in text
+    assert "near prompts, the arm alone" in study_words.comparison_text(
+        shared["change", "near", 0.0]
+    )
+
+
+def test_what_the_miniature_cannot_test_says_why(tmp_path):
+    """In the table and in its section, with the figures as they are."""
+    found = made(tmp_path / "study", unet_only=dict(near=(0.1, 0.9)))
+    claims, rows = study_claims.judge_claims(found)
+    second = claims[1]
+    assert second["notes"] == [study_claims.CLAIMS[1].not_on_miniature]
+    assert study_words.verdict_text(second) == NOT_HERE and study_words.stands(second) is None
+    assert {bar["kind"] for bar in study_page.claim_bars(second)} == {"open"}
+    assert "higher" in {row["answer"] for part in second["parts"] for row in part["comparisons"]}
+    text = study_words.claims_markdown(found, claims, rows)
+    assert f"**{NOT_HERE}**" in text and f"- {second['notes'][0]}" in text
+    claims, _ = study_claims.judge_claims(made(tmp_path / "other", **FULL_SIZE))
+    assert claims[1]["notes"] == []
 
 
 # ---- change and contamination --------------------------------------------------------------
@@ -419,8 +467,8 @@ def test_the_correlation_is_spearmans_over_all_adapters_and_prompts(tmp_path):
     found = made(tmp_path / "study", seeds=3)
     row, _ = study_claims.correlation(found, "near")
     lpips, moved = study_claims.raw_points(found, members(PROMPTS, "near"))
-    # Seven arms, and rank 32 at three scales below 1.
-    assert lpips.shape == (3, 7 + 3, 3, SEEDS)
+    # Eight arms, and rank 32 at three scales below 1.
+    assert lpips.shape == (3, 8 + 3, 3, SEEDS)
     ceiling = found.base_pairs[members(PROMPTS, "near")].sum((1, 2)) / (SEEDS * (SEEDS - 1))
     each = [
         stats.spearmanr((a.mean(-1) / ceiling).ravel(), b.mean(-1).ravel())[0] for a, b in zip(lpips, moved, strict=True)
@@ -451,13 +499,13 @@ def test_change_tells_contamination_only_where_it_does(slope, verdict, tmp_path)
 def test_arms_are_compared_where_they_teach_the_same(taught, tmp_path):
     """Whichever of the two teaches more; at half the concept half the change is no merit."""
     held = dict(success=(taught, 0.8), near=(0.04, 0.3), failure=(0.0, 0.1))
-    found = made(tmp_path / "study", noise=1e-5, of_runs=0, preservation=held)
+    found = made(tmp_path / "study", noise=1e-5, of_runs=0, protected=held)
     equal = at_equal_concept(found)
     level = min(taught, 0.2)
     share, less = level / taught, level / 0.2
     assert mean_interval(equal["level"])["mean"] == pytest.approx(level, rel=1e-3)
     assert mean_interval(equal["scale rank32"])["mean"] == pytest.approx(less, rel=1e-3)
-    assert mean_interval(equal["scale preservation"])["mean"] == pytest.approx(share, rel=1e-3)
+    assert mean_interval(equal["scale protected"])["mean"] == pytest.approx(share, rel=1e-3)
     expected = 0.3 * share - 0.5 * less
     change = mean_interval(equal["change", "near"])
     ceiling = found.base_pairs.sum((1, 2))[members(PROMPTS, "near")].mean() / (SEEDS * (SEEDS - 1))
@@ -483,10 +531,21 @@ def test_between_two_scales_on_a_straight_line(tmp_path):
 
 
 def test_without_the_concept_there_is_no_equal_concept(tmp_path):
-    claims, _ = study_claims.judge_claims(made(tmp_path / "study", preservation=dict(success=(-0.1, 0.8))))  # fmt: skip
-    [seventh] = [claim for claim in claims if claim["number"] == 7]
-    assert seventh["parts"] == [] and seventh["notes"][0].startswith("Not measured")
-    assert study_words.verdict_text(seventh) == "not measured"
+    folder = write_study(tmp_path / "study", protected=dict(success=(-0.1, 0.8)))
+    claims = study_page.write_study(folder, ARMS, SCALED)
+    assert json.loads((folder / "study.json").read_text())["at_equal_concept"] is None
+    assert not [note for claim in claims for note in claim["notes"] if "At equal concept" in note]
+
+
+def test_without_the_concept_scores_a_claim_is_not_measured(tmp_path):
+    found = made(tmp_path / "study")
+    for runs in found.arms.values():
+        for one in runs:
+            one.rows = [row | dict(concept_similarity=None, clip=None) for row in one.rows]
+    claims, _ = study_claims.judge_claims(found)
+    [ninth] = [claim for claim in claims if claim["number"] == 9]
+    assert ninth["parts"] == [] and ninth["notes"][0].startswith("Not measured")
+    assert study_words.verdict_text(ninth) == "not measured"
 
 
 # ---- columns and times ---------------------------------------------------------------------
@@ -616,7 +675,7 @@ def written(tmp_path_factory):
     """A study's folder with all that is written into it."""
     folder = tmp_path_factory.mktemp("study")
     write_study(folder, seeds=range(1, 6), of_runs=0.006, unet_only=dict(failure=(0.08, 0.4)),
-                preservation=dict(success=(0.14, 0.6), near=(0.04, 0.2), seconds=240.0))  # fmt: skip
+                protected=dict(success=(0.14, 0.6), near=(0.04, 0.2), seconds=240.0))  # fmt: skip
     Image.new("RGB", (1078, 300), (200, 0, 0)).save(folder / "pictures_seed2.webp")
     study_page.write_study(folder, ARMS, SCALED)
     return folder
@@ -629,7 +688,7 @@ def test_words_follow_the_figures(written):
     page = (written / "report.html").read_text()
     opening = first_sentences(page)
     kinds = {True: "good", False: "bad", None: "open"}
-    assert len(opening) == len(record["claims"]) == 8
+    assert len(opening) == len(record["claims"]) == 10
     for claim, (kind, sentence) in zip(record["claims"], opening, strict=True):
         assert sentence == study_words.sentence(claim)
         assert sentence.startswith(claim["title"])
@@ -642,7 +701,10 @@ def test_words_follow_the_figures(written):
                 mean = row.get("correlation", row)["mean"]
                 assert f"{mean:+.3f}".replace("-", "−") in line
                 assert f"- {line}" in table
-            assert study_claims.judged(part["says"], [row["answer"] for row in part["comparisons"]])[0] == part["verdict"] or part["text"]  # fmt: skip
+            judged, _ = study_claims.judged(
+                part["says"], [row["answer"] for row in part["comparisons"]]
+            )
+            assert part["verdict"] in (judged, NOT_HERE) or part["text"]
         if claim["parts"]:
             assert (written / claim["figure"]).is_file()
     for limit in study_words.LIMITS:
@@ -680,9 +742,9 @@ def test_a_verdict_tells_its_parts_apart_and_what_takes_most():
 
 def test_each_number_names_its_file(written):
     record = json.loads((written / "study.json").read_text())
-    assert len(record["files"]) == 5 * (7 + 1)
+    assert len(record["files"]) == 5 * (8 + 1)
     assert all((written / name).is_file() for name in record["files"])
-    assert len(record["runs"]) == 5 * 7
+    assert len(record["runs"]) == 5 * 8
     row = record["runs"][9]
     saved = json.loads((written / row["file"]).read_text())
     assert (saved["run"], row["arm"]) == (f"{row['arm']}_seed{row['seed']}", "rank8")
@@ -699,10 +761,10 @@ def test_each_number_names_its_file(written):
 def test_forests_are_sorted_and_only_what_a_claim_rests_on_is_answered(written):
     record = json.loads((written / "study.json").read_text())
     assert [q["title"] for q in record["questions"]] == list(study_page.QUESTIONS.values())
-    asked = {(p.arm, *m) for c in study_claims.CLAIMS for p in c.parts if not p.equal for m in p.measures}  # fmt: skip
+    asked = {(p.arm, *m) for c in study_claims.CLAIMS for p in c.parts if p.share == 1 for m in p.measures}  # fmt: skip
     for question in record["questions"]:
         means = [row["mean"] for row in question["rows"]]
-        assert means == sorted(means) and len(means) == 6
+        assert means == sorted(means) and len(means) == 7
         assert question["margin"] == MARGINS[question["metric"]]
         for row in question["rows"]:
             tested = (row["arm"], question["metric"], question["category"]) in asked

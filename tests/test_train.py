@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import train_experiment_preservation
 from conftest import (
     ROOT,
     TINY_RUN,
@@ -30,6 +29,7 @@ from transformers import CLIPTextModel
 import train
 import train_experiment_dora
 import train_experiment_large_batch
+import train_experiment_protected
 import train_experiment_rank8
 import train_experiment_unet_only
 import train_experiment_varied_captions
@@ -53,10 +53,12 @@ DECLARED = {
     train_experiment_rank8: dict(run_name="lora_weights_rank8", rank=8, alpha=8.0),
     train_experiment_unet_only: dict(run_name="lora_weights_unet_only", train_text_encoder=False),
     train_experiment_dora: dict(run_name="lora_weights_dora", dora=True),
-    train_experiment_preservation: dict(
-        run_name="lora_weights_preservation",
-        preservation_weight=1.0,
-        preservation_captions=train_experiment_preservation.PRESERVED,
+    train_experiment_protected: dict(
+        run_name="lora_weights_protected",
+        unet_targets=("attn2.to_k", "attn2.to_v"),
+        unet_learning_rate=3e-4,
+        text_encoder_learning_rate=1e-3,
+        protected_prompts="prompts/protected.txt",
     ),
     train_experiment_varied_captions: dict(
         run_name="lora_weights_varied_captions", caption_from="description"
@@ -332,6 +334,11 @@ def test_data_order_visits_every_picture_once_an_epoch():
     assert list(samples.epoch_order(1, 0, 28)) != list(samples.epoch_order(1, 1, 28))
 
 
+PROTECTED = dict(
+    protected_prompts=ROOT / "prompts" / "protected_demo.txt", unet_targets="attn2.to_k,attn2.to_v",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -347,17 +354,18 @@ def test_data_order_visits_every_picture_once_an_epoch():
         (dict(unet_targets="to_z"), "to_z"),
         (dict(caption_from="words"), "caption_from is 'words'"),
         (dict(caption_from="description"), "has no description"),
-        (dict(preservation_weight=1), "preservation_captions holds 0"),
-        (dict(preservation_weight=-1, preservation_captions="a coat"), "preservation_weight"),
-        (
-            dict(preservation_weight=1, preservation_captions="a coat,a holographic raincoat"),
-            "both taught and preserved",
-        ),
-        (
-            dict(preservation_weight=1, preservation_captions="a" * 99),
-            "the caption of preservation_captions (101)",
-        ),
         (dict(alpha="nan"), "alpha"),
+        (dict(loss_guidance_scale="2,1"), "loss_guidance_scale is (2.0, 1.0)"),
+        (dict(loss_guidance_scale="0.5,2"), "loss_guidance_scale is (0.5, 2.0)"),
+        (dict(loss_guidance_scale="1,2,3"), "loss_guidance_scale is (1.0, 2.0, 3.0)"),
+        (dict(loss_guidance_scale="1,nan"), "loss_guidance_scale is (1.0, nan)"),
+        (dict(protection_ridge=0), "protection_ridge is 0.0"),
+        (dict(protected_prompts="/nowhere/list.txt"), "/nowhere/list.txt: no such file"),
+        (PROTECTED | dict(dora=True), "protected_prompts cannot be had with DoRA"),
+        (PROTECTED | dict(unet_targets="attn2.to_k,to_q"), "unet_targets holds to_q, but"),
+        (PROTECTED | dict(unet_targets="to_k"), "every other layer sees the image"),
+        (PROTECTED | dict(protected_class="umbrella"), "no caption speaks of that"),
+        (PROTECTED | dict(protected_prompts=ROOT / "requirements-dev.txt"), "10 are the fewest"),
     ],
 )
 def test_mistakes_get_one_line(tiny_model, processed_data, tmp_path, change, words):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -422,21 +423,22 @@ def test_a_mere_folder_is_no_package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("pictures", [False, True])
-def test_pictures_leave_the_machine_only_when_asked(common, tmp_path, pictures):
+def test_pictures_leave_the_machine_only_when_asked(common, tmp_path, protected, pictures):
+    """And no prompt ever, of the previews or of those that are protected."""
     home = dict(HOME=str(tmp_path), NETRC=str(tmp_path / "none"), WANDB_DIR=str(tmp_path),
                 WANDB_MODE="offline", WANDB_SAVE_CODE="true")  # fmt: skip
     config = common | dict(
         output_dir=tmp_path, report_to="wandb", wandb_pictures=pictures, max_steps=2,
-        preview_prompts="{caption},my secret garden", preservation_weight=1,
-        preservation_captions="my secret garden gate",
+        preview_prompts="{caption},my secret garden", **protected,
     )  # fmt: skip
+    assert "acorn" in Path(protected["protected_prompts"]).read_text()
     command("train.py", *options(**config), env=home)
     media = list(tmp_path.glob("wandb/offline-run-*/files/media/images/*"))
     assert len(media) == (4 if pictures else 0)  # at the start and the end, of two prompts
     content = next(tmp_path.glob("wandb/offline-run-*/*.wandb")).read_bytes()
     for key in (b"train/loss", b"train/learning_rate", b"train/step", b"train/validation_loss"):
         assert key in content
-    assert b"secret garden" not in content
+    assert b"secret garden" not in content and b"acorn" not in content
     # Nor any code, in which a CONFIG has prompts.
     names = {path.name for path in tmp_path.glob("wandb/offline-run-*/**/*") if path.is_file()}
     assert not [name for name in names if name.endswith((".py", ".patch"))], names

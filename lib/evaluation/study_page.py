@@ -12,7 +12,14 @@ from lib.evaluation.comparison import COMPARED, differences
 from lib.evaluation.effects import effects
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import mean_interval
-from lib.evaluation.study_claims import TELLS, can_move, equal_concept, judge_claims, judged
+from lib.evaluation.study_claims import (
+    NOT_TESTABLE,
+    TELLS,
+    can_move,
+    equal_concept,
+    judge_claims,
+    judged,
+)
 from lib.evaluation.study_figures import (  # fmt: skip
     change_figure,
     forest_figure,
@@ -153,7 +160,12 @@ def claim_bars(claim):
     for part in claim["parts"]:
         for row in part["comparisons"]:
             label = f"{words.NAMES.get(row['metric'], row['metric'])}, {study_words.CATEGORY_NAMES[row['category']]}"
-            shared = dict(label=label, answer=row["answer"], kind=KINDS[judged(part["says"], [row["answer"]])[1]])  # fmt: skip
+            stands = (
+                judged(part["says"], [row["answer"]])[1]
+                if part["verdict"] != NOT_TESTABLE
+                else None
+            )
+            shared = dict(label=label, answer=row["answer"], kind=KINDS[stands])
             if "correlation" in row:
                 found = row["correlation"]
                 answer = study_words.comparison_text(row).rpartition(": ")[2]

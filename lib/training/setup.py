@@ -15,7 +15,8 @@ from lib.models import load_part, loading
 from lib.training.latents import Latents, encode_latents, kept_folder
 from lib.training.micro_step import recomputed
 from lib.training.parameters import add_lora_parameters
-from lib.training.protection import Protection, read_protected
+from lib.training.protected_prompts import read_protected
+from lib.training.protection import Protection
 from lib.training.samples import MAX_TOKENS, encode_captions, split, tokenize
 
 
