@@ -21,7 +21,8 @@ from lib.errors import UserError
 from lib.kernels.lora import without_lora
 
 AT_ONCE = 64  # prompts that are encoded together
-SHOWN = 200  # prompts of either kind that are measured
+KINDS = "listed", "held_out", "concept"  # of prompts that are measured
+SHOWN = 200  # at most, of a list
 MOST_LEFT = 0.03  # of the norm of the listed prompts' rows, root mean square, in what A reads
 SET_APART = 0.5  # times what is left of the caption may be left of a held-out prompt, in the layer that tells them best
 STATES = "the UNet's keys and values"  # a reader of text like the text encoder's layers
@@ -58,53 +59,58 @@ def layer_inputs(text_encoder, layers, input_ids):
 class Protection:
     """The projections of a text encoder's adapted `layers` and of the UNet's keys and values, and what they leave.
 
-    `ids` is a function of prompts that gives their token ids, int64 [n, 77]; `prompts` are ProtectedPrompts. `projections` is {reader: P / r, float32 [d, d]}, `readers` {layer: its reader}; `left` says of
-    each reader which share of a prompt's rows P leaves: (of the caption, of held-out prompts, of listed ones), each at
-    the position where most is left, the prompts' at the 95th percentile.
+    `ids` is a function of prompts that gives their token ids, int64 [n, 77]; `prompts` are ProtectedPrompts.
+    `projections` is {reader: P / r, float32 [d, d]}, `readers` {layer: its reader}. `left` is {reader: shares}: of the
+    norm of a prompt's row P leaves that share where it leaves most, for the captions (their mean), for held-out prompts
+    and for listed ones (their 95th percentiles).
+
+    Each of several processes makes its own: they may differ in the last place, which no process's weights do.
     """
 
     @torch.no_grad()
     def __init__(self, text_encoder, layers, ids, prompts, ridge):
-        self.prompts, self.ridge, self.ids = prompts, ridge, ids
-        self.captions = list(prompts.captions)
-        sums, rows, self.readers = {}, 0, {}
-        for chunk in ids(prompts.listed).split(AT_ONCE):
-            inputs, self.readers = layer_inputs(text_encoder, layers, chunk)
-            rows += chunk.numel()
+        self.prompts, self.ids, self.captions = prompts, ids, list(prompts.captions)
+
+        def chunks(texts):
+            for chunk in ids(texts).split(AT_ONCE):
+                yield layer_inputs(text_encoder, layers, chunk)
+
+        sums, rows = {}, 0
+        for inputs, self.readers in chunks(prompts.listed):
+            rows += inputs[STATES].shape[:2].numel()
             for reader, x in inputs.items():
                 x = x.flatten(0, 1).double()
                 sums[reader] = sums.get(reader, 0) + x.T @ x
+        moments = {reader: total / rows for reader, total in sums.items()}
+        projected = {reader: projection_of(moment, ridge) for reader, moment in moments.items()}
+
+        def left(texts):
+            """{reader: |x P| of each row, float64 [texts, 77]}"""
+            parts = [
+                {reader: (x.double() @ projected[reader]).norm(dim=-1) for reader, x in inputs.items()}
+                for inputs, _ in chunks(texts)
+            ]  # fmt: skip
+            return {reader: torch.cat([part[reader] for part in parts]) for reader in projected}
+
+        caption, held, listed = map(left, (self.captions, self.sample("held_out"), self.sample("listed")))  # fmt: skip
         self.projections, self.left = {}, {}
-        caption_rows, _ = layer_inputs(text_encoder, layers, ids(self.captions))
-        samples = {kind: self.sample(kind) for kind in ("held_out", "listed")}
-        inputs = {
-            kind: [layer_inputs(text_encoder, layers, chunk)[0] for chunk in ids(sample).split(AT_ONCE)]
-            for kind, sample in samples.items()
-        }  # fmt: skip
-        for reader, total in sums.items():
-            projection = projection_of(total / rows, ridge)
-            taught = (caption_rows[reader].double() @ projection).norm(dim=-1)
-            shares = {
-                kind: torch.cat([(x[reader].double() @ projection).norm(dim=-1).amax(1) for x in chunks])
-                for kind, chunks in inputs.items()
-            }  # fmt: skip
-            self.left[reader] = (
-                taught.amax(1).mean().item(), *(shares[kind].quantile(0.95).item() for kind in shares)
-            )  # fmt: skip
-            kept = (
-                (projection @ (total / rows) @ projection).diagonal().sum()
-            )  # mean of |x P|^2 over the listed
-            scale = torch.maximum(taught.square().mean(), kept / MOST_LEFT**2).sqrt()
-            self.projections[reader] = (projection / scale).float()
+        for reader, p in projected.items():
+            most = [norms[reader].amax(1) for norms in (caption, held, listed)]
+            self.left[reader] = most[0].mean().item(), *(x.quantile(0.95).item() for x in most[1:])
+            of_listed = (p @ moments[reader] @ p).trace()  # the mean of |x P|^2
+            scale = torch.maximum(caption[reader].square().mean(), of_listed / MOST_LEFT**2).sqrt()
+            self.projections[reader] = (p / scale).float()
         self.states = {}
         if not layers:  # the text encoder stays as it is and is not kept
             self.states = {
-                kind: [text_encoder(c.to(text_encoder.device))[0].cpu() for c in ids(sample).split(AT_ONCE)]
-                for kind, sample in (samples | dict(concept=self.captions)).items()
+                kind: [text_encoder(c.to(text_encoder.device))[0].cpu() for c in ids(self.sample(kind)).split(AT_ONCE)]
+                for kind in KINDS
             }  # fmt: skip
 
     def sample(self, kind):
-        """The prompts of a kind, "listed" or "held_out", that are measured: evenly spread."""
+        """The prompts of one of KINDS that are measured: of the list evenly spread ones, of the captions all."""
+        if kind == "concept":
+            return self.captions
         prompts = getattr(self.prompts, kind)
         return prompts[:: max(1, len(prompts) // SHOWN)][:SHOWN]
 
@@ -144,10 +150,9 @@ class Protection:
         unet, found = trained["unet"].model, {}
         encoder = trained["text_encoder"].model if "text_encoder" in trained else None
         layers = adapters.lora_layers(unet)
-        for kind in ("listed", "held_out", "concept"):
-            prompts = self.captions if kind == "concept" else self.sample(kind)
+        for kind in KINDS:
             worst = dict(text_states=0.0, keys_values=0.0)
-            for number, ids in enumerate(self.ids(prompts).split(AT_ONCE)):
+            for number, ids in enumerate(self.ids(self.sample(kind)).split(AT_ONCE)):
                 if encoder is None:
                     before = after = self.states[kind][number].to(unet.device).float()
                 else:
