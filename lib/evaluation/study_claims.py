@@ -93,9 +93,9 @@ CLAIMS = (
         "UNet-only shows higher contamination on unrelated prompts",
         "forest.png",
         spoiled("higher", "unet_only"),
-        not_on_miniature="At its rate of 1e-5 the text encoder's half of rank 32 does nothing here: its |BA| is 0.26% "
-        "of |W|, against 3.8% in the UNet, and with it alone pictures change by 0.000. So the two arms are the same "
-        "adapter. How the text encoder's rate changes that: results/study/README.md.",
+        not_on_miniature="At its rate of 1e-5 the text encoder's half of rank 32 does next to nothing here: its |BA| is "
+        "0.25% of |W|, the UNet's 4.0%, so the two arms are the same adapter. What higher rates of the text encoder do: "
+        "results/study/README.md.",
     ),
     Claim(
         3,
