@@ -65,27 +65,30 @@ def converted(path, say=print):
         header = {"modelspec.prediction_type": "v"} | header
     place = Path(constants.HF_HOME) / "single_files"
     folder = place / f"{path.stem}-{file_digest(path)}"
-    place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / f"{folder.name}.lock"):
-        weights = list(folder.glob("*/*.safetensors"))  # of which someone may have made room
-        if not (len(weights) == 3 and (folder / "model_index.json").is_file()):
-            say(f"{path}: Stable Diffusion {version}.x in one file; making {folder} of it, once")
-            new = folder.with_name(f".{folder.name}.unfinished")
-            try:
-                convert(path, new, version, header, say)
-                shutil.rmtree(folder, ignore_errors=True)
-                new.rename(folder)
-            except (
-                SafetensorError,
-                OSError,
-            ) as problem:  # safetensors has an error of its own for a full disk
-                free = shutil.disk_usage(place).free
-                raise UserError(
-                    f"{folder} cannot be written: {one_line(problem, 100)}; {free:,} bytes free, about "
-                    f"{path.stat().st_size:,} needed; HF_HOME names another place"
-                ) from None
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / f"{folder.name}.lock"):
+            weights = list(folder.glob("*/*.safetensors"))  # of which someone may have made room
+            if not (len(weights) == 3 and (folder / "model_index.json").is_file()):
+                say(
+                    f"{path}: Stable Diffusion {version}.x in one file; making {folder} of it, once"
+                )
+                new = folder.with_name(f".{folder.name}.unfinished")
+                try:
+                    convert(path, new, version, header, say)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    new.rename(folder)
+                finally:
+                    shutil.rmtree(new, ignore_errors=True)
+    except (
+        SafetensorError,
+        OSError,
+    ) as problem:  # safetensors has an error of its own for a full disk
+        there = next(parent for parent in (place, *place.parents) if parent.exists())
+        raise UserError(
+            f"{folder}, made of the base model {path}, cannot be written: {one_line(problem, 100)}; "
+            f"{shutil.disk_usage(there).free:,} bytes free, about {path.stat().st_size:,} needed; HF_HOME names another place"
+        ) from None
     return folder
 
 

@@ -374,33 +374,6 @@ def test_a_mark_of_velocity_is_heeded(one_file):
     assert scheduler["prediction_type"] == "v_prediction"
 
 
-@pytest.mark.parametrize(
-    "problem",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("I/O error: No space left on device (os error 28)"),
-    ],
-)
-def test_a_full_disk_is_named_and_leaves_nothing(one_file, monkeypatch, problem, tmp_path):
-    file, _ = one_file()
-    save, calls = single_file.save_file, []
-
-    def full(tensors, path, **named):
-        calls.append(path)
-        if len(calls) > 1:
-            raise problem
-        save(tensors, path, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(single_file, "save_file", full)
-        with pytest.raises(UserError, match="No space left on device.*; .* bytes free") as error:
-            models.fetch_base_model(str(file))
-    assert "HF_HOME" in str(error.value)
-    places = [path for path in (tmp_path / "cache" / "single_files").iterdir() if path.is_dir()]
-    assert places == []
-    assert weights(models.fetch_base_model(str(file)))
-
-
 def test_pickles_damaged_and_missing_files(processed_data, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02cposix\nsystem\n")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
@@ -449,7 +422,7 @@ def test_a_full_disk_while_it_is_made_leaves_nothing(one_file, monkeypatch, tmp_
             models.fetch_base_model(str(file))
     if isinstance(error.value, UserError):
         assert "No space left on device" in str(error.value)
-        assert "bytes free (HF_HOME names another place)" in str(error.value)
+        assert "needed; HF_HOME names another place" in str(error.value)
         assert "\n" not in str(error.value)
     left = [
         path
@@ -463,5 +436,5 @@ def test_a_full_disk_while_it_is_made_leaves_nothing(one_file, monkeypatch, tmp_
 def test_a_place_that_cannot_be_written_is_named(one_file, tmp_path):
     file, _ = one_file()
     (tmp_path / "cache").write_text("a file where the folder would be")
-    with pytest.raises(UserError, match=r"cannot be written: .* bytes free \(HF_HOME"):
+    with pytest.raises(UserError, match=r"cannot be written: .* bytes free, .* HF_HOME"):
         models.fetch_base_model(str(file))

@@ -59,6 +59,7 @@ DECLARED = {
         unet_learning_rate=3e-4,
         text_encoder_learning_rate=1e-3,
         protected_prompts="prompts/protected.txt",
+        loss_guidance_scale=(1.0, 1.7),
     ),
     train_experiment_varied_captions: dict(
         run_name="lora_weights_varied_captions", caption_from="description"

@@ -55,7 +55,7 @@ class Run:
         for flat, view in zip(flats, gradient[:-1].split(SIZES), strict=True):
             flat.grad = view
         self.trained = {
-            name: SimpleNamespace(flat=flat, learning_rate=rate)
+            name: SimpleNamespace(flat=flat, learning_rate=rate, projected=[])
             for name, flat, rate in zip(("unet", "text_encoder"), flats, PEAKS, strict=True)
         }
         groups = [dict(params=[p.flat], lr=p.learning_rate) for p in self.trained.values()]
