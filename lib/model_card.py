@@ -110,7 +110,8 @@ def protected_rows(protection):
         f"{protection['differences'][kind]['keys_values']:.1%}"
         for kind in ("listed", "held_out", "concept")
     )
-    kinds = f", {protection['noun']} among them in many ways" if protection["noun"] else ""
+    noun = " ".join(protection["noun"].replace("|", "/").split())
+    kinds = f", {noun} among them in many ways" if noun else ""
     return [
         ("leaves alone", f"{protection['listed']:,} listed prompts{kinds}, and prompts like them"),
         ("largest change of what the UNet reads of a prompt (keys and values, half precision)",

@@ -126,6 +126,19 @@ def test_what_a_caption_is_about(caption, noun, concept):
     assert protected_prompts.concept_words_of(caption, noun) == concept
 
 
+def test_a_made_up_word_alone_takes_its_class_from_the_key(tmp_path):
+    """«a photo of sks» names no kind of thing; a caption about something else than the key is refused."""
+    path = tmp_path / "list.txt"
+    path.write_text(
+        "\n".join([*THINGS, "a red {class}", "a photo of an old {class}", "a sks {class}"])
+    )
+    found = read_protected(path, "dog", ["a photo of sks"])
+    assert {"a red dog", "a photo of an old dog"} <= {*found.listed, *found.held_out}
+    assert (found.noun, found.concept_words, found.left_out) == ("dog", ("sks",), 1)
+    with pytest.raises(UserError, match="«a sks table» is about a table"):
+        read_protected(path, "dog", ["a sks table"])
+
+
 def test_class_is_filled_in_and_prompts_of_the_concept_are_left_out(tmp_path):
     path = written(
         tmp_path / "list.txt", "\ufeff# comment", "", "  a {class}  ", "a Holographic {class}", "holographic",
@@ -172,7 +185,7 @@ def test_a_tenth_is_held_out_and_always_the_same_one(tmp_path):
         (b"a cup\n# a comment\n\n", None, CAPTION, ["list.txt holds 1 prompts", "10 are the fewest"]),
         (b"a {class}\n", None, "in the", ["«in the»", "--protected-class raincoat"]),
         (b"a {class}\n", " ", CAPTION, ["--protected-class raincoat"]),
-        (b"a {class}\n", "umbrella", CAPTION, ["protected_class is umbrella", "a holographic raincoat"]),
+        (b"a raincoat\na {class}\n", "umbrella", CAPTION, ["protected_class is umbrella", "a holographic raincoat"]),
     ],
 )  # fmt: skip
 def test_a_list_that_cannot_be_used_is_named(tmp_path, content, noun, caption, words):

@@ -89,7 +89,7 @@ def class_of(caption):
 def concept_words_of(caption, noun):
     """The words of a caption that make its `noun` the concept: those right before it, or else, where there are none,
     all other words that are not mere grammar."""
-    words, kind = words_of(caption), words_of(noun)
+    words, kind = words_of(MEDIUM.sub("", caption.lower())), words_of(noun)
     others = [word for word in words if word not in kind and word not in FUNCTION_WORDS]
     starts = [i for i in range(len(words)) if kind and words[i : i + len(kind)] == kind]
     if starts:
@@ -100,14 +100,14 @@ def concept_words_of(caption, noun):
             own.insert(0, word)
         if own:
             return own
-    return [] if MEDIUM.match(caption.lower()) and len(others) == 1 else others
+    return others
 
 
 def read_protected(path, noun, captions):
     """The ProtectedPrompts of the text file `path`, a prompt a line, # before a comment, {class} for `noun`, which
     may be None: then it is taken from the commonest of the `captions` [str], which come in that order.
 
-    Raises UserError for a file without enough prompts, and a `noun` that no caption holds.
+    Raises UserError for a file without enough prompts, and a `noun` while the captions are about something else.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -123,15 +123,15 @@ def read_protected(path, noun, captions):
             f"{path} has prompts with {{class}}, but the caption «{captions[0]}» names nothing that it could stand "
             "for; name it: --protected-class raincoat"
         )
-    if (
-        given
-        and filled
-        and not any(set(words_of(noun)) <= set(words_of(caption)) for caption in captions)
-    ):
-        raise UserError(
-            f"protected_class is {noun}, but no caption speaks of that (the first: «{captions[0]}»). It is the kind of "
-            "thing that is taught, as raincoat for «a holographic raincoat», whose other examples are to stay"
-        )
+    spoken_of = any(set(words_of(noun)) <= set(words_of(caption)) for caption in captions)
+    if given and filled and not spoken_of:
+        # «a photo of sks» names no kind of thing; a word that other prompts use too does.
+        other = class_of(captions[0])
+        if any(other in words_of(line) for line in lines if "{class}" not in line):
+            raise UserError(
+                f"protected_class is {noun}, but no caption speaks of that: «{captions[0]}» is about a {other}. It is the "
+                "kind of thing that is taught, as raincoat for «a holographic raincoat», whose other examples are to stay"
+            )
     concept = set().union(*(concept_words_of(caption, noun) for caption in captions[:1]))
     taught = {" ".join(words_of(caption)) for caption in captions}
     prompts = dict.fromkeys(line.replace("{class}", noun) for line in lines)
