@@ -62,7 +62,8 @@ def parse_config(config, description, demo=None, argv=None):
 
 
 # Keys of the CONFIGs that may hold paths; score_dir two of them, with a comma.
-PATHS = ("base_model", "clip_model", "data_dir", "lora_dir", "output_dir", "prompts", "score_dir", "work_dir")  # fmt: skip
+PATHS = ("base_model", "clip_model", "data_dir", "lora_dir", "output_dir", "prompts",
+         "protected_prompts", "score_dir", "work_dir")  # fmt: skip
 
 
 def at_home(key, value):

@@ -18,14 +18,13 @@ from PIL import Image, ImageOps
 
 from lib.errors import UserError
 from lib.files import sha256_file
-from lib.kept import ahead, first_process, keep
+from lib.kept import ahead, file_state, first_process, keep
 from lib.masks import find_masks, only_mask, subject_mask
 from lib.photographs import Unusable, check_content, fetched_by, read_layers
 from lib.texts import Names, alike, read_text, text_lines
 
-READER = (
-    2  # another number, where pictures are read in another way, makes anew all that is kept of them
-)
+# Another number, where pictures are read in another way, makes anew all that is kept of them.
+READER = 2
 KEPT = "latents"  # the folder in the training set where what was computed of it is kept
 FACT = [int, int, int, str]  # what is known of a picture's file, see `file_fact`
 
@@ -110,18 +109,17 @@ class Dataset:
         """Whether a picture has a mask, a file of its own or its transparency."""
         if self.mask_path(index) is not None:
             return True
-        with Image.open(self.rows[index].path) as image:
-            may_be = image.has_transparency_data
-        return may_be and read_layers_of(self.rows[index].path)[1] is not None
+        path = self.rows[index].path
+        return may_be_transparent(path) and read_layers_of(path)[1] is not None
 
     def mask(self, index, size):
         """How much of the subject (0 to 255) each cell of a picture of `size` (width, height) shows, uint8 [height,
         width]; 255 everywhere for a picture without a mask. UserError for a mask that marks nothing."""
-        path, mask = self.rows[index].path, None
-        if self.has_mask(index):
+        path, mask_path, mask = self.rows[index].path, self.mask_path(index), None
+        if mask_path is not None or may_be_transparent(path):
             image, alpha = read_layers_of(path)
             try:
-                mask, _ = subject_mask(self.mask_path(index), image, alpha)
+                mask, _ = subject_mask(mask_path, image, alpha)
             except Unusable as reason:
                 raise UserError(f"{path} cannot be used: {reason}") from None
         if mask is None:
@@ -235,8 +233,7 @@ def file_fact(name, path, known):
     """[bytes, time of change and of the file's entry in ns, SHA-256] of a picture, the last as `known` where the others
     agree. A program can set the first of the times, as editors do that keep it, but not the second."""
     try:
-        state = path.stat()
-        looks = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        looks = file_state(path)
         if (fact := known.get(name)) and fact[:3] == looks:
             return fact
         return [*looks, sha256_file(path)]
@@ -312,6 +309,12 @@ def find_file(places, folders):
             if len(found) == 1 and place.with_name(found[0]).is_file():
                 return place.with_name(found[0])
     return next((place for place in places if place.is_symlink() and not place.exists()), None)
+
+
+def may_be_transparent(path):
+    """Whether a picture has transparency by its header: all of it may be opaque for all that."""
+    with Image.open(path) as image:
+        return image.has_transparency_data
 
 
 def read_layers_of(path):

@@ -80,10 +80,8 @@ def converted(path, say=print):
                     new.rename(folder)
                 finally:
                     shutil.rmtree(new, ignore_errors=True)
-    except (
-        SafetensorError,
-        OSError,
-    ) as problem:  # safetensors has an error of its own for a full disk
+    # safetensors has an error of its own for a full disk.
+    except (SafetensorError, OSError) as problem:
         there = next(parent for parent in (place, *place.parents) if parent.exists())
         raise UserError(
             f"{folder}, made of the base model {path}, cannot be written: {one_line(problem, 100)}; "

@@ -22,6 +22,7 @@ from pathlib import Path
 # As the scripts do before they import torch: its threads, where there are several, spin only briefly.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -49,6 +50,7 @@ torch.set_num_threads(THREADS)
 
 from demo.build.tokenizers import byte_tokenizer
 from lib.errors import STOP_SIGNALS, run_script
+from lib.training import updates
 
 BOS, EOS = 510, 511
 
@@ -247,6 +249,24 @@ def call(script, *options):
                 signal.signal(number, handler)
             AcceleratorState._reset_state(reset_partial_state=True)
     return subprocess.CompletedProcess([script], code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def gradients_seen(monkeypatch):
+    """A list that gets, at each step of a training in this process, the gradient of each of its vectors. AdamW is
+    blind to the size of gradients, so bitsandbytes' step is looked at, and called on a GPU too."""
+    seen = []
+
+    class Recording(bitsandbytes.optim.AdamW8bit):
+        def step(self, closure=None):
+            seen.append([group["params"][0].grad.clone() for group in self.param_groups])
+            return super().step(closure)
+
+    monkeypatch.setattr(bitsandbytes.optim, "AdamW8bit", Recording)
+    monkeypatch.setattr(
+        updates, "missing_kernels", lambda device: "bitsandbytes' step is looked at"
+    )
+    return seen
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 
-import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -875,25 +874,14 @@ def test_the_model_computes_with_a_copy_and_the_vector_is_saved(
 
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(
-    tiny_model, processed_data, tmp_path, monkeypatch, new_precision
+    tiny_model, processed_data, tmp_path, gradients_seen, new_precision
 ):
     """Their size too, to which AdamW is blind."""
-    seen = []
-
-    class Recording(bitsandbytes.optim.AdamW8bit):
-        def step(self, closure=None):
-            seen.append([group["params"][0].grad.clone() for group in self.param_groups])
-            return super().step(closure)
-
-    monkeypatch.setattr(bitsandbytes.optim, "AdamW8bit", Recording)
-    monkeypatch.setattr(
-        updates, "missing_kernels", lambda device: "bitsandbytes' step is looked at"
-    )
     how = dict(max_steps=1, warmup_steps=0, mixed_precision="no")
     run_of(tiny_model, processed_data, tmp_path, gradient_accumulation_steps=3, **how)
     run_of(tiny_model, processed_data, tmp_path, batch_size=3, **how)
-    assert close(*seen, 1e-4)
-    assert all(gradient.norm() > 0 for gradient in seen[0])
+    assert close(*gradients_seen, 1e-4)
+    assert all(gradient.norm() > 0 for gradient in gradients_seen[0])
 
 
 # What the experiments change of the pass itself, each recorded and called.

@@ -179,11 +179,13 @@ def test_a_pointer_in_the_place_of_weights_is_named(tiny_model, tmp_path):
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    config = dict(base_model="owner/model", data_dir="~", output_dir="out", score_dir=None, caption="~ a coat")  # fmt: skip
-    found = parse_config(config, "", argv=["--output-dir=~/loras", "--base-model", "~/a.safetensors", "--score-dir=~/a,~/b,c"])  # fmt: skip
+    config = dict(base_model="owner/model", data_dir="~", output_dir="out", score_dir=None, caption="~ a coat",
+                  protected_prompts=None)  # fmt: skip
+    found = parse_config(config, "", argv=["--output-dir=~/loras", "--base-model", "~/a.safetensors", "--score-dir=~/a,~/b,c",
+                                           "--protected-prompts=~/list.txt"])  # fmt: skip
     assert found == dict(
         base_model=f"{tmp_path}/a.safetensors", data_dir=f"{tmp_path}", output_dir=f"{tmp_path}/loras",
-        score_dir=f"{tmp_path}/a,{tmp_path}/b,c", caption="~ a coat",
+        score_dir=f"{tmp_path}/a,{tmp_path}/b,c", caption="~ a coat", protected_prompts=f"{tmp_path}/list.txt",
     )  # fmt: skip
     with pytest.raises(UserError, match=r"output_dir is ~nobody-of-that-name/x, .* \./~nobody"):
         parse_config(config, "", argv=["--output-dir", "~nobody-of-that-name/x"])

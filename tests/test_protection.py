@@ -4,7 +4,6 @@ import functools
 import json
 import shutil
 
-import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -30,7 +29,6 @@ from lib.training import (
     run_folder,
     samples,
     setup,
-    updates,
     watch,
 )
 from lib.training.protected_prompts import read_protected
@@ -434,27 +432,15 @@ def test_a_protected_run_is_the_plain_loop_with_a_projected_a(
 
 
 def test_accumulation_and_recomputing_change_nothing(
-    apart_model, processed_data, tmp_path, protected, monkeypatch, new_precision
+    apart_model, processed_data, tmp_path, protected, gradients_seen, new_precision
 ):
     """Two micro-steps are one of two pictures; the base model's pass comes between the adapted one and its recomputation."""
-    # bitsandbytes' step is looked at: AdamW is blind to the size of gradients.
-    seen = []
-
-    class Recording(bitsandbytes.optim.AdamW8bit):
-        def step(self, closure=None):
-            seen.append([group["params"][0].grad.clone() for group in self.param_groups])
-            return super().step(closure)
-
-    monkeypatch.setattr(bitsandbytes.optim, "AdamW8bit", Recording)
-    monkeypatch.setattr(
-        updates, "missing_kernels", lambda device: "bitsandbytes' step is looked at"
-    )
     how = protected | dict(max_steps=1, warmup_steps=0, mixed_precision="no")
     ways = dict(accumulated=dict(gradient_accumulation_steps=2), together=dict(batch_size=2),
                 recomputed=dict(batch_size=2, gradient_checkpointing=True))  # fmt: skip
     for name, more in ways.items():
         run_of(apart_model, processed_data, tmp_path / name, **how | more)
-    accumulated, together, recomputed = seen
+    accumulated, together, recomputed = gradients_seen
     for one, other, again in zip(accumulated, together, recomputed, strict=True):
         assert other.norm() > 0
         assert_close(one, other, 1e-3)

@@ -41,22 +41,23 @@ def difference(values, margin, **names):
     return dict(names, margin=margin, **mean_interval(values), equivalence=same), values
 
 
-def differences(pairs, compared, prompts, base_pairs, margins):
+def differences(pairs, compared, prompts, base_pairs, margins, share=1.0):
     """The comparisons of experiments that are asked for, as `difference` gives them: a list.
 
     `pairs` are ((name, runs), (name, runs)), `compared` (score, category)s; what was not measured is
-    left out.
+    left out. With a `share` other than 1, that share of the first one's effect is subtracted, and each row names it; the
+    margins shrink with it, but for 0, which leaves the second one's own effect.
     """
-    found = []
+    found, named = [], {} if share == 1 else dict(share=share)
     for (first, a), (second, b) in pairs:
         a, b, by_seed, left_out = paired(a, b)
         one, two = (effects(group, prompts, base_pairs) for group in (a, b))
         for key, category in compared:
             chosen = members(prompts, category)
             if key in one and chosen:
-                values = (two[key] - one[key])[:, chosen].mean(axis=1)
-                found.append(difference(values, margins[key], first=first, second=second, metric=key,
-                                        category=category, paired_by_training_seed=by_seed, left_out=left_out))  # fmt: skip
+                values = (two[key] - share * one[key])[:, chosen].mean(axis=1)
+                found.append(difference(values, margins[key] * (share or 1), first=first, second=second, metric=key,
+                                        category=category, paired_by_training_seed=by_seed, left_out=left_out, **named))  # fmt: skip
     return found
 
 

@@ -157,7 +157,7 @@ def sheet_rows(columns, shown, wanted):
 
 def comparison_sheets(columns, shown, seeds=2):
     """(the rows that stand for all, the others) of a comparison, as `sheet_rows` gives them; no picture is in
-    both. Of each prompt at least `seeds` are shown, where there are so many."""
+    both. Of each prompt at least `seeds` are shown, or all that there are."""
     prompts, count = shown["prompts"], len(shown["seeds"])
     few, first = first_of_each(prompts, OVERVIEW), seeds_shown(len(columns), count)
     left = {

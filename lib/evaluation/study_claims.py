@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.evaluation.comparison import COMPARED, answered, difference, differences
-from lib.evaluation.effects import effects, no_change_reason
+from lib.evaluation.comparison import COMPARED, answered, differences
+from lib.evaluation.effects import no_change_reason
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import FEWEST_RUNS, mean_interval, runs_to_tell
 from lib.evaluation.study_measures import (
@@ -263,22 +263,7 @@ def measured(study, claim, part):
             return []
         return [correlation(study, category)]
     pair = tuple((arm, study.arms[arm]) for arm in (BASELINE, part.arm))
-    how = [pair], part.measures, study.prompts, study.base_pairs, study.margins
-    return differences(*how) if part.share == 1 else shares_of(*how, part.share)
-
-
-def shares_of(pairs, compared, prompts, base_pairs, margins, share):
-    """As `differences`, of the second arm's effect and `share` times the first one's, with `share` in each row."""
-    found = []
-    for (first, a), (second, b) in pairs:
-        one, two = (effects(runs, prompts, base_pairs) for runs in (a, b))
-        for key, category in compared:
-            if key in one and (chosen := members(prompts, category)):
-                values = (two[key] - share * one[key])[:, chosen].mean(axis=1)
-                margin = margins[key] * (share or 1)
-                found.append(difference(values, margin, first=first, second=second, metric=key, category=category,
-                                        paired_by_training_seed=True, left_out=[], share=share))  # fmt: skip
-    return found
+    return differences([pair], part.measures, study.prompts, study.base_pairs, study.margins, part.share)  # fmt: skip
 
 
 def correlation(study, category):

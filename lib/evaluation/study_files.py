@@ -37,8 +37,8 @@ class Study:
 def read_study(folder, arms, scaled):
     """The Study in `folder`; `arms` are the names of all, `scaled` of those drawn at several scales.
 
-    A training seed that is not whole is passed over with a note, and where no seed has scales they are not asked for. Raises UserError naming the file for
-    what cannot be read, was drawn in another way than the rest, or is one adapter under two names.
+    A training seed that is not whole is passed over with a note, and where no seed has scales they are not asked for.
+    Raises UserError naming the file for what cannot be read, was drawn in another way than the rest, or is one adapter under two names.
     """
     folder, notes, records = Path(folder), [], {}
     if scaled and not any(folder.glob("scales_seed*/*/metrics.json")):

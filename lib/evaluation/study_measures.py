@@ -121,8 +121,7 @@ def reached(level, concept, others):
 
 
 def at_equal_concept(study):
-    """BASELINE and HELD where both have the same concept similarity on success
-    prompts: a dict of arrays [training seeds, sampling seeds] for `mean_interval`, or None.
+    """BASELINE and HELD where both have the same concept similarity on success prompts: a dict of arrays [training seeds, sampling seeds] for `mean_interval`, or None.
 
     Lowering an adapter's scale also trades the concept for what is kept, so two arms are compared at equal
     concept: for each training seed at the greatest that both reach, each interpolated over its scales. Where

@@ -133,7 +133,6 @@ class Product:
         self.scale = self.adapted[0].scaling["default"] if self.adapted else None
         self.without_lora = False
         self.a, self.blocks, self.magnitude, self.factor, self.inverse = None, (), None, None, None
-        self.projection = None  # float32 [in, in], symmetric: the layers compute with A times it; set before `bound`
         self.gradients = None
         self.sizes = [base.out_features for base in self.bases]
         weights = [base.weight.data for base in self.bases]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from lib.errors import UserError
 from lib.files import sha256_file
+from lib.texts import text_lines
 
 UNDO = "or --no-keep-edits, which makes everything anew"
 
@@ -88,7 +89,7 @@ def read_rows(folder, records):
         return None
     rows = {}
     try:
-        lines = listing.read_text(encoding="utf-8-sig").split("\n")
+        lines = text_lines(listing.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(
             f"{listing} was changed and cannot be read as UTF-8 text ({problem}); mend it, {UNDO}"

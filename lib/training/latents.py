@@ -27,7 +27,7 @@ from lib.models import model_digest
 AT_ONCE = 4  # pictures that a GPU encodes at once; a CPU one, whose result depends on no other then
 IN_MEMORY = (
     2**30
-)  # bytes of latents, of 8,000 pictures of 512x512; of more, the others are read at every step
+)  # bytes of latents, 8,000 pictures of 512x512; those beyond it are read at every step
 
 
 class Latents:

@@ -32,11 +32,12 @@ class LoraParameters:
     def refresh(self):
         """Give the model the values that `flat` has now: before anything is computed, as A is a copy even where
         `working` and `flat` share memory."""
-        self.working.copy_(self.flat.data)
-        if self.copies[0]:
-            torch._foreach_copy_(*self.copies)
-        for rows, projection, to in self.projected:
-            to.copy_(_rows_of_a(self.flat.data, rows, projection) @ projection)
+        if self.projected:
+            self.working.copy_(self.flat.data)
+            for rows, projection, to in self.projected:
+                to.copy_(_rows_of_a(self.flat.data, rows, projection) @ projection)
+        else:
+            self.compute_with(self.flat.data)
         # From the vector itself: half precision would swallow a magnitude's small steps.
         if self.dora:
             self.dora.refresh(self.flat.data[-self.dora.factors.numel() :])
@@ -56,12 +57,7 @@ class LoraParameters:
         magnitudes = [gradient for gradient in found if gradient is not None]
         if magnitudes:
             torch.cat(magnitudes, out=self.gradient[-sum(map(len, magnitudes)) :])
-        found = self.gradient
-        if self.projected:  # the chain rule of A P, whose P is symmetric
-            found = found.to(torch.float32, copy=True)
-            for rows, projection, _ in self.projected:
-                part = _rows_of_a(found, rows, projection)
-                part.copy_(part @ projection)
+        found = self.with_projections(self.gradient)  # the chain rule of A P: P is symmetric
         if replace:
             self.flat.grad.copy_(found)
         else:
@@ -70,17 +66,21 @@ class LoraParameters:
     def saved(self):
         """The float32 values as a file holds them, one vector in the order of `flat`: A times its projection, where
         it has one, so that a reader needs to know nothing of that."""
-        found = self.flat.data
-        if self.projected:
-            found = found.clone()
-            for rows, projection, _ in self.projected:
-                part = _rows_of_a(found, rows, projection)
-                part.copy_(part @ projection)
+        return self.with_projections(self.flat.data)
+
+    def with_projections(self, vector):
+        """A flat `vector` with its rows of A times their projections, in float32; the vector itself without any."""
+        if not self.projected:
+            return vector
+        found = vector.to(torch.float32, copy=True)
+        for rows, projection, _ in self.projected:
+            part = _rows_of_a(found, rows, projection)
+            part.copy_(part @ projection)
         return found
 
     def compute_with(self, values):
-        """Let the model compute with `values`, as `saved` gives them, until the next `refresh`. On a CPU, where the
-        two share memory, they replace those of `flat`."""
+        """Let the model compute with `values`, as `saved` gives them, until the next `refresh`. Where `working` and
+        `flat` share memory, as on a CPU, they replace those of `flat`."""
         self.working.copy_(values)
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)
@@ -105,9 +105,6 @@ def add_lora_parameters(
         layer: name for name, layer in adapters.add_lora(model, rank, alpha, targets, dora).items()
     }
     products = fuse_lora(model, join(model, device, dora), device)
-    if projections:
-        for product in filter(lambda product: product.adapted, products):
-            product.projection = projections[names[product.adapted[0]]]
     # Not .train(): SD1.5 has no dropout, and diffusers' blocks would copy to another layout.
     model.to(device).eval()
     parameters = trained_weights(products)
@@ -115,33 +112,25 @@ def add_lora_parameters(
     factors = DoraFactors(products) if dora else None
     gradient = torch.zeros_like(working)
     leaves, copies = bound(products, working, gradient)
+    projected = []
+    if projections:
+        projected = projected_rows(products, lambda product: projections[names[product.adapted[0]]])
     found = LoraParameters(
-        model,
-        learning_rate,
-        parameters,
-        leaves,
-        copies,
-        flat,
-        working,
-        gradient,
-        projected_rows(products),
-        factors,
-    )
+        model, learning_rate, parameters, leaves, copies, flat, working, gradient, projected, factors
+    )  # fmt: skip
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trainable != found.flat.numel():
         raise RuntimeError(f"{trainable} trainable parameters, {found.flat.numel()} in the vector")
     return found
 
 
-def projected_rows(products):
-    """[(slice of the flat vector, projection, A below the product's weights)] of the products that have a projection;
-    see `bound` for the vector's order."""
+def projected_rows(products, projection_of):
+    """[(slice of the flat vector, projection, A below the product's weights)] of the adapted products; see `bound` for
+    the vector's order. `projection_of` is a function of a product."""
     found, place = [], 0
     for product in filter(lambda product: product.adapted, products):
-        if product.projection is not None:
-            found.append(
-                (slice(place, place + product.a.numel()), product.projection, product.a.data)
-            )
+        rows = slice(place, place + product.a.numel())
+        found.append((rows, projection_of(product), product.a.data))
         place += sum(weight.numel() for weight in product.factors())
     return found
 

@@ -4,12 +4,13 @@ Some layers see nothing but text: all of the text encoder, and in the UNet the k
 text. Let the rows x be what such a layer reads from the base model under the protected prompts, each of length 1, and
 C the mean of x x^T. In place of A the adapter computes with
 
-    A P / r      P = (1 + C / (ridge * mean eigenvalue of C))^-1      r = max(rms |x P| of the caption, rms |x P| of the prompts / MOST_LEFT)
+    A P / r      P = (1 + C / (ridge * mean eigenvalue of C))^-1
+                 r = max(rms |x P| of the caption, rms |x P| of the prompts / MOST_LEFT)
 
 P takes away the directions that the prompts use and leaves the others. r gives the caption back the size that it had,
 so that learning rates mean what they do without P, but gives the prompts no more than MOST_LEFT of theirs: in all
-layers but the text encoder's first one the base model's states of the caption are hardly told from those of others,
-and what would enlarge them would enlarge those too. There the adapter learns from what it makes of the caption in the
+layers but the text encoder's first one the base model's states of the caption hardly differ from those of others, so a
+factor would enlarge both. There the adapter learns from what it makes of the caption in the
 layers before. By induction over the layers every layer reads under a protected prompt nearly what it reads in the base
 model, so C stays right while the adapter is trained.
 """
@@ -26,8 +27,6 @@ SHOWN = 200  # at most, of a list
 MOST_LEFT = 0.03  # of the norm of the listed prompts' rows, root mean square, in what A reads
 SET_APART = 0.5  # times what is left of the caption may be left of a held-out prompt, in the layer that tells them best
 STATES = "the UNet's keys and values"  # a reader of text like the text encoder's layers
-
-# ---- P ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -64,7 +63,8 @@ class Protection:
     norm of a prompt's row P leaves that share where it leaves most, for the captions (their mean), for held-out prompts
     and for listed ones (their 95th percentiles).
 
-    Each of several processes makes its own: they may differ in the last place, which no process's weights do.
+    Each of several processes makes its own. These may differ in the last place; the trained weights do not, since the
+    gradients are averaged.
     """
 
     @torch.no_grad()
@@ -142,8 +142,8 @@ class Protection:
         """How much the finished adapter changes of what the UNet reads: {kind: dict(text_states, keys_values)}.
 
         `trained` are {component: LoraParameters}, which from here on compute with the values of the file, rounded to
-        half precision as other programs read them. Each figure is the largest of its prompts' relative differences |after - before| /
-        |before| over all positions, the keys' and values' also of all layers; kinds are listed, held_out, concept.
+        half precision as other programs read them. Each figure is the largest |after - before| / |before| of its
+        prompts, norms over all positions; that of keys and values is also the largest of all layers.
         """
         for part in trained.values():
             part.compute_with(part.saved().half())

@@ -124,29 +124,28 @@ def adapted_models(base_folder, input_ids, no_text, protected, config, dtype, de
         if name == "text_encoder" and not config["train_text_encoder"]:
             continue
         rate, targets = config[f"{name}_learning_rate"], config[f"{name}_targets"]
-        projections = protection and protection.of(
-            n for n, _ in adapters.target_layers(model, targets)
-        )
+        names = [layer for layer, _ in adapters.target_layers(model, targets)]
+        projections = protection and protection.of(names)
         trained[name] = part = add_lora_parameters(
             model, config["rank"], config["alpha"], targets, rate, device, dtype, config["dora"], projections
         )  # fmt: skip
         frozen = sum(p.numel() for p in model.parameters()) - part.flat.numel()
         say(f"{name}: {part.flat.numel():,} trainable {'DoRA' if config['dora'] else 'LoRA'} parameters, {frozen:,} frozen, "
             f"learning rate {rate:g}")  # fmt: skip
-    if "text_encoder" in trained:
-        input_ids = input_ids.to(device)
-        return (
-            unet,
-            lambda indices: text_encoder(input_ids[indices])[0],
-            no_text_states,
-            trained,
-            protection,
-        )
+    texts = encoded_captions(text_encoder, input_ids, "text_encoder" in trained, say)
+    return unet, texts, no_text_states, trained, protection
+
+
+def encoded_captions(text_encoder, input_ids, trained, say):
+    """The `texts` of `adapted_models`: of a text encoder that is trained computed each time, else once."""
+    if trained:
+        input_ids = input_ids.to(text_encoder.device)
+        return lambda indices: text_encoder(input_ids[indices])[0]
     advice = "close what else uses the GPU (nvidia-smi lists it), or give the pictures fewer different captions"
     with memory_for("encoding the captions", advice):
         states, caption_of = encode_captions(text_encoder, input_ids)
     say("text_encoder: frozen; its output is kept and the model dropped")
-    return unet, lambda indices: states[caption_of[indices]], no_text_states, trained, protection
+    return lambda indices: states[caption_of[indices]]
 
 
 def make_protection(text_encoder, base_folder, protected, config):
