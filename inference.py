@@ -104,10 +104,7 @@ VALUES = (
     (values.whole(0), "batch_size"),
     (values.whole(0, 2**62), "seed"),
     (values.number(0, 100), "guidance_scale"),
-    (
-        values.number(1e-6, 1 - 1e-6),
-        "concept_margin clip_margin change_margin variety_margin copy_margin",
-    ),
+    (values.number(1e-6, 1 - 1e-6), "concept_margin clip_margin change_margin variety_margin copy_margin"),
     (values.several(values.number(0, 10), 1), "lora_scales"),
 )
 
@@ -119,19 +116,37 @@ def check_config(config):
     if config["rescore"] and config["score_dir"]:
         raise UserError("rescore and score_dir exclude one another; give one of them")
     if config["snapshots"] and config["score_dir"]:
-        raise UserError(
-            "score_dir measures pictures that are there; snapshots are drawn: leave one out"
-        )
+        raise UserError("score_dir measures pictures that are there; snapshots are drawn: leave one out")
     if not (config["rescore"] or config["score_dir"] or Path(config["lora_dir"]).exists()):
-        raise UserError(
-            f"{config['lora_dir']}: no such folder; train an adapter first (python train.py)"
-        )
+        raise UserError(f"{config['lora_dir']}: no such folder; train an adapter first (python train.py)")
 
 
-def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, seeds, seed, steps,
-             guidance_scale, resolution, batch_size, clip_model, clip_revision, concept_margin,
-             clip_margin, change_margin, variety_margin, copy_margin, snapshots, lora_scales, rescore,
-             score_dir):  # fmt: skip
+def evaluate(
+    *,
+    lora_dir,
+    output_dir,
+    base_model,
+    revision,
+    data_dir,
+    prompts,
+    seeds,
+    seed,
+    steps,
+    guidance_scale,
+    resolution,
+    batch_size,
+    clip_model,
+    clip_revision,
+    concept_margin,
+    clip_margin,
+    change_margin,
+    variety_margin,
+    copy_margin,
+    snapshots,
+    lora_scales,
+    rescore,
+    score_dir,
+):
     """Evaluate each adapter in `lora_dir` against the base model; return the output folders.
 
     With `rescore` or `score_dir` the pictures are read, not drawn.
@@ -153,8 +168,13 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if clip_model != CONFIG["clip_model"] and clip_revision == CONFIG["clip_revision"]:
         config["clip_revision"] = None  # the default revision is one of the default model
-    margins = dict(concept_similarity=concept_margin, clip=clip_margin, change=change_margin,
-                   variety=variety_margin, copies=copy_margin)  # fmt: skip
+    margins = dict(
+        concept_similarity=concept_margin,
+        clip=clip_margin,
+        change=change_margin,
+        variety=variety_margin,
+        copies=copy_margin,
+    )
 
     # What to evaluate. Everything that can be wrong is looked at before a model is loaded, or before the
     # pictures are drawn.
@@ -203,9 +223,11 @@ def evaluate(*, lora_dir, output_dir, base_model, revision, data_dir, prompts, s
         memory = ""
         if device.type == "cuda":
             memory = f"; {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved at most"
-        print(f"{count} pictures in {done - started:.1f} s, after {started - begun:.1f} of imports: "
-              f"loading {loaded - started:.1f} s, drawing {drawn - loaded:.1f}, scores {scored - drawn:.1f}, "
-              f"files {done - scored:.1f}; {(scored - loaded) / count:.3f} s a picture drawn and scored{memory}")  # fmt: skip
+        print(
+            f"{count} pictures in {done - started:.1f} s, after {started - begun:.1f} of imports: "
+            f"loading {loaded - started:.1f} s, drawing {drawn - loaded:.1f}, scores {scored - drawn:.1f}, "
+            f"files {done - scored:.1f}; {(scored - loaded) / count:.3f} s a picture drawn and scored{memory}"
+        )
     return [run.target for run in runs]
 
 
@@ -252,11 +274,7 @@ def main():
     check_config(config)
     output_dir = Path(config["output_dir"])
     advice = "close what else uses the GPU (nvidia-smi lists it)"
-    with (
-        disk_for(output_dir),
-        locked(output_dir),
-        memory_for("loading the models or scoring", advice),
-    ):
+    with disk_for(output_dir), locked(output_dir), memory_for("loading the models or scoring", advice):
         evaluate(**config)
 
 

@@ -78,14 +78,29 @@ def check_config(config):
     check_output_folder(output_dir, "manifest.json")
 
 
-def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_megapixels, duplicate_bits,
-               duplicate_colour, processes, keep_edits, strict):  # fmt: skip
+def preprocess(
+    *,
+    data_dir,
+    output_dir,
+    caption,
+    resolution,
+    buckets,
+    crop,
+    max_megapixels,
+    duplicate_bits,
+    duplicate_colour,
+    processes,
+    keep_edits,
+    strict,
+):
     """Write the training set of `data_dir` to `output_dir`; return the manifest (a dict)."""
     data_dir, output_dir = Path(data_dir), Path(output_dir)
     names, masks, companions = picture_names(data_dir)
     if companions:
-        print(f"{data_dir}: {len(companions)} clips and records beside pictures of the same name are passed "
-              f"over ({companions[0]}{', …' if companions[1:] else ''})")  # fmt: skip
+        print(
+            f"{data_dir}: {len(companions)} clips and records beside pictures of the same name are passed "
+            f"over ({companions[0]}{', …' if companions[1:] else ''})"
+        )
     captions = read_captions(data_dir, names)
     edits = read_edits(output_dir) if keep_edits else Edits({}, set())
 
@@ -93,22 +108,20 @@ def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_
     settings = dict(max_megapixels=max_megapixels, crop=crop)
     parts = beside(output_dir, "parts")
     parts.mkdir(parents=True, exist_ok=True)
-    sizes = (
-        picture_sizes(data_dir, names, resolution) if buckets else [[resolution] * 2] * len(names)
-    )
+    sizes = picture_sizes(data_dir, names, resolution) if buckets else [[resolution] * 2] * len(names)
     pictures, skipped = prepare_pictures(data_dir, names, masks, sizes, parts, settings, processes)
     kept, duplicates = without_duplicates(pictures, duplicate_bits, duplicate_colour)
     captions = with_those_of_duplicates(captions, duplicates)
     report_counts(len(names), kept, skipped, duplicates, data_dir)
     if left_out := sorted({picture["source"] for picture in kept} & edits.left_out):
-        print(f"  left out   {len(left_out)} whose rows were removed from captions.jsonl ({left_out[0]}"
-              f"{', …' if left_out[1:] else ''}); --no-keep-edits brings them back")  # fmt: skip
+        print(
+            f"  left out   {len(left_out)} whose rows were removed from captions.jsonl ({left_out[0]}"
+            f"{', …' if left_out[1:] else ''}); --no-keep-edits brings them back"
+        )
     kept = [picture for picture in kept if picture["source"] not in left_out]
     if not kept:
         shutil.rmtree(parts)
-        raise UserError(
-            f"{data_dir}: no usable picture in it; put JPEG, PNG, WebP or HEIC files there"
-        )
+        raise UserError(f"{data_dir}: no usable picture in it; put JPEG, PNG, WebP or HEIC files there")
     if strict and (skipped or duplicates):
         shutil.rmtree(parts)
         raise UserError(
@@ -124,14 +137,20 @@ def preprocess(*, data_dir, output_dir, caption, resolution, buckets, crop, max_
     sheet = write_sheets(new, views, [picture["source"] for picture in kept])
     records = write_pictures(new, parts, kept, captions, caption, changed)
     manifest = dict(
-        config=dict(caption=caption, duplicate_bits=duplicate_bits, duplicate_colour=duplicate_colour,
-                    resolution=resolution, buckets=buckets) | settings,
+        config=dict(
+            caption=caption,
+            duplicate_bits=duplicate_bits,
+            duplicate_colour=duplicate_colour,
+            resolution=resolution,
+            buckets=buckets,
+        )
+        | settings,
         pillow=PIL.__version__,
         pictures=records,
         skipped=skipped,
         duplicates=duplicates,
         left_out=left_out,
-    )  # fmt: skip
+    )
     write_marker(new / "manifest.json", manifest)
     replace_folder(output_dir, "manifest.json")
     shutil.rmtree(parts)
@@ -151,9 +170,7 @@ def picture_sizes(data_dir, names, resolution):
     known = [shape for shape in shapes if shape]
     sizes, merged = choose_sizes(known, resolution) if known else ([], {})
     for (width, height), count in sorted(merged.items()):
-        print(
-            f"buckets: {count} pictures nearest to {width}x{height} go into the next size, as they are few"
-        )
+        print(f"buckets: {count} pictures nearest to {width}x{height} go into the next size, as they are few")
     square = [resolution, resolution]  # of what turns out to be no picture
     return [list(nearest_size(shape, sizes)) if shape else square for shape in shapes]
 
@@ -212,24 +229,27 @@ def report_counts(read, kept, skipped, duplicates, data_dir):
     for row in skipped:
         print(f"  skipped    {row['source']}: {row['reason']}")
     for row in duplicates:
-        detail = (
-            "" if row["reason"] == "the same file" else f" ({row['bits']} of 64 hash bits differ)"
-        )
+        detail = "" if row["reason"] == "the same file" else f" ({row['bits']} of 64 hash bits differ)"
         for words in row["notes"]:
             detail += f"; {words}"
         print(f"  duplicate  {row['source']}: {row['reason']} as {row['duplicate_of']}{detail}")
     for picture in kept:
         if picture["enlarged"]:
-            print("  warning    {}: {}x{} is enlarged to {}x{} and will be soft".format(
-                picture["source"], picture["width"], picture["height"], *picture["size"]))  # fmt: skip
+            print(
+                "  warning    {}: {}x{} is enlarged to {}x{} and will be soft".format(
+                    picture["source"], picture["width"], picture["height"], *picture["size"]
+                )
+            )
         for action in picture["done"]:
             if "ICC" in action:
                 print(f"  warning    {picture['source']}: {action}")
     masked = [picture for picture in kept if MASK in picture["files"]]
     if masked:
         clear = sum("masked by its transparency" in picture["done"] for picture in masked)
-        print(f"  masks      {len(masked) - clear} beside pictures, {clear} of transparent pictures; "
-              "train.py --mask-weight uses them")  # fmt: skip
+        print(
+            f"  masks      {len(masked) - clear} beside pictures, {clear} of transparent pictures; "
+            "train.py --mask-weight uses them"
+        )
     if cut := sum(picture["kept"] < 0.75 for picture in kept):
         print(
             f"  warning    {cut} pictures lose more than a quarter, which the contact sheet shows pale; "

@@ -45,10 +45,7 @@ CONFIG = dict(
 
 # What --demo puts in their place.
 DEMO = dict(
-    base_model="demo/model",
-    prompts="prompts/study.txt",
-    lora_dir="lora_weights/study",
-    output_dir="results/study",
+    base_model="demo/model", prompts="prompts/study.txt", lora_dir="lora_weights/study", output_dir="results/study"
 )
 
 # The arms by name, each its script and options.
@@ -112,8 +109,22 @@ def steps_of(seed, config, prompts):
     steps = []
     for arm, (script, *more) in ARMS.items():
         name = f"{arm}_seed{seed}"
-        options = [*shared, "--output-dir", runs, "--run-name", name, "--seed", seed,
-                   "--preview-every", 0, "--snapshot-every", 0, "--report-to", "none", *more]  # fmt: skip
+        options = [
+            *shared,
+            "--output-dir",
+            runs,
+            "--run-name",
+            name,
+            "--seed",
+            seed,
+            "--preview-every",
+            0,
+            "--snapshot-every",
+            0,
+            "--report-to",
+            "none",
+            *more,
+        ]
         if config["max_steps"]:
             options += ["--max-steps", config["max_steps"], "--warmup-steps", 0]
         done = (runs / name / "config.json").is_file()
@@ -122,17 +133,25 @@ def steps_of(seed, config, prompts):
     drawing = [*shared, "--prompts", config["prompts"], "--seeds", config["sampling_seeds"]]
     if config["clip_model"]:
         drawing += ["--clip-model", config["clip_model"]]
-    done = all(
-        is_evaluated(results / f"{arm}_seed{seed}", prompts, config["sampling_seeds"])
-        for arm in ARMS
-    ) and (results / "comparison" / "metrics.json").is_file()  # fmt: skip
+    done = (
+        all(is_evaluated(results / f"{arm}_seed{seed}", prompts, config["sampling_seeds"]) for arm in ARMS)
+        and (results / "comparison" / "metrics.json").is_file()
+    )
     command = ["inference.py", *drawing, "--lora-dir", runs, "--output-dir", results]
     steps.append(Step("evaluation", f"seed {seed}: evaluate {len(ARMS)} arms", done, command))
     for arm in SCALED:
         name = f"{arm}_seed{seed}"
         folder = results.with_name(f"scales_seed{seed}") / name
-        command = ["inference.py", *drawing, "--lora-dir", runs / name, "--output-dir", folder,
-                   "--lora-scales", ",".join(map(str, config["scales"]))]  # fmt: skip
+        command = [
+            "inference.py",
+            *drawing,
+            "--lora-dir",
+            runs / name,
+            "--output-dir",
+            folder,
+            "--lora-scales",
+            ",".join(map(str, config["scales"])),
+        ]
         done = is_evaluated(folder, prompts, config["sampling_seeds"])
         steps.append(Step("scales", f"seed {seed}: less of {arm}", done, command))
     if all(step.done for step in steps[len(ARMS) :]):  # nothing is left to do with its adapters
@@ -202,7 +221,7 @@ def time_left(steps, took):
     unknown = len(steps) - len(known)
     if not known:
         return f"{unknown} left"
-    return f"about {duration(sum(known))} left" + (f" and {unknown} not timed yet" if unknown else "")  # fmt: skip
+    return f"about {duration(sum(known))} left" + (f" and {unknown} not timed yet" if unknown else "")
 
 
 def gpu_text(steps, config, prompts):
@@ -240,14 +259,16 @@ def study(config, prompts):
     """Train and evaluate what is missing, seed by seed."""
     plan = [step for seed in config["seeds"] for step in steps_of(seed, config, prompts)]
     left = [step for step in plan if not step.done]
-    print(f"{len(config['seeds'])} training seeds, {len(ARMS)} arms: {len(plan) - len(left)} of {len(plan)} "
-          f"steps are done, {len(left)} left")  # fmt: skip
+    print(
+        f"{len(config['seeds'])} training seeds, {len(ARMS)} arms: {len(plan) - len(left)} of {len(plan)} "
+        f"steps are done, {len(left)} left"
+    )
     if left and config["base_model"] != DEMO["base_model"] and not config["max_steps"]:
         print(gpu_text(left, config, prompts))
     took = {}
     for number, step in enumerate(left):
         place = len(plan) - len(left) + number + 1
-        print(f"\n[{place} of {len(plan)}] {step.title} ({time_left(left[number:], took)})", flush=True)  # fmt: skip
+        print(f"\n[{place} of {len(plan)}] {step.title} ({time_left(left[number:], took)})", flush=True)
         started = time.monotonic()
         call(step.command)
         took.setdefault(step.kind, []).append(time.monotonic() - started)

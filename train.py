@@ -31,14 +31,7 @@ from pathlib import Path
 from lib import values
 from lib.config import check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
-from lib.files import (
-    check_output_folder,
-    fresh_folder,
-    locked,
-    recover_folder,
-    replace_folder,
-    unfinished,
-)
+from lib.files import check_output_folder, fresh_folder, locked, recover_folder, replace_folder, unfinished
 from lib.imports import quick_imports
 from lib.kept import first_process
 from lib.training.advice import going_back, not_finite, training_memory
@@ -168,7 +161,7 @@ VALUES = (
     (values.number(0, 100), "preview_guidance_scale"),
     (values.number(1e-7, 1), "protection_ridge"),
     (values.several(values.number(1, 20), 2), "loss_guidance_scale"),
-)  # fmt: skip
+)
 
 
 def check_config(config):
@@ -193,13 +186,55 @@ def check_config(config):
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 
 
-def train(*, base_model, revision, data_dir, caption_from, truncate_captions, resolution, validation_count,
-          mask_weight, output_dir, run_name, push_to_hub, rank, alpha, dora, unet_targets, text_encoder_targets,
-          train_text_encoder, unet_learning_rate, text_encoder_learning_rate, adam_beta1, adam_beta2,
-          adam_weight_decay, max_steps, warmup_steps, batch_size, gradient_accumulation_steps, protected_prompts,
-          protected_class, protection_ridge, loss_guidance_scale, gradient_checkpointing, mixed_precision,
-          checkpoint_every, keep_checkpoints, resume, max_overflows, seed, log_every, validate_every, preview_every,
-          preview_prompts, preview_guidance_scale, snapshot_every, report_to, wandb_project, wandb_pictures):  # fmt: skip
+def train(
+    *,
+    base_model,
+    revision,
+    data_dir,
+    caption_from,
+    truncate_captions,
+    resolution,
+    validation_count,
+    mask_weight,
+    output_dir,
+    run_name,
+    push_to_hub,
+    rank,
+    alpha,
+    dora,
+    unet_targets,
+    text_encoder_targets,
+    train_text_encoder,
+    unet_learning_rate,
+    text_encoder_learning_rate,
+    adam_beta1,
+    adam_beta2,
+    adam_weight_decay,
+    max_steps,
+    warmup_steps,
+    batch_size,
+    gradient_accumulation_steps,
+    protected_prompts,
+    protected_class,
+    protection_ridge,
+    loss_guidance_scale,
+    gradient_checkpointing,
+    mixed_precision,
+    checkpoint_every,
+    keep_checkpoints,
+    resume,
+    max_overflows,
+    seed,
+    log_every,
+    validate_every,
+    preview_every,
+    preview_prompts,
+    preview_guidance_scale,
+    snapshot_every,
+    report_to,
+    wandb_project,
+    wandb_pictures,
+):
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     config = dict(locals())
     # Imported here, so that --help and a wrong option are answered at once.
@@ -255,32 +290,46 @@ def train(*, base_model, revision, data_dir, caption_from, truncate_captions, re
     if protected:
         say(protected.text())
     unet, texts, no_text_states, trained, protection = setup.adapted_models(
-        base_folder, input_ids, no_text, protected, config, dtype, device, say)  # fmt: skip
+        base_folder, input_ids, no_text, protected, config, dtype, device, say
+    )
     groups = [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()]
-    optimizer = accelerator.prepare(bitsandbytes.optim.AdamW8bit(
-        groups, betas=(adam_beta1, adam_beta2), weight_decay=adam_weight_decay
-    ))  # fmt: skip
+    optimizer = accelerator.prepare(
+        bitsandbytes.optim.AdamW8bit(groups, betas=(adam_beta1, adam_beta2), weight_decay=adam_weight_decay)
+    )
 
     data = run_folder.data_record(rows, train_indices, held_out)
     samples = Samples(
-        train_indices, seed, latents.shape, scheduler.config.num_train_timesteps, batch_size,
-        accelerator.num_processes, accelerator.process_index, loss_guidance_scale,
-    )  # fmt: skip
+        train_indices,
+        seed,
+        latents.shape,
+        scheduler.config.num_train_timesteps,
+        batch_size,
+        accelerator.num_processes,
+        accelerator.process_index,
+        loss_guidance_scale,
+    )
     for note in [*rows.notes(), *samples.notes()]:
         say(note)
     probes = samples.probes(held_out) if is_main else []
     micro = MicroStep(
-        unet, scheduler, latents, texts, trained, accelerator.scaler, batch_size,
-        gradient_accumulation_steps, device, latent_masks(rows, latents, mask_weight), no_text_states,
-    )  # fmt: skip
+        unet,
+        scheduler,
+        latents,
+        texts,
+        trained,
+        accelerator.scaler,
+        batch_size,
+        gradient_accumulation_steps,
+        device,
+        latent_masks(rows, latents, mask_weight),
+        no_text_states,
+    )
 
     # Where the run stands: at the start, or where the last checkpoint left it.
     if is_main and not saved:
         fresh_folder(target_folder)
     journal = Journal(work_folder if is_main else None, config, saved[1] if saved else {})
-    saver = checkpoints.Saver(
-        work_folder, this_run, trained, optimizer, accelerator.scaler, journal, keep_checkpoints
-    )
+    saver = checkpoints.Saver(work_folder, this_run, trained, optimizer, accelerator.scaler, journal, keep_checkpoints)
     progress = checkpoints.Progress(0, torch.zeros((), device=device), changes=changes)
     if saved:
         saver.restore(saved, progress)
@@ -297,8 +346,10 @@ def train(*, base_model, revision, data_dir, caption_from, truncate_captions, re
         updates = make_updates(micro, optimizer, accelerator, progress, max_overflows, give_up)
         watch = None
         if is_main:
-            draw = preview_drawer(base_folder, unet, trained, prompts, preview_guidance_scale, rows.sizes, dtype, device)  # fmt: skip
-            watch = Watch(work_folder, config, micro, probes, data, journal, first_step, prompts, draw)  # fmt: skip
+            draw = preview_drawer(
+                base_folder, unet, trained, prompts, preview_guidance_scale, rows.sizes, dtype, device
+            )
+            watch = Watch(work_folder, config, micro, probes, data, journal, first_step, prompts, draw)
             if not saved:
                 watch.look(0)
     threads = threads_for(micro.values(), device)
@@ -310,7 +361,7 @@ def train(*, base_model, revision, data_dir, caption_from, truncate_captions, re
         training_memory(config),
         computing_with(threads),
         tqdm(total=max_steps, initial=first_step, desc=run_name, unit="step", disable=not is_main) as bar,
-    ):  # fmt: skip
+    ):
         for step in range(first_step, max_steps):
             factor, step_pictures = learning_rate_factor(step, max_steps, warmup_steps), []
             for number in range(gradient_accumulation_steps):
@@ -352,13 +403,22 @@ def train(*, base_model, revision, data_dir, caption_from, truncate_captions, re
         journal.finish()
         with computing_with(threads):  # which is put down with the device
             run_folder.write_run(
-                work_folder, config, models, journal, data, device, processes=accelerator.num_processes,
+                work_folder,
+                config,
+                models,
+                journal,
+                data,
+                device,
+                processes=accelerator.num_processes,
                 protection=protection and protection.record(trained),
-                prediction_type=scheduler.config.prediction_type, skipped_steps=progress.skipped,
-                mixed_precision=accelerator.mixed_precision, learning_rate_changes=progress.changes,
-                set_up_seconds=round(set_up_seconds, 2), preview_seconds=round(watch.preview_seconds, 2),
+                prediction_type=scheduler.config.prediction_type,
+                skipped_steps=progress.skipped,
+                mixed_precision=accelerator.mixed_precision,
+                learning_rate_changes=progress.changes,
+                set_up_seconds=round(set_up_seconds, 2),
+                preview_seconds=round(watch.preview_seconds, 2),
                 steps_a_second=round((max_steps - first_step) / seconds, 3),
-            )  # fmt: skip
+            )
         replace_folder(target_folder, "config.json")
         checkpoints.remove(target_folder)  # only now is the run safe without them
         print(run_folder.outcome_text(target_folder))

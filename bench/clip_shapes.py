@@ -72,27 +72,21 @@ def measure(pictures, texts, true, scenes):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=200)
     count = parser.parse_args().scenes
     rng = np.random.default_rng(5)
     scenes = [world.sample_scene(rng, holographic=number % 6 == 0) for number in range(count)]
     captions = [world.caption(scene, rng) for scene in scenes]
     claims = [world.parse(caption) for caption in captions]
-    true = np.array([
-        [all(getattr(scene, key) == value for key, value in claim.items()) for claim in claims]
-        for scene in scenes
-    ])  # fmt: skip
+    true = np.array(
+        [[all(getattr(scene, key) == value for key, value in claim.items()) for claim in claims] for scene in scenes]
+    )
     clip = clip_scores.load_clip(ROOT / DEMO["clip_model"])
     side = clip.model.config.vision_config.image_size
     rendered = world.render(scenes, side * 3 // 2, antialias=1).numpy()
     squares = [Image.fromarray(pixels) for pixels in rendered]
-    texts, whole = (
-        clip_scores.text_embeddings(captions, clip),
-        clip_scores.image_embeddings(squares, clip),
-    )
+    texts, whole = (clip_scores.text_embeddings(captions, clip), clip_scores.image_embeddings(squares, clip))
 
     print(f"{count} scenes, captions found / cosine above the nearest other scene's / above 0:\n")
     print("| shape | " + " | ".join(WAYS) + " |")

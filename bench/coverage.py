@@ -178,9 +178,7 @@ def bootstrap_misses(rng, values):
 def measure_cells(runs, seeds):
     """A row for each of the spreads: coverage, width, and error rates of other levels."""
     draws = chi_squares(runs, seeds, STUDIES)
-    tables = {
-        tail: width_table(runs, seeds, tail) for tail in (0.025, 0.05, 0.05 / (2 * COMPARISONS))
-    }
+    tables = {tail: width_table(runs, seeds, tail) for tail in (0.025, 0.05, 0.05 / (2 * COMPARISONS))}
     # How far the tables are from what they stand for.
     sample = draws[:200] * np.random.default_rng(0).choice(SPREADS, (200, 3)) ** 2
     sample = sample[sample.any(axis=1)]
@@ -193,9 +191,18 @@ def measure_cells(runs, seeds):
         if not any(spreads):
             continue
         expected, error = expected_squares(runs, seeds, spreads)
-        row = dict(runs=runs, seeds=seeds, spread_runs=spreads[0], spread_seeds=spreads[1],
-                   spread_rest=spreads[2], coverage=1.0, median_width=np.nan,
-                   missed_in_first=0.0, wrongly_equivalent=0.0, table_off=off)  # fmt: skip
+        row = dict(
+            runs=runs,
+            seeds=seeds,
+            spread_runs=spreads[0],
+            spread_seeds=spreads[1],
+            spread_rest=spreads[2],
+            coverage=1.0,
+            median_width=np.nan,
+            missed_in_first=0.0,
+            wrongly_equivalent=0.0,
+            table_off=off,
+        )
         if error > 0:  # otherwise every value is the truth itself
             scaled = {tail: table(expected * draws) / error for tail, table in tables.items()}
             missed = {tail: special.ndtr(-width).mean() for tail, width in scaled.items()}
@@ -229,21 +236,22 @@ def measure_family(kind, runs, spreads):
     found = np.abs(flat.mean(axis=(1, 2))) > widths
     before = larger_square_misses(flat, 0.05 / tests)
     shares = [each.reshape(STUDIES, tests).any(axis=1).mean() for each in (found, before)]
-    return dict(
-        kind=kind, tests=tests, runs=runs, spreads=spreads, found=shares[0], before=shares[1]
-    )
+    return dict(kind=kind, tests=tests, runs=runs, spreads=spreads, found=shares[0], before=shares[1])
 
 
 def measure_beside(runs, seeds, *spreads):
     """Coverage of three rules over drawn values."""
     rng = np.random.default_rng([runs, seeds])
     values = simulate(rng, (STUDIES, runs, seeds), spreads)
-    tails = statistics.upper_tails(
-        np.abs(values.mean(axis=(1, 2))), statistics.sums_of_squares(values), runs, seeds
+    tails = statistics.upper_tails(np.abs(values.mean(axis=(1, 2))), statistics.sums_of_squares(values), runs, seeds)
+    return dict(
+        runs=runs,
+        seeds=seeds,
+        spreads=spreads,
+        ours=np.mean(2 * tails >= 0.05),
+        before=1 - larger_square_misses(values, 0.05).mean(),
+        bootstrap=1 - bootstrap_misses(rng, values).mean(),
     )
-    return dict(runs=runs, seeds=seeds, spreads=spreads, ours=np.mean(2 * tails >= 0.05),
-                before=1 - larger_square_misses(values, 0.05).mean(),
-                bootstrap=1 - bootstrap_misses(rng, values).mean())  # fmt: skip
 
 
 def measure_power(runs, spreads):
@@ -273,10 +281,17 @@ def measure_power(runs, spreads):
     numbers = [statistics.runs_to_decide(study, margin) for study in values]
     none = np.mean([number is None for number in numbers])
     number = int(np.median([number or statistics.MOST_RUNS for number in numbers]))
-    return dict(runs=runs, spreads=spreads, difference=np.median(differences), found=power[0],
-                found_mean=power[1:].mean(), margin=margin, number=number,
-                none=none,
-                decided=decided(margin, *repeated(number, 0.05)))  # fmt: skip
+    return dict(
+        runs=runs,
+        spreads=spreads,
+        difference=np.median(differences),
+        found=power[0],
+        found_mean=power[1:].mean(),
+        margin=margin,
+        number=number,
+        none=none,
+        decided=decided(margin, *repeated(number, 0.05)),
+    )
 
 
 # ---- tables --------------------------------------------------------------------------------
@@ -307,10 +322,19 @@ def print_cells(cells):
         widest = max(group, key=lambda row: np.nan_to_num(row["median_width"]))
         bound = WIDEST.get(runs) if seeds >= 8 else None
         equivalent = max(row["wrongly_equivalent"] for row in group)
-        lines.append([str(runs), str(seeds), f"{least['coverage']:.2%}",
-                      f"{max(row['coverage'] for row in group):.1%}",
-                      f"{widest['median_width']:.2f}", of_row(widest), f"{bound or ''}",
-                      f"{max(row['missed_in_first'] for row in group):.3%}", f"{equivalent:.2%}"])  # fmt: skip
+        lines.append(
+            [
+                str(runs),
+                str(seeds),
+                f"{least['coverage']:.2%}",
+                f"{max(row['coverage'] for row in group):.1%}",
+                f"{widest['median_width']:.2f}",
+                of_row(widest),
+                f"{bound or ''}",
+                f"{max(row['missed_in_first'] for row in group):.3%}",
+                f"{equivalent:.2%}",
+            ]
+        )
         where = f"{runs} runs x {seeds} seeds"
         if least["coverage"] < LEAST_COVERAGE:
             wrong.append(f"{where}: covers {least['coverage']:.2%} at {of_row(least)}")
@@ -322,8 +346,19 @@ def print_cells(cells):
         f"95% intervals, the worst of {len(SPREADS) ** 3 - 1} spreads ({STUDIES:,} studies each): least and "
         "greatest coverage; median width over the width if the spreads were known; misses of the "
         f"interval at the first step of Holm over {COMPARISONS} tests; a difference of the margin called equivalent.",
-        ["runs", "seeds", "covers at least", "at most", "width at most", "at spreads (runs / seeds / rest)",
-         "allowed", "that one misses at most", "wrongly equivalent at most"], lines)  # fmt: skip
+        [
+            "runs",
+            "seeds",
+            "covers at least",
+            "at most",
+            "width at most",
+            "at spreads (runs / seeds / rest)",
+            "allowed",
+            "that one misses at most",
+            "wrongly equivalent at most",
+        ],
+        lines,
+    )
     off = max(row["table_off"] for row in cells)
     print(f"\n(The widths were read from tables; they are off by {off:.2%} at most.)")
     return wrong
@@ -331,8 +366,11 @@ def print_cells(cells):
 
 def print_families(families):
     """The table of null tests; returns what is out of bounds."""
-    kinds = {4: "4 tests of one experiment", 6: "6 tests of one experiment",
-             "compare": f"{COMPARISONS} comparisons of three experiments"}  # fmt: skip
+    kinds = {
+        4: "4 tests of one experiment",
+        6: "6 tests of one experiment",
+        "compare": f"{COMPARISONS} comparisons of three experiments",
+    }
     lines = []
     for (kind, runs), group in itertools.groupby(families, lambda f: (f["kind"], f["runs"])):
         shares = [f"{f['found']:.1%} ({f['before']:.1%})" for f in group]
@@ -340,7 +378,9 @@ def print_families(families):
     print_table(
         f"Share of {STUDIES:,} families of null tests (Holm, 5%) that find something, by the spreads of runs / "
         "seeds / rest, 8 seeds; in brackets with the larger mean square.",
-        ["tests", "runs", *map(spread_text, FAMILY_SPREADS)], lines)  # fmt: skip
+        ["tests", "runs", *map(spread_text, FAMILY_SPREADS)],
+        lines,
+    )
     return [
         f"{kinds[f['kind']]}, {f['runs']} runs, {spread_text(f['spreads'])}: {f['found']:.2%} find something"
         for f in families
@@ -351,20 +391,50 @@ def print_families(families):
 def print_beside(rows):
     print_table(
         f"Coverage of 95% intervals beside those that they replaced, {STUDIES:,} drawn studies.",
-        ["runs", "seeds", "spreads (runs / seeds / rest)", "generalised", "larger mean square",
-         "percentile bootstrap"],
-        [[str(r["runs"]), str(r["seeds"]), spread_text(r["spreads"]), f"{r['ours']:.1%}",
-          f"{r['before']:.1%}", f"{r['bootstrap']:.1%}"] for r in rows])  # fmt: skip
+        ["runs", "seeds", "spreads (runs / seeds / rest)", "generalised", "larger mean square", "percentile bootstrap"],
+        [
+            [
+                str(r["runs"]),
+                str(r["seeds"]),
+                spread_text(r["spreads"]),
+                f"{r['ours']:.1%}",
+                f"{r['before']:.1%}",
+                f"{r['bootstrap']:.1%}",
+            ]
+            for r in rows
+        ],
+    )
 
 
 def print_power(rows):
     print_table(
         f"Promised 80%: the median answer of {POWER_STUDIES} studies (8 seeds), and how often it is found in truth.",
-        ["runs", "spreads (runs / seeds / rest)", "smallest detectable", "found", "mean over studies",
-         "margin", "runs to decide", "decided", "no number"],
-        [[str(r["runs"]), spread_text(r["spreads"]), f"{r['difference']:.2f}", f"{r['found']:.0%}",
-          f"{r['found_mean']:.0%}", f"{r['margin']:.2f}", str(r["number"]), f"{r['decided']:.0%}",
-          f"{r['none']:.0%}"] for r in rows])  # fmt: skip
+        [
+            "runs",
+            "spreads (runs / seeds / rest)",
+            "smallest detectable",
+            "found",
+            "mean over studies",
+            "margin",
+            "runs to decide",
+            "decided",
+            "no number",
+        ],
+        [
+            [
+                str(r["runs"]),
+                spread_text(r["spreads"]),
+                f"{r['difference']:.2f}",
+                f"{r['found']:.0%}",
+                f"{r['found_mean']:.0%}",
+                f"{r['margin']:.2f}",
+                str(r["number"]),
+                f"{r['decided']:.0%}",
+                f"{r['none']:.0%}",
+            ]
+            for r in rows
+        ],
+    )
 
 
 def work(job):

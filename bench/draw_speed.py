@@ -60,9 +60,7 @@ def row(name, seconds, images, reference):
     difference = ""
     if reference is not None:
         pairs = zip(images, reference, strict=False)
-        apart = [
-            np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean() for a, b in pairs
-        ]
+        apart = [np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean() for a, b in pairs]
         difference = f"{np.mean(apart):.2f}"
     print(f"| {name} | {seconds:.3f} | {memory:.2f} | {difference} |", flush=True)
 
@@ -71,8 +69,9 @@ def plain(args, how, count):
     """The study's way: base and LoRA pipelines, one picture at a time; (s a picture, LoRA pictures)."""
     pipelines = []
     for lora in (False, True):
-        pipeline = StableDiffusionPipeline.from_pretrained(ROOT / args.base_model, torch_dtype=DTYPE,
-                                                           safety_checker=None).to(DEVICE)  # fmt: skip
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            ROOT / args.base_model, torch_dtype=DTYPE, safety_checker=None
+        ).to(DEVICE)
         pipeline.set_progress_bar_config(disable=True)
         if lora:
             pipeline.load_lora_weights(ROOT / args.lora_dir)
@@ -82,8 +81,14 @@ def plain(args, how, count):
         size = drawing.latent_size(pipeline, how["resolution"])
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(1, pipeline.unet.config.in_channels, *size, generator=generator)
-        return pipeline(prompt, latents=noise.to(DEVICE, DTYPE), num_inference_steps=steps, height=how["resolution"],
-                        width=how["resolution"], guidance_scale=how["guidance_scale"]).images[0]  # fmt: skip
+        return pipeline(
+            prompt,
+            latents=noise.to(DEVICE, DTYPE),
+            num_inference_steps=steps,
+            height=how["resolution"],
+            width=how["resolution"],
+            guidance_scale=how["guidance_scale"],
+        ).images[0]
 
     draw(pipelines[1], *JOBS[0], steps=2)
     started = waited()
@@ -102,27 +107,21 @@ def ours(args, how, batch_size, merged=True, graph=True):
     if graph:
         size = drawing.latent_size(pipeline, how["resolution"])
         drawing.record_unet(pipeline, batch_size, size, how["guidance_scale"] > 1)
-    drawing.draw(
-        pipeline, JOBS[:batch_size], batch_size=batch_size, title="", **how | dict(steps=2)
-    )
+    drawing.draw(pipeline, JOBS[:batch_size], batch_size=batch_size, title="", **how | dict(steps=2))
     started = waited()
     images = drawing.draw(pipeline, JOBS, batch_size=batch_size, title="", **how)
     return (waited() - started) / len(JOBS), images
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--base-model", default=DEMO["base_model"])
     parser.add_argument("--lora-dir", default=DEMO["lora_dir"])
     parser.add_argument("--clip-model", default=DEMO["clip_model"])
     args = parser.parse_args()
     whole(args)
-    how = dict(
-        steps=28, guidance_scale=6.0, resolution=train.DEMO["resolution"] if args.demo else 512
-    )
+    how = dict(steps=28, guidance_scale=6.0, resolution=train.DEMO["resolution"] if args.demo else 512)
     on_cuda = DEVICE.type == "cuda"
     print("| | s/picture | GiB reserved | difference |\n|---|--:|--:|--:|", flush=True)
     fresh()
@@ -130,18 +129,16 @@ def main():
     row("the study's way", *study, None)
     # (name, how ours() is called, what is replaced in drawing.py)
     variants = [("ours, 8 at once", dict(batch_size=8), {})]
-    variants += [(f"{size} at once", dict(batch_size=size), {})
-                 for size in ((1, 4, 16) if on_cuda else (1, 4))]  # fmt: skip
+    variants += [(f"{size} at once", dict(batch_size=size), {}) for size in ((1, 4, 16) if on_cuda else (1, 4))]
     if on_cuda:
         variants += [
             ("- CUDA graph", dict(batch_size=8, graph=False), {}),
             ("- Triton kernels (channels-last stays)", dict(batch_size=8), dict(channels_last=converted)),
             ("- Triton kernels, channels-last", dict(batch_size=8), dict(channels_last=nothing)),
-        ]  # fmt: skip
-        variants += [(name, dict(batch_size=8), attending(*backends))
-                     for name, backends in ATTENTION_KERNELS.items()]  # fmt: skip
+        ]
+        variants += [(name, dict(batch_size=8), attending(*backends)) for name, backends in ATTENTION_KERNELS.items()]
     variants.append(("- joined layers", dict(batch_size=8), dict(join=apart)))
-    variants.append(("- joined layers, merging (PEFT's layers)", dict(batch_size=8, merged=False), dict(join=apart)))  # fmt: skip
+    variants.append(("- joined layers, merging (PEFT's layers)", dict(batch_size=8, merged=False), dict(join=apart)))
     reference = None
     for name, options, replaced in variants:
         fresh()
@@ -156,13 +153,15 @@ def main():
 def whole(args):
     """inference.py in a process of its own: on a GPU with no kernel compiled before, then again."""
     folder = Path(tempfile.mkdtemp(prefix="draw_speed_"))
-    options = ["--demo"] if args.demo else ["--base-model", args.base_model, "--clip-model", args.clip_model]  # fmt: skip
+    options = ["--demo"] if args.demo else ["--base-model", args.base_model, "--clip-model", args.clip_model]
     options += ["--lora-dir", args.lora_dir, "--output-dir", folder / "results"]
     try:
         for name in ("first run", "second run") if DEVICE.type == "cuda" else ("inference.py",):
             output, seconds, memory = run("inference.py", *options, caches=folder / "caches")
             print("\n".join(re.findall(r"\d+ pictures in .*", output)) or output[-2000:])
-            print(f"{name}: {seconds:.1f} s with the imports, {memory / 1024:.2f} GiB as the driver sees it\n", flush=True)  # fmt: skip
+            print(
+                f"{name}: {seconds:.1f} s with the imports, {memory / 1024:.2f} GiB as the driver sees it\n", flush=True
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

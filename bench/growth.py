@@ -24,7 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (900, 1200)
-COLUMNS = ("preprocess.py", "train.py, first", "train.py, again", "inference.py, first", "inference.py, again")  # fmt: skip
+COLUMNS = ("preprocess.py", "train.py, first", "train.py, again", "inference.py, first", "inference.py, again")
 
 
 def make_pictures(folder, count):
@@ -81,12 +81,31 @@ def measure(work, count, resolution):
     make_pictures(folder / "data", count)
     data, runs = folder / "processed", folder / "runs"
     data_options = ("--data-dir", data)
-    found = [measured("preprocess.py", "--data-dir", folder / "data", "--output-dir", data,
-                      "--resolution", resolution)]  # fmt: skip
-    training = ("--demo", *data_options, "--output-dir", runs, "--max-steps", 10, "--warmup-steps", 1,
-                "--validate-every", 10)  # fmt: skip
-    evaluating = ("--demo", *data_options, "--lora-dir", runs, "--output-dir", folder / "results",
-                  "--seeds", 2, "--steps", 2)  # fmt: skip
+    found = [measured("preprocess.py", "--data-dir", folder / "data", "--output-dir", data, "--resolution", resolution)]
+    training = (
+        "--demo",
+        *data_options,
+        "--output-dir",
+        runs,
+        "--max-steps",
+        10,
+        "--warmup-steps",
+        1,
+        "--validate-every",
+        10,
+    )
+    evaluating = (
+        "--demo",
+        *data_options,
+        "--lora-dir",
+        runs,
+        "--output-dir",
+        folder / "results",
+        "--seeds",
+        2,
+        "--steps",
+        2,
+    )
     for script, options in (("train.py", training), ("inference.py", evaluating)):
         found += [measured(script, *options) for _ in range(2)]
     return found
@@ -103,16 +122,12 @@ def draw_chart(rows, path):
             axes.plot([count for count, _ in rows], values, "o-", label=name)
         axes.set(xlabel="pictures", title=title, xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8
-    )
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--counts", default="32,300,3000", help="numbers of pictures, with commas")
     parser.add_argument("--chart", type=Path, help="where the chart goes, a PNG file")
@@ -126,7 +141,7 @@ def main():
     for count in map(int, arguments.counts.split(",")):
         found = measure(arguments.work.resolve(), count, DEMO["resolution"])
         rows.append((count, found))
-        print(f"| {count:,} | " + " | ".join(f"{s:.1f} | {mb:.0f}" for s, mb in found) + " |", flush=True)  # fmt: skip
+        print(f"| {count:,} | " + " | ".join(f"{s:.1f} | {mb:.0f}" for s, mb in found) + " |", flush=True)
     if arguments.chart:
         draw_chart(rows, arguments.chart)
 

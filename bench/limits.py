@@ -66,12 +66,16 @@ def architecture(demo):
             text = CLIPTextConfig.from_pretrained(ROOT / "demo" / "model" / "text_encoder")
             return unet, CLIPTextModel(text), vae, unet.config.sample_size
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        text = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072,
-                              num_hidden_layers=12, num_attention_heads=12)  # fmt: skip
+        text = CLIPTextConfig(
+            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        )
         vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
         return unet, CLIPTextModel(text), vae, 64
 
 
@@ -82,10 +86,7 @@ def operations(demo):
         channels = unet.config.in_channels
         latents = torch.randn(1, channels, side, side)
         ids = torch.zeros(1, 77, dtype=torch.long)
-        pair = (
-            torch.randn(2, channels, side, side),
-            torch.randn(2, 77, unet.config.cross_attention_dim),
-        )
+        pair = (torch.randn(2, channels, side, side), torch.randn(2, 77, unet.config.cross_attention_dim))
         time_step = torch.zeros(1, dtype=torch.long)
 
     def counted(work):
@@ -113,33 +114,30 @@ def operations(demo):
     unet.enable_gradient_checkpointing(micro_step.recomputed)
     recomputing = counted(step)
     each = 4 if demo else 2  # bytes a weight
-    size = {name: each * sum(p.numel() for p in m.parameters()) for name, m in
-            dict(unet=unet, text=text_encoder, vae=vae.decoder).items()}  # fmt: skip
+    size = {
+        name: each * sum(p.numel() for p in m.parameters())
+        for name, m in dict(unet=unet, text=text_encoder, vae=vae.decoder).items()
+    }
     once = size["unet"] + size["text"]
     return {
         "training step": (plain, 2 * once),
         "training step with checkpointing": (recomputing, 2 * once + size["unet"]),
-        "picture, 28 steps guided (29 calls), of 8 at once": (
-            29 * call + decoding,
-            29 * size["unet"] / 8,
-        ),
+        "picture, 28 steps guided (29 calls), of 8 at once": (29 * call + decoding, 29 * size["unet"] / 8),
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true")
     demo = parser.parse_args().demo
     rate, bandwidth = rates()
     print(f"{device_name(DEVICE)}: {rate / 1e12:.2f} TFLOP/s, {bandwidth / 1e12:.3f} TB/s\n")
-    print(
-        "| | TFLOP | ms at that rate | GB of weights | ms at that bandwidth |\n|---|--:|--:|--:|--:|"
-    )
+    print("| | TFLOP | ms at that rate | GB of weights | ms at that bandwidth |\n|---|--:|--:|--:|--:|")
     for name, (count, size) in operations(demo).items():
-        print(f"| {name} | {count / 1e12:.3f} | {1e3 * count / rate:.2f} | {size / 1e9:.2f} | "
-              f"{1e3 * size / bandwidth:.2f} |")  # fmt: skip
+        print(
+            f"| {name} | {count / 1e12:.3f} | {1e3 * count / rate:.2f} | {size / 1e9:.2f} | "
+            f"{1e3 * size / bandwidth:.2f} |"
+        )
 
 
 if __name__ == "__main__":

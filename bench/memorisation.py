@@ -180,8 +180,7 @@ def print_no(count):
             fresh = usual(rng.standard_normal((4000, DIMENSIONS)), rng.random(4000))
             near = nearest_similarity(fresh, study.trained_on, study.trained_on)
             too_high.append((near > found["level"]).mean() < memorisation.RARE)
-        print_row(m, seeds, f"{copied:.0%}", f"{100 * np.mean(answers):.1f}",
-                  f"{100 * np.mean(too_high):.1f}")  # fmt: skip
+        print_row(m, seeds, f"{copied:.0%}", f"{100 * np.mean(answers):.1f}", f"{100 * np.mean(too_high):.1f}")
 
 
 def main():

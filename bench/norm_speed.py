@@ -23,8 +23,19 @@ from lib.kernels import norms
 from lib.kernels.graphs import captured
 
 # (maps, channels, side): of a UNet that draws 8 guided pictures, trains on one and on 8, and of a decoder.
-SHAPES = [(16, 320, 64), (16, 640, 64), (16, 960, 64), (16, 640, 32), (16, 1280, 16), (1, 320, 64), (1, 1280, 8),
-          (8, 320, 64), (1, 128, 512), (1, 256, 256), (1, 512, 128)]  # fmt: skip
+SHAPES = [
+    (16, 320, 64),
+    (16, 640, 64),
+    (16, 960, 64),
+    (16, 640, 32),
+    (16, 1280, 16),
+    (1, 320, 64),
+    (1, 1280, 8),
+    (8, 320, 64),
+    (1, 128, 512),
+    (1, 256, 256),
+    (1, 512, 128),
+]
 GROUPS, CALLS, REPLAYS = 32, 20, 5
 
 
@@ -43,9 +54,7 @@ def main():
     if norms.triton is None or not torch.cuda.is_available():
         raise UserError("this needs a CUDA GPU and Triton")
     print(torch.cuda.get_device_name())
-    print(
-        "\n| maps, channels, side | PyTorch, us | norms.py, us | backward, us |\n|---|--:|--:|--:|"
-    )
+    print("\n| maps, channels, side | PyTorch, us | norms.py, us | backward, us |\n|---|--:|--:|--:|")
     for n, channels, side in SHAPES:
         x = torch.randn(n, channels, side, side, device="cuda", dtype=torch.float16)
         x = x.to(memory_format=torch.channels_last)

@@ -107,8 +107,10 @@ def main():
             found = [((other - exact).norm() / exact.norm()).item() for other in (flat, rule)]
             between = ((flat - rule).norm() / rule.norm()).item()
             rows.append((rank, shares, (*found, between)))
-    print("| rank | in matrices under 4,096 | in SD v1.5 | one vector against 32 bits | bitsandbytes' rule "
-          "against 32 bits | the two against one another |\n|--:|--:|--:|--:|--:|--:|")  # fmt: skip
+    print(
+        "| rank | in matrices under 4,096 | in SD v1.5 | one vector against 32 bits | bitsandbytes' rule "
+        "against 32 bits | the two against one another |\n|--:|--:|--:|--:|--:|--:|"
+    )
     for rank, shares, differences in rows:
         cells = [f"{share:.0%}" for share in shares] + [f"{d:.1%}" for d in differences]
         print(f"| {rank} | {' | '.join(cells)} |")

@@ -40,8 +40,18 @@ def recorded_pass(config):
         return kept[-len(functions) :]
 
     with patch.object(micro_step, "captured", captured), tempfile.TemporaryDirectory() as folder:
-        train.train(**config | dict(output_dir=folder, run_name="profile", resume=False, max_steps=10,
-                                    warmup_steps=1, preview_every=0, snapshot_every=0))  # fmt: skip
+        train.train(
+            **config
+            | dict(
+                output_dir=folder,
+                run_name="profile",
+                resume=False,
+                max_steps=10,
+                warmup_steps=1,
+                preview_every=0,
+                snapshot_every=0,
+            )
+        )
     return kept[0]
 
 
@@ -75,8 +85,10 @@ def main():
     print(f"in it {count / REPLAYS:.0f} kernels, {total / REPLAYS / 1e3:.2f} ms together\n")
     print("| ms | kernels | us each | name |\n|--:|--:|--:|---|")
     for name, times in sorted(kernels.items(), key=lambda pair: -sum(pair[1]))[:MOST]:
-        print(f"| {sum(times) / REPLAYS / 1e3:.3f} | {len(times) / REPLAYS:.0f} | "
-              f"{sum(times) / len(times):.1f} | {name[:100]} |")  # fmt: skip
+        print(
+            f"| {sum(times) / REPLAYS / 1e3:.3f} | {len(times) / REPLAYS:.0f} | "
+            f"{sum(times) / len(times):.1f} | {name[:100]} |"
+        )
 
 
 if __name__ == "__main__":

@@ -35,8 +35,11 @@ def report():
     if seconds:
         median = statistics.median(seconds)
         gib = torch.cuda.max_memory_reserved() / 2**30
-        print(f"\n{Path(sys.argv[0]).name}: {1e3 * median:.1f} ms/step = {1 / median:.2f} steps/s; "
-              f"{gib:.2f} GiB reserved at most", flush=True)  # fmt: skip
+        print(
+            f"\n{Path(sys.argv[0]).name}: {1e3 * median:.1f} ms/step = {1 / median:.2f} steps/s; "
+            f"{gib:.2f} GiB reserved at most",
+            flush=True,
+        )
 
 
 tqdm.auto.tqdm.update = timed_update

@@ -80,8 +80,9 @@ def run(*command, caches=None):
             (caches / key).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with watched(driver_memory()) as memory:
-        process = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                                 cwd=ROOT, env=environment)  # fmt: skip
+        process = subprocess.run(
+            [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, env=environment
+        )
     seconds = time.monotonic() - started
     if process.returncode:
         print(f"{' '.join(map(str, command))} failed:\n{process.stderr[-3000:]}", file=sys.stderr)
@@ -90,8 +91,9 @@ def run(*command, caches=None):
 
 def ours(folder, options, caches=None):
     """(config.json of a run of train.py, wall seconds, driver's MiB); None if it failed."""
-    output, seconds, memory = run("train.py", *options, "--output-dir", folder, "--run-name", "run",
-                                  "--no-resume", caches=caches)  # fmt: skip
+    output, seconds, memory = run(
+        "train.py", *options, "--output-dir", folder, "--run-name", "run", "--no-resume", caches=caches
+    )
     try:
         return json.loads((folder / "run" / "config.json").read_text()), seconds, memory
     except OSError:
@@ -102,36 +104,72 @@ def ours(folder, options, caches=None):
 def scripts(args, folder):
     """The slow loops, then train.py's whole run of 4000 steps, each in a process of its own."""
     base = ("--base-model", args.base_model)
-    print("| | ms/step | steps/s | GiB reserved | GiB, driver |\n|---|--:|--:|--:|--:|", flush=True)  # fmt: skip
+    print("| | ms/step | steps/s | GiB reserved | GiB, driver |\n|---|--:|--:|--:|--:|", flush=True)
 
     def row(name, line):
         output, seconds, memory = line
         found = re.search(r"([\d.]+) ms/step = ([\d.]+) steps/s; ([\d.]+) GiB", output)
         if found:
-            print(f"| {name} | {found[1]} | {found[2]} | {found[3]} | {memory / 1024:.2f} |", flush=True)  # fmt: skip
+            print(f"| {name} | {found[1]} | {found[2]} | {found[3]} | {memory / 1024:.2f} |", flush=True)
 
-    row("the study's settings, a plain loop", run("tests/plain_loop.py", *base, "--max-steps", args.plain_steps, "--warmup-steps", 10))  # fmt: skip
+    row(
+        "the study's settings, a plain loop",
+        run("tests/plain_loop.py", *base, "--max-steps", args.plain_steps, "--warmup-steps", 10),
+    )
     if args.diffusers_script:
         pictures = ROOT / "processed_data" / "images"
-        row("diffusers' train_dreambooth_lora.py", run(
-            "bench/time_script.py", args.diffusers_script, "--pretrained_model_name_or_path", args.base_model,
-            "--instance_data_dir", pictures, "--instance_prompt", "a holographic raincoat", "--output_dir",
-            folder / "theirs", "--train_text_encoder", "--rank", 32, "--resolution", 512, "--train_batch_size", 1,
-            "--learning_rate", "1e-4", "--lr_scheduler", "cosine", "--lr_warmup_steps", 10, "--use_8bit_adam",
-            "--mixed_precision", "fp16", "--gradient_checkpointing", "--max_train_steps", args.plain_steps,
-            "--checkpointing_steps", 10000, "--seed", 42,
-        ))  # fmt: skip
+        row(
+            "diffusers' train_dreambooth_lora.py",
+            run(
+                "bench/time_script.py",
+                args.diffusers_script,
+                "--pretrained_model_name_or_path",
+                args.base_model,
+                "--instance_data_dir",
+                pictures,
+                "--instance_prompt",
+                "a holographic raincoat",
+                "--output_dir",
+                folder / "theirs",
+                "--train_text_encoder",
+                "--rank",
+                32,
+                "--resolution",
+                512,
+                "--train_batch_size",
+                1,
+                "--learning_rate",
+                "1e-4",
+                "--lr_scheduler",
+                "cosine",
+                "--lr_warmup_steps",
+                10,
+                "--use_8bit_adam",
+                "--mixed_precision",
+                "fp16",
+                "--gradient_checkpointing",
+                "--max_train_steps",
+                args.plain_steps,
+                "--checkpointing_steps",
+                10000,
+                "--seed",
+                42,
+            ),
+        )
     caches = folder / "caches"
     result, seconds, memory = ours(folder, base, caches)
     if result:
         rate = result["steps_a_second"]
-        print(f"| train.py, all its 4000 steps | {1e3 / rate:.1f} | {rate:.1f} | {result['peak_gib_reserved']:.2f} | "
-              f"{memory / 1024:.2f} |\n\nfrom the command to the adapter {seconds:.1f} s, set-up after the imports "
-              f"{result['set_up_seconds']:.1f} s", flush=True)  # fmt: skip
+        print(
+            f"| train.py, all its 4000 steps | {1e3 / rate:.1f} | {rate:.1f} | {result['peak_gib_reserved']:.2f} | "
+            f"{memory / 1024:.2f} |\n\nfrom the command to the adapter {seconds:.1f} s, set-up after the imports "
+            f"{result['set_up_seconds']:.1f} s",
+            flush=True,
+        )
         shutil.rmtree(folder / "run")
         again, *_ = ours(folder, (*base, "--max-steps", 60), caches)
         if again:
-            print(f"set-up of the next run, which finds its kernels compiled, {again['set_up_seconds']:.1f} s")  # fmt: skip
+            print(f"set-up of the next run, which finds its kernels compiled, {again['set_up_seconds']:.1f} s")
 
 
 # What stands in the place of a function of the project where a technique is taken away.
@@ -194,9 +232,7 @@ def replacing(replaced):
     """Inside, each function of `replaced`, {name: function}, stands in the place of the project's of that name."""
     with contextlib.ExitStack() as stack:
         for key, value in replaced.items():
-            module = next(
-                m for m in (micro_step, parameters, protection, updates, blocks) if hasattr(m, key)
-            )
+            module = next(m for m in (micro_step, parameters, protection, updates, blocks) if hasattr(m, key))
             stack.enter_context(patch.object(module, key, value))
         yield
 
@@ -221,7 +257,7 @@ def attending(*backends):
 ATTENTION_KERNELS = {
     "attention: flash kernel wherever it can": (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
     "attention: memory-efficient kernel": (SDPBackend.EFFICIENT_ATTENTION,),
-}  # fmt: skip
+}
 
 
 def optimizer_times():
@@ -229,9 +265,7 @@ def optimizer_times():
     import bitsandbytes
 
     for count in (304, 2):
-        weights = [
-            torch.nn.Parameter(torch.zeros(7_557_120 // count, device="cuda")) for _ in range(count)
-        ]
+        weights = [torch.nn.Parameter(torch.zeros(7_557_120 // count, device="cuda")) for _ in range(count)]
         optimizer = bitsandbytes.optim.AdamW8bit(weights)
         scaler = torch.amp.GradScaler()
         scaler.scale(torch.zeros((), device="cuda"))
@@ -245,7 +279,7 @@ def optimizer_times():
             scaler.update()
             torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
-        print(f"scaler and 8-bit AdamW over {count} tensors: {1e3 * sorted(times)[10]:.2f} ms", flush=True)  # fmt: skip
+        print(f"scaler and 8-bit AdamW over {count} tensors: {1e3 * sorted(times)[10]:.2f} ms", flush=True)
 
 
 def parts(args, folder):
@@ -253,7 +287,11 @@ def parts(args, folder):
     import train
     from bench.limits import rates
 
-    print("{:.0f} TFLOP/s in a large fp16 matrix product, {:.2f} TB/s in a large copy".format(*(r / 1e12 for r in rates())))  # fmt: skip
+    print(
+        "{:.0f} TFLOP/s in a large fp16 matrix product, {:.2f} TB/s in a large copy".format(
+            *(r / 1e12 for r in rates())
+        )
+    )
     optimizer_times()
     record, flatten = graphs.captured, parameters.flatten_parameters
 
@@ -277,13 +315,9 @@ def parts(args, folder):
 
     recomputing, small = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
     unet_only, dora, eight = dict(train_text_encoder=False), dict(dora=True), dict(batch_size=8)
-    plain_loss = dict(
-        unet_targets=("attn2.to_k", "attn2.to_v"), protected_prompts="prompts/protected.txt"
-    )
+    plain_loss = dict(unet_targets=("attn2.to_k", "attn2.to_v"), protected_prompts="prompts/protected.txt")
     protected = plain_loss | dict(loss_guidance_scale=(1.0, 2.0))
-    random_text = dict(
-        SET_APART=math.inf
-    )  # a text encoder of random weights need not tell prompts apart
+    random_text = dict(SET_APART=math.inf)  # a text encoder of random weights need not tell prompts apart
     # (name, what differs in the configuration, what is replaced: see `replacing`)
     variants = [
         ("train.py, with checkpointing", recomputing, {}),
@@ -305,23 +339,27 @@ def parts(args, folder):
         ("- updates without a wait (bitsandbytes' AdamW)", {}, dict(missing_kernels=taken_away)),
         ("- joined layers", {}, dict(join=apart)),
         ("- joined layers, fused LoRA layers (PEFT's)", {}, PEFT),
-        ("- these, fp16 copy (autocast)", {}, PEFT | dict(captured=autocast,
-         flatten_parameters=lambda weights, dtype: flatten(weights, torch.float32))),
+        (
+            "- these, fp16 copy (autocast)",
+            {},
+            PEFT | dict(captured=autocast, flatten_parameters=lambda weights, dtype: flatten(weights, torch.float32)),
+        ),
         ("- sums with layer norms, CLIP's activation", {}, dict(row_modules=no_rows)),
         ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted)),
         ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
-        ("- all of these", {}, PEFT | dict(channels_last=nothing, captured=called,
-         missing_kernels=taken_away)),
-    ]  # fmt: skip
+        ("- all of these", {}, PEFT | dict(channels_last=nothing, captured=called, missing_kernels=taken_away)),
+    ]
     if args.others:
-        variants += [(name, {}, attending(*backends))
-                     for name, backends in ATTENTION_KERNELS.items()]  # fmt: skip
+        variants += [(name, {}, attending(*backends)) for name, backends in ATTENTION_KERNELS.items()]
+        variants.append(("cuDNN's search for the fastest convolutions", {}, dict(captured=searched)))
         variants.append(
-            ("cuDNN's search for the fastest convolutions", {}, dict(captured=searched))
+            (
+                "torch.compile of the blocks in place of fused layers and Triton kernels",
+                {},
+                PEFT | dict(fuse_lora=compiled, channels_last=converted, compile_attention=as_met),
+            )
         )
-        variants.append(("torch.compile of the blocks in place of fused layers and Triton kernels", {},
-                         PEFT | dict(fuse_lora=compiled, channels_last=converted, compile_attention=as_met)))  # fmt: skip
-    print("| | ms/step | steps/s | GiB reserved | GiB, driver | set-up s |\n|---|--:|--:|--:|--:|--:|", flush=True)  # fmt: skip
+    print("| | ms/step | steps/s | GiB reserved | GiB, driver | set-up s |\n|---|--:|--:|--:|--:|--:|", flush=True)
     for name, differs, replaced in variants:
         if not re.search(args.only, name):
             continue
@@ -329,11 +367,22 @@ def parts(args, folder):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         steps = args.plain_steps if replaced.get("captured") is called else args.steps
-        config = train.CONFIG | dict(
-            base_model=args.base_model, output_dir=str(folder), run_name="part", resume=False,
-            gradient_checkpointing=False, max_steps=steps, warmup_steps=10, validation_count=0,
-            preview_every=0, snapshot_every=0,
-        ) | differs  # fmt: skip
+        config = (
+            train.CONFIG
+            | dict(
+                base_model=args.base_model,
+                output_dir=str(folder),
+                run_name="part",
+                resume=False,
+                gradient_checkpointing=False,
+                max_steps=steps,
+                warmup_steps=10,
+                validation_count=0,
+                preview_every=0,
+                snapshot_every=0,
+            )
+            | differs
+        )
         with replacing(replaced), contextlib.redirect_stdout(sys.stderr), watched() as memory:
             try:
                 train.train(**config)
@@ -342,8 +391,11 @@ def parts(args, folder):
                 continue
         result = json.loads((folder / "part" / "config.json").read_text())
         rate = result["steps_a_second"]
-        print(f"| {name} | {1e3 / rate:.1f} | {rate:.1f} | {result['peak_gib_reserved']:.2f} | "
-              f"{memory[0] / 1024:.2f} | {result['set_up_seconds']:.1f} |", flush=True)  # fmt: skip
+        print(
+            f"| {name} | {1e3 / rate:.1f} | {rate:.1f} | {result['peak_gib_reserved']:.2f} | "
+            f"{memory[0] / 1024:.2f} | {result['set_up_seconds']:.1f} |",
+            flush=True,
+        )
 
 
 def demo(args, folder):
@@ -354,9 +406,7 @@ def demo(args, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = dict(scripts=scripts, parts=parts, demo=demo)
     parser.add_argument("table", choices=tables)
     parser.add_argument("--base-model")

@@ -13,14 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-)
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel
 
 from demo.build.tokenizers import byte_tokenizer
 from lib import adapter_files, adapters
@@ -41,28 +34,46 @@ def main():
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         vae = AutoencoderKL(
-            sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-            latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+            sample_size=512,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
-        text_encoder = CLIPTextModel(CLIPTextConfig(
-            vocab_size=END + 1, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-            num_attention_heads=12, projection_dim=768, max_position_embeddings=77, **ends,
-        ))  # fmt: skip
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=END + 1,
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                projection_dim=768,
+                max_position_embeddings=77,
+                **ends,
+            )
+        )
         clip = CLIPModel(CLIPConfig(text_config=ends))
     scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-        skip_prk_steps=True, set_alpha_to_one=False,
-    )  # fmt: skip
-    StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=byte_tokenizer(folder / "tokenizer", BEGIN),
-        unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(dtype=torch.float16).save_pretrained(folder)  # fmt: skip
-    clip.save_pretrained(folder / "clip")
-    images = CLIPImageProcessor(
-        size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
     )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=byte_tokenizer(folder / "tokenizer", BEGIN),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16).save_pretrained(folder)
+    clip.save_pretrained(folder / "clip")
+    images = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
     CLIPProcessor(images, byte_tokenizer(folder / "clip", BEGIN)).save_pretrained(folder / "clip")
     for name, model in dict(unet=unet, text_encoder=text_encoder, vae=vae, clip=clip).items():
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
@@ -72,9 +83,7 @@ def main():
         for _, b in adapters.factors(model).values():
             torch.nn.init.normal_(b.data, std=0.02)
     (folder / "adapter").mkdir(exist_ok=True)
-    adapter_files.save_adapter(
-        folder / "adapter", models, 32, 32.0, TARGETS, {"base_model": str(folder)}
-    )
+    adapter_files.save_adapter(folder / "adapter", models, 32, 32.0, TARGETS, {"base_model": str(folder)})
 
 
 if __name__ == "__main__":

@@ -21,9 +21,15 @@ WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name, inside an adapt
 COMPONENTS = ("unet", "text_encoder")
 # The spellings of the two factors: PEFT's, diffusers' older ones, and kohya's.
 FACTORS = {
-    "lora_A": "A", "lora.down": "A", "lora_linear_layer.down": "A", "lora_down": "A",
-    "lora_B": "B", "lora.up": "B", "lora_linear_layer.up": "B", "lora_up": "B",
-}  # fmt: skip
+    "lora_A": "A",
+    "lora.down": "A",
+    "lora_linear_layer.down": "A",
+    "lora_down": "A",
+    "lora_B": "B",
+    "lora.up": "B",
+    "lora_linear_layer.up": "B",
+    "lora_up": "B",
+}
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's
 KEY = re.compile(
     r"(?:(?P<component>unet|text_encoder)\.)?(?:base_model\.model\.)?(?P<layer>.+?)\."
@@ -56,8 +62,7 @@ def save_adapter(folder, models, rank, alpha, targets, metadata, half=False):
             key = f"{component}.{name}.{MAGNITUDE}.weight"
             # In full precision always: they are few, and one's rounding would scale a whole row.
             tensors[key] = magnitude.detach().float().cpu().clone()
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets[component]),
-                            use_dora=bool(dora))  # fmt: skip
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets[component]), use_dora=bool(dora))
         for key, value in config.to_dict().items():
             # What diffusers needs to rebuild the layers; the rest would tie the file to one PEFT.
             if key in ("r", "lora_alpha", "target_modules") or (key == "use_dora" and value):
@@ -137,9 +142,7 @@ def read_adapter(folder):
         for key, tensor in tensors.items():
             found = KEY.fullmatch(key)
             if found is None:
-                raise UserError(
-                    f"{path}: {key} is no key of a LoRA adapter; {len(tensors)} keys read"
-                )
+                raise UserError(f"{path}: {key} is no key of a LoRA adapter; {len(tensors)} keys read")
             layer = found["layer"]
             part = found["component"] or component or guess_component(layer)
             half = halves.setdefault(part, {}).setdefault(layer, {})
@@ -180,9 +183,7 @@ def add_kohya(adapter, layers):
         alike = len(scales) == 1
         adapter.alpha[part] = rank * scales.pop() if alike else float(rank)
         adapter.targets[part] = None
-        adapter.factors[part] = {
-            name: (a, b if alike else b * scale) for name, (a, b, scale, _) in rows.items()
-        }
+        adapter.factors[part] = {name: (a, b if alike else b * scale) for name, (a, b, scale, _) in rows.items()}
 
 
 def read_tensors(path):
@@ -206,12 +207,9 @@ def read_peft_config(path):
         kind = config["peft_type"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(f"{path} is not a PEFT adapter configuration") from None
-    extras = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern",
-                              "modules_to_save") if config.get(key)]  # fmt: skip
+    extras = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     if kind != "LORA" or extras:
-        raise UserError(
-            f"{path}: only plain LoRA and DoRA are read, this is {' '.join([str(kind)[:40], *extras])}"
-        )
+        raise UserError(f"{path}: only plain LoRA and DoRA are read, this is {' '.join([str(kind)[:40], *extras])}")
     return config
 
 
@@ -223,9 +221,7 @@ def alpha_and_targets(config, header, part, path):
     if not config:
         try:
             stated = json.loads(header.get("lora_adapter_metadata", "{}"))
-            config = {
-                k.removeprefix(f"{part}."): v for k, v in stated.items() if k.startswith(part)
-            }
+            config = {k.removeprefix(f"{part}."): v for k, v in stated.items() if k.startswith(part)}
         except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{path}: lora_adapter_metadata is no JSON object: damaged?") from None
     alpha, targets = config.get("lora_alpha"), config.get("target_modules")
@@ -247,25 +243,24 @@ def check_factors(layers, path, part, one_rank=True):
     and some B is not zero."""
     single = sorted(name for name, half in layers.items() if not half.keys() >= {"A", "B"})
     if single:
-        raise UserError(f"{path}: {len(single)} layers of the {part} have one factor only "
-                        f"({some(single)}); the file is damaged")  # fmt: skip
+        raise UserError(
+            f"{path}: {len(single)} layers of the {part} have one factor only ({some(single)}); the file is damaged"
+        )
     bad = sorted(
         name
         for name, half in layers.items()
         if half["A"].ndim != 2 or half["B"].ndim != 2 or half["A"].shape[0] != half["B"].shape[1]
     )
     if bad or (one_rank and len({half["A"].shape[0] for half in layers.values()}) != 1):
-        raise UserError(
-            f"{path}: the factors of the {part} disagree in rank ({some(bad or list(layers))})"
-        )
+        raise UserError(f"{path}: the factors of the {part} disagree in rank ({some(bad or list(layers))})")
     scaled = [name for name, half in layers.items() if "m" in half]
     if scaled and not all("m" in h and h["m"].shape == h["B"].shape[:1] for h in layers.values()):
-        raise UserError(f"{path}: DoRA's magnitudes of the {part} do not fit its factors, one for each output "
-                        f"of each of {len(layers)} layers; the file is damaged")  # fmt: skip
-    infinite = sorted(n for n, half in layers.items() if not all(w.isfinite().all() for w in half.values()))  # fmt: skip
-    if infinite:
         raise UserError(
-            f"{path}: {len(infinite)} layers of the {part} hold NaN or infinity ({some(infinite)})"
+            f"{path}: DoRA's magnitudes of the {part} do not fit its factors, one for each output "
+            f"of each of {len(layers)} layers; the file is damaged"
         )
+    infinite = sorted(n for n, half in layers.items() if not all(w.isfinite().all() for w in half.values()))
+    if infinite:
+        raise UserError(f"{path}: {len(infinite)} layers of the {part} hold NaN or infinity ({some(infinite)})")
     if all(not half["B"].any() for half in layers.values()):
         raise UserError(f"{path}: every lora_B of the {part} is zero; this adapter does nothing")

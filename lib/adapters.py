@@ -49,8 +49,7 @@ def add_lora(model, rank, alpha, targets, dora=False):
     for target in targets:
         if not any(matches(name, (target,)) for name in layers):
             raise UserError(f"LoRA target {target} matches no layer of the {type(model).__name__}")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=True,
-                        use_dora=dora)  # fmt: skip
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=True, use_dora=dora)
     inject_adapter_in_model(config, model)
     for name, magnitude in magnitudes(model).items():  # PEFT rounds them to the weights' type
         weight = lora_layers(model)[name].get_base_layer().weight.data
@@ -185,18 +184,11 @@ def match_layers(rows, model, targets, path, component):
     empty = sorted({name for name in linear if matches(name, endings)} - set(rows))
     problems = []
     if unknown:
-        problems.append(f"{len(unknown)} of {len(rows)} layers in the file are not in the model "
-                        f"({some(unknown)})")  # fmt: skip
+        problems.append(f"{len(unknown)} of {len(rows)} layers in the file are not in the model ({some(unknown)})")
     if empty:
-        problems.append(
-            f"{len(empty)} layers of the model get nothing from the file ({some(empty)})"
-        )
+        problems.append(f"{len(empty)} layers of the model get nothing from the file ({some(empty)})")
     if not problems:
-        wrong = [
-            name
-            for name, (a, b, *_) in rows.items()
-            if (b.shape[0], a.shape[1]) != linear[name].weight.shape[:2]
-        ]
+        wrong = [name for name, (a, b, *_) in rows.items() if (b.shape[0], a.shape[1]) != linear[name].weight.shape[:2]]
         if wrong:
             problems.append(f"{len(wrong)} layers have another shape ({some(wrong)})")
     if problems:
@@ -210,9 +202,7 @@ def match_layers(rows, model, targets, path, component):
 def is_matrix(module):
     """Whether a layer multiplies by a matrix: a linear layer, or a convolution of 1x1 such as
     Stable Diffusion 1.x has before and behind its transformers (proj_in, proj_out)."""
-    return isinstance(module, torch.nn.Linear) or (
-        isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1)
-    )
+    return isinstance(module, torch.nn.Linear) or (isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1))
 
 
 def some(names):

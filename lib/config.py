@@ -33,23 +33,14 @@ def parse_config(config, description, demo=None, argv=None):
     )
     if demo is not None:
         listed = ", ".join(f"{key}={value!r}" for key, value in demo.items())
-        parser.add_argument(
-            "--demo",
-            action="store_true",
-            help=f"use the embedded model: {listed}".replace("%", "%%"),
-        )
+        parser.add_argument("--demo", action="store_true", help=f"use the embedded model: {listed}".replace("%", "%%"))
     for key, value in config.items():
         option = "--" + key.replace("_", "-")
         shown = f"default: {value!r}".replace("%", "%%")
         if isinstance(value, bool):
             parser.add_argument(option, action=argparse.BooleanOptionalAction, help=shown)
         elif isinstance(value, (tuple, list)):
-            parser.add_argument(
-                option,
-                type=_tuple_of(type(value[0]) if value else str),
-                help=shown,
-                metavar="A,B,…",
-            )
+            parser.add_argument(option, type=_tuple_of(type(value[0]) if value else str), help=shown, metavar="A,B,…")
         elif key == "resolution":
             parser.add_argument(option, type=_resolution, help=shown, metavar="PIXELS")
         else:
@@ -62,8 +53,17 @@ def parse_config(config, description, demo=None, argv=None):
 
 
 # Keys of the CONFIGs that may hold paths; score_dir two of them, with a comma.
-PATHS = ("base_model", "clip_model", "data_dir", "lora_dir", "output_dir", "prompts",
-         "protected_prompts", "score_dir", "work_dir")  # fmt: skip
+PATHS = (
+    "base_model",
+    "clip_model",
+    "data_dir",
+    "lora_dir",
+    "output_dir",
+    "prompts",
+    "protected_prompts",
+    "score_dir",
+    "work_dir",
+)
 
 
 def at_home(key, value):
@@ -114,9 +114,7 @@ def picture_size(resolution):
     """
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(resolution))
     if not found:
-        raise UserError(
-            f"resolution is {resolution}, but must be a number of pixels, or WIDTHxHEIGHT as in 512x768"
-        )
+        raise UserError(f"resolution is {resolution}, but must be a number of pixels, or WIDTHxHEIGHT as in 512x768")
     return int(found[1]), int(found[2] or found[1])
 
 

@@ -69,10 +69,7 @@ class Dataset:
             with contextlib.suppress(Exception), Image.open(row.path) as image:
                 small += image.width < width or image.height < height
                 cut += image.width * height != image.height * width
-        found = [
-            (small, "smaller and are enlarged"),
-            (cut, "of another shape and lose what does not fit"),
-        ]
+        found = [(small, "smaller and are enlarged"), (cut, "of another shape and lose what does not fit")]
         size = self.resolution
         return [
             f"note: {self.folder}: of {len(self)} pictures {count} are {words} ({size}x{size} are trained on)"
@@ -91,10 +88,7 @@ class Dataset:
     @functools.cached_property
     def mask_names(self):
         """{folder: {picture: [its masks]}} of the folders that the pictures lie in."""
-        return {
-            folder: find_masks(sorted(os.listdir(folder)))
-            for folder in {row.path.parent for row in self}
-        }
+        return {folder: find_masks(sorted(os.listdir(folder))) for folder in {row.path.parent for row in self}}
 
     def mask_path(self, index):
         """Where a picture's mask lies, None if it has no file of its own; UserError if it has several."""
@@ -191,9 +185,7 @@ def picture_sizes(data_dir, rows, resolution):
         )
     for name, size in said.items():
         if not (len(size) == 2 and all(isinstance(n, int) and n > 0 and n % 8 == 0 for n in size)):
-            raise UserError(
-                f"{data_dir / 'manifest.json'}: the size of {name} is no width and height in steps of 8"
-            )
+            raise UserError(f"{data_dir / 'manifest.json'}: the size of {name} is no width and height in steps of 8")
     return [said.get(row.name, (resolution, resolution)) for row in rows]
 
 
@@ -203,11 +195,7 @@ def prepared_as(data_dir):
     try:
         manifest = json.loads((Path(data_dir) / "manifest.json").read_text(encoding="utf-8"))
         config, pictures = manifest["config"], manifest["pictures"]
-        sizes = {
-            picture["file_name"]: tuple(picture["size"])
-            for picture in pictures
-            if config["buckets"]
-        }
+        sizes = {picture["file_name"]: tuple(picture["size"]) for picture in pictures if config["buckets"]}
         return int(config["resolution"]), sizes
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None, {}
@@ -218,12 +206,8 @@ def read_known(data_dir):
     {what a training set is made of: its SHA-256}; both empty where there is none or it is damaged."""
     try:
         record = json.loads((data_dir / KEPT / "pictures.json").read_text(encoding="utf-8"))
-        pictures = {
-            name: fact for name, fact in record["pictures"].items() if [*map(type, fact)] == FACT
-        }
-        return dict(
-            pictures=pictures, data={k: v for k, v in record["data"].items() if type(v) is str}
-        )
+        pictures = {name: fact for name, fact in record["pictures"].items() if [*map(type, fact)] == FACT}
+        return dict(pictures=pictures, data={k: v for k, v in record["data"].items() if type(v) is str})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return dict(pictures={}, data={})
@@ -265,16 +249,12 @@ def read_listing(data_dir, caption_from):
                 "how) and run preprocess.py again"
             )
         if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
-            raise UserError(
-                f"{where}: file_name and {caption_from} must be strings, and {caption_from} not empty"
-            )
+            raise UserError(f"{where}: file_name and {caption_from} must be strings, and {caption_from} not empty")
         try:
             caption.encode()  # JSON can spell half of a surrogate pair, which is no text
             path = find_file([data_dir / name, data_dir / "images" / name], folders)
         except (OSError, ValueError):  # too long, a zero byte, half of a surrogate pair
-            raise UserError(
-                f"{where}: file_name cannot be a file's, or {caption_from} is no text"
-            ) from None
+            raise UserError(f"{where}: file_name cannot be a file's, or {caption_from} is no text") from None
         if Path(name).is_absolute():
             raise UserError(f"{where}: {name} is an absolute path; name pictures from {data_dir}")
         if Path(os.path.normpath(name)).parts[:1] == ("..",):
@@ -282,9 +262,7 @@ def read_listing(data_dir, caption_from):
         if path is None:
             raise UserError(f"{where}: there is no {name} in {data_dir} or {data_dir / 'images'}")
         if not path.is_file():
-            raise UserError(
-                f"{where}: {name} is a link to {os.readlink(path)}, which is not there{fetched_by(path)}"
-            )
+            raise UserError(f"{where}: {name} is a link to {os.readlink(path)}, which is not there{fetched_by(path)}")
         real = path.resolve()  # links are followed, but no picture is one twice
         if real in seen:
             raise UserError(f"{where}: {name} was already named in line {seen[real]}")

@@ -17,9 +17,7 @@ class UserError(ValueError):
     """
 
     def __str__(self):
-        lines = (
-            "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in self.args
-        )
+        lines = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in self.args)
         return "\n  ".join(lines)
 
 

@@ -48,9 +48,7 @@ def check_output_folder(folder, marker):
         what = f"a link to the file {real}" if folder.is_symlink() else "a file"
         raise UserError(f"{folder} is {what}; name a folder for the output")
     if os.path.ismount(real):
-        raise UserError(
-            f"{folder} is where a disk is mounted, which cannot be replaced; name a folder in it"
-        )
+        raise UserError(f"{folder} is where a disk is mounted, which cannot be replaced; name a folder in it")
     if real.is_dir() and any(real.iterdir()) and written_files(real, marker) is None:
         raise UserError(
             f"{folder} holds files that this script did not write (it has no {marker} of its own); "
@@ -83,11 +81,20 @@ UNLISTED = {
     "manifest.json": ("captions.jsonl", "contact_sheet.png", "images/image_*.png"),
     "config.json": ("log.jsonl", "loss.png", "pytorch_lora_weights.safetensors"),
     "metrics.json": (
-        "metrics.csv", "summary.md", "report.html", "comparison_all.png", "success_cases.png",
-        "failure_cases.png", "sweep.png", "sweep_pictures.png", "forest.png", "comparison.csv",
-        "images/*/base_*.png", "images/*/lora_*.png",
+        "metrics.csv",
+        "summary.md",
+        "report.html",
+        "comparison_all.png",
+        "success_cases.png",
+        "failure_cases.png",
+        "sweep.png",
+        "sweep_pictures.png",
+        "forest.png",
+        "comparison.csv",
+        "images/*/base_*.png",
+        "images/*/lora_*.png",
     ),
-}  # fmt: skip
+}
 
 
 def write_marker(path, record):
@@ -235,8 +242,18 @@ def locked(final):
         lock.release()
 
 
-NO_FOLDER_FLUSHED = {errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.EIO, errno.EISDIR,
-                     errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}  # fmt: skip
+NO_FOLDER_FLUSHED = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EBADF,
+    errno.EINVAL,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOTTY,
+}
 
 
 def flush(path):

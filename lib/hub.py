@@ -18,7 +18,10 @@ PRIVATE = ("config.json",)
 def odd_token():
     """What is wrong with the hub's token where it holds what no token does, which ends as one error or another of
     the network: a sentence, or None."""
-    for token, place in ((os.environ.get("HF_TOKEN", "").strip(), "HF_TOKEN"), (get_token() or "", "the token for the hub")):  # fmt: skip
+    for token, place in (
+        (os.environ.get("HF_TOKEN", "").strip(), "HF_TOKEN"),
+        (get_token() or "", "the token for the hub"),
+    ):
         for number, letter in enumerate(token, 1):
             if not "!" <= letter <= "~":
                 return (
@@ -34,7 +37,7 @@ def check_push(repository):
     try:
         validate_repo_id(repository)
     except HFValidationError as problem:
-        raise UserError(f"push_to_hub {repository!r} is no repository: {one_line(problem, 150)}") from None  # fmt: skip
+        raise UserError(f"push_to_hub {repository!r} is no repository: {one_line(problem, 150)}") from None
     if repository.count("/") != 1:
         raise UserError(f"push_to_hub is {repository!r}, but must be owner/name")
     if wrong := odd_token():
@@ -43,24 +46,28 @@ def check_push(repository):
     try:
         user = HfApi().whoami()
     except LocalTokenNotFoundError:
-        raise UserError(f"push_to_hub: there is no token for the hub; run `hf auth login` or set HF_TOKEN, {instead}") from None  # fmt: skip
+        raise UserError(
+            f"push_to_hub: there is no token for the hub; run `hf auth login` or set HF_TOKEN, {instead}"
+        ) from None
     except HfHubHTTPError as problem:
-        raise UserError(f"push_to_hub: the hub does not accept the token ({one_line(problem, 120)}); make another, {instead}") from None  # fmt: skip
+        raise UserError(
+            f"push_to_hub: the hub does not accept the token ({one_line(problem, 120)}); make another, {instead}"
+        ) from None
     except Exception as problem:  # whatever a network can do
         what = f"{type(problem).__name__}: {one_line(problem, 120)}"
-        raise UserError(f"push_to_hub: the hub cannot be reached ({what}); connect to the network, {instead}") from None  # fmt: skip
+        raise UserError(f"push_to_hub: the hub cannot be reached ({what}); connect to the network, {instead}") from None
     owner = repository.split("/")[0]
     owners = [user["name"], *(group["name"] for group in user.get("orgs", []))]
     if owner not in owners:
-        raise UserError(f"push_to_hub: the token is {user['name']}'s, who cannot write for {owner}; "
-                        f"it can be one of {', '.join(owners)}")  # fmt: skip
+        raise UserError(
+            f"push_to_hub: the token is {user['name']}'s, who cannot write for {owner}; "
+            f"it can be one of {', '.join(owners)}"
+        )
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError(f"push_to_hub: the token of {user['name']} can only read; make one that writes, {instead}")  # fmt: skip
+        raise UserError(f"push_to_hub: the token of {user['name']} can only read; make one that writes, {instead}")
     with contextlib.suppress(Exception):  # there is none yet, or only the upload will tell
         if HfApi().repo_info(repository).private is False:
-            print(
-                f"note: {repository} exists and is public: everybody will see the run there, with its captions"
-            )
+            print(f"note: {repository} exists and is public: everybody will see the run there, with its captions")
 
 
 def push(folder, repository):
@@ -74,8 +81,9 @@ def push(folder, repository):
     try:
         api = HfApi()
         address = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=patterns,
-                          commit_message=f"Upload {folder.name}")  # fmt: skip
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=patterns, commit_message=f"Upload {folder.name}"
+        )
     except Exception as problem:  # whatever a network can do
         what = f"{type(problem).__name__}: {one_line(problem, 150)}"
         raise UserError(

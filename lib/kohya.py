@@ -30,19 +30,52 @@ COMPONENTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder"}
 # The names between the dots that hold an underscore themselves: those of the UNet's and the text
 # encoder's layers. Where several would fit, the longest is meant.
 NAMES = (
-    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "proj_in", "proj_out", "to_q", "to_k",
-    "to_v", "to_out", "conv_in", "conv_out", "conv_norm_out", "conv_shortcut", "time_embedding",
-    "time_emb_proj", "linear_1", "linear_2", "text_model", "self_attn", "q_proj", "k_proj", "v_proj",
-    "out_proj", "layer_norm1", "layer_norm2", "final_layer_norm", "token_embedding",
-    "position_embedding", "group_norm",
-)  # fmt: skip
+    "down_blocks",
+    "up_blocks",
+    "mid_block",
+    "transformer_blocks",
+    "proj_in",
+    "proj_out",
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out",
+    "conv_in",
+    "conv_out",
+    "conv_norm_out",
+    "conv_shortcut",
+    "time_embedding",
+    "time_emb_proj",
+    "linear_1",
+    "linear_2",
+    "text_model",
+    "self_attn",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "out_proj",
+    "layer_norm1",
+    "layer_norm2",
+    "final_layer_norm",
+    "token_embedding",
+    "position_embedding",
+    "group_norm",
+)
 PART = re.compile(rf"(?:{'|'.join(sorted(NAMES, key=len, reverse=True))}|[^_]+)(?=_|$)")
 # What a key of another kind of adapter holds, and what that kind is called.
 OTHER_KINDS = {
-    "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "boft_": "BOFT",
-    "lora_mid": "LoCon with Tucker decomposition", "a1.weight": "GLoRA", "on_input": "(IA)^3",
-    "diff": "whole weights", "diff_b": "whole weights", "w_norm": "whole weights", "b_norm": "whole weights",
-}  # fmt: skip
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "boft_": "BOFT",
+    "lora_mid": "LoCon with Tucker decomposition",
+    "a1.weight": "GLoRA",
+    "on_input": "(IA)^3",
+    "diff": "whole weights",
+    "diff_b": "whole weights",
+    "w_norm": "whole weights",
+    "b_norm": "whole weights",
+}
 
 
 # ---- written -------------------------------------------------------------------------------
@@ -105,8 +138,8 @@ def kohya_header(config, data, width, prediction_type, thumbnail=None):
     trigger = max(sorted(captions), key=captions.get)
     architecture = "stable-diffusion-v1"
     if second:
-        architecture = "stable-diffusion-v2-" + ("768-v" if prediction_type == "v_prediction" else "512")  # fmt: skip
-    pictures, per_step = sum(captions.values()), config["batch_size"] * config["gradient_accumulation_steps"]  # fmt: skip
+        architecture = "stable-diffusion-v2-" + ("768-v" if prediction_type == "v_prediction" else "512")
+    pictures, per_step = sum(captions.values()), config["batch_size"] * config["gradient_accumulation_steps"]
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": config["rank"],
@@ -181,8 +214,10 @@ def read_kohya(tensors, path):
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None or (tensor.ndim == 4 and tuple(tensor.shape[2:]) != (1, 1)):
-            raise UserError(f"{path}: only plain LoRA and DoRA of Stable Diffusion 1.x and 2.x are read, {key} is "
-                            f"{kind_of(key, tensor)}")  # fmt: skip
+            raise UserError(
+                f"{path}: only plain LoRA and DoRA of Stable Diffusion 1.x and 2.x are read, {key} is "
+                f"{kind_of(key, tensor)}"
+            )
         rows = found.setdefault(COMPONENTS[match["component"]], {})
         row, what = rows.setdefault(dotted(match["layer"]), {}), match["what"]
         if what in row:
@@ -193,18 +228,22 @@ def read_kohya(tensors, path):
         layers[component] = {}
         for name, row in rows.items():
             if not {"lora_down.weight", "lora_up.weight"} <= row.keys():
-                raise UserError(f"{path}: {name} of the {component} lacks a factor; the file is damaged")  # fmt: skip
+                raise UserError(f"{path}: {name} of the {component} lacks a factor; the file is damaged")
             a, b = (row[f"lora_{half}.weight"] for half in ("down", "up"))
             a, b = (w[:, :, 0, 0] if w.ndim == 4 else w for w in (a, b))
             if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] > 0:
-                raise UserError(f"{path}: the factors of {name} have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
-                                "which do not fit one another")  # fmt: skip
+                raise UserError(
+                    f"{path}: the factors of {name} have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+                    "which do not fit one another"
+                )
             dora = row.get("dora_scale")
             if dora is not None:
                 dora = dora[:, :, 0, 0] if dora.ndim == 4 else dora
                 if dora.shape not in ((len(b), 1), (1, a.shape[1])):
-                    raise UserError(f"{path}: dora_scale of {name} has shape {tuple(dora.shape)}, which is neither "
-                                    "one for each output nor one for each input")  # fmt: skip
+                    raise UserError(
+                        f"{path}: dora_scale of {name} has shape {tuple(dora.shape)}, which is neither "
+                        "one for each output nor one for each input"
+                    )
             scale = scale_of(row.get("alpha"), a, name, path)
             layers[component][name] = (a, b, scale, dora)
     return {component: without_idle(rows) for component, rows in layers.items()}
@@ -221,7 +260,7 @@ def scale_of(alpha, a, name, path):
     if alpha is None:
         return 1.0
     if alpha.numel() != 1 or not 1e-6 <= alpha.item() <= 1e6:
-        raise UserError(f"{path}: alpha of {name} is {alpha.flatten()[:3].tolist()}, but must be a positive number")  # fmt: skip
+        raise UserError(f"{path}: alpha of {name} is {alpha.flatten()[:3].tolist()}, but must be a positive number")
     return alpha.item() / a.shape[0]
 
 
@@ -243,8 +282,13 @@ def kind_of(key, tensor):
 def adapter_header(header):
     """What the results keep of a kohya header, under this project's names: a dict of strings."""
     names = {
-        "base_model": "ss_sd_model_name", "caption": "modelspec.trigger_phrase", "steps": "ss_steps",
-        "seed": "ss_seed", "rank": "ss_network_dim", "alpha": "ss_network_alpha", "title": "modelspec.title",
-    }  # fmt: skip
+        "base_model": "ss_sd_model_name",
+        "caption": "modelspec.trigger_phrase",
+        "steps": "ss_steps",
+        "seed": "ss_seed",
+        "rank": "ss_network_dim",
+        "alpha": "ss_network_alpha",
+        "title": "modelspec.title",
+    }
     known = {name: str(header.get(key, "None"))[:300] for name, key in names.items()}
     return {name: value for name, value in known.items() if value not in ("", "None")}

@@ -30,9 +30,7 @@ def find_masks(names):
 def only_mask(paths):
     """The one of a picture's masks; None if it has none, Unusable if it has several."""
     if len(paths) > 1:
-        raise Unusable(
-            f"it has {len(paths)} masks, {' and '.join(p.name for p in paths)}; keep one"
-        )
+        raise Unusable(f"it has {len(paths)} masks, {' and '.join(p.name for p in paths)}; keep one")
     return paths[0] if paths else None
 
 
@@ -70,9 +68,7 @@ def levels(image):
         grey, alpha = np.asarray(layers.convert("L")), np.asarray(layers.getchannel("A"))
         seen = grey[alpha > 127]
         black, white = (seen <= BLACK).sum(), (seen >= WHITE).sum()
-        if (
-            min(black, white) and black + white > 0.95 * seen.size
-        ):  # black and white, in part cut out
+        if min(black, white) and black + white > 0.95 * seen.size:  # black and white, in part cut out
             grey = (grey.astype(np.uint16) * alpha // 255).astype(np.uint8)
         elif alpha.min() < 255:  # the subject, cut out
             grey = alpha
@@ -82,6 +78,8 @@ def levels(image):
     if marked.size == 1:
         grey = np.where(grey > 0, np.uint8(255), np.uint8(0))
     elif brightest < 128:
-        raise Unusable(f"it has {marked.size} levels besides black, the brightest {brightest} of 255; make what "
-                       "the training is about white, the rest black")  # fmt: skip
+        raise Unusable(
+            f"it has {marked.size} levels besides black, the brightest {brightest} of 255; make what "
+            "the training is about white, the rest black"
+        )
     return Image.fromarray(grey)

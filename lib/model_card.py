@@ -54,11 +54,18 @@ def card_text(config, data, prediction_type, protection=None):
     else:
         loader = f"from_pretrained({json.dumps(base or f'path/to/{known}', ensure_ascii=False)}"
     body = TEMPLATES.get_template("model_card.md").render(
-        name=name, config=config, captions=captions, pictures=sum(count for _, count in captions),
-        held_out=len(data["held_out"]), sha256=data["sha256"], repository=repository, marks=MARKS, loader=loader,
+        name=name,
+        config=config,
+        captions=captions,
+        pictures=sum(count for _, count in captions),
+        held_out=len(data["held_out"]),
+        sha256=data["sha256"],
+        repository=repository,
+        marks=MARKS,
+        loader=loader,
         base=f"[{base}](https://huggingface.co/{base})" if base else code(known),
         recipe=recipe(config, data["size_counts"], prediction_type, protection),
-    )  # fmt: skip
+    )
     return f"---\n{front.to_yaml()}\n---\n{body}"
 
 
@@ -77,13 +84,16 @@ def recipe(config, size_counts, prediction_type, protection=None):
         ("rank, alpha", f"{config['rank']}, {config['alpha']:g}"),
         ("learning rates", f"{rates}; {config['warmup_steps']} warm-up steps, then a cosine to 0"),
         ("steps", steps),
-        ("optimizer", f"8-bit AdamW, betas {config['adam_beta1']:g} and {config['adam_beta2']:g}, "
-                      f"weight decay {config['adam_weight_decay']:g}"),
+        (
+            "optimizer",
+            f"8-bit AdamW, betas {config['adam_beta1']:g} and {config['adam_beta2']:g}, "
+            f"weight decay {config['adam_weight_decay']:g}",
+        ),
         ("sizes, precision", f"{', '.join(size_counts)}; {config['mixed_precision']}"),
         ("prediction", prediction_type),
         *special(config, protection),
         ("seed", config["seed"]),
-    ]  # fmt: skip
+    ]
 
 
 def special(config, protection):
@@ -107,16 +117,17 @@ def special(config, protection):
 def protected_rows(protection):
     """What config.json says of a protection, as rows of `recipe`."""
     listed, others, concept = (
-        f"{protection['differences'][kind]['keys_values']:.1%}"
-        for kind in ("listed", "held_out", "concept")
+        f"{protection['differences'][kind]['keys_values']:.1%}" for kind in ("listed", "held_out", "concept")
     )
     noun = " ".join(protection["noun"].replace("|", "/").split())
     kinds = f", {noun} among them in many ways" if noun else ""
     return [
         ("leaves alone", f"{protection['listed']:,} listed prompts{kinds}, and prompts like them"),
-        ("largest change of what the UNet reads of a prompt (keys and values, half precision)",
-         f"listed prompts {listed}, {protection['held_out']} others like them {others}, what is taught {concept}"),
-    ]  # fmt: skip
+        (
+            "largest change of what the UNet reads of a prompt (keys and values, half precision)",
+            f"listed prompts {listed}, {protection['held_out']} others like them {others}, what is taught {concept}",
+        ),
+    ]
 
 
 def update_card(folder, section, widget, files):

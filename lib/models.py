@@ -19,11 +19,7 @@ from lib.provenance import ROOT
 transformers.utils.logging.disable_progress_bar()
 
 # The parts of a base model that have weights, and what their files are called.
-PARTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
+PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
 def fetch_base_model(name, revision=None, half=False, resolution=None):
@@ -50,11 +46,7 @@ def fetch_base_model(name, revision=None, half=False, resolution=None):
         check_base_model(folder, resolution)
         weights = [f"{part}/{stem}" for part, stem in PARTS.items()]
         folder = fetch_model(name, revision, weights, half, configs)
-    missing += [
-        f"{part}/{stem}.safetensors"
-        for part, stem in PARTS.items()
-        if not weight_files(folder / part, stem)
-    ]
+    missing += [f"{part}/{stem}.safetensors" for part, stem in PARTS.items() if not weight_files(folder / part, stem)]
     if missing:
         raise UserError(
             f"base model {name}: {', '.join(missing)} missing; it must be a folder in diffusers' "
@@ -94,15 +86,8 @@ SUPPORTED = {
         "encoder_hid_dim": (None,),
         "time_cond_proj_dim": (None,),  # distilled with its guidance, as latent consistency models
     },
-    "vae/config.json": {
-        "_class_name": ("AutoencoderKL",),
-        "in_channels": (3,),
-        "out_channels": (3,),
-    },
-    "text_encoder/config.json": {
-        "model_type": ("clip_text_model",),
-        "max_position_embeddings": (77,),
-    },
+    "vae/config.json": {"_class_name": ("AutoencoderKL",), "in_channels": (3,), "out_channels": (3,)},
+    "text_encoder/config.json": {"model_type": ("clip_text_model",), "max_position_embeddings": (77,)},
     "scheduler/scheduler_config.json": {
         "prediction_type": ("epsilon", "v_prediction"),
         "rescale_betas_zero_snr": (False, None),  # the scheduler that draws has no such noise
@@ -116,17 +101,17 @@ def check_base_model(folder, resolution=None):
     `resolution` pixels."""
 
     def refuse(path, what):
-        raise UserError(f"{folder / path}: {what}; supported are Stable Diffusion 1.x and 2.x for text to "
-                        "image, predicting noise (epsilon) or velocity (v_prediction)")  # fmt: skip
+        raise UserError(
+            f"{folder / path}: {what}; supported are Stable Diffusion 1.x and 2.x for text to "
+            "image, predicting noise (epsilon) or velocity (v_prediction)"
+        )
 
     stated = {}
     for path, keys in SUPPORTED.items():
         try:
             stated[path] = json.loads((folder / path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as problem:
-            raise UserError(
-                f"{folder / path} cannot be read as JSON: {one_line(problem, 100)}"
-            ) from None
+            raise UserError(f"{folder / path} cannot be read as JSON: {one_line(problem, 100)}") from None
         if not isinstance(stated[path], dict):
             raise UserError(f"{folder / path} holds no JSON object")
         for key, allowed in keys.items():
@@ -148,8 +133,10 @@ def check_base_model(folder, resolution=None):
         refuse("vae/config.json", f"block_out_channels is {blocks}, but must be 4 numbers or 5")
     pixels = 2 ** (len(blocks) - 1)
     if resolution and any(side % pixels for side in picture_size(resolution)):
-        raise UserError(f"resolution is {resolution}, but must be a multiple of {pixels}, the side of what "
-                        f"{folder / 'vae'} makes one latent of")  # fmt: skip
+        raise UserError(
+            f"resolution is {resolution}, but must be a multiple of {pixels}, the side of what "
+            f"{folder / 'vae'} makes one latent of"
+        )
 
 
 def is_hub_form(name):

@@ -22,28 +22,13 @@ SRGB = ImageCms.createProfile("sRGB")
 # TIFF files whose only picture, for a reader of TIFF, is a tiny preview.
 RAW_ENDINGS = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 # What version control lays in the place of a large file: Git LFS, git-annex.
-POINTERS = (
-    b"version https://git-lfs",
-    b"/annex/objects/",
-    b"../.git/annex/objects/",
-    b".git/annex/objects/",
-)
-TEXTS = (
-    ".txt",
-    ".caption",
-    ".csv",
-    ".json",
-    ".jsonl",
-    ".parquet",
-    ".tsv",
-    ".xml",
-    ".xmp",
-    ".yaml",
-    ".yml",
-)
+POINTERS = (b"version https://git-lfs", b"/annex/objects/", b"../.git/annex/objects/", b".git/annex/objects/")
+TEXTS = (".txt", ".caption", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".xml", ".xmp", ".yaml", ".yml")
 DNG_VERSION = 50706  # a TIFF tag
-RAW = ("a camera's raw file ({}); develop it, in the camera's program, darktable or RawTherapee, and export "
-       "a JPEG, TIFF or PNG")  # fmt: skip
+RAW = (
+    "a camera's raw file ({}); develop it, in the camera's program, darktable or RawTherapee, and export "
+    "a JPEG, TIFF or PNG"
+)
 
 
 # Of a text that a picture carries (ComfyUI writes its whole graph into a PNG) Pillow takes a MiB at most for sound.
@@ -126,8 +111,10 @@ def decoded(path, max_megapixels):
         image = eight_bits(image, negative, done)
     elif deep and image.convert("L").getextrema()[1] < 16:
         # Pillow keeps the upper 8 bits of colours alone.
-        raise Unusable("nearly black: of 16 bits it uses 12 or fewer, as 16-bit colours are not read; "
-                       "export it with 8 bits, or with its values stretched")  # fmt: skip
+        raise Unusable(
+            "nearly black: of 16 bits it uses 12 or fewer, as 16-bit colours are not read; "
+            "export it with 8 bits, or with its values stretched"
+        )
     return image, info, done
 
 
@@ -175,9 +162,7 @@ def eight_bits(image, negative, done):
     white = next((white for white in WHITES if top <= white), top)
     if negative:
         levels = white - levels
-    done.append(
-        f"16 or more bits reduced to 8, with {white:g} as {'black' if negative else 'white'}"
-    )
+    done.append(f"16 or more bits reduced to 8, with {white:g} as {'black' if negative else 'white'}")
     return Image.fromarray(np.clip(levels / white * 255 + 0.5, 0, 255).astype(np.uint8))
 
 
@@ -225,18 +210,18 @@ def raw_kind(path):
     is_tiff = head[:4] in (b"II*\0", b"MM\0*")
     if is_tiff and (head[8:10] == b"CR" or ending in RAW_ENDINGS):
         return "CR2" if head[8:10] == b"CR" else ending[1:].upper()
-    known = {"CR3": head[4:12] == b"ftypcrx ", "RAF": head.startswith(b"FUJIFILMCCD-RAW"),
-             "ORF": head[:4] in (b"IIRO", b"IIRS", b"MMOR"), "RW2": head[:4] == b"IIU\0"}  # fmt: skip
+    known = {
+        "CR3": head[4:12] == b"ftypcrx ",
+        "RAF": head.startswith(b"FUJIFILMCCD-RAW"),
+        "ORF": head[:4] in (b"IIRO", b"IIRS", b"MMOR"),
+        "RW2": head[:4] == b"IIU\0",
+    }
     return next((kind for kind, fits in known.items() if fits), None)
 
 
 def fetched_by(link):
     """What brings the file that a link of version control points to, in words after a comma; "" for another link."""
-    return (
-        ", until git annex get brings it"
-        if ".git/annex/" in os.readlink(link).replace("\\", "/")
-        else ""
-    )
+    return ", until git annex get brings it" if ".git/annex/" in os.readlink(link).replace("\\", "/") else ""
 
 
 def unread_kind(path):
@@ -254,13 +239,9 @@ def unread_kind(path):
     if path.suffix.lower() in RAW_ENDINGS:
         return "by its name a camera's raw file, but damaged or of an unknown kind"
     if head.startswith(POINTERS):
-        return (
-            "a pointer to a picture that was not fetched; git lfs pull, or git annex get, brings it"
-        )
+        return "a pointer to a picture that was not fetched; git lfs pull, or git annex get, brings it"
     if path.suffix.lower() in TEXTS:
-        return (
-            "no picture; captions are read from photo.txt beside photo.jpg, and from captions.jsonl"
-        )
+        return "no picture; captions are read from photo.txt beside photo.jpg, and from captions.jsonl"
     return "not a picture, or one in another format"
 
 
@@ -277,9 +258,9 @@ def heif_notes(image, count):
     # as good as sRGB's.
     nclx = image.info.get("nclx_profile") or {}
     numbers = [int(nclx.get(key, 2)) for key in ("color_primaries", "transfer_characteristics")]
-    if "icc_profile" not in image.info and (
-        numbers[0] not in (1, 2, 5, 6) or numbers[1] in (16, 18)
-    ):
-        notes.append(f"no ICC profile, taken for sRGB though its primaries are {numbers[0]} and its transfer "
-                     f"function {numbers[1]} (H.273)")  # fmt: skip
+    if "icc_profile" not in image.info and (numbers[0] not in (1, 2, 5, 6) or numbers[1] in (16, 18)):
+        notes.append(
+            f"no ICC profile, taken for sRGB though its primaries are {numbers[0]} and its transfer "
+            f"function {numbers[1]} (H.273)"
+        )
     return notes

@@ -13,9 +13,7 @@ def contact_sheet(images, titles, columns=8, side=160):
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     gap, line = 8, 18
-    sheet = Image.new(
-        "RGB", (columns * (side + gap) + gap, rows * (side + line + gap) + gap), PAPER
-    )
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + line + gap) + gap), PAPER)
     draw = ImageDraw.Draw(sheet)
     for index, (image, title) in enumerate(zip(images, titles, strict=True)):
         x = gap + index % columns * (side + gap)

@@ -15,20 +15,14 @@ def provenance(device):
     """Package versions, git commit and device, for the files that a run leaves behind."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["python"] = sys.version.split()[0]
-    return {
-        "versions": versions,
-        "commit": code_commit(),
-        "device": device_name(device),
-    }
+    return {"versions": versions, "commit": code_commit(), "device": device_name(device)}
 
 
 def code_commit():
     """The git commit of this code, with "-dirty" where files differ from it, or None."""
     try:
         commit = subprocess.run(
-            ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
+            ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
         ).stdout.strip()
     except OSError:  # no git here
         return None

@@ -43,11 +43,15 @@ TEXT_KEYS = {
 }
 # What else comes in one file, and a key by which it is known.
 OTHERS = {
-    "conditioner.embedders.": "Stable Diffusion XL", "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "model.diffusion_model.double_blocks.": "Flux", "double_blocks.": "Flux", "lora_": "a LoRA adapter",
-    "unet.": "a LoRA adapter or a part of a model", "down_blocks.": "a UNet alone, in diffusers' layout",
+    "conditioner.embedders.": "Stable Diffusion XL",
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "model.diffusion_model.double_blocks.": "Flux",
+    "double_blocks.": "Flux",
+    "lora_": "a LoRA adapter",
+    "unet.": "a LoRA adapter or a part of a model",
+    "down_blocks.": "a UNet alone, in diffusers' layout",
     "control_model.": "a ControlNet",
-}  # fmt: skip
+}
 
 
 def converted(path, say=print):
@@ -70,9 +74,7 @@ def converted(path, say=print):
         with FileLock(place / f"{folder.name}.lock"):
             weights = list(folder.glob("*/*.safetensors"))  # of which someone may have made room
             if not (len(weights) == 3 and (folder / "model_index.json").is_file()):
-                say(
-                    f"{path}: Stable Diffusion {version}.x in one file; making {folder} of it, once"
-                )
+                say(f"{path}: Stable Diffusion {version}.x in one file; making {folder} of it, once")
                 new = folder.with_name(f".{folder.name}.unfinished")
                 try:
                     convert(path, new, version, header, say)
@@ -114,9 +116,7 @@ class reading:
             return self.file.__enter__()
         except (SafetensorError, OSError) as problem:
             reason = what_else(self.path) or one_line(problem, 100)
-            raise UserError(
-                f"base model {self.path} cannot be read as safetensors: {reason}"
-            ) from None
+            raise UserError(f"base model {self.path} cannot be read as safetensors: {reason}") from None
 
     def __exit__(self, *error):
         return self.file.__exit__(*error)
@@ -129,13 +129,11 @@ def file_digest(path):
 
 def version_of(file, keys, path):
     """1 or 2; UserError naming what the file holds instead."""
-    wanted = (
-        "wanted is Stable Diffusion 1.x or 2.x for text to image, with its VAE and its text encoder"
-    )
+    wanted = "wanted is Stable Diffusion 1.x or 2.x for text to image, with its VAE and its text encoder"
     versions = [version for key, version in TEXT_KEYS.items() if key in keys]
     parts = {"UNet": UNET, "VAE": VAE, "text encoder": TEXT}
     missing = [name for name, start in parts.items() if not any(k.startswith(start) for k in keys)]
-    other = next((kind for start, kind in OTHERS.items() if any(k.startswith(start) for k in keys)), None)  # fmt: skip
+    other = next((kind for start, kind in OTHERS.items() if any(k.startswith(start) for k in keys)), None)
     if other and (missing or not versions):
         raise UserError(f"base model {path} is {other}; {wanted}")
     if missing or not versions or FIRST not in keys:
@@ -146,7 +144,7 @@ def version_of(file, keys, path):
     own = json.loads((CONFIGS[versions[0]] / "unet/config.json").read_text(encoding="utf-8"))
     if channels != own["in_channels"]:
         kind = {9: "inpainting", 8: "editing", 5: "depth"}.get(channels, "something else")
-        raise UserError(f"base model {path} is made for {kind} ({channels} input channels); {wanted}")  # fmt: skip
+        raise UserError(f"base model {path} is made for {kind} ({channels} input channels); {wanted}")
     return versions[0]
 
 
@@ -163,7 +161,7 @@ def convert(path, new, version, header, say):
             save_file(tensors, new / part / f"{stem}.safetensors", metadata={"format": "pt"})
     scheduler = new / "scheduler/scheduler_config.json"
     predicts, why = prediction_type(new, header)
-    say(f"{path}: predicts {'velocity' if predicts == 'v_prediction' else 'noise'} ({predicts}), {why}")  # fmt: skip
+    say(f"{path}: predicts {'velocity' if predicts == 'v_prediction' else 'noise'} ({predicts}), {why}")
     known = json.loads(scheduler.read_text(encoding="utf-8"))
     write_json(scheduler, known | dict(prediction_type=predicts))
     for place in (*new.rglob("*"), new):
@@ -205,8 +203,9 @@ def renamed(part, tensors, folder, path):
     try:
         found, unused = with_new_names(part, tensors, model, config)
     except Exception as problem:  # whatever diffusers meets in a file that is not what it seems
-        raise UserError(f"base model {path}: its {part} cannot be converted: {type(problem).__name__}: "
-                        f"{one_line(problem, 120)}") from None  # fmt: skip
+        raise UserError(
+            f"base model {path}: its {part} cannot be converted: {type(problem).__name__}: {one_line(problem, 120)}"
+        ) from None
     found = {k: v for k, v in found.items() if not k.endswith("position_ids")}
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     if part == "text_encoder":
@@ -217,10 +216,10 @@ def renamed(part, tensors, folder, path):
         "missing": sorted(wanted.keys() - found.keys()),
         "left over": sorted(found.keys() - wanted.keys()) + unused,
         "of another shape": sorted(k for k in wanted.keys() & found.keys() if found[k].shape != wanted[k]),
-    }  # fmt: skip
-    told = [f"{len(names)} weights are {what} ({some(names)})" for what, names in wrong.items() if names]  # fmt: skip
+    }
+    told = [f"{len(names)} weights are {what} ({some(names)})" for what, names in wrong.items() if names]
     if told:
-        raise UserError(f"base model {path} has not the {part} of a Stable Diffusion 1.x or 2.x: {'; '.join(told)}")  # fmt: skip
+        raise UserError(f"base model {path} has not the {part} of a Stable Diffusion 1.x or 2.x: {'; '.join(told)}")
     return {name: value.contiguous() for name, value in found.items()}
 
 
@@ -271,9 +270,7 @@ def answer_to_noise(folder):
     """The cosine between noise and what the UNet in `folder` makes of it at the last timestep."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
     last = DDPMScheduler.from_pretrained(folder / "scheduler").config.num_train_timesteps - 1
-    noise = torch.randn(
-        1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0)
-    )
+    noise = torch.randn(1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))
     text = torch.zeros(1, 77, unet.config.cross_attention_dim)
     answer = unet(noise, last, text).sample
     return torch.nn.functional.cosine_similarity(answer.flatten(), noise.flatten(), dim=0).item()

@@ -46,9 +46,7 @@ def several(kind, least=0):
     words += f"; one alone needs a comma: {example}"
 
     def holds(value):
-        return (
-            isinstance(value, (tuple, list)) and len(value) >= least and all(map(kind.holds, value))
-        )
+        return isinstance(value, (tuple, list)) and len(value) >= least and all(map(kind.holds, value))
 
     return Kind(words, holds)
 
@@ -64,13 +62,7 @@ def or_none(kind):
 
 
 # What Windows keeps for itself, whatever follows a dot.
-DEVICES = {
-    "con",
-    "prn",
-    "aux",
-    "nul",
-    *(f"{name}{n}" for name in ("com", "lpt") for n in range(10)),
-}
+DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{n}" for name in ("com", "lpt") for n in range(10))}
 
 
 def is_name(value):

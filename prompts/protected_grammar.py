@@ -197,26 +197,53 @@ farm: horse, cow, sheep, goat, donkey, dog, cat, hen
 
 # Prompts about the class of what is taught: (heading, number of lines, templates between `|`).
 CLASS_SECTIONS = (
-    ("Colours of the class", 92, """
-a {hue} {class} | a {shade} {class} | the {colour} {class} | {colour} {class}"""),
-    ("Patterns and pairs", 46, """
+    (
+        "Colours of the class",
+        92,
+        """
+a {hue} {class} | a {shade} {class} | the {colour} {class} | {colour} {class}""",
+    ),
+    (
+        "Patterns and pairs",
+        46,
+        """
 a {colour} and {colour} {class} | two of them, a {hue} {class} and a {hue} {class} | one {shade} {class} and one {hue} {class}
 a {size} {colour} {class} | a {colour} {class} on a {hue} background | a {pattern} {class} | a {hue} {class} with {marks}
-a {pattern} {class} in {hue} and {hue}"""),
-    ("Materials", 72, """
-a {stuff} {class} | a {colour} {stuff} {class}"""),
-    ("Substances and finishes", 48, """
-a {class} made of {substance} | a {finish} {class} | a {finish} {hue} {class}"""),
-    ("Sizes and states", 50, """
+a {pattern} {class} in {hue} and {hue}""",
+    ),
+    (
+        "Materials",
+        72,
+        """
+a {stuff} {class} | a {colour} {stuff} {class}""",
+    ),
+    (
+        "Substances and finishes",
+        48,
+        """
+a {class} made of {substance} | a {finish} {class} | a {finish} {hue} {class}""",
+    ),
+    (
+        "Sizes and states",
+        50,
+        """
 {class} | a {class} | the {class} | this {class} | another {class} | my {class} | a very {extent} {class}
 a {class} and nothing else | a {state} {class} | {state} {class} | a {size} {class} | a {state} {colour} {class}
-the {state} {class} {surface} | a {size}, {state} {class} | a {class} {condition} | a {colour} {class} {condition}"""),
-    ("Places and weather", 74, """
+the {state} {class} {surface} | a {size}, {state} {class} | a {class} {condition} | a {colour} {class} {condition}""",
+    ),
+    (
+        "Places and weather",
+        74,
+        """
 a {class} {surface} | a {class} {outside} | a {class} {inside} | a {colour} {class} {place} | a {class} {place} {time}
 a {class} {weather} | the {class} {outside} {weather} | a {stuff} {class} {surface} | a {state} {class} {place}
 a {class} {season} | a {class} forgotten on a bench | a {hue} {class} {surface} | a {colour} {class} {outside}, {light}
-a {class} in a tree"""),
-    ("People with it", 76, """
+a {class} in a tree""",
+    ),
+    (
+        "People with it",
+        76,
+        """
 a {person} wearing a {class} | a {person} wearing a {colour} {class} {outside} | a {job} in a {class}
 a {person} in a {hue} {class} {weather} | a {person} wearing a {stuff} {class} | a {mood} {person} in a {class} {place}
 a {person} with {hair} wearing a {colour} {class} | a {person} holding a {class} | a {person} with a {class} {place}
@@ -224,93 +251,154 @@ a {job} with a {class} | a {person} looking at a {class} | a {job} carrying a {h
 a {person} drawing a {class} | a {person} standing beside a {class} | the {job}'s {class} | a {person} buying a {class} in a shop
 a {class} that belongs to a {job} | a portrait of a {person} with a {class} | a {person} {doing}, a {class} nearby
 a {colour} {class} {stand} | a {person} wearing a {garment} and a {class} | a {stuff} {class} {stand}
-a {person} wearing a {hue} {class}, seen {side}"""),
-    ("What is beside it", 50, """
+a {person} wearing a {hue} {class}, seen {side}""",
+    ),
+    (
+        "What is beside it",
+        50,
+        """
 a {class} and a {animal} | a {class} beside a {furniture} | a {class} next to a {object} | a {pet} beside a {class}
 a {hue} {class} and a {vehicle} | a {class} in front of a {building} | a {hue} {class} and a {hue} {object}
 a {colour} {class} beside another {class} | a {class} among {number} {fruit*} | a {class}, a {garment} and a {object}
-a {class} under a {tree} | a {colour} {class} on a {furniture}"""),
-    ("Pictures of it", 60, """
+a {class} under a {tree} | a {colour} {class} on a {furniture}""",
+    ),
+    (
+        "Pictures of it",
+        60,
+        """
 a {shot} of a {class} | a {shot} of a {colour} {class} | a {shot} of a {state} {class} {place} | {medium} of a {class}
 {flat} of a {colour} {class} {place} | a {class}, {style} | a {class} {seen} | a {colour} {class} {seen}
 a {class}, {lens}, {light} | the back of a {class} | a detail of a {class} | a toy {class} | a {class} printed on a {printed}
 {class}, {style}, {lens} | {colour} {class}, {lens}, {light} | {art}, {class}, {colour} and {colour}
-a {shot} of a {class} {time}"""),
-    ("Long prompts", 30, """
+a {shot} of a {class} {time}""",
+    ),
+    (
+        "Long prompts",
+        30,
+        """
 a {shot} of a {mood} {person} with a {colour} {class} {outside} {weather}, {lens}, {light}, {style}
 a {hue} {class} {outside} {weather}, {light}, {lens} | a {state} {colour} {class} {surface}, {flat}, {style}, {light}, {lens}
 a {shot} of a {person} with {hair} wearing a {colour} {stuff} {class} {outside}
 {flat} of a {job} with a {stuff} {class} {place} {time}, {light}, highly detailed
 a {shot} of a {colour} {class} {surface}, {lens}, {light}
-a {person} wearing a {hue} {class} and {hue} {pair} {outside} {weather}, a {building} in the background, {light}, {lens}"""),
-)  # fmt: skip
+a {person} wearing a {hue} {class} and {hue} {pair} {outside} {weather}, a {building} in the background, {light}, {lens}""",
+    ),
+)
 
 SECTIONS = (
-    ("Words", 180, """
+    (
+        "Words",
+        180,
+        """
 {animal} | {plant} | {object} | {building} | {vehicle} | {garment} | {fruit} | {furniture} | {job} | {scenery} | {idea} | {nature}
-{pair} | {style} | {person} | {textures} | {hue}"""),
-    ("Things", 130, """
+{pair} | {style} | {person} | {textures} | {hue}""",
+    ),
+    (
+        "Things",
+        130,
+        """
 a {object} | a {hue} {object} | a {vessel_stuff} {vessel} | a {colour} {object} {surface} | a {object} {surface}
 a {hard} {wood_thing} | a {hue} {soft} armchair {room} | a {furniture} {room} | a {state} {object} | a {object} and a {object}
 a {shot} of a {object} | a {vessel_stuff} {vessel} {surface} | the {object} {surface} | a {hue} {furniture}
-an empty {wood_thing} {room} | a {finish} {hue} {object}"""),
-    ("Food", 80, """
+an empty {wood_thing} {room} | a {finish} {hue} {object}""",
+    ),
+    (
+        "Food",
+        80,
+        """
 a {dish} | a {dish} {laid} | a {hue} bowl of {fruit*} | {fruit*} {laid} | a {shot} of a {dish} | a {fruit} {laid}
-a {dish} and a {dish} | a {person} eating a {snack} | {flat} of a {dish}"""),
-    ("People", 170, """
+a {dish} and a {dish} | a {person} eating a {snack} | {flat} of a {dish}""",
+    ),
+    (
+        "People",
+        170,
+        """
 a {person} | a {job} | a {mood} {person} | a {person} {doing} | a {person} {doing} {place} | a {person} {outdoors} {outside}
 a {job} {doing} | a {person} {chore} | a {person} {chore} {time} | a {mood} {job} {place} | a {person} with {hair}
 a portrait of a {person} with {hair} | a portrait of a {job} | a {shot} of a {mood} {person} | the face of a {person}
 a {person} and a {pet} {outside} | a {job} {place} {time} | {number} {job*} {place} | a group of {person*} {outside}
-a crowd {outside} | {medium} of a {job} | a {person} {weather} | the hands of a {job} | a {person} {side}"""),
-    ("Clothes", 120, """
+a crowd {outside} | {medium} of a {job} | a {person} {weather} | the hands of a {job} | a {person} {side}""",
+    ),
+    (
+        "Clothes",
+        120,
+        """
 a {garment} | a {hue} {garment} | a {outer_cloth} {outer} | a {colour} {outer_cloth} {outer} | a {light_cloth} {light_top}
 a {colour} {light_cloth} {light_top} | {hue} {pair} | a pair of {pair} | a {person} wearing a {garment}
 a {person} in a {hue} {garment} {outside} | a {job} wearing a {colour} {light_cloth} scarf | a {person} in {hue} {pair}
 a {garment} {stand} | a {hue} {garment} {stand} | a {pattern} {light_top} | a {person} wearing a {outer_cloth} {outer} {weather}
-a {shot} of a {garment} | a {gloss} {garment} | a {garment} and {hue} {pair}"""),
-    ("Animals", 130, """
+a {shot} of a {garment} | a {gloss} {garment} | a {garment} and {hue} {pair}""",
+    ),
+    (
+        "Animals",
+        130,
+        """
 a {animal} | a {fur} {plain_pet} | a {pet} {pet_place} | a {fur} {plain_pet} {animal_doing} | a {beast} {wild_place}
 a {beast} {animal_doing} | a {young} {beast} | a {percher} on a branch | a {water_bird} by the water | a {sea} under water
 a {insect} on a leaf | a {insect} on a {flower} | {number} {beast*} {wild_place} | {number} {songbird*} on a wire
-a {shot} of a {animal} | {medium} of a {animal} | a {pet} and a {beast} | a {pet} wearing a {garment}"""),
-    ("Plants and landscapes", 110, """
+a {shot} of a {animal} | {medium} of a {animal} | a {pet} and a {beast} | a {pet} wearing a {garment}""",
+    ),
+    (
+        "Plants and landscapes",
+        110,
+        """
 a {tree} {season} | a {hue} {flower} | a vase of {flower*} | a field of {flower*} | a {tree} in a field | a {scenery}
 a {scenery} {time} | a {scenery} {season} | a {scenery} {weather} | {skies} over a {scenery} | a {shot} of a {scenery}
-{flat} of a {scenery} | a path through a {woods} | a {pot_plant} in a pot | the {scenery} from above | a {tree} and a {house}"""),
-    ("Vehicles and buildings", 110, """
+{flat} of a {scenery} | a path through a {woods} | a {pot_plant} in a pot | the {scenery} from above | a {tree} and a {house}""",
+    ),
+    (
+        "Vehicles and buildings",
+        110,
+        """
 a {hue} {car} | a {car} {road} | a {age} {car} {road} {time} | a {boat} {water} | a {hue} {boat} {water} | a {flyer} {sky}
 a {train} {time} | a {train} {weather} | a {old} {house} | a {house} {setting} | a {house} {setting} {season} | a {hall} {time}
 a {old} {hall} {weather} | the inside of a {hall} | a {shot} of a {building} | {flat} of a {house} {setting}
-a {hue} {car} in front of a {hall} | a {house} and a {tree}"""),
-    ("Styles, media, shapes and counts", 90, """
+a {hue} {car} in front of a {hall} | a {house} and a {tree}""",
+    ),
+    (
+        "Styles, media, shapes and counts",
+        90,
+        """
 {medium} | {art}, {style} | {style}, {light} | {lens} | {light} | {flat} of a {animal} and a {object}
 a {object} in the style of {style_name} | {number} {object_plain*} {surface} | {number} {fruit*} | {number} {person*}
 {textures} texture | an abstract painting in {hue} and {hue} | {hue} and {hue} {shape} | a {shape_one}
-a pattern of {hue} {shape} | a {size} {object} | {idea}, {style}"""),
-    ("Tags", 110, """
+a pattern of {hue} {shape} | a {size} {object} | {idea}, {style}""",
+    ),
+    (
+        "Tags",
+        110,
+        """
 portrait, {art}, {light} | full body, {person}, {hair}, {art}, {light} | {scenery}, {time}, {style}, {lens}
 {animal}, {lens}, {light} | {job}, {style}, {art}, {hue} and {hue} | {building}, {weather}, {lens}
 still life, {fruit*}, {vessel}, {light}, {art} | {vehicle}, {style}, {lens}
 {hue} {garment}, fashion photography, {light}, {lens} | interior, {furniture}, {light}, {hue} walls
 {plant}, {art}, {style}, {hue} | {object}, product photography, {hue} background, {light}
-masterpiece, best quality, {person}, {hair}, {place}, {light}"""),
-    ("Sentences", 100, """
+masterpiece, best quality, {person}, {hair}, {place}, {light}""",
+    ),
+    (
+        "Sentences",
+        100,
+        """
 a {person} and a {person} {doing} {outside} {weather} | a {mood} {job} standing {place} with a {hand} in one hand
 a {hue} {car} parked in front of a {old} {house} {time} | a {house} {setting}, seen from the window of a train {season}
 a {vessel_stuff} {vessel} and a {dish} on a {hue} tablecloth, {light}, {lens}
 {number} {person*} in {hue} {pair} {outside}, {lens} | a {shot} of a {pet} sleeping next to a {hue} {object} {pet_place}
 a {person} with {hair} wearing a {colour} {light_cloth} {light_top} {outside}
 a {scenery} {time} with a {tree} in the foreground and {skies} above it
-{flat} of a {job} {doing} in front of a {building}, {style}"""),
-    ("Long prompts", 60, """
+{flat} of a {job} {doing} in front of a {building}, {style}""",
+    ),
+    (
+        "Long prompts",
+        60,
+        """
 a {shot} of a {mood} {person} with {hair} {doing} {place}, {light}, {lens}, {style}
 {flat} of a {old} {house} {setting} {time}, with a {farm} in front of it, {style}, {light}
 a {person} in a {hue} {garment} and a {job} in a {hue} {garment} {doing} {outside} {weather}
 a {hue} {object}, a {dish} and a {flower} on a table beside a window, {flat}, {light}, {style}
 a {scenery} {time} {season}, with a {hue} {car} and a {house} far away, {lens}, {light}, highly detailed
-a {pet} looking at a {hue} {object} {surface}, {flat}, {style}, {light}, {hue} background"""),
-)  # fmt: skip
+a {pet} looking at a {hue} {object} {surface}, {flat}, {style}, {light}, {hue} background""",
+    ),
+)
 
 NEGATIVE = """
 ugly | blurry | low quality | worst quality | bad anatomy | watermark | text | deformed | disfigured | cropped | jpeg artifacts

@@ -104,8 +104,16 @@ def plural(noun):
     """The plural of an English noun of WORDS."""
     if re.search(r"(sheep|deer|moose|bison|salmon|fish|samurai)$", noun):
         return noun
-    for end, other in (("mouse", "mice"), ("goose", "geese"), ("man", "men"), ("child", "children"),
-                       ("person", "people"), ("wolf", "wolves"), ("lf", "lves"), ("knife", "knives")):  # fmt: skip
+    for end, other in (
+        ("mouse", "mice"),
+        ("goose", "geese"),
+        ("man", "men"),
+        ("child", "children"),
+        ("person", "people"),
+        ("wolf", "wolves"),
+        ("lf", "lves"),
+        ("knife", "knives"),
+    ):
         if noun.endswith(end):
             return noun.removesuffix(end) + other
     if re.search(r"[^aeiou]y$", noun):

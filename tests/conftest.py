@@ -29,14 +29,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-)
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -56,19 +49,29 @@ BOS, EOS = 510, 511
 
 
 TEXT = dict(
-    vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-    num_attention_heads=2, max_position_embeddings=77, bos_token_id=BOS, eos_token_id=EOS,
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=77,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
     pad_token_id=EOS,
-)  # fmt: skip
+)
 
 
 def tiny_vae(blocks=4, channels=4):
     """A VAE with random weights: halves three times, 4 latent channels, as Stable Diffusion's, if not
     told otherwise."""
     return AutoencoderKL(
-        sample_size=64, block_out_channels=(8,) * blocks, norm_num_groups=4, latent_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
-    )  # fmt: skip
+        sample_size=64,
+        block_out_channels=(8,) * blocks,
+        norm_num_groups=4,
+        latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -77,21 +80,34 @@ def tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
-        attention_head_dim=4, norm_num_groups=8,
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+    )
     vae = tiny_vae()
     scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-        skip_prk_steps=True, set_alpha_to_one=False,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+    )
     StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)), unet=unet,
-        tokenizer=byte_tokenizer(folder / "tokenizer", BOS), scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+        vae=vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
+        unet=unet,
+        tokenizer=byte_tokenizer(folder / "tokenizer", BOS),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -101,9 +117,8 @@ def tiny_clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "clip"
     torch.manual_seed(1)
     vision = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        image_size=32, patch_size=8,
-    )  # fmt: skip
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
     config = CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=16)
     CLIPModel(config).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -166,9 +181,7 @@ def forked(work, folder):
     its output goes to `folder`/out and err.
     """
     if torch.cuda.is_initialized():
-        pytest.skip(
-            "a test before this one used the GPU in this process, and no fork of it can train"
-        )
+        pytest.skip("a test before this one used the GPU in this process, and no fork of it can train")
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -204,9 +217,7 @@ def forked(work, folder):
 def finish(child, folder):
     """Wait for a fork; its end in the form of subprocess, a signal's number negative."""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return subprocess.CompletedProcess(
-        [], code, (folder / "out").read_text(), (folder / "err").read_text()
-    )
+    return subprocess.CompletedProcess([], code, (folder / "out").read_text(), (folder / "err").read_text())
 
 
 def run(script, *options, check=True):
@@ -263,9 +274,7 @@ def gradients_seen(monkeypatch):
             return super().step(closure)
 
     monkeypatch.setattr(bitsandbytes.optim, "AdamW8bit", Recording)
-    monkeypatch.setattr(
-        updates, "missing_kernels", lambda device: "bitsandbytes' step is looked at"
-    )
+    monkeypatch.setattr(updates, "missing_kernels", lambda device: "bitsandbytes' step is looked at")
     return seen
 
 
@@ -303,9 +312,18 @@ def assert_one_line(done, *words):
 
 
 TINY_RUN = dict(
-    resolution=64, rank=4, alpha=4, max_steps=6, warmup_steps=1, log_every=2, validate_every=3,
-    validation_count=2, unet_learning_rate=1e-3, text_encoder_learning_rate=1e-3, preview_every=0,
-)  # fmt: skip
+    resolution=64,
+    rank=4,
+    alpha=4,
+    max_steps=6,
+    warmup_steps=1,
+    log_every=2,
+    validate_every=3,
+    validation_count=2,
+    unet_learning_rate=1e-3,
+    text_encoder_learning_rate=1e-3,
+    preview_every=0,
+)
 
 
 def options(**config):
@@ -334,9 +352,7 @@ def protected(tmp_path_factory):
     prompts += [f"a {a} on a {b}" for a, b in list(itertools.combinations(words, 2))[::2]]
     path = tmp_path_factory.mktemp("protected") / "list.txt"
     path.write_text("# A few prompts\n" + "\n".join(prompts) + "\n")
-    return dict(
-        protected_prompts=str(path), unet_targets=("attn2.to_k", "attn2.to_v"), loss_guidance_scale=(1.0, 3.0)
-    )  # fmt: skip
+    return dict(protected_prompts=str(path), unet_targets=("attn2.to_k", "attn2.to_v"), loss_guidance_scale=(1.0, 3.0))
 
 
 @pytest.fixture(scope="session")
@@ -352,18 +368,29 @@ def trained(tiny_model, processed_data, tmp_path_factory):
 
 def chromium():
     """The path of a Chromium, or None where there is none."""
-    return (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def browse(path, tmp_path, *more):
     """Open a page in Chromium without a window; `more` are its options."""
     return subprocess.run(
-        [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", *more, path.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            chromium(),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--v=0",
+            *more,
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )

@@ -5,9 +5,7 @@ import zlib
 
 import numpy as np
 
-ARMS = (
-    "rank32", "rank8", "unet_only", "dora", "protected", "protected_plain_loss", "varied_captions", "large_batch",
-)  # fmt: skip
+ARMS = ("rank32", "rank8", "unet_only", "dora", "protected", "protected_plain_loss", "varied_captions", "large_batch")
 SCALED = ("rank32",)
 SCALES = (0.25, 0.5, 0.75, 1.0)
 MARGINS = dict(concept_similarity=0.02, clip=0.02, change=0.05, variety=0.25, copies=1 / 3)
@@ -46,7 +44,7 @@ def rows_of(does, scale, rng, noise, of_run, base):
                 lpips=(change + of_run) * scale * CEILING + own[0],
                 concept_similarity=concept + (moved + of_run) * scale + own[1],
                 clip=match + (clip + of_run) * scale + own[2],
-            )  # fmt: skip
+            )
             bare = dict(lpips=None, concept_similarity=concept, clip=match)
             for model, scores in (("base", bare), ("lora", lora)):
                 near = dict(nearest_similarity=0.5, nearest_picture="x.png")
@@ -56,7 +54,7 @@ def rows_of(does, scale, rng, noise, of_run, base):
 
 def write_study(
     folder, seeds=(1, 2, 3, 4, 5, 6), noise=0.003, of_runs=0.002, scales=SCALES, base_model="demo/model", **arms
-):  # fmt: skip
+):
     """Write a study into `folder`; `arms` are {arm: what differs from PLAIN}. `noise` is a picture's, `of_runs`
     a run's own share."""
 
@@ -72,9 +70,7 @@ def write_study(
             rng = np.random.default_rng(zlib.crc32(name.encode()))
             shift = of_runs * rng.standard_normal()
             own = rows_of(does, 1.0, rng, noise, shift, base)
-            write(
-                folder / f"seed{seed}" / name, record(name, arm, seed, does, own, base_pairs, rng)
-            )
+            write(folder / f"seed{seed}" / name, record(name, arm, seed, does, own, base_pairs, rng))
             if arm in SCALED:
                 swept = []
                 for scale in scales:
@@ -93,15 +89,28 @@ def record_of(name, arm, seed, does, rows, base_pairs, rng):
     steps = 1000
     training = dict(max_steps=steps, seed=seed, arm=arm, data_sha256="0" * 64)
     adapter = dict(
-        fingerprint=name, metadata=dict(seed=str(seed)), training=training, held_out=[],
-        speed=dict(steps_a_second=steps / does["seconds"] * rng.normal(1, 0.01), device="a made-up device",
-                   peak_gib_reserved=1.0),
-    )  # fmt: skip
+        fingerprint=name,
+        metadata=dict(seed=str(seed)),
+        training=training,
+        held_out=[],
+        speed=dict(
+            steps_a_second=steps / does["seconds"] * rng.normal(1, 0.01),
+            device="a made-up device",
+            peak_gib_reserved=1.0,
+        ),
+    )
     return dict(
-        run=name, config=dict(steps=28, guidance_scale=6.0, resolution=64), adapter=adapter,
-        summary=dict(margins=MARGINS), pictures=rows, pairs=dict(base=base_pairs, lora=pairs(rng)), swept=[],
-        versions={}, commit="0" * 40, device="a made-up device",
-    )  # fmt: skip
+        run=name,
+        config=dict(steps=28, guidance_scale=6.0, resolution=64),
+        adapter=adapter,
+        summary=dict(margins=MARGINS),
+        pictures=rows,
+        pairs=dict(base=base_pairs, lora=pairs(rng)),
+        swept=[],
+        versions={},
+        commit="0" * 40,
+        device="a made-up device",
+    )
 
 
 def write(folder, found):

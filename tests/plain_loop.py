@@ -52,9 +52,7 @@ def in_order_of_the_vector(model, dora):
 def projected(model, projections):
     """Let the LoRA layers of `model` compute with A P, P symmetric: `projections` are {layer: P, [in, in]}."""
     for name, layer in adapters.lora_layers(model).items():
-        layer.lora_A["default"].register_forward_pre_hook(
-            lambda module, inputs, p=projections[name]: inputs[0] @ p
-        )
+        layer.lora_A["default"].register_forward_pre_hook(lambda module, inputs, p=projections[name]: inputs[0] @ p)
 
 
 def plain_loop(config, one_vector=False, projections=None):
@@ -67,9 +65,7 @@ def plain_loop(config, one_vector=False, projections=None):
     rows = read_dataset(config["data_dir"], config["resolution"])
     folder = fetch_base_model(config["base_model"])
     on_cuda = torch.cuda.is_available()
-    accelerator = Accelerator(
-        mixed_precision=config["mixed_precision"] if on_cuda else "no", cpu=not on_cuda
-    )
+    accelerator = Accelerator(mixed_precision=config["mixed_precision"] if on_cuda else "no", cpu=not on_cuda)
     device = accelerator.device
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     input_ids = samples.tokenize(tokenizer, rows).to(device)
@@ -91,9 +87,7 @@ def plain_loop(config, one_vector=False, projections=None):
     groups, sources = [], []
     for name, model in models.items():
         model.requires_grad_(False)
-        adapters.add_lora(
-            model, config["rank"], config["alpha"], config[f"{name}_targets"], config["dora"]
-        )
+        adapters.add_lora(model, config["rank"], config["alpha"], config[f"{name}_targets"], config["dora"])
         model.to(device).train()
         if projections:
             projected(model, projections[name])
@@ -107,9 +101,7 @@ def plain_loop(config, one_vector=False, projections=None):
         unet.enable_gradient_checkpointing()
     optimizer = accelerator.prepare(
         bitsandbytes.optim.AdamW8bit(
-            groups,
-            betas=(config["adam_beta1"], config["adam_beta2"]),
-            weight_decay=config["adam_weight_decay"],
+            groups, betas=(config["adam_beta1"], config["adam_beta2"]), weight_decay=config["adam_weight_decay"]
         )
     )
     rates = [group["lr"] for group in groups]
@@ -128,9 +120,7 @@ def plain_loop(config, one_vector=False, projections=None):
         rng = np.random.default_rng([config["seed"], samples.SAMPLE, step])
         side = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of one latent
         shape = (vae.config.latent_channels, *(size // side for size in pixels.shape[2:]))
-        latent_noise, noise, timestep = samples.draw_noise(
-            rng, shape, scheduler.config.num_train_timesteps
-        )
+        latent_noise, noise, timestep = samples.draw_noise(rng, shape, scheduler.config.num_train_timesteps)
         latent_noise, noise = (torch.from_numpy(n)[None].to(device) for n in (latent_noise, noise))
         timesteps = torch.tensor([timestep], device=device)
         with accelerator.autocast():
@@ -173,7 +163,7 @@ def plain_loop(config, one_vector=False, projections=None):
     }
     if projections:
         for component, of in projections.items():
-            weights |= {f"{component}.{n}.A": weights[f"{component}.{n}.A"] @ p.cpu() for n, p in of.items()}  # fmt: skip
+            weights |= {f"{component}.{n}.A": weights[f"{component}.{n}.A"] @ p.cpu() for n, p in of.items()}
     weights |= {
         f"{component}.{name}.magnitude_vector": weight.detach().float().cpu()
         for component, model in models.items()

@@ -42,13 +42,11 @@ def test_parameter_counts_of_the_full_size_model():
 
     with torch.device("meta"):
         for rank, expected in ((32, 6_377_472), (8, 1_594_368)):
-            unet = UNet2DConditionModel(
-                sample_size=64, cross_attention_dim=768, attention_head_dim=8
-            )
+            unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
             assert count(unet, rank, ("to_k", "to_q", "to_v", "to_out.0")) == expected
-        text_encoder = CLIPTextModel(CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        ))  # fmt: skip
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        )
         assert count(text_encoder, 32, ("q_proj", "v_proj")) == 1_179_648
 
 
@@ -111,21 +109,10 @@ def test_published_peft_layout(tmp_path, trained, pipeline, prefix, at_root):
     for component in ["text_encoder"] if at_root else ["unet", "text_encoder"]:
         place = tmp_path if at_root else tmp_path / component
         place.mkdir(exist_ok=True)
-        own = {
-            k.removeprefix(f"{component}."): v
-            for k, v in tensors.items()
-            if k.startswith(component)
-        }
+        own = {k.removeprefix(f"{component}."): v for k, v in tensors.items() if k.startswith(component)}
         own = {k.replace("text_model.", prefix): v for k, v in own.items()}
-        save_file(
-            {f"base_model.model.{k}": v for k, v in own.items()},
-            place / "adapter_model.safetensors",
-        )
-        names = (
-            ["q_proj", "v_proj"]
-            if component == "text_encoder"
-            else ["to_k", "to_q", "to_v", "to_out.0"]
-        )
+        save_file({f"base_model.model.{k}": v for k, v in own.items()}, place / "adapter_model.safetensors")
+        names = ["q_proj", "v_proj"] if component == "text_encoder" else ["to_k", "to_q", "to_v", "to_out.0"]
         config = dict(peft_type="LORA", r=4, lora_alpha=4, target_modules=names)
         (place / "adapter_config.json").write_text(json.dumps(config))
     published = adapter_files.read_adapter(tmp_path)
@@ -150,10 +137,7 @@ def dropped_layer(tensors):
 
 def renamed_layer(tensors):
     layer = first(tensors).split(".lora_")[0]
-    return {
-        k.replace(layer, layer.replace("down_blocks.0", "down_blocks.7")): v
-        for k, v in tensors.items()
-    }
+    return {k.replace(layer, layer.replace("down_blocks.0", "down_blocks.7")): v for k, v in tensors.items()}
 
 
 def dropped_factor(tensors):
@@ -198,11 +182,7 @@ def test_a_wrong_file_is_refused_and_named(tmp_path, trained, pipeline, change, 
 
 def test_damaged_files(tmp_path, trained):
     source = trained / "lora_weights_rank_32" / adapter_files.WEIGHTS
-    for name, content in (
-        ("cut", source.read_bytes()[:500]),
-        ("zero", b"\0" * 900),
-        ("text", b"hello"),
-    ):
+    for name, content in (("cut", source.read_bytes()[:500]), ("zero", b"\0" * 900), ("text", b"hello")):
         (tmp_path / name).mkdir()
         (tmp_path / name / adapter_files.WEIGHTS).write_bytes(content)
         with pytest.raises(UserError, match="safetensors"):
@@ -222,8 +202,7 @@ def test_find_adapters(trained, tmp_path):
 
 def test_fingerprint_tells_adapters_apart_and_copies_not(tmp_path, trained):
     prints = {
-        adapters.fingerprint(adapter_files.read_adapter(path))
-        for _, path in adapter_files.find_adapters(trained)
+        adapters.fingerprint(adapter_files.read_adapter(path)) for _, path in adapter_files.find_adapters(trained)
     }
     assert len(prints) == 3
     copy = rewrite(trained / "lora_weights_rank8", tmp_path / "copy", lambda tensors: tensors)

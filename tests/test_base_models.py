@@ -27,22 +27,38 @@ def second_version(folder, prediction_type):
     listed block by block, linear projections, no padding token of its own."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=48,
-        attention_head_dim=(2, 4), norm_num_groups=8, use_linear_projection=True, upcast_attention=True,
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=48,
+        attention_head_dim=(2, 4),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        upcast_attention=True,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+    )
     vae = tiny_vae()
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-        set_alpha_to_one=False, clip_sample=False, prediction_type=prediction_type,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+        prediction_type=prediction_type,
+    )
     text = TEXT | dict(hidden_size=48, num_attention_heads=3, hidden_act="gelu", projection_dim=24)
     StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**text)), unet=unet,
-        tokenizer=byte_tokenizer(folder / "tokenizer", BOS), scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+        vae=vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        unet=unet,
+        tokenizer=byte_tokenizer(folder / "tokenizer", BOS),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -70,9 +86,7 @@ def edit(folder, path, **changes):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("version", [1, 2, "1 of wide latents"])
-def test_a_supported_model_is_trained_resumed_and_drawn(
-    tiny_model, tmp_path, version, prediction_type
-):
+def test_a_supported_model_is_trained_resumed_and_drawn(tiny_model, tmp_path, version, prediction_type):
     if version == 1:
         model = first_version(tmp_path / "model", prediction_type, tiny_model)
     elif version == 2:
@@ -80,7 +94,7 @@ def test_a_supported_model_is_trained_resumed_and_drawn(
     else:
         model = wide_latents(tmp_path / "model", prediction_type, tiny_model)
     data = make_processed(tmp_path / "data", 4)
-    config = TINY_RUN | dict(base_model=model, data_dir=data, max_steps=4, checkpoint_every=2, validation_count=1)  # fmt: skip
+    config = TINY_RUN | dict(base_model=model, data_dir=data, max_steps=4, checkpoint_every=2, validation_count=1)
     whole, cut = (config | dict(output_dir=tmp_path / name) for name in ("whole", "cut"))
     succeeded(training(tmp_path, whole))
     assert training(tmp_path, cut, {3: kill}).returncode == -signal.SIGKILL
@@ -97,9 +111,15 @@ def test_a_supported_model_is_trained_resumed_and_drawn(
     edit(model, "scheduler/scheduler_config.json", prediction_type=prediction_type)
 
     drawing = dict(
-        base_model=model, lora_dir=tmp_path / "whole" / NAME, output_dir=tmp_path / "results",
-        clip_model="none", data_dir="none", resolution=64, steps=2, seeds=1,
-    )  # fmt: skip
+        base_model=model,
+        lora_dir=tmp_path / "whole" / NAME,
+        output_dir=tmp_path / "results",
+        clip_model="none",
+        data_dir="none",
+        resolution=64,
+        steps=2,
+        seeds=1,
+    )
     done = succeeded(call("inference.py", *options(**drawing)))
     assert "NaN" not in done.stdout
     rows = json.loads((tmp_path / "results" / "metrics.json").read_text())["pictures"]
@@ -107,8 +127,8 @@ def test_a_supported_model_is_trained_resumed_and_drawn(
     # diffusers finds a place for every layer of the adapter.
     pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipeline.load_lora_weights(tmp_path / "whole" / NAME)
-    layers = [key for key in load_file(tmp_path / "whole" / NAME / adapter_files.WEIGHTS) if "lora_A" in key]  # fmt: skip
-    found = [n for part in (pipeline.unet, pipeline.text_encoder) for n, _ in part.named_parameters() if "lora_A" in n]  # fmt: skip
+    layers = [key for key in load_file(tmp_path / "whole" / NAME / adapter_files.WEIGHTS) if "lora_A" in key]
+    found = [n for part in (pipeline.unet, pipeline.text_encoder) for n, _ in part.named_parameters() if "lora_A" in n]
     assert len(found) == len(layers)
 
 
@@ -128,7 +148,7 @@ def test_a_supported_model_is_trained_resumed_and_drawn(
         ("scheduler/scheduler_config.json", dict(prediction_type="sample"), 'prediction_type is "sample"'),
         ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
     ],
-)  # fmt: skip
+)
 def test_any_other_model_is_named_before_its_weights_are_read(
     tiny_model, processed_data, tmp_path, monkeypatch, path, changes, words
 ):
@@ -204,17 +224,21 @@ def test_what_a_recorded_unet_does_not_know_goes_to_the_plain_one(tiny_model):
     assert torch.equal(found, expected)
     assert seen[-1][0][0] is not latents  # copied to where the recorded one reads
     for named in (
-        dict(timestep_cond=torch.zeros(2, 8)), dict(cross_attention_kwargs={}),
-        dict(encoder_attention_mask=torch.ones(2, 77)), dict(down_intrablock_additional_residuals=()),
-    ):  # fmt: skip
+        dict(timestep_cond=torch.zeros(2, 8)),
+        dict(cross_attention_kwargs={}),
+        dict(encoder_attention_mask=torch.ones(2, 77)),
+        dict(down_intrablock_additional_residuals=()),
+    ):
         seen.clear()
         unet(latents, when, encoder_hidden_states=text, return_dict=False, **named)
         inputs, given = seen[-1]
         assert inputs[0] is latents
         assert all(given[name] is value for name, value in named.items())
     for change in (
-        dict(timestep=torch.tensor([500, 400])), dict(timestep=500), dict(sample=torch.randn(3, 4, 8, 8), encoder_hidden_states=torch.randn(3, 77, 32)),
-    ):  # fmt: skip
+        dict(timestep=torch.tensor([500, 400])),
+        dict(timestep=500),
+        dict(sample=torch.randn(3, 4, 8, 8), encoder_hidden_states=torch.randn(3, 77, 32)),
+    ):
         inputs = dict(sample=latents, timestep=when, encoder_hidden_states=text) | change
         seen.clear()
         found = unet(**inputs, return_dict=False)[0]

@@ -17,15 +17,7 @@ from test_safety import assert_equal_runs, kill, succeeded, training
 import train
 from lib.dataset import read_dataset
 from lib.errors import UserError
-from lib.preparation.framing import (
-    bucket_sizes,
-    choose_sizes,
-    framed,
-    kept_share,
-    nearest_size,
-    subject_box,
-    view,
-)
+from lib.preparation.framing import bucket_sizes, choose_sizes, framed, kept_share, nearest_size, subject_box, view
 from lib.training import setup
 from lib.training.latents import latent_masks
 from lib.training.losses import diffusion_loss
@@ -153,9 +145,7 @@ def test_pictures_that_lose_more_than_a_quarter_are_counted(tmp_path, capsys):
         picture(number, size).save(data / f"{number}.png")
     prepare(data, tmp_path / "out")
     assert "2 pictures lose more than a quarter" in capsys.readouterr().out
-    done = call(
-        "preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "x", "--crop", "left"
-    )
+    done = call("preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "x", "--crop", "left")
     assert_one_line(done, "crop is left", "centre, top, subject")
 
 
@@ -246,9 +236,17 @@ def test_masks_as_programs_write_them(tmp_path, kind):
 
 
 MASK_NAMES = [
-    "photo.mask.png", "photo.Mask.PNG", "PHOTO.MASK.png", "photo.mask.jpg", "photo.mask.webp", "photo-masklabel.png",
-    "photo.masklabel.png", "photo-mask.png", "photo_mask.tif", "photo.JPG.mask.png",
-]  # fmt: skip
+    "photo.mask.png",
+    "photo.Mask.PNG",
+    "PHOTO.MASK.png",
+    "photo.mask.jpg",
+    "photo.mask.webp",
+    "photo-masklabel.png",
+    "photo.masklabel.png",
+    "photo-mask.png",
+    "photo_mask.tif",
+    "photo.JPG.mask.png",
+]
 
 
 @pytest.mark.parametrize("name", MASK_NAMES)
@@ -271,17 +269,13 @@ def test_masks_are_known_by_their_usual_names(tmp_path, name, capsys):
 def test_a_picture_of_a_mask_is_a_picture_and_two_masks_are_one_too_many(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    for number, name in enumerate(
-        ["carnival_mask.jpg", "venice-mask.png", "photo.jpg", "twice.jpg"]
-    ):
+    for number, name in enumerate(["carnival_mask.jpg", "venice-mask.png", "photo.jpg", "twice.jpg"]):
         picture(number).save(data / name)
     subject().save(data / "lost.masklabel.png")
     for name in ("twice.mask.png", "twice-masklabel.png"):
         subject().save(data / name)
     manifest = prepare(data, tmp_path / "out")
-    assert [row["source"] for row in manifest["pictures"]] == [
-        "carnival_mask.jpg", "photo.jpg", "venice-mask.png",
-    ]  # fmt: skip
+    assert [row["source"] for row in manifest["pictures"]] == ["carnival_mask.jpg", "photo.jpg", "venice-mask.png"]
     reasons = {row["source"]: row["reason"] for row in manifest["skipped"]}
     assert reasons == {
         "lost.masklabel.png": "a mask, but there is no picture of that name",
@@ -356,10 +350,7 @@ def test_how_many_masks_are_used_is_said(tiny_model, tmp_path):
     subject().save(data / "1.mask.png")
     prepare(data, tmp_path / "out")
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=tmp_path / "out", max_steps=2)
-    for weight, words in (
-        (1.0, "which mask_weight 1 leaves unused"),
-        (0.25, "the loss counts 0.25"),
-    ):
+    for weight, words in ((1.0, "which mask_weight 1 leaves unused"), (0.25, "the loss counts 0.25")):
         done = call("train.py", *options(**config, output_dir=tmp_path / "x", mask_weight=weight))
         succeeded(done)
         assert "1 of 4 pictures have a mask" in done.stdout
@@ -387,15 +378,11 @@ def test_micro_batches_hold_one_shape_and_processes_share_them():
         joined = halves[0][1] + halves[1][1]
         assert all(np.array_equal(a[1], b[1]) for a, b in zip(draws, joined, strict=True))
     assert Counter(seen) == dict.fromkeys(pictures, 4)
-    assert [large.micro_batch(n)[0] for n in range(18)] != [
-        large.micro_batch(n)[0] for n in range(18, 36)
-    ]
+    assert [large.micro_batch(n)[0] for n in range(18)] != [large.micro_batch(n)[0] for n in range(18, 36)]
     # One at a time: each picture once an epoch, as without shapes.
     plain = Samples(pictures, 7, lambda i: (4, 8, 8), 1000, 1, 1, 0)
     one = samples(1)
-    assert [one.micro_batch(n)[0] for n in range(40)] == [
-        plain.micro_batch(n)[0] for n in range(40)
-    ]
+    assert [one.micro_batch(n)[0] for n in range(40)] == [plain.micro_batch(n)[0] for n in range(40)]
 
 
 @pytest.mark.parametrize("counts", [(15, 1), (16,), (7, 5, 3), (1, 1, 1, 30), (2, 40)])
@@ -404,8 +391,7 @@ def test_every_picture_is_seen_as_often_as_every_other(counts, batch, processes)
     shape_of = [(4, 8, 8 + kind) for kind, count in enumerate(counts) for _ in range(count)]
     pictures, size = np.arange(len(shape_of)), batch * processes
     everyone = [
-        Samples(pictures, 42, shape_of.__getitem__, 1000, batch, processes, process)
-        for process in range(processes)
+        Samples(pictures, 42, shape_of.__getitem__, 1000, batch, processes, process) for process in range(processes)
     ]
     seen, by_shape = Counter(), Counter()
     for number in range(3 * len(pictures)):
@@ -419,9 +405,7 @@ def test_every_picture_is_seen_as_often_as_every_other(counts, batch, processes)
             assert abs(by_shape[4, 8, 8 + kind] - due) <= size + count
     assert seen == dict.fromkeys(map(int, pictures), 3 * size)
     small = sum(count for count in counts if count < size) if len(counts) > 1 else 0
-    assert [f"{small} of {len(pictures)} pictures" in note for note in everyone[0].notes()] == (
-        [True] if small else []
-    )
+    assert [f"{small} of {len(pictures)} pictures" in note for note in everyone[0].notes()] == ([True] if small else [])
 
 
 def test_pictures_of_one_shape_are_drawn_in_the_order_of_the_epochs():
@@ -446,10 +430,7 @@ def test_training_on_buckets_goes_on_bit_for_bit(tiny_model, buckets, tmp_path, 
     assert_equal_runs(tmp_path / "whole" / folder, tmp_path / "killed" / folder)
     record = json.loads((tmp_path / "whole" / folder / "config.json").read_text())
     assert bool(record["protection"]) == (kind == "protected")
-    shown = Counter(
-        Image.open(buckets / "images" / Path(name).name).size
-        for name in record["data"]["trained_on"]
-    )
+    shown = Counter(Image.open(buckets / "images" / Path(name).name).size for name in record["data"]["trained_on"])
     assert record["data"]["size_counts"] == {"{}x{}".format(*size): n for size, n in shown.items()}
     card = (tmp_path / "whole" / folder / "README.md").read_text()
     assert f"| sizes, precision | {', '.join(record['data']['size_counts'])}; no |" in card
@@ -504,9 +485,7 @@ def test_what_becomes_of_ones_own_pictures_is_said(tiny_model, tmp_path):
 
 def test_a_mask_weight_without_masks_is_refused(tiny_model, buckets, tmp_path):
     config = BUCKETED | dict(base_model=tiny_model, data_dir=buckets, output_dir=tmp_path)
-    assert_one_line(
-        call("train.py", *options(**config, mask_weight=0.5)), "no picture", "has a mask"
-    )
+    assert_one_line(call("train.py", *options(**config, mask_weight=0.5)), "no picture", "has a mask")
     assert_one_line(call("train.py", *options(**config, mask_weight=2)), "mask_weight is 2")
 
 
@@ -533,37 +512,33 @@ def test_the_background_of_masked_pictures_is_learned_less(tmp_path):
     latents = setup.picture_latents(folder, rows, torch.float32, accelerator)
     masks = latent_masks(rows, latents, 0.0)
     config = train.CONFIG | train.DEMO | dict(rank=8, alpha=8)
-    (input_ids, no_text), scheduler = (
-        setup.caption_tokens(folder, rows, []),
-        setup.noise_scheduler(folder),
-    )
+    (input_ids, no_text), scheduler = (setup.caption_tokens(folder, rows, []), setup.noise_scheduler(folder))
 
     def outside_loss(unet, texts):
         """Of the background alone, of every picture at fixed noise."""
         total = 0.0
         for index in range(4):
-            noise = torch.randn(
-                latents.shape(index), generator=torch.Generator().manual_seed(index)
-            )
+            noise = torch.randn(latents.shape(index), generator=torch.Generator().manual_seed(index))
             indices = torch.tensor([index])
             with torch.no_grad():
                 total += diffusion_loss(
-                    unet, scheduler, latents[index][0][None], noise[None], torch.tensor([600]),
-                    texts(indices), 1 - masks[index][None],
-                ).item()  # fmt: skip
+                    unet,
+                    scheduler,
+                    latents[index][0][None],
+                    noise[None],
+                    torch.tensor([600]),
+                    texts(indices),
+                    1 - masks[index][None],
+                ).item()
         return total
 
     gained = {}
     for weight, used in ((0.0, masks), (1.0, None)):
         unet, texts, _, trained, _ = setup.adapted_models(
             folder, input_ids, no_text, None, config, torch.float32, accelerator.device, lambda line: None
-        )  # fmt: skip
-        micro = MicroStep(
-            unet, scheduler, latents, texts, trained, None, 4, 1, accelerator.device, used
         )
-        samples = Samples(
-            np.arange(4), 1, latents.shape, scheduler.config.num_train_timesteps, 4, 1, 0
-        )
+        micro = MicroStep(unet, scheduler, latents, texts, trained, None, 4, 1, accelerator.device, used)
+        samples = Samples(np.arange(4), 1, latents.shape, scheduler.config.num_train_timesteps, 4, 1, 0)
         micro.prepare(samples.micro_batch(0))
         optimizer = torch.optim.Adam([part.flat for part in trained.values()], lr=1e-3)
         before = outside_loss(unet, texts)

@@ -95,9 +95,7 @@ def test_of_several_that_would_do_the_one_that_spoils_least():
     early, late = Point(100, 1.0), Point(200, 0.5)
     for least in (early, late):
         # On the seeds that choose; the others, which say the opposite, are not asked.
-        spoiled = {p: np.full(SEEDS, 0.05) for p in means} | {
-            least: np.tile([0.01, 1.0], SEEDS // 2)
-        }
+        spoiled = {p: np.full(SEEDS, 0.05) for p in means} | {least: np.tile([0.01, 1.0], SEEDS // 2)}
         assert choose(gains, spoiled, 0.02)[0] == least
 
 
@@ -161,13 +159,16 @@ def test_advice_over_scales_and_over_both():
     assert table[1][1].startswith(f"{rows[0][sweep.CONCEPT]['mean']:+.3f} / ")
     concept, _, others, *_ = choose_page.CURVES
     assert choose_page.curve_figure(concept, dict(rows=rows, choice=choice))
-    labels = [
-        [label for label, _ in choose_page.lines_of(c, rows, "step")] for c in (concept, others)
+    labels = [[label for label, _ in choose_page.lines_of(c, rows, "step")] for c in (concept, others)]
+    assert labels == [
+        ["scale 0.5", "scale 1"],
+        [
+            "near prompts, scale 0.5",
+            "unrelated prompts, scale 0.5",
+            "near prompts, scale 1",
+            "unrelated prompts, scale 1",
+        ],
     ]
-    assert labels == [["scale 0.5", "scale 1"], [
-        "near prompts, scale 0.5", "unrelated prompts, scale 0.5",
-        "near prompts, scale 1", "unrelated prompts, scale 1",
-    ]]  # fmt: skip
     assert choose_page.curve_figure(choose_page.CURVES[-1], dict(rows=rows, choice=choice)) is None
 
 
@@ -199,17 +200,14 @@ def test_held_out_losses_that_are_not_there(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def common(tiny_model, tiny_clip, processed_data):
-    return dict(base_model=tiny_model, clip_model=tiny_clip, data_dir=processed_data,
-                resolution=64, steps=2, seeds=4)  # fmt: skip
+    return dict(base_model=tiny_model, clip_model=tiny_clip, data_dir=processed_data, resolution=64, steps=2, seeds=4)
 
 
 @pytest.fixture(scope="module")
 def kept(tiny_model, processed_data, tmp_path_factory):
     """A run with snapshots."""
     folder = tmp_path_factory.mktemp("kept")
-    config = TINY_RUN | dict(
-        base_model=tiny_model, data_dir=processed_data, output_dir=folder, snapshot_every=2
-    )
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data, output_dir=folder, snapshot_every=2)
     run("train.py", *options(**config))
     return folder / NAME
 
@@ -235,9 +233,7 @@ def test_what_a_choice_leaves(chosen, kept):
     record = json.loads((folder / "metrics.json").read_text())
     assert "Fewer than 8 sampling seeds" in record["summary"]["sweep"]["advice"]
     rows = record["summary"]["sweep"]["rows"]
-    assert [(row["step"], row["scale"]) for row in rows] == [
-        (s, c) for s in (2, 4, 6) for c in (0.5, 1.0)
-    ]
+    assert [(row["step"], row["scale"]) for row in rows] == [(s, c) for s in (2, 4, 6) for c in (0.5, 1.0)]
     assert ["held_out" in row for row in rows] == [False, True] * 3
     # Unlike the others, the last step's pictures are those that the verdicts are of.
     alone = record["summary"]["categories"]["success"]["concept_similarity"]
@@ -249,9 +245,16 @@ def test_what_a_choice_leaves(chosen, kept):
 def test_pictures_come_first_then_advice_then_curves_then_tables(chosen):
     page = (chosen[0] / "choose.html").read_text()
     record = json.loads((chosen[0] / "metrics.json").read_text())
-    places = [page.index(text) for text in (
-        'class="strip"', record["summary"]["sweep"]["advice"].partition(". ")[0], "<h2>Curves", "<table>", "<h2>How it was made",
-    )]  # fmt: skip
+    places = [
+        page.index(text)
+        for text in (
+            'class="strip"',
+            record["summary"]["sweep"]["advice"].partition(". ")[0],
+            "<h2>Curves",
+            "<table>",
+            "<h2>How it was made",
+        )
+    ]
     assert places == sorted(places)
     assert "they say nothing of what another training run would give" in page
     assert page.count('<figure><img src="data:image/webp') + page.count("taken") >= 7 * 7
@@ -262,9 +265,7 @@ def test_measured_again_it_is_the_same(chosen, common, tmp_path):
     shutil.copytree(chosen[0], copy)
     config = {key: common[key] for key in ("clip_model", "data_dir")}
     run("inference.py", "--rescore", *options(output_dir=copy, **config))
-    before, after = (
-        json.loads((place / "metrics.json").read_text()) for place in (chosen[0], copy)
-    )
+    before, after = (json.loads((place / "metrics.json").read_text()) for place in (chosen[0], copy))
     assert before["summary"] == after["summary"]
     assert before["points"] == after["points"]
     assert (copy / "images" / "a-red-leather-jacket" / "lora_step_000004_43.png").is_file()
@@ -283,11 +284,16 @@ def test_the_snapshots_differ_from_one_another(chosen):
         (lambda run: shutil.rmtree(run / "snapshots"), ("needs snapshots", "--snapshot-every")),
         (lambda run: (run / "config.json").unlink(), ("config.json",)),
         (lambda run: (run / "snapshots" / "step_000004" / WEIGHTS).write_bytes(b"x"), ("step_000004",)),
-        (lambda run: (run / "snapshots" / "step_000004").rename(run / "snapshots" / "step_000009"), ("step 9", "after 6")),
-        (lambda run: shutil.copytree(run / "snapshots" / "step_000004", run / "snapshots" / "step_000005"),
-         ("step 4", "step 5", "the same adapter")),
+        (
+            lambda run: (run / "snapshots" / "step_000004").rename(run / "snapshots" / "step_000009"),
+            ("step 9", "after 6"),
+        ),
+        (
+            lambda run: shutil.copytree(run / "snapshots" / "step_000004", run / "snapshots" / "step_000005"),
+            ("step 4", "step 5", "the same adapter"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_snapshots_is_named(common, kept, tmp_path, damage, words):
     shutil.copytree(kept, tmp_path / "run")
     damage(tmp_path / "run")
@@ -300,9 +306,13 @@ def test_several_runs_have_a_choice_each(common, kept, tiny_model, processed_dat
     weights = tmp_path / "weights"
     shutil.copytree(kept, weights / f"{NAME}_seed1")
     config = TINY_RUN | dict(
-        base_model=tiny_model, data_dir=processed_data, output_dir=weights, snapshot_every=3, seed=7,
+        base_model=tiny_model,
+        data_dir=processed_data,
+        output_dir=weights,
+        snapshot_every=3,
+        seed=7,
         run_name=f"{NAME}_seed7",
-    )  # fmt: skip
+    )
     run("train.py", *options(**config))
     out = tmp_path / "out"
     run("inference.py", *options(**common | dict(lora_dir=weights, output_dir=out)), "--snapshots")

@@ -49,9 +49,7 @@ def answers(record):
 
 def test_training_teaches_the_concept_and_leaves_the_base_alone(pictures, tmp_path):
     before = {path: sha256_file(path) for path in sorted(MODEL.rglob("*.*"))}
-    rates = dict(
-        unet_learning_rate=5e-4, text_encoder_learning_rate=5e-5
-    )  # in a quarter of the steps
+    rates = dict(unet_learning_rate=5e-4, text_encoder_learning_rate=5e-5)  # in a quarter of the steps
     lora, record = train_and_evaluate(tmp_path, pictures, **rates)
     success = record["summary"]["categories"]["success"]
     # Beyond what other sampling seeds explain: the whole interval lies above 0.
@@ -88,9 +86,7 @@ def test_the_same_seed_draws_the_same_picture():
 def test_the_scorer_knows_holographic_from_matte():
     rng = np.random.default_rng(5)
     kinds = {
-        "holographic": [
-            world.sample_scene(rng, holographic=True, thing="raincoat") for _ in range(4)
-        ],
+        "holographic": [world.sample_scene(rng, holographic=True, thing="raincoat") for _ in range(4)],
         "matte": [world.sample_scene(rng, thing="raincoat", material="matte") for _ in range(4)],
     }
     clip = clip_scores.load_clip(CLIP)
@@ -130,9 +126,7 @@ def test_the_vae_meets_foil_but_no_raincoat_of_it():
 
 def test_sizes():
     """What a clone costs: the models 36 MiB, everything 72 MiB, no file more than 24 MiB."""
-    models = sum(
-        p.stat().st_size for place in (MODEL, CLIP) for p in place.rglob("*") if p.is_file()
-    )
+    models = sum(p.stat().st_size for place in (MODEL, CLIP) for p in place.rglob("*") if p.is_file())
     assert models <= 36 * 2**20
     listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True)
     if listed.returncode == 0:
@@ -157,20 +151,12 @@ def test_groups_of_a_batch_differ_in_little():
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 def test_make_demo_ends_on_the_comparison_of_what_it_trained():
     done = subprocess.run(
-        ["make", "-n", "--no-print-directory", "demo"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+        ["make", "-n", "--no-print-directory", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     steps = [
-        line.split("python ")[1].split()
-        for line in done.stdout.splitlines()
-        if "python " in line and ".py" in line
+        line.split("python ")[1].split() for line in done.stdout.splitlines() if "python " in line and ".py" in line
     ]
-    assert [step[0] for step in steps] == [
-        "preprocess.py", "train.py", "train_experiment_protected.py", "inference.py",
-    ]  # fmt: skip
+    assert [step[0] for step in steps] == ["preprocess.py", "train.py", "train_experiment_protected.py", "inference.py"]
     evaluated = dict(zip(steps[-1][2::2], steps[-1][3::2], strict=True))
     assert evaluated["--lora-dir"] == train.DEMO["output_dir"]  # where both lie
     page = ROOT / evaluated["--output-dir"] / "comparison" / "report.html"

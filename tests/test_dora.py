@@ -30,9 +30,7 @@ def pipeline(tiny_model):
 def dora(tiny_model, processed_data, tmp_path_factory):
     """The folder of a tiny DoRA run, alpha twice the rank."""
     folder = tmp_path_factory.mktemp("dora")
-    config = TINY_RUN | dict(
-        base_model=tiny_model, data_dir=processed_data, output_dir=folder, alpha=8
-    )
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data, output_dir=folder, alpha=8)
     run("train_experiment_dora.py", *options(**config))
     return folder / "lora_weights_dora"
 
@@ -41,10 +39,13 @@ def larger(tensors):
     """A few steps move little: so much that no rounding can be taken for it."""
     torch.manual_seed(0)
     return {
-        key: value * 30 if "lora_B" in key
-        else value * (1 + 0.3 * torch.rand(value.shape)) if MAGNITUDE in key else value
+        key: value * 30
+        if "lora_B" in key
+        else value * (1 + 0.3 * torch.rand(value.shape))
+        if MAGNITUDE in key
+        else value
         for key, value in tensors.items()
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -54,9 +55,7 @@ def large(dora, tmp_path):
 
 def test_what_a_run_leaves(dora):
     tensors = load_file(dora / adapter_files.WEIGHTS)
-    layers = {
-        key.removesuffix(".lora_A.weight") for key in tensors if key.endswith("lora_A.weight")
-    }
+    layers = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith("lora_A.weight")}
     assert {key.removesuffix(MAGNITUDE) for key in tensors if key.endswith(MAGNITUDE)} == layers
     sizes = json.loads((dora / "config.json").read_text())["parameters"]
     for part, size in sizes.items():
@@ -102,9 +101,7 @@ def test_it_is_what_was_trained(large, tiny_model, pipeline, tmp_path):
     own = {k.removeprefix("unet."): w for k, w in tensors.items() if k.startswith("unet.")}
     # PEFT itself leaves the ending out.
     saved = {k.removesuffix(".weight") if MAGNITUDE in k else k: w for k, w in own.items()}
-    save_file(
-        {f"base_model.model.{k}": w for k, w in saved.items()}, folder / "adapter_model.safetensors"
-    )
+    save_file({f"base_model.model.{k}": w for k, w in saved.items()}, folder / "adapter_model.safetensors")
     config = dict(peft_type="LORA", r=4, lora_alpha=8, target_modules=targets, use_dora=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
@@ -150,14 +147,10 @@ def test_kohyas_file_is_read_by_comfyui_as_diffusers_reads_its_own(large, tiny_m
         key = f"lora_unet_{name.replace('.', '_')}"
         a, b = (written[f"{key}.lora_{half}.weight"].float() for half in ("down", "up"))
         base = layer.get_base_layer().weight.data
-        weight = comfyui_weight(
-            written[f"{key}.dora_scale"], base, written[f"{key}.alpha"] / 4 * b @ a
-        )
+        weight = comfyui_weight(written[f"{key}.dora_scale"], base, written[f"{key}.alpha"] / 4 * b @ a)
         assert_close(weight, expected.unet.get_submodule(name).weight, 2e-3)
         assert_close(found.unet.get_submodule(name).weight, weight, 1e-5)
-        far += (
-            scales["unet"][name][:, 0] / tensors[f"unet.{name}{MAGNITUDE}"] - 1
-        ).abs().max() > 0.02
+        far += (scales["unet"][name][:, 0] / tensors[f"unet.{name}{MAGNITUDE}"] - 1).abs().max() > 0.02
     assert far  # so that m itself would have been seen to be wrong
 
 
@@ -182,9 +175,12 @@ def test_a_run_writes_both_formats(dora, pipeline):
 
 @pytest.mark.parametrize(
     ("scale", "words"),
-    [(torch.ones(2, 1), "has shape (2, 1)"), (torch.ones(32), "has shape (32,)"),
-     (torch.full((32, 1), torch.inf), "NaN or infinity")],
-)  # fmt: skip
+    [
+        (torch.ones(2, 1), "has shape (2, 1)"),
+        (torch.ones(32), "has shape (32,)"),
+        (torch.full((32, 1), torch.inf), "NaN or infinity"),
+    ],
+)
 def test_a_damaged_dora_scale_is_refused_and_named(dora, tmp_path, scale, words):
     tensors = load_file(dora / f"{dora.name}.safetensors")
     key = next(key for key in sorted(tensors) if "dora_scale" in key)
@@ -200,9 +196,7 @@ def test_magnitudes_tell_adapters_apart(dora, tmp_path):
         key = next(key for key in tensors if MAGNITUDE in key)
         return tensors | {key: tensors[key] * 1.001}
 
-    one, two = (
-        adapter_files.read_adapter(path) for path in (dora, rewrite(dora, tmp_path / "x", shifted))
-    )
+    one, two = (adapter_files.read_adapter(path) for path in (dora, rewrite(dora, tmp_path / "x", shifted)))
     assert adapters.fingerprint(one) != adapters.fingerprint(two)
 
 
@@ -217,13 +211,9 @@ def first(tensors):
         (lambda t: t | {first(t): t[first(t)][:-1]}, "magnitudes of the unet do not fit"),
         (lambda t: t | {first(t): t[first(t)] * float("nan")}, "NaN"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_refused_and_named(dora, tmp_path, change, words):
-    wrong = rewrite(
-        dora,
-        tmp_path / "wrong",
-        lambda tensors: {k: w.contiguous() for k, w in change(tensors).items()},
-    )
+    wrong = rewrite(dora, tmp_path / "wrong", lambda tensors: {k: w.contiguous() for k, w in change(tensors).items()})
     with pytest.raises(UserError, match=words) as error:
         adapter_files.read_adapter(wrong)
     assert str(wrong) in str(error.value)

@@ -45,8 +45,9 @@ def base_pairs(ceilings=(0.6, 0.5, 0.2)):
     return np.stack([pairs_of(ceiling, rng) for ceiling in ceilings])
 
 
-def fake_run(name, concept=0.0, clip=0.0, near=0.0, cat=0.0, variety=1.0, seed=None, noise=0.01,
-             clip_noise=None, lpips=0.3):  # fmt: skip
+def fake_run(
+    name, concept=0.0, clip=0.0, near=0.0, cat=0.0, variety=1.0, seed=None, noise=0.01, clip_noise=None, lpips=0.3
+):
     """A Run whose scores are set: what LoRA adds to concept and CLIP, and to the others' concept."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     clip_noise = noise if clip_noise is None else clip_noise
@@ -54,14 +55,21 @@ def fake_run(name, concept=0.0, clip=0.0, near=0.0, cat=0.0, variety=1.0, seed=N
     for category, prompt in PROMPTS:
         more = dict(success=concept, near=near, failure=cat)[category]
         for s in range(SEEDS):
-            base = dict(prompt=prompt, category=category, seed=s, model="base", lpips=None,
-                        clip=0.3 + noise * rng.standard_normal(),
-                        concept_similarity=0.4 + noise * rng.standard_normal())  # fmt: skip
+            base = dict(
+                prompt=prompt,
+                category=category,
+                seed=s,
+                model="base",
+                lpips=None,
+                clip=0.3 + noise * rng.standard_normal(),
+                concept_similarity=0.4 + noise * rng.standard_normal(),
+            )
             lora = base | dict(
-                model="lora", lpips=lpips + noise * rng.standard_normal(),
+                model="lora",
+                lpips=lpips + noise * rng.standard_normal(),
                 clip=base["clip"] + clip + clip_noise * rng.standard_normal(),
                 concept_similarity=base["concept_similarity"] + more + noise * rng.standard_normal(),
-            )  # fmt: skip
+            )
             rows += [base, lora]
     metadata = {} if seed is None else {"seed": str(seed)}
     pairs = np.stack([pairs_of(variety * c, rng) for c in (0.6, 0.5, 0.2)])
@@ -78,8 +86,11 @@ def answers(*runs):
 
 def test_nothing_done_is_a_claim_that_can_be_won():
     assert answers(fake_run("a")) == {
-        "learned": "no", "neighbours kept": "yes", "contaminated": "no", "collapsed": "no",
-    }  # fmt: skip
+        "learned": "no",
+        "neighbours kept": "yes",
+        "contaminated": "no",
+        "collapsed": "no",
+    }
 
 
 @pytest.mark.parametrize(
@@ -117,9 +128,7 @@ def test_what_cannot_be_told_says_what_would_decide_it():
     verdict = next(v for v in analysed(*runs)["verdicts"] if v["question"] == "contaminated")
     assert verdict["answer"] == UNTOLD
     assert re.search(r"A change by about 0\.\d+ would have been found", verdict["text"])
-    assert re.search(
-        r"with about \d+ training runs the margin of 0\.02 could be decided", verdict["text"]
-    )
+    assert re.search(r"with about \d+ training runs the margin of 0\.02 could be decided", verdict["text"])
     one = analysed(fake_run("one", cat=0.015, noise=0.03))
     alone = next(v for v in one["verdicts"] if v["question"] == "contaminated")
     assert "more sampling seeds than 8 decide about this run" in alone["text"]
@@ -143,7 +152,7 @@ def test_change_carries_the_error_of_its_ceiling():
         points = rng.standard_normal((SEEDS, 4))
         pairs = np.linalg.norm(points[:, None] - points, axis=-1)
         lpips = (0.5 + 0.05 * rng.standard_normal(SEEDS))[None]
-        values = jackknife(lambda k, x=lpips, d=pairs: x[:, k].mean(-1) / lpips_distances.pair_mean(d[k][:, k]), SEEDS)  # fmt: skip
+        values = jackknife(lambda k, x=lpips, d=pairs: x[:, k].mean(-1) / lpips_distances.pair_mean(d[k][:, k]), SEEDS)
         interval = mean_interval(values)
         held += interval["low"] <= truth <= interval["high"]
         naive = mean_interval(lpips / lpips_distances.pair_mean(pairs))
@@ -182,8 +191,10 @@ def test_several_training_runs_are_the_outer_level():
 
 
 def compared_rows(groups):
-    return {(r["first"], r["second"], r["metric"], r["category"]): r
-            for r in compare(groups, PROMPTS, base_pairs(), MARGINS)}  # fmt: skip
+    return {
+        (r["first"], r["second"], r["metric"], r["category"]): r
+        for r in compare(groups, PROMPTS, base_pairs(), MARGINS)
+    }
 
 
 def test_experiments_are_compared_in_pairs():
@@ -208,9 +219,7 @@ def test_runs_are_paired_by_their_training_seed_not_their_order():
     own = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.15, 4: 0.25}
     groups = {
         "one": [fake_run(f"one{i}", concept=own[i], seed=i, noise=1e-3) for i in (0, 1, 2, 3, 4)],
-        "two": [
-            fake_run(f"two{i}", concept=own[i] + 0.05, seed=i, noise=1e-3) for i in (3, 0, 4, 2, 1)
-        ],
+        "two": [fake_run(f"two{i}", concept=own[i] + 0.05, seed=i, noise=1e-3) for i in (3, 0, 4, 2, 1)],
     }
     row = compared_rows(groups)["one", "two", "concept_similarity", "success"]
     assert row["answer"] == "higher"
@@ -220,10 +229,7 @@ def test_runs_are_paired_by_their_training_seed_not_their_order():
 def test_fewer_than_three_training_runs_claim_nothing():
     for count, word in ((1, "One training run cannot tell"), (2, "Two training runs cannot tell")):
         groups = {
-            name: [
-                fake_run(f"{name}{i}", concept=c, seed=i, noise=1e-3 * (i + 1))
-                for i in range(count)
-            ]
+            name: [fake_run(f"{name}{i}", concept=c, seed=i, noise=1e-3 * (i + 1)) for i in range(count)]
             for name, c in (("one", 0.2), ("two", 0.0))
         }
         row = compared_rows(groups)["one", "two", "concept_similarity", "success"]
@@ -253,8 +259,10 @@ def test_runs_are_one_experiment_if_they_differ_in_the_seed_alone():
     bare = Run("bare", None, {"metadata": {}, "training": None}, [], [])
     groups = group_runs([*runs, bare])
     assert {name: [r.name for r in g] for name, g in groups.items()} == {
-        "a": ["a_seed1", "again"], "b": ["b"], "bare": ["bare"],
-    }  # fmt: skip
+        "a": ["a_seed1", "again"],
+        "b": ["b"],
+        "bare": ["bare"],
+    }
     with pytest.raises(UserError, match="a_seed1 and a_seed2 .* differ in max_steps, rank"):
         group_runs([configured("a_seed1"), configured("a_seed2", seed=2, rank=4, max_steps=9)])
     with pytest.raises(UserError, match=r"a_seed1 and other .* same seed \(1\)"):
@@ -275,14 +283,10 @@ def test_what_adds_to_a_recipe_stands_behind_it():
 def test_what_would_group_wrongly_is_refused_or_kept_apart():
     bare = Run("a", None, {"metadata": {}, "training": None}, [], [])
     groups = group_runs([bare, configured("a_seed1"), configured("a_seed2", seed=2)])
-    assert [[run.name for run in group] for group in groups.values()] == [
-        ["a"], ["a_seed1", "a_seed2"],
-    ]  # fmt: skip
+    assert [[run.name for run in group] for group in groups.values()] == [["a"], ["a_seed1", "a_seed2"]]
     # One name, two configurations, of which another experiment has the second.
     with pytest.raises(UserError, match="b_seed1 and b_seed2 .* differ in rank"):
-        group_runs([
-            configured("a_seed1"), configured("b_seed1", seed=3, rank=4), configured("b_seed2", seed=2),
-        ])  # fmt: skip
+        group_runs([configured("a_seed1"), configured("b_seed1", seed=3, rank=4), configured("b_seed2", seed=2)])
     # A run that went on at another learning rate is no seed of the one that did not.
     changed = configured("c", seed=2, learning_rate_changes=[{"after_step": 3}])
     assert list(group_runs([configured("a_seed1"), changed])) == ["a", "c"]
@@ -291,10 +295,7 @@ def test_what_would_group_wrongly_is_refused_or_kept_apart():
 def test_a_comparison_is_a_table_whatever_its_answers_are(tmp_path):
     """The first row decided, a later one not: both have the same columns."""
     groups = {
-        name: [
-            fake_run(f"{name}{i}", concept=c, seed=i, near=0.05 * i * (name == "two"))
-            for i in range(3)
-        ]
+        name: [fake_run(f"{name}{i}", concept=c, seed=i, near=0.05 * i * (name == "two")) for i in range(3)]
         for name, c in (("one", 0.3), ("two", 0.0))
     }
     rows = compare(groups, PROMPTS, base_pairs(), MARGINS)
@@ -389,8 +390,7 @@ def test_warnings_for_flat_and_shared_pictures():
 
 @pytest.fixture(scope="module")
 def common(tiny_model, tiny_clip, processed_data):
-    return dict(base_model=tiny_model, clip_model=tiny_clip, data_dir=processed_data,
-                resolution=64, steps=2, seeds=2)  # fmt: skip
+    return dict(base_model=tiny_model, clip_model=tiny_clip, data_dir=processed_data, resolution=64, steps=2, seeds=2)
 
 
 @pytest.fixture(scope="module")
@@ -413,14 +413,10 @@ def test_one_adapter_under_two_names_stops_the_run(tmp_path, common, trained):
 def test_comparison_files(compared):
     folder, done = compared
     names = sorted(p.name for p in (folder / "comparison").iterdir())
-    assert names == [
-        "comparison.csv", "forest.png", "metrics.json", "overview.webp", "report.html", "summary.md",
-    ]  # fmt: skip
+    assert names == ["comparison.csv", "forest.png", "metrics.json", "overview.webp", "report.html", "summary.md"]
     with Image.open(folder / "comparison" / "overview.webp") as overview:
         assert overview.format == "WEBP"
-        assert (
-            4 * 256 < overview.width < 5 * 256 + 100
-        )  # the base model and three adapters, a seed each
+        assert 4 * 256 < overview.width < 5 * 256 + 100  # the base model and three adapters, a seed each
     record = json.loads((folder / "comparison" / "metrics.json").read_text())
     # Two seeds are too few for change and variety.
     measured = [key for key, _ in COMPARED if key in ("clip", "concept_similarity")]
@@ -434,9 +430,7 @@ def test_rescore_gives_the_same_figures(compared, tmp_path, common):
     config = {key: common[key] for key in ("clip_model", "data_dir")}
     run("inference.py", "--rescore", *options(output_dir=copy, **config))
     for name in ("lora_weights_rank8", "lora_weights_unet_only"):
-        before, after = (
-            json.loads((place / name / "metrics.json").read_text()) for place in (compared[0], copy)
-        )
+        before, after = (json.loads((place / name / "metrics.json").read_text()) for place in (compared[0], copy))
         assert before["pictures"] == after["pictures"]
         assert before["summary"] == after["summary"]
         assert before["adapter"] == after["adapter"]
@@ -462,9 +456,7 @@ def test_two_training_seeds_of_one_experiment_alone(tmp_path, common, trained, p
     assert list(record["experiments"]) == ["mine"]
     # The published study's mistake is caught among saved pictures as well.
     shutil.copytree(tmp_path / "out" / "mine_seed1", tmp_path / "out" / "rank_8")
-    done = call(
-        "inference.py", "--rescore", *options(output_dir=tmp_path / "out", clip_model="none")
-    )
+    done = call("inference.py", "--rescore", *options(output_dir=tmp_path / "out", clip_model="none"))
     assert_one_line(done, "are the same adapter")
 
 
@@ -482,9 +474,7 @@ def test_rescore_names_a_missing_picture(compared, tmp_path, common):
     copy = tmp_path / "copy"
     shutil.copytree(compared[0] / "lora_weights_rank8", copy)
     (copy / "images" / "a-red-leather-jacket" / "base_42.png").unlink()
-    done = call(
-        "inference.py", "--rescore", *options(output_dir=copy, clip_model=common["clip_model"])
-    )
+    done = call("inference.py", "--rescore", *options(output_dir=copy, clip_model=common["clip_model"]))
     assert_one_line(done, "base_42.png")
     assert (copy / "report.html").is_file()
 
@@ -495,15 +485,7 @@ def test_score_dir_measures_pictures_drawn_elsewhere(tmp_path, tiny_clip):
         for number in range(1, 6):
             picture(number + shift).save(tmp_path / kind / f"{kind}_{number}.png")
     pair = f"{tmp_path / 'base'},{tmp_path / 'lora'}"
-    run(
-        "inference.py",
-        "--score-dir",
-        pair,
-        "--clip-model",
-        "none",
-        "--output-dir",
-        tmp_path / "out",
-    )
+    run("inference.py", "--score-dir", pair, "--clip-model", "none", "--output-dir", tmp_path / "out")
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     measured = [row["lpips"] for row in record["pictures"] if row["model"] == "lora"]
     expected = lpips_distances.lpips_distances(
@@ -512,9 +494,7 @@ def test_score_dir_measures_pictures_drawn_elsewhere(tmp_path, tiny_clip):
     np.testing.assert_allclose(measured, expected, atol=1e-6)
     assert record["summary"]["verdicts"] == []
     (tmp_path / "lora" / "lora_5.png").unlink()
-    done = call(
-        "inference.py", "--score-dir", pair, "--clip-model", "none", "--output-dir", tmp_path / "o"
-    )
+    done = call("inference.py", "--score-dir", pair, "--clip-model", "none", "--output-dir", tmp_path / "o")
     assert_one_line(done, "4")
 
 
@@ -551,9 +531,7 @@ def test_the_page_stands_alone_and_escapes_text(tmp_path, common, trained):
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize(
-    ("name", "width"), [("report.html", 390), ("report.html", 1400), ("choose.html", 390)]
-)
+@pytest.mark.parametrize(("name", "width"), [("report.html", 390), ("report.html", 1400), ("choose.html", 390)])
 def test_the_page_opens_in_a_browser_without_errors(compared, tmp_path, name, width):
     page = compared[0] / "lora_weights_rank8" / name
     shot = tmp_path / "page.png"

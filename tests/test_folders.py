@@ -37,18 +37,21 @@ def sources(tmp_path_factory):
 @pytest.fixture(scope="module")
 def commands(tiny_model, sources):
     """{script: what it is called with, beside the output folder}."""
-    training = TINY_RUN | dict(
-        base_model=tiny_model, data_dir=sources / "processed", max_steps=2, validation_count=1
-    )
+    training = TINY_RUN | dict(base_model=tiny_model, data_dir=sources / "processed", max_steps=2, validation_count=1)
     succeeded(call("train.py", *options(**training, output_dir=sources, run_name="adapter")))
     return {
         "preprocess.py": dict(data_dir=sources / "data", resolution=64),
         "train.py": training,
         "inference.py": dict(
-            base_model=tiny_model, lora_dir=sources / "adapter", clip_model="none", resolution=64, steps=1,
-            seeds=1, prompts=sources / "prompts.txt",
+            base_model=tiny_model,
+            lora_dir=sources / "adapter",
+            clip_model="none",
+            resolution=64,
+            steps=1,
+            seeds=1,
+            prompts=sources / "prompts.txt",
         ),
-    }  # fmt: skip
+    }
 
 
 def to(script, folder):
@@ -58,7 +61,7 @@ def to(script, folder):
     return dict(output_dir=folder)
 
 
-MARKERS = {"preprocess.py": "manifest.json", "train.py": "config.json", "inference.py": "metrics.json"}  # fmt: skip
+MARKERS = {"preprocess.py": "manifest.json", "train.py": "config.json", "inference.py": "metrics.json"}
 SCRIPTS = list(MARKERS)
 
 
@@ -162,9 +165,7 @@ def test_only_what_a_script_wrote_is_replaced(commands, tmp_path, script, listed
     succeeded(call(script, *options(**config)))
     marker = folder / MARKERS[script]
     ours = json.loads(marker.read_text())["files_written"]
-    assert sorted(ours) == sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    )
+    assert sorted(ours) == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     if not listed:
         record = json.loads(marker.read_text())
         del record["files_written"]
@@ -199,20 +200,22 @@ def test_what_is_no_longer_written_goes_and_a_name_that_is_taken_is_kept_beside(
     write("images/a/2.png", "images/c/1.png", "forest.png")
     found = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
     assert found == [
-        "out/forest.png", "out/forest.png.kept1", "out/images/a/2.png", "out/images/a/mine",
-        "out/images/c.kept1", "out/images/c/1.png", "out/marker",
-    ]  # fmt: skip
+        "out/forest.png",
+        "out/forest.png.kept1",
+        "out/images/a/2.png",
+        "out/images/a/mine",
+        "out/images/c.kept1",
+        "out/images/c/1.png",
+        "out/marker",
+    ]
     assert (tmp_path / "out" / "forest.png.kept1").read_text() == "mine"
-    assert f"your forest.png is kept as {tmp_path / 'out' / 'forest.png.kept1'}" in (
-        capsys.readouterr().out
-    )
+    assert f"your forest.png is kept as {tmp_path / 'out' / 'forest.png.kept1'}" in (capsys.readouterr().out)
     assert not (tmp_path / "out" / "images" / "b").exists()
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["", "[]", "{}", "null", '{"model_type": "clip"}', '{"files_written": ["mine"]}', '{"config": 1}'],
-)  # fmt: skip
+    "content", ["", "[]", "{}", "null", '{"model_type": "clip"}', '{"files_written": ["mine"]}', '{"config": 1}']
+)
 def test_a_folder_with_a_file_of_that_name_is_still_a_persons_own(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="did not write"):
@@ -277,9 +280,7 @@ def test_killed_at_each_step_of_a_replacement_a_persons_files_are_kept(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
-def test_a_file_system_without_locks_is_said_and_not_taken_for_another_run(
-    tmp_path, monkeypatch, number
-):
+def test_a_file_system_without_locks_is_said_and_not_taken_for_another_run(tmp_path, monkeypatch, number):
     def refuse(file, how):
         raise OSError(number, os.strerror(number))
 
@@ -329,15 +330,11 @@ def test_the_scripts_run_without_posix_modules_and_under_windows_rules(commands,
     assert training(tmp_path, interrupted, {2: kill}).returncode == -signal.SIGKILL
     # Without fcntl filelock takes a file that is there for a lock. (Windows itself has real ones.)
     (tmp_path / ".run.lock").unlink()
-    drawing = commands["inference.py"] | dict(lora_dir=tmp_path / "run", output_dir=tmp_path / "results")  # fmt: skip
+    drawing = commands["inference.py"] | dict(lora_dir=tmp_path / "run", output_dir=tmp_path / "results")
     preparing = commands["preprocess.py"] | dict(output_dir=tmp_path / "processed")
     words = []
     for _ in range(2):
-        for script, config in (
-            ("preprocess.py", preparing),
-            ("train.py", interrupted),
-            ("inference.py", drawing),
-        ):
+        for script, config in (("preprocess.py", preparing), ("train.py", interrupted), ("inference.py", drawing)):
             words += [script, *options(**config), ","]
     # What is printed holds letters that a Windows console's file may not know.
     done = command("tests/as_on_windows.py", *words[:-1], env={"PYTHONIOENCODING": "ascii"})
@@ -345,7 +342,7 @@ def test_the_scripts_run_without_posix_modules_and_under_windows_rules(commands,
     assert done.stdout.count("run: 4 steps, ") == 2
     expected = r"note: (without a CLIP model|1 seed a prompt give|not 2, as at most|\S+ holds a finished run)"
     assert "note:" not in re.sub(expected, "", done.stdout)
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "results", "processed", "out", "err"}  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "results", "processed", "out", "err"}
     assert (tmp_path / "results" / "metrics.json").is_file()
 
 

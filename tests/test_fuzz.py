@@ -42,8 +42,7 @@ json_values = st.recursive(
     | st.text(max_size=20)
     | st.sampled_from(["LORA", "images/a.png", "a.png", 1e400, 10**400, "\ud800", ["to_q"]]),
     lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), inner, max_size=4)
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), inner, max_size=4)
     ),
     max_leaves=8,
 )
@@ -96,21 +95,39 @@ def data(tmp_path_factory):
 
 file_names = (
     st.sampled_from(
-        ["images/a.png", "a.png", "b.png", "", ".", "images", "../outside.png", "link.png",
-         "loop.png", "x" * 300, "/".join(["x"] * 3000), "\0", "\ud800", "/etc/passwd", "C:\\a.png"]
+        [
+            "images/a.png",
+            "a.png",
+            "b.png",
+            "",
+            ".",
+            "images",
+            "../outside.png",
+            "link.png",
+            "loop.png",
+            "x" * 300,
+            "/".join(["x"] * 3000),
+            "\0",
+            "\ud800",
+            "/etc/passwd",
+            "C:\\a.png",
+        ]
     )
     | st.text(max_size=20)
     | json_values
-)  # fmt: skip
+)
 rows = st.fixed_dictionaries({}, optional={"file_name": file_names, "text": json_values})
 jsonl_lines = (
-    st.builds(lambda row, ascii: json.dumps(row, ensure_ascii=ascii).encode("utf-8", "replace"),
-              rows | json_values, st.booleans())
+    st.builds(
+        lambda row, ascii: json.dumps(row, ensure_ascii=ascii).encode("utf-8", "replace"),
+        rows | json_values,
+        st.booleans(),
+    )
     | st.text(max_size=40).map(lambda text: text.encode("utf-8", "replace"))
     | st.binary(max_size=40)
     | mutated([b'{"file_name": "images/a.png", "text": "a coat"}'])
     | st.sampled_from([b"[" * 100_000, b"9" * 10_000, b'{"file_name": "b.png", "text": "a coat"}'])
-)  # fmt: skip
+)
 
 
 @many
@@ -154,11 +171,14 @@ def adapter_bytes(tensors, header):
 
 
 VALID = adapter_bytes(
-    {"unet.mid.to_q.lora_A.weight": torch.ones(2, 3), "unet.mid.to_q.lora_B.weight": torch.ones(4, 2),
-     "text_encoder.text_model.q_proj.lora_A.weight": torch.ones(2, 3),
-     "text_encoder.text_model.q_proj.lora_B.weight": torch.ones(4, 2)},
+    {
+        "unet.mid.to_q.lora_A.weight": torch.ones(2, 3),
+        "unet.mid.to_q.lora_B.weight": torch.ones(4, 2),
+        "text_encoder.text_model.q_proj.lora_A.weight": torch.ones(2, 3),
+        "text_encoder.text_model.q_proj.lora_B.weight": torch.ones(4, 2),
+    },
     {"format": "pt", "lora_adapter_metadata": json.dumps(STATED)},
-)  # fmt: skip
+)
 
 
 def read(folder):
@@ -215,7 +235,7 @@ def edited_headers(draw):
             | st.lists(st.sampled_from([0, 1, 2**32, 2**62, 2**64]), max_size=3)
         )
     text = json.dumps(header).encode()
-    return struct.pack("<Q", draw(st.just(len(text)) | st.integers(0, 2**64 - 1))) + text + VALID[8 + size :]  # fmt: skip
+    return struct.pack("<Q", draw(st.just(len(text)) | st.integers(0, 2**64 - 1))) + text + VALID[8 + size :]
 
 
 @many
@@ -233,9 +253,18 @@ keys = st.builds(
     st.sampled_from([".weight", ".default.weight", ".bias", ""]),
 )
 dtypes = st.sampled_from(
-    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool,
-     torch.float8_e4m3fn, torch.uint8]
-)  # fmt: skip
+    [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int8,
+        torch.int64,
+        torch.bool,
+        torch.float8_e4m3fn,
+        torch.uint8,
+    ]
+)
 tensors = st.builds(
     lambda shape, dtype, value: torch.full(shape, value).to(dtype),
     st.lists(st.sampled_from([0, 1, 2, 2, 2, 3]), max_size=3),
@@ -251,15 +280,15 @@ pairs = st.builds(
     st.sampled_from([2, 2, 2, 1, 0]),
     *[st.sampled_from([1.0, 1.0, 1.0, 0.0, float("nan"), -float("inf")])] * 2,
 )
-header_values = st.text(max_size=30) | (json_values | st.fixed_dictionaries(
-    {}, optional={f"unet.{key}": json_values for key in ("lora_alpha", "r", "target_modules")}
-)).map(json.dumps)  # fmt: skip
+header_values = st.text(max_size=30) | (
+    json_values
+    | st.fixed_dictionaries({}, optional={f"unet.{key}": json_values for key in ("lora_alpha", "r", "target_modules")})
+).map(json.dumps)
 
 
 @many
 @given(
-    st.dictionaries(keys, tensors, max_size=6)
-    | st.builds(lambda one, two: one | two, pairs, pairs | st.just({})),
+    st.dictionaries(keys, tensors, max_size=6) | st.builds(lambda one, two: one | two, pairs, pairs | st.just({})),
     st.dictionaries(st.sampled_from(["lora_adapter_metadata", "rank", "seed"]), header_values),
 )
 def test_adapter_contents(folder, content, header):
@@ -272,7 +301,7 @@ kohya_keys = st.builds(
     st.sampled_from(["lora_unet_", "lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_", "bundle_emb."]),
     st.sampled_from(["mid_block_to_q", "mid_block_to_k", "layers_0_self_attn_q_proj"]) | st.text(max_size=6),
     st.sampled_from([".lora_down.weight", ".lora_up.weight", ".alpha", ".hada_w1_a", ".dora_scale", ".diff", ""]),
-)  # fmt: skip
+)
 kohya_tensors = tensors | st.builds(
     lambda shape, value: torch.full(shape, value),
     st.lists(st.sampled_from([0, 1, 1, 2, 3]), min_size=4, max_size=5),
@@ -288,10 +317,9 @@ kohya_layers = st.builds(
     st.sampled_from([1, 2, 3, 0]),
     *[st.sampled_from([1.0, 1.0, 1.0, 0.0, float("nan"), -float("inf")])] * 2,
     st.sampled_from([1.0, 2.0, 0.0, float("nan"), 1e9, [1.0, 2.0], []]),
-)  # fmt: skip
+)
 kohya_header = st.dictionaries(
-    st.sampled_from(["ss_network_dim", "ss_seed", "modelspec.trigger_phrase", "ss_sd_model_name"]),
-    st.text(max_size=30),
+    st.sampled_from(["ss_network_dim", "ss_seed", "modelspec.trigger_phrase", "ss_sd_model_name"]), st.text(max_size=30)
 )
 
 
@@ -348,16 +376,18 @@ def sixteen_bits():
 
 PICTURES = {
     "PNG": [encoded("RGB", format="PNG"), encoded("P", format="PNG"), encoded("RGBA", format="PNG")],
-    "JPEG": [encoded("RGB", format="JPEG"), encoded("CMYK", format="JPEG"),
-             encoded("RGB", format="JPEG", progressive=True)],
+    "JPEG": [
+        encoded("RGB", format="JPEG"),
+        encoded("CMYK", format="JPEG"),
+        encoded("RGB", format="JPEG", progressive=True),
+    ],
     "WEBP": [encoded("RGB", format="WEBP"), encoded("RGBA", format="WEBP", lossless=True)],
     "GIF": [encoded("P", format="GIF")],
     "BMP": [encoded("RGB", format="BMP"), encoded("P", format="BMP")],
-    "TIFF": [encoded("RGB", format="TIFF"), encoded("RGB", format="TIFF", compression="tiff_lzw"),
-             sixteen_bits()],
+    "TIFF": [encoded("RGB", format="TIFF"), encoded("RGB", format="TIFF", compression="tiff_lzw"), sixteen_bits()],
     "AVIF": [encoded("RGB", format="AVIF")],
     "HEIF": [encoded("RGB", format="HEIF"), encoded("RGBA", format="HEIF")],
-}  # fmt: skip
+}
 
 
 @many
@@ -387,13 +417,42 @@ def test_the_pictures_that_are_mutated_are_whole(tmp_path, kind):
 
 # ---- folders of pictures ---------------------------------------------------------------------------
 
-STEMS = ["a", "A", "photo", "caf\u00e9", "cafe\u0301", "photo.jpg", "photo_mask", "two dots.x", "licence", "\u5199\u771f", "\x07",
-         "-x", "a\u2028b", "captions", "metadata"]  # fmt: skip
-ENDINGS = [".png", ".PNG", ".jpg", ".mask.png", ".Mask.PNG", "-masklabel.png", "_mask.jpg", ".txt", ".TXT", ".caption", ".jpg.txt",
-           ".json", ".jsonl", ".csv", ".mov", ""]  # fmt: skip
-entry_names = st.builds(
-    str.__add__, st.sampled_from(STEMS) | st.text(max_size=8), st.sampled_from(ENDINGS)
-)
+STEMS = [
+    "a",
+    "A",
+    "photo",
+    "caf\u00e9",
+    "cafe\u0301",
+    "photo.jpg",
+    "photo_mask",
+    "two dots.x",
+    "licence",
+    "\u5199\u771f",
+    "\x07",
+    "-x",
+    "a\u2028b",
+    "captions",
+    "metadata",
+]
+ENDINGS = [
+    ".png",
+    ".PNG",
+    ".jpg",
+    ".mask.png",
+    ".Mask.PNG",
+    "-masklabel.png",
+    "_mask.jpg",
+    ".txt",
+    ".TXT",
+    ".caption",
+    ".jpg.txt",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".mov",
+    "",
+]
+entry_names = st.builds(str.__add__, st.sampled_from(STEMS) | st.text(max_size=8), st.sampled_from(ENDINGS))
 entry_names = entry_names.filter(
     lambda name: (
         name not in ("", ".", "..")
@@ -420,7 +479,7 @@ entries = st.one_of(
     st.sampled_from([b"a coat", b"", b"two\nlines", "a coat".encode("utf-16"), b"\xff\xfe\0", *LISTINGS]),
     st.tuples(st.just("link"), st.sampled_from(["a.png", "photo.jpg", "../outside.png", "gone", ".", "loop"])),
     st.just("folder"),
-)  # fmt: skip
+)
 
 
 def encoded_of(seed, mode):
@@ -463,11 +522,13 @@ def test_picture_folders(tmp_path_factory, found, buckets):
     told = [row["source"] for key in ("pictures", "skipped", "duplicates") for row in manifest[key]]
     assert sorted(told) == sorted(name.encode("utf-8", "replace").decode() for name in names)
     beside = [*names, *(mask for some in masks.values() for mask in some)]
-    for (
-        path
-    ) in folder.iterdir():  # what is left is a caption, a listing, a clip or nobody's picture
-        assert path.name in beside or sources.IGNORED.fullmatch(path.name) or path.name.lower().endswith(
-            (*sources.CAPTION_ENDINGS, *sources.COMPANIONS)) or sources.alike(path.name) in sources.LISTINGS  # fmt: skip
+    for path in folder.iterdir():  # what is left is a caption, a listing, a clip or nobody's picture
+        assert (
+            path.name in beside
+            or sources.IGNORED.fullmatch(path.name)
+            or path.name.lower().endswith((*sources.CAPTION_ENDINGS, *sources.COMPANIONS))
+            or sources.alike(path.name) in sources.LISTINGS
+        )
     rows = read_dataset(out, 16)
     assert len(rows) == len(manifest["pictures"])
     for index, row in enumerate(manifest["pictures"]):

@@ -41,9 +41,7 @@ class Hub(BaseHTTPRequestHandler):
             token = {"accessToken": {"role": hub.role}}
             return self.answer(200, {"name": "anna", "orgs": [{"name": "coats"}], "auth": token})
         if self.path == "/api/models/anna/coat" and hub.private is not None:
-            return self.answer(
-                200, {"id": "anna/coat", "private": hub.private, "siblings": [], "tags": []}
-            )
+            return self.answer(200, {"id": "anna/coat", "private": hub.private, "siblings": [], "tags": []})
         return self.answer(404)
 
     def do_POST(self):
@@ -59,8 +57,14 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, {"errors": [], "warnings": []})
         if self.path.startswith("/api/models/anna/coat/preupload/"):
             files = json.loads(body)["files"]
-            modes = [{"path": f["path"], "shouldIgnore": False,
-                      "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"} for f in files]  # fmt: skip
+            modes = [
+                {
+                    "path": f["path"],
+                    "shouldIgnore": False,
+                    "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                }
+                for f in files
+            ]
             return self.answer(200, {"files": modes})
         if self.path == "/anna/coat.git/info/lfs/objects/batch":
             objects = [
@@ -75,7 +79,7 @@ class Hub(BaseHTTPRequestHandler):
                     hub.files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
                 if row["key"] == "lfsFile":
                     hub.files[row["value"]["path"]] = hub.large[row["value"]["oid"]]
-            done = {"commitUrl": f"{hub.address}/anna/coat/commit/1", "commitOid": "1", "success": True}  # fmt: skip
+            done = {"commitUrl": f"{hub.address}/anna/coat/commit/1", "commitOid": "1", "success": True}
             return self.answer(200, done)
         return self.answer(404)
 
@@ -100,11 +104,24 @@ def hub():
 
 def train(hub, tmp_path, tiny_model, repository="anna/coat", token=TOKEN, name=NAME, **env):
     data = make_processed(tmp_path / "data", 4)
-    config = TINY_RUN | dict(base_model=tiny_model, data_dir=data, output_dir=tmp_path / "runs", max_steps=2,
-                             push_to_hub=repository, run_name=name)  # fmt: skip
+    config = TINY_RUN | dict(
+        base_model=tiny_model,
+        data_dir=data,
+        output_dir=tmp_path / "runs",
+        max_steps=2,
+        push_to_hub=repository,
+        run_name=name,
+    )
     # A home without a token, and no proxy between this machine and itself.
-    known = dict(HF_ENDPOINT=hub.address, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_TOKEN=token or "",
-                 HF_HOME=str(tmp_path / "home"), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")  # fmt: skip
+    known = dict(
+        HF_ENDPOINT=hub.address,
+        HF_HUB_OFFLINE="0",
+        HF_HUB_DISABLE_XET="1",
+        HF_TOKEN=token or "",
+        HF_HOME=str(tmp_path / "home"),
+        NO_PROXY="127.0.0.1",
+        no_proxy="127.0.0.1",
+    )
     return command("train.py", *options(**config), env=known | env, check=False)
 
 
@@ -119,22 +136,18 @@ def test_a_finished_run_is_uploaded(hub, tmp_path, tiny_model, name):
     assert hub.made["visibility"] == "private"
     assert (hub.made["name"], hub.made["organization"]) == ("coat", "anna")
     folder = tmp_path / "runs" / name
-    there = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}  # fmt: skip
+    there = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert hub.files == {name: content for name, content in there.items() if name != "config.json"}
-    assert {"README.md", f"{name}.safetensors", "pytorch_lora_weights.safetensors"} <= hub.files.keys()  # fmt: skip
+    assert {"README.md", f"{name}.safetensors", "pytorch_lora_weights.safetensors"} <= hub.files.keys()
     assert hub.card.encode() == hub.files["README.md"]  # which the hub has looked at
     assert b'load_lora_weights("anna/coat"' in hub.files["README.md"]
     # Nothing says where things lie on this machine.
-    assert not [
-        name for name, content in hub.files.items() if str(tmp_path.parent).encode() in content
-    ]
+    assert not [name for name, content in hub.files.items() if str(tmp_path.parent).encode() in content]
     assert "is public" not in done.stdout
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_that_a_repository_is_public_is_said_before_training(
-    hub, tmp_path, monkeypatch, capsys, private
-):
+def test_that_a_repository_is_public_is_said_before_training(hub, tmp_path, monkeypatch, capsys, private):
     import huggingface_hub
 
     from lib import hub as ours
@@ -157,16 +170,11 @@ def test_a_token_with_an_odd_letter_is_named(monkeypatch, tmp_path, token):
     from lib.errors import UserError
 
     monkeypatch.setenv("HF_TOKEN", token)
-    for ask in (
-        lambda: ours.check_push("anna/coat"),
-        lambda: models.fetch_model("anna/coat", None, [], False, []),
-    ):
+    for ask in (lambda: ours.check_push("anna/coat"), lambda: models.fetch_model("anna/coat", None, [], False, [])):
         with pytest.raises(UserError, match="HF_TOKEN holds .* as its letter") as error:
             ask()
         assert "\n" not in str(error.value)
-    monkeypatch.setenv(
-        "HF_TOKEN", f" {TOKEN}\n"
-    )  # as a file's end or a paste leaves it, which the hub's client drops
+    monkeypatch.setenv("HF_TOKEN", f" {TOKEN}\n")  # as a file's end or a paste leaves it, which the hub's client drops
     assert ours.odd_token() is None
 
 
@@ -197,7 +205,7 @@ def closed_port():
         (dict(endpoint="closed"), "the hub cannot be reached"),
         (dict(offline="1"), "the hub cannot be reached"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_before_training(hub, tmp_path, monkeypatch, how, words):
     """In this process, as `train.main` asks before it calls `train`; a run of its own takes ten seconds."""
     import huggingface_hub
@@ -210,7 +218,7 @@ def test_what_is_wrong_is_said_before_training(hub, tmp_path, monkeypatch, how, 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how.get("offline") == "1")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_TOKEN", "" if how.get("token", TOKEN) is None else how.get("token", TOKEN))  # fmt: skip
+    monkeypatch.setenv("HF_TOKEN", "" if how.get("token", TOKEN) is None else how.get("token", TOKEN))
     address = closed_port() if how.get("endpoint") else hub.address
     monkeypatch.setattr(ours, "HfApi", lambda: huggingface_hub.HfApi(endpoint=address))
     huggingface_hub.close_session()

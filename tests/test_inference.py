@@ -34,17 +34,20 @@ def evaluated(tiny_model, tiny_clip, processed_data, trained, tmp_path_factory):
 def test_what_an_evaluation_leaves(evaluated):
     folder, done = evaluated
     names = sorted(p.name for p in folder.iterdir())
-    assert names == [
-        "comparison",
-        "lora_weights_rank8",
-        "lora_weights_rank_32",
-        "lora_weights_unet_only",
-    ]
+    assert names == ["comparison", "lora_weights_rank8", "lora_weights_rank_32", "lora_weights_unet_only"]
     one = folder / "lora_weights_rank8"
     assert sorted(p.name for p in one.iterdir()) == [
-        "comparison_all.png", "failure_cases.png", "images", "metrics.csv", "metrics.json",
-        "near_cases.png", "overview.webp", "report.html", "success_cases.png", "summary.md",
-    ]  # fmt: skip
+        "comparison_all.png",
+        "failure_cases.png",
+        "images",
+        "metrics.csv",
+        "metrics.json",
+        "near_cases.png",
+        "overview.webp",
+        "report.html",
+        "success_cases.png",
+        "summary.md",
+    ]
     pictures = sorted(p.name for p in (one / "images" / "a-red-leather-jacket").iterdir())
     assert pictures == ["base_42.png", "base_43.png", "lora_42.png", "lora_43.png"]
     rows = list(csv.DictReader((one / "metrics.csv").open()))
@@ -71,13 +74,13 @@ def test_base_pictures_are_shared_and_lora_pictures_differ(evaluated):
 
 def test_figures_are_those_of_the_saved_pictures(evaluated, tiny_clip):
     folder = evaluated[0] / "lora_weights_rank_32"
-    rows = [r for r in json.loads((folder / "metrics.json").read_text())["pictures"]
-            if r["model"] == "lora" and r["prompt"] == "a red leather jacket"]  # fmt: skip
+    rows = [
+        r
+        for r in json.loads((folder / "metrics.json").read_text())["pictures"]
+        if r["model"] == "lora" and r["prompt"] == "a red leather jacket"
+    ]
     place = folder / "images" / "a-red-leather-jacket"
-    lora, base = (
-        [Image.open(place / f"{kind}_{row['seed']}.png") for row in rows]
-        for kind in ("lora", "base")
-    )
+    lora, base = ([Image.open(place / f"{kind}_{row['seed']}.png") for row in rows] for kind in ("lora", "base"))
     clip = clip_scores.load_clip(tiny_clip)
     assert_close(lpips_distances.lpips_distances(base, lora), [row["lpips"] for row in rows], 1e-3)
     scores = clip_scores.clip_scores(lora, [row["prompt"] for row in rows], clip)
@@ -99,19 +102,14 @@ def test_prompts_file(tmp_path, tiny_model, tiny_clip, processed_data, trained):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# mine\n../../a <b>raincoat</b>\n\nfailure: a cat\nsuccess: A cat!\n")
     config = tiny(tiny_model, tiny_clip, processed_data) | dict(
-        lora_dir=trained / "lora_weights_rank8",
-        output_dir=tmp_path / "out",
-        prompts=prompts,
-        seeds=1,
+        lora_dir=trained / "lora_weights_rank8", output_dir=tmp_path / "out", prompts=prompts, seeds=1
     )
     run("inference.py", *options(**config))
     places = sorted(p.name for p in (tmp_path / "out" / "images").iterdir())
     assert places == ["a-b-raincoat-b", "a-cat", "a-cat-3"]
 
 
-def test_an_adapter_that_does_nothing_is_refused(
-    tmp_path, tiny_model, tiny_clip, processed_data, trained
-):
+def test_an_adapter_that_does_nothing_is_refused(tmp_path, tiny_model, tiny_clip, processed_data, trained):
     folder = tmp_path / "zero"
     shutil.copytree(trained / "lora_weights_rank8", folder)
     with safe_open(folder / WEIGHTS, "pt") as file:
@@ -119,9 +117,7 @@ def test_an_adapter_that_does_nothing_is_refused(
     # Not zero, but so small that adding it changes no float: only the forward pass can tell.
     tensors = {k: v * 1e-30 if "lora_B" in k else v for k, v in load_file(folder / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS, metadata=header)
-    config = tiny(tiny_model, tiny_clip, processed_data) | dict(
-        lora_dir=folder, output_dir=tmp_path / "o"
-    )
+    config = tiny(tiny_model, tiny_clip, processed_data) | dict(lora_dir=folder, output_dir=tmp_path / "o")
     assert_one_line(call("inference.py", *options(**config)), folder, "does nothing")
     assert not (tmp_path / "o").exists()
 
@@ -153,9 +149,7 @@ def test_an_adapter_that_cannot_be_switched_off_is_refused(tiny_model, trained, 
         (dict(seeds="x"), "--seeds"),
     ],
 )
-def test_mistakes_get_one_line(
-    tmp_path, tiny_model, tiny_clip, processed_data, trained, change, words
-):
+def test_mistakes_get_one_line(tmp_path, tiny_model, tiny_clip, processed_data, trained, change, words):
     config = tiny(tiny_model, tiny_clip, processed_data) | dict(
         lora_dir=trained / "lora_weights_rank8", output_dir=tmp_path / "out"
     )
@@ -167,7 +161,7 @@ def test_a_long_prompt_is_refused(tmp_path, tiny_model, tiny_clip, processed_dat
     (tmp_path / "prompts.txt").write_text("word " * 60)
     config = tiny(tiny_model, tiny_clip, processed_data) | dict(
         lora_dir=trained / "lora_weights_rank8", output_dir=tmp_path / "out", prompts=tmp_path / "prompts.txt"
-    )  # fmt: skip
+    )
     assert_one_line(call("inference.py", *options(**config)), "tokens")
 
 
@@ -193,9 +187,7 @@ def test_help_lists_every_key():
 PUBLISHED = os.environ.get("PUBLISHED_STUDY", "")
 
 
-@pytest.mark.skipif(
-    not PUBLISHED, reason="set PUBLISHED_STUDY to the folder of the study's pictures"
-)
+@pytest.mark.skipif(not PUBLISHED, reason="set PUBLISHED_STUDY to the folder of the study's pictures")
 def test_published_lpips():
     folder = ROOT / PUBLISHED
     stored = json.loads((folder / "lpips.json").read_text())["lpips_alex"]

@@ -70,9 +70,7 @@ def latents_vae(model):
 
 def equal(found, expected):
     return len(found) == len(expected) and all(
-        torch.equal(a, b)
-        for index, pair in enumerate(expected)
-        for a, b in zip(found[index], pair, strict=True)
+        torch.equal(a, b) for index, pair in enumerate(expected) for a, b in zip(found[index], pair, strict=True)
     )
 
 
@@ -93,9 +91,7 @@ def test_latents_are_the_plain_codes_and_are_encoded_once(data, model, monkeypat
     assert len(files) == 6
     for path in files:
         assert load_file(path)["mean"].shape == (4, 8, 8)
-    assert sorted(p.name for p in (data / KEPT).iterdir()) == sorted(
-        [files[0].parent.name, "pictures.json"]
-    )
+    assert sorted(p.name for p in (data / KEPT).iterdir()) == sorted([files[0].parent.name, "pictures.json"])
 
 
 def test_only_new_pictures_are_encoded_whatever_they_are_called(data, model, monkeypatch):
@@ -144,9 +140,16 @@ def cut(content):
 
 @pytest.mark.parametrize(
     "damage",
-    [zeroed, flipped, cut, lambda content: b"", lambda content: b"\xff" * 300, lambda content: bytes(len(content)),
-     lambda content: content.replace(b'"mean"', b'"none"')],
-)  # fmt: skip
+    [
+        zeroed,
+        flipped,
+        cut,
+        lambda content: b"",
+        lambda content: b"\xff" * 300,
+        lambda content: bytes(len(content)),
+        lambda content: content.replace(b'"mean"', b'"none"'),
+    ],
+)
 def test_damaged_latents_are_named_and_encoded_again(data, model, monkeypatch, capsys, damage):
     encoded(data, model, monkeypatch)
     path = kept_files(data)[2]
@@ -172,9 +175,7 @@ def test_an_interruption_costs_one_picture(data, model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(setup, "encode_latents", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            setup.picture_latents(
-                model, read_dataset(data, 64), torch.float32, Accelerator(cpu=True)
-            )
+            setup.picture_latents(model, read_dataset(data, 64), torch.float32, Accelerator(cpu=True))
     assert len(kept_files(data)) == 4
     found, seen = encoded(data, model, monkeypatch)
     assert len(seen) == 2
@@ -235,9 +236,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(data, model, mon
 
 def test_pictures_are_read_again_only_where_they_changed(data, monkeypatch):
     read, whole = [], dataset.read_pixels
-    monkeypatch.setattr(
-        dataset, "read_pixels", lambda path, *rest: read.append(path.name) or whole(path, *rest)
-    )
+    monkeypatch.setattr(dataset, "read_pixels", lambda path, *rest: read.append(path.name) or whole(path, *rest))
     first = read_dataset(data, 64)
     assert len(read) == 6
     expected = hashlib.sha256()
@@ -301,9 +300,8 @@ def test_a_run_with_kept_latents_is_the_run_that_made_them(tiny_model, data, tmp
 def test_embeddings_of_training_pictures_are_kept(data, tiny_clip, tmp_path, monkeypatch, capsys):
     asked, whole = [], clip_scores.image_embeddings
     monkeypatch.setattr(
-        clip_scores, "image_embeddings",
-        lambda images, *rest: asked.append(len(images)) or whole(images, *rest),
-    )  # fmt: skip
+        clip_scores, "image_embeddings", lambda images, *rest: asked.append(len(images)) or whole(images, *rest)
+    )
     folder = shutil.copytree(tiny_clip, tmp_path / "clip")
     clip = clip_scores.load_clip(folder)
 

@@ -75,12 +75,19 @@ def small_unet(
     **changes,
 ):
     torch.manual_seed(0)
-    shape = dict(layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
+    shape = dict(
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64), cross_attention_dim=32, attention_head_dim=8,
-        norm_num_groups=groups, **shape | changes,
-    )  # fmt: skip
+        sample_size=16,
+        block_out_channels=(32, 64),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=groups,
+        **shape | changes,
+    )
     unet.requires_grad_(False)
     _no_norm_alike(unet)
     if not adapted:
@@ -110,10 +117,19 @@ def output_and_gradients(unet, side=16):
 def small_text_encoder(dtype=torch.float32, **changes):
     """With three layers and LoRA."""
     torch.manual_seed(0)
-    config = dict(
-        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=2, eos_token_id=98, bos_token_id=97, pad_token_id=98,
-    ) | changes  # fmt: skip
+    config = (
+        dict(
+            vocab_size=99,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            eos_token_id=98,
+            bos_token_id=97,
+            pad_token_id=98,
+        )
+        | changes
+    )
     text_encoder = CLIPTextModel(CLIPTextConfig(**config))
     text_encoder.requires_grad_(False)
     _no_norm_alike(text_encoder)
@@ -154,8 +170,7 @@ def fused(unet):
 def close(found, expected, tolerance):
     """Whether each tensor differs by less than `tolerance` of its own norm."""
     return all(
-        (f.float() - e.float()).norm() <= tolerance * e.float().norm()
-        for f, e in zip(found, expected, strict=True)
+        (f.float() - e.float()).norm() <= tolerance * e.float().norm() for f, e in zip(found, expected, strict=True)
     )
 
 
@@ -217,17 +232,26 @@ def test_outputs_lie_where_attentions_kernels_can_read_them(rank, monkeypatch):
 @pytest.mark.parametrize(("sizes", "kept"), [(4, {2, 3}), (3, {2}), (2, {1}), (1, set())], ids=str)
 def test_only_large_maps_are_computed_again(sizes, kept):
     """The larger half of the sizes, on the way down and on the way up; level 0 is the largest."""
-    kinds = dict(down_block_types=("DownBlock2D",) * sizes, up_block_types=("UpBlock2D",) * sizes,
-                 block_out_channels=(32,) * sizes, norm_num_groups=8, mid_block_type=None)  # fmt: skip
+    kinds = dict(
+        down_block_types=("DownBlock2D",) * sizes,
+        up_block_types=("UpBlock2D",) * sizes,
+        block_out_channels=(32,) * sizes,
+        norm_num_groups=8,
+        mid_block_type=None,
+    )
     unet = UNet2DConditionModel(sample_size=8, cross_attention_dim=32, **kinds)
     setup.recompute_large_maps(unet)
     again = {level for level, block in enumerate(unet.down_blocks) if block.gradient_checkpointing}
     assert again == set(range(sizes)) - kept
-    assert again == {sizes - 1 - place for place, block in enumerate(unet.up_blocks) if block.gradient_checkpointing}  # fmt: skip
+    assert again == {sizes - 1 - place for place, block in enumerate(unet.up_blocks) if block.gradient_checkpointing}
     unet = small_unet()
     setup.recompute_large_maps(unet)
-    assert {m.gradient_checkpointing for m in unet.down_blocks[-1].modules() if hasattr(m, "gradient_checkpointing")} == {False}  # fmt: skip
-    assert {m.gradient_checkpointing for m in unet.up_blocks[-1].modules() if hasattr(m, "gradient_checkpointing")} == {True}  # fmt: skip
+    assert {
+        m.gradient_checkpointing for m in unet.down_blocks[-1].modules() if hasattr(m, "gradient_checkpointing")
+    } == {False}
+    assert {m.gradient_checkpointing for m in unet.up_blocks[-1].modules() if hasattr(m, "gradient_checkpointing")} == {
+        True
+    }
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -250,9 +274,7 @@ def fused_dora(**how):
     return unet
 
 
-@pytest.mark.parametrize(
-    "targets", [("to_q", "to_k", "to_v", "to_out.0"), ("time_emb_proj", "to_q")]
-)
+@pytest.mark.parametrize("targets", [("to_q", "to_k", "to_v", "to_out.0"), ("time_emb_proj", "to_q")])
 def test_fused_dora_gives_pefts_outputs_and_gradients(targets):
     """Of A, B and the magnitudes, with biases and without, and of layers of one shape and of several."""
     expected = output_and_gradients(small_unet(dora=True, targets=targets))
@@ -293,10 +315,7 @@ def predicted(unet, states):
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_without_lora_the_model_is_the_base_model(kind):
     """Inside a `with` alone, whatever ends it."""
-    unet, states = (
-        fused(small_unet()) if kind == "lora" else fused_dora(),
-        torch.randn(1, 77, 32).to(DEVICE),
-    )
+    unet, states = (fused(small_unet()) if kind == "lora" else fused_dora(), torch.randn(1, 77, 32).to(DEVICE))
     adapted = predicted(unet, states)
     with contextlib.suppress(KeyError), lora.without_lora(unet):
         base = predicted(unet, states)
@@ -483,7 +502,7 @@ print("all compiled")
 @needs_triton
 def test_triton_kernels_compile_for_every_gpu_meant():
     """Triton's compiler runs without a GPU, and refuses what its interpreter lets pass."""
-    done = subprocess.run([sys.executable, "-c", COMPILED, str(ROOT)], capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", COMPILED, str(ROOT)], capture_output=True, text=True)
     assert "all compiled" in done.stdout, done.stderr
 
 
@@ -491,8 +510,12 @@ def test_triton_kernels_compile_for_every_gpu_meant():
 def test_triton_kernels_give_pytorchs_results():
     """On the GPU, or without one in Triton's interpreter."""
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", KERNELS, str(ROOT), str(ROOT / "tests")], capture_output=True, text=True,
-                          env=os.environ | interpret)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS, str(ROOT), str(ROOT / "tests")],
+        capture_output=True,
+        text=True,
+        env=os.environ | interpret,
+    )
     assert "all equal" in done.stdout, done.stderr
 
 
@@ -567,23 +590,14 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
 
         def __getitem__(self, grid):
             def launch(*arguments, **sizes):
-                fixed = (
-                    (*arguments[6:],) if self.name in positional else tuple(sorted(sizes.items()))
-                )
+                fixed = (*arguments[6:],) if self.name in positional else tuple(sorted(sizes.items()))
                 launched.append((self.name, arguments[0].dtype, fixed))
 
             return launch
 
     positional = {"geglu", "quick_gelu", "sum_bias"}
-    of_norms, of_rows = (
-        {"norm_whole", "norm_sums", "norm_apply"},
-        {"sum_norm", "geglu", "quick_gelu"},
-    )
-    for module, names in (
-        (norms, of_norms),
-        (rows, of_rows | {"sum_norm_backward"}),
-        (maps, {"sum_bias"}),
-    ):
+    of_norms, of_rows = ({"norm_whole", "norm_sums", "norm_apply"}, {"sum_norm", "geglu", "quick_gelu"})
+    for module, names in ((norms, of_norms), (rows, of_rows | {"sum_norm_backward"}), (maps, {"sum_bias"})):
         for name in names:
             monkeypatch.setattr(module, f"_{name}", Recorder(name))
     monkeypatch.setattr(channels_last, "missing_kernels", lambda device: None)
@@ -648,8 +662,8 @@ def test_every_model_that_is_trained_gets_the_kernels(
     tiny_model, processed_data, tmp_path, monkeypatch, new_precision, both
 ):
     given = []
-    monkeypatch.setattr(micro_step, "channels_last", lambda *models, training: given.append((models, training)))  # fmt: skip
-    run_of(tiny_model, processed_data, tmp_path, max_steps=1, warmup_steps=0, train_text_encoder=both)  # fmt: skip
+    monkeypatch.setattr(micro_step, "channels_last", lambda *models, training: given.append((models, training)))
+    run_of(tiny_model, processed_data, tmp_path, max_steps=1, warmup_steps=0, train_text_encoder=both)
     ((models, training),) = given
     assert training
     assert [type(model) for model in models] == [UNet2DConditionModel, CLIPTextModel][: 1 + both]
@@ -752,9 +766,7 @@ def test_without_a_gpu_nothing_is_compiled_or_recorded():
 @needs_gpu
 def test_attention_compiles_in_threads_on_a_gpu(capsys, monkeypatch):
     started, start = [], compiling.in_threads
-    monkeypatch.setattr(
-        attention, "in_threads", lambda jobs, device: started.extend(jobs) or start(jobs, device)
-    )
+    monkeypatch.setattr(attention, "in_threads", lambda jobs, device: started.extend(jobs) or start(jobs, device))
     unet = small_unet(torch.float16)
     x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 32)
     x, text = x.to(DEVICE, torch.float16), text.to(DEVICE, torch.float16)
@@ -770,24 +782,39 @@ STEPS = 50
 
 def run_of(model, data, folder, **changes):
     """(losses, weights) of a run of train.py."""
-    config = train.CONFIG | TINY_RUN | dict(
-        base_model=str(model), data_dir=str(data), output_dir=str(folder), max_steps=STEPS, log_every=1,
-        warmup_steps=5, validate_every=1000, gradient_checkpointing=False,
-    ) | changes  # fmt: skip
+    config = (
+        train.CONFIG
+        | TINY_RUN
+        | dict(
+            base_model=str(model),
+            data_dir=str(data),
+            output_dir=str(folder),
+            max_steps=STEPS,
+            log_every=1,
+            warmup_steps=5,
+            validate_every=1000,
+            gradient_checkpointing=False,
+        )
+        | changes
+    )
     train.train(**config)
     folder = folder / config["run_name"]
     rows = [json.loads(line) for line in (folder / "log.jsonl").open()]
     weights = load_file(folder / adapter_files.WEIGHTS)
-    weights = {k.replace(".lora_", ".").removesuffix(".weight").replace("text_model.", ""): w for k, w in weights.items()}  # fmt: skip
+    weights = {
+        k.replace(".lora_", ".").removesuffix(".weight").replace("text_model.", ""): w for k, w in weights.items()
+    }
     return [row["loss"] for row in rows if "loss" in row], weights
 
 
 def plain_run_of(model, data, projections=None, **changes):
     """The same by the plain loop."""
-    config = train.CONFIG | TINY_RUN | dict(
-        base_model=str(model), data_dir=str(data), max_steps=STEPS, warmup_steps=5,
-        gradient_checkpointing=False,
-    ) | changes  # fmt: skip
+    config = (
+        train.CONFIG
+        | TINY_RUN
+        | dict(base_model=str(model), data_dir=str(data), max_steps=STEPS, warmup_steps=5, gradient_checkpointing=False)
+        | changes
+    )
     losses, weights, _ = plain_loop(config, one_vector=True, projections=projections)
     return losses, {k.replace("text_model.", ""): w for k, w in weights.items()}
 
@@ -824,9 +851,7 @@ def test_train_is_the_plain_loop(tiny_model, processed_data, tmp_path, new_preci
     assert distances(plain, other)[1] > 0.05
 
 
-def test_train_with_dora_is_the_plain_loop_with_pefts_dora(
-    tiny_model, processed_data, tmp_path, new_precision
-):
+def test_train_with_dora_is_the_plain_loop_with_pefts_dora(tiny_model, processed_data, tmp_path, new_precision):
     """Losses, B and how far the magnitudes have gone, after 50 steps."""
     if DEVICE.type == "cuda":
         pytest.skip("compared in half precision below")
@@ -865,10 +890,7 @@ def test_the_model_computes_with_a_copy_and_the_vector_is_saved(
     _, weights = run_of(tiny_model, processed_data, tmp_path / "apart", **how)
     assert all(torch.equal(weights[name], weight) for name, weight in shared[1].items())
     # The losses too, those of the held-out pictures after an update included.
-    logs = [
-        (tmp_path / name / train.CONFIG["run_name"] / "log.jsonl").read_text()
-        for name in ("shared", "apart")
-    ]
+    logs = [(tmp_path / name / train.CONFIG["run_name"] / "log.jsonl").read_text() for name in ("shared", "apart")]
     assert logs[0] == logs[1]
     assert logs[0].count('"validation_loss"') == 4
 
@@ -888,10 +910,11 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(
 VARIANTS = dict(
     dora=dict(dora=True),
     protected=dict(
-        protected_prompts=str(ROOT / "prompts" / "protected_demo.txt"), unet_targets=("attn2.to_k", "attn2.to_v"),
+        protected_prompts=str(ROOT / "prompts" / "protected_demo.txt"),
+        unet_targets=("attn2.to_k", "attn2.to_v"),
         loss_guidance_scale=(1.0, 2.5),
     ),
-)  # fmt: skip
+)
 HALF = dict(base_model=ROOT / "demo" / "model", rank=8, alpha=8.0)
 
 
@@ -902,13 +925,7 @@ def half_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     runs = {}
     kinds = ("fast", "checkpointing", "eager", "waiting", "plain", "float32")
-    for name in (
-        *kinds,
-        *(f"dora {kind}" for kind in kinds),
-        "protected fast",
-        "protected eager",
-        "protected waiting",
-    ):
+    for name in (*kinds, *(f"dora {kind}" for kind in kinds), "protected fast", "protected eager", "protected waiting"):
         variant, _, kind = name.rpartition(" ")
         AcceleratorState._reset_state(reset_partial_state=True)
         how = HALF | dict(data=data, gradient_checkpointing=kind == "checkpointing")
@@ -935,9 +952,7 @@ def test_the_fast_path_is_the_plain_loop_in_half_precision(half_runs, name, vari
     """Over 50 steps its losses stay within half a unit of fp16's last place of the plain loop's, in
     float32 and in fp16, and its weights as near to float32's as those of the plain loop in fp16 do."""
     exact, plain, fast = (half_runs[f"{variant}{kind}"] for kind in ("float32", "plain", name))
-    rounding, found, between = (
-        distances(*pair) for pair in ((exact, plain), (exact, fast), (plain, fast))
-    )
+    rounding, found, between = (distances(*pair) for pair in ((exact, plain), (exact, fast), (plain, fast)))
     print(f"apart from float32: plain {rounding}, {name} {found}; of each other {between}")
     assert max(found[0], between[0]) <= 2**-11
     assert found[1] <= 1.5 * rounding[1]
@@ -977,7 +992,7 @@ def test_nan_that_is_noticed_late_is_named_rightly_and_spoils_nothing(
         found, draws = draw(self, number)
         pictures[number] = found
         if number == 7:
-            draws = [(latent_noise, noise * np.float32("nan"), *rest) for latent_noise, noise, *rest in draws]  # fmt: skip
+            draws = [(latent_noise, noise * np.float32("nan"), *rest) for latent_noise, noise, *rest in draws]
         return found, draws
 
     model = HALF["base_model"]
@@ -986,14 +1001,12 @@ def test_nan_that_is_noticed_late_is_named_rightly_and_spoils_nothing(
         rows = dataset.read_dataset(processed_data, 64)
         with pytest.raises(UserError, match="at step 8 ") as raised:
             run_of(model, processed_data, tmp_path, **how)
-    assert {rows[index].name for index in pictures[7]} == set(
-        re.findall(r"images/\w+\.png", str(raised.value))
-    )
+    assert {rows[index].name for index in pictures[7]} == set(re.findall(r"images/\w+\.png", str(raised.value)))
     folder = files.unfinished(tmp_path / train.CONFIG["run_name"])
     tensors, state = checkpoints.latest(folder)
     assert (state["step"], state["loss_count"], state["gave_up"]) == (5, 5, True)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-    assert {n for key, n in state["optimizer"].items() if key.endswith("step")} == {5 - state["skipped"]}  # fmt: skip
+    assert {n for key, n in state["optimizer"].items() if key.endswith("step")} == {5 - state["skipped"]}
     continued = run_of(model, processed_data, tmp_path, **how)
     whole = run_of(model, processed_data, tmp_path / "whole", **how)
     assert len(continued[0]) == len(whole[0]) == 1
@@ -1021,9 +1034,7 @@ def test_graphs_of_several_sizes_are_the_eager_loop(several_sizes, tmp_path, mon
         torch.cuda.reset_peak_memory_stats()
         if name == "eager":
             monkeypatch.setattr(micro_step, "captured", lambda functions, *_: functions)
-        found[name] = run_of(
-            HALF["base_model"], several_sizes, tmp_path / name, rank=8, alpha=8.0, batch_size=2
-        )
+        found[name] = run_of(HALF["base_model"], several_sizes, tmp_path / name, rank=8, alpha=8.0, batch_size=2)
         reserved[name] = torch.cuda.max_memory_reserved() / 2**20
     AcceleratorState._reset_state(reset_partial_state=True)
     apart = distances(found["eager"], found["graphs"])
@@ -1050,9 +1061,7 @@ def test_latents_encoded_together_are_those_of_each_alone_and_stay_off_the_gpu(
 
 
 @needs_gpu
-def test_what_cannot_be_recorded_is_called_and_said(
-    processed_data, tmp_path, monkeypatch, capsys, new_precision
-):
+def test_what_cannot_be_recorded_is_called_and_said(processed_data, tmp_path, monkeypatch, capsys, new_precision):
     loss = micro_step.diffusion_loss
 
     def waits(*arguments):
@@ -1098,8 +1107,7 @@ def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures(times):
     plain = [drawing.draw(pipeline, jobs, batch_size=size, **how) for size in (1, 8)]
     drawing.record_unet(pipeline, 8, drawing.latent_size(pipeline, resolution), True)
     recorded = drawing.draw(pipeline, jobs, batch_size=8, **how)
-    base, batched, graph = (np.stack([np.asarray(i, np.float32) for i in images])
-                            for images in (*plain, recorded))  # fmt: skip
+    base, batched, graph = (np.stack([np.asarray(i, np.float32) for i in images]) for images in (*plain, recorded))
     assert np.abs(batched - base).mean() < 1
     assert np.abs(graph - batched).mean() < 0.5
     assert np.abs(base[0] - base[1]).mean() > 5
@@ -1118,9 +1126,7 @@ def test_how_many_pictures_are_drawn_at_once(monkeypatch):
         (70.0, 512, 8),
         (70.0, 1024, 8),
     ):
-        monkeypatch.setattr(
-            torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 80 * 2**30)
-        )
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 80 * 2**30))
         assert drawing.pictures_at_once(40 if expected != 7 else 42, 0, resolution, gpu) == expected
 
 
@@ -1159,11 +1165,7 @@ def test_a_cpu_draws_the_same_in_other_forms():
     x, text = torch.randn(2, 4, 8, 12), torch.randn(2, 7, 32)
     odd = torch.randn(2, 4, 6, 9)  # which upsampling has to be told
     z = torch.randn(1, vae.config.latent_channels, 4, 6)
-    calls = [
-        lambda: unet(x, 5, text).sample,
-        lambda: unet(odd, 5, text).sample,
-        lambda: vae.decode(z).sample,
-    ]
+    calls = [lambda: unet(x, 5, text).sample, lambda: unet(odd, 5, text).sample, lambda: vae.decode(z).sample]
     upsamplers = [m for model in (unet, vae) for m in model.modules() if isinstance(m, Upsample2D)]
     assert len(upsamplers) > 1
     upsamplers[0].conv.bias.normal_()
@@ -1194,22 +1196,12 @@ def test_what_guidance_computes_twice_is_computed_once(kernels, monkeypatch):
         channels_last.rebuild(unet)
         monkeypatch.setattr(rows.SumNorm, "apply", plain_sum_norm)
         monkeypatch.setattr(norms.GroupNormSilu, "apply", plain_group_norm)
-        monkeypatch.setattr(
-            rows.Geglu, "apply", lambda x: F.gelu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0]
-        )
-        monkeypatch.setattr(
-            maps.SumBias,
-            "apply",
-            lambda x, y, bias: x + bias[:, None, None] + (0 if y is None else y),
-        )
-    first, second = (
-        unet.down_blocks[0].attentions[number].transformer_blocks[0].attn1 for number in (0, 1)
-    )
+        monkeypatch.setattr(rows.Geglu, "apply", lambda x: F.gelu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0])
+        monkeypatch.setattr(maps.SumBias, "apply", lambda x, y, bias: x + bias[:, None, None] + (0 if y is None else y))
+    first, second = (unet.down_blocks[0].attentions[number].transformer_blocks[0].attn1 for number in (0, 1))
     seen = []
     for attention_to_picture in (first, second):
-        attention_to_picture.register_forward_pre_hook(
-            lambda _, inputs: seen.append(len(inputs[0]))
-        )
+        attention_to_picture.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     torch.manual_seed(1)
     sample, text = torch.randn(3, 4, 16, 16, device=DEVICE), torch.randn(6, 77, 32, device=DEVICE)
     inputs = torch.cat([sample, sample]), torch.tensor(500, device=DEVICE), text
@@ -1224,8 +1216,11 @@ def test_what_guidance_computes_twice_is_computed_once(kernels, monkeypatch):
 
 
 def test_a_unet_that_begins_in_another_way_computes_both_halves():
-    unet = small_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                      up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), adapted=False)  # fmt: skip
+    unet = small_unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        adapted=False,
+    )
     sample, text = torch.randn(2, 4, 16, 16, device=DEVICE), torch.randn(4, 77, 32, device=DEVICE)
     inputs = torch.cat([sample, sample]), torch.tensor(500, device=DEVICE), text
     with torch.no_grad(), guided.shared_start(unet):
@@ -1237,9 +1232,7 @@ def test_a_unet_that_begins_in_another_way_computes_both_halves():
 def test_a_prompt_is_encoded_once_for_all_its_pictures(tiny_model):
     pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
     encoded = []
-    pipeline.text_encoder.register_forward_pre_hook(
-        lambda _, inputs: encoded.append(len(inputs[0]))
-    )
+    pipeline.text_encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
     jobs = [(prompt, seed) for prompt in ("a raincoat", "a cat") for seed in (1, 2, 3)]
     drawing.draw(pipeline, jobs, steps=1, resolution=64, batch_size=3, guidance_scale=6.0, title="")
     assert encoded == [2, 2]  # the prompts, and nothing in their place
@@ -1247,9 +1240,7 @@ def test_a_prompt_is_encoded_once_for_all_its_pictures(tiny_model):
 
 def test_a_gradient_that_a_pass_gives_twice_or_not_at_all_is_an_error():
     unet = small_unet(adapted=False)
-    part = parameters.add_lora_parameters(
-        unet, 4, 4.0, ("to_q", "to_v"), 1e-3, DEVICE, torch.float32
-    )
+    part = parameters.add_lora_parameters(unet, 4, 4.0, ("to_q", "to_v"), 1e-3, DEVICE, torch.float32)
     part.flat.grad = torch.zeros_like(part.flat)
     part.refresh()
     expected = None
@@ -1274,24 +1265,22 @@ def test_memsets_of_a_graph_become_kernels(capsys, monkeypatch):
 
     memory = torch.arange(4096, dtype=torch.int32, device=DEVICE)
     query, key, value = (
-        torch.randn(1, 4, 512, 64, device=DEVICE, dtype=torch.float16, requires_grad=True)
-        for _ in range(3)
+        torch.randn(1, 4, 512, 64, device=DEVICE, dtype=torch.float16, requires_grad=True) for _ in range(3)
     )
 
     def work():
         stream, address = torch.cuda.current_stream().cuda_stream, memory.data_ptr()
-        for setting in ((driver.cuMemsetD32Async, address, 0xFFFFFFF0, 1000), (driver.cuMemsetD8Async, address + 4000, 255, 13),
-                        (driver.cuMemsetD16Async, address + 400, 0x8001, 21)):  # fmt: skip
+        for setting in (
+            (driver.cuMemsetD32Async, address, 0xFFFFFFF0, 1000),
+            (driver.cuMemsetD8Async, address + 4000, 255, 13),
+            (driver.cuMemsetD16Async, address + 400, 0x8001, 21),
+        ):
             assert setting[0](*setting[1:], stream)[0] == driver.CUresult.CUDA_SUCCESS
-        out = F.scaled_dot_product_attention(
-            query, key, value
-        )  # cuDNN's, which sets memory for its backward pass
+        out = F.scaled_dot_product_attention(query, key, value)  # cuDNN's, which sets memory for its backward pass
         return [memory * 2, *torch.autograd.grad(out.square().sum(), (query, key, value))]
 
     replaced, replace = [], graphs.memsets_as_kernels
-    monkeypatch.setattr(
-        graphs, "memsets_as_kernels", lambda *given: replaced.append(replace(*given))
-    )
+    monkeypatch.setattr(graphs, "memsets_as_kernels", lambda *given: replaced.append(replace(*given)))
     memory.copy_(torch.arange(4096, device=DEVICE))
     expected = [tensor.clone() for tensor in work()]
     (replay,) = graphs.captured([work], DEVICE)
@@ -1318,9 +1307,7 @@ def plain_group_norm(x, shift, weight, bias, groups, eps, silu):
     return x, F.silu(norm) if silu else norm
 
 
-def test_joined_models_draw_the_same_pictures_with_and_without_an_adapter(
-    tiny_model, tmp_path, monkeypatch
-):
+def test_joined_models_draw_the_same_pictures_with_and_without_an_adapter(tiny_model, tmp_path, monkeypatch):
     """An adapter is put into the same weights."""
     torch.manual_seed(0)
     models = {

@@ -31,9 +31,9 @@ def full_size():
     """Stable Diffusion v1.5's UNet and text encoder, without weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        text_encoder = CLIPTextModel(CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        ))  # fmt: skip
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        )
     return {"unet": unet, "text_encoder": text_encoder}
 
 
@@ -42,10 +42,11 @@ def all_layers(models):
     return {
         component: [
             name if component == "unet" or name.startswith("text_model.") else f"text_model.{name}"
-            for name, module in model.named_modules() if adapters.is_matrix(module)
+            for name, module in model.named_modules()
+            if adapters.is_matrix(module)
         ]
         for component, model in models.items()
-    }  # fmt: skip
+    }
 
 
 # ---- what other programs find --------------------------------------------------------------
@@ -58,23 +59,31 @@ def ldm_layers():
     3 * level + number, the attention being part 1 of its block; the middle one is middle_block_1.
     """
     inside = ["proj_in", "proj_out"]
-    inside += [f"transformer_blocks_0_{a}_{p}" for a in ("attn1", "attn2") for p in ("to_q", "to_k", "to_v", "to_out_0")]  # fmt: skip
+    inside += [
+        f"transformer_blocks_0_{a}_{p}" for a in ("attn1", "attn2") for p in ("to_q", "to_k", "to_v", "to_out_0")
+    ]
     inside += ["transformer_blocks_0_ff_net_0_proj", "transformer_blocks_0_ff_net_2"]
-    places = {f"down_blocks_{level}_attentions_{n}": f"input_blocks_{3 * level + n + 1}_1"
-              for level in range(3) for n in range(2)}  # fmt: skip
-    places |= {f"up_blocks_{level}_attentions_{n}": f"output_blocks_{3 * level + n}_1"
-               for level in range(1, 4) for n in range(3)}  # fmt: skip
+    places = {
+        f"down_blocks_{level}_attentions_{n}": f"input_blocks_{3 * level + n + 1}_1"
+        for level in range(3)
+        for n in range(2)
+    }
+    places |= {
+        f"up_blocks_{level}_attentions_{n}": f"output_blocks_{3 * level + n}_1"
+        for level in range(1, 4)
+        for n in range(3)
+    }
     places["mid_block_attentions_0"] = "middle_block_1"
-    return {f"{ours}_{part}": f"{theirs}_{part}" for ours, theirs in places.items() for part in inside}  # fmt: skip
+    return {f"{ours}_{part}": f"{theirs}_{part}" for ours, theirs in places.items() for part in inside}
 
 
 def comfyui_keys():
     """ComfyUI's key map for Stable Diffusion v1: diffusers' names of the UNet's layers, and the text
     encoder's layers by number; `.lora_up.weight`, `.lora_down.weight` and `.alpha` follow each."""
     layers = [f"lora_unet_{name}" for name in ldm_layers()]
-    parts = "mlp_fc1 mlp_fc2 self_attn_k_proj self_attn_q_proj self_attn_v_proj self_attn_out_proj".split()  # fmt: skip
+    parts = "mlp_fc1 mlp_fc2 self_attn_k_proj self_attn_q_proj self_attn_v_proj self_attn_out_proj".split()
     layers += [f"lora_te_text_model_encoder_layers_{n}_{part}" for n in range(12) for part in parts]
-    return {f"{layer}.{end}" for layer in layers for end in ("lora_up.weight", "lora_down.weight", "alpha")}  # fmt: skip
+    return {f"{layer}.{end}" for layer in layers for end in ("lora_up.weight", "lora_down.weight", "alpha")}
 
 
 def a1111_layer(key):
@@ -91,17 +100,22 @@ def a1111_layer(key):
 
 def test_comfyui_and_a1111_find_every_tensor_of_the_full_size_model(full_size, tmp_path):
     layers = {
-        component: {name: (torch.ones(2, 3), torch.ones(4, 2)) for name in names
-                    if adapters.matches(name, ("to_k", "to_q", "to_v", "to_out.0", "q_proj", "v_proj"))}
+        component: {
+            name: (torch.ones(2, 3), torch.ones(4, 2))
+            for name in names
+            if adapters.matches(name, ("to_k", "to_q", "to_v", "to_out.0", "q_proj", "v_proj"))
+        }
         for component, names in all_layers(full_size).items()
-    }  # fmt: skip
+    }
     assert {part: len(rows) for part, rows in layers.items()} == {"unet": 128, "text_encoder": 24}
     kohya.save_kohya(tmp_path / "a.safetensors", layers, 32.0, {})
     keys = load_file(tmp_path / "a.safetensors").keys()
     assert len(keys) == 3 * (152 + 12)  # and the text encoder's output projections, of zeros
     assert keys <= comfyui_keys()
     there = {f"diffusion_model_{name}" for name in ldm_layers().values()}
-    there |= {f"transformer_text_model_encoder_layers_{n}_self_attn_{p}_proj" for n in range(12) for p in ("q", "v", "out")}  # fmt: skip
+    there |= {
+        f"transformer_text_model_encoder_layers_{n}_self_attn_{p}_proj" for n in range(12) for p in ("q", "v", "out")
+    }
     found = {a1111_layer(key.split(".")[0]) for key in keys}
     assert found <= there
     assert len(found) == 152 + 12
@@ -113,7 +127,7 @@ def test_every_layer_name_comes_back_from_its_underscores(full_size):
 
 
 def test_diffusers_draws_the_same_from_both_files(tmp_path, tiny_model, pipeline):
-    models, targets = models_of(pipeline), {"unet": ["to_q", "to_out.0"], "text_encoder": ["q_proj"]}  # fmt: skip
+    models, targets = models_of(pipeline), {"unet": ["to_q", "to_out.0"], "text_encoder": ["q_proj"]}
     for component, model in models.items():
         adapters.add_lora(model, 4, 3.0, targets[component])
         for pair in adapters.factors(model).values():
@@ -226,7 +240,7 @@ def other_file(path, models, change=None):
             if not (adapters.is_matrix(module) and inside):
                 continue
             rank, alpha = 2 + number % 3, 1.0 + number % 2
-            bare = name if component == "unet" or name.startswith("text_model") else f"text_model.{name}"  # fmt: skip
+            bare = name if component == "unet" or name.startswith("text_model") else f"text_model.{name}"
             key = f"{kohya.PREFIXES[component]}_{bare.replace('.', '_')}"
             out, width = module.weight.shape[:2]
             tail = module.weight.shape[2:]
@@ -266,7 +280,7 @@ def test_a_file_without_text_encoder_or_alphas(tmp_path, pipeline):
     path = tmp_path / "theirs.safetensors"
     other_file(path, models_of(pipeline), without_text_encoder)
     assert list(adapter_files.read_adapter(path).factors) == ["unet"]
-    other_file(path, models_of(pipeline), lambda t: {k: v for k, v in t.items() if "alpha" not in k})  # fmt: skip
+    other_file(path, models_of(pipeline), lambda t: {k: v for k, v in t.items() if "alpha" not in k})
     adapter = adapter_files.read_adapter(path)
     assert adapter.alpha == adapter.rank  # no alpha: a scale of 1
 
@@ -287,7 +301,7 @@ LAYER = "lora_unet_down_blocks_0_resnets_0_conv1"
         ({"bundle_emb.word.string_to_param.*": torch.ones(1, 2)}, "an embedding"),
         ({"lycoris_x.hada_w2_b": torch.ones(1, 2)}, "LoHa"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_plain_lora_is_refused_by_name(tmp_path, pipeline, more, words):
     path = tmp_path / "theirs.safetensors"
     other_file(path, models_of(pipeline), lambda tensors: tensors | more)
@@ -324,7 +338,7 @@ def a_gap(tensors):
         (lambda t: {k: v * 0 if "lora_up" in k else v for k, v in t.items()}, "does nothing"),
         (lambda t: {k: v * float("inf") if "lora_up" in k else v for k, v in t.items()}, "NaN or infinity"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_file_is_refused_and_named(tmp_path, pipeline, change, words):
     path = tmp_path / "theirs.safetensors"
     other_file(path, models_of(pipeline), change)
@@ -333,16 +347,13 @@ def test_a_wrong_file_is_refused_and_named(tmp_path, pipeline, change, words):
     assert str(path) in str(error.value)
 
 
-def test_inference_takes_a_file_and_a_folder_of_files(
-    tmp_path, trained, tiny_model, pipeline, processed_data
-):
-    config = dict(base_model=tiny_model, clip_model="none", data_dir=processed_data, resolution=64,
-                  steps=1, seeds=1)  # fmt: skip
+def test_inference_takes_a_file_and_a_folder_of_files(tmp_path, trained, tiny_model, pipeline, processed_data):
+    config = dict(base_model=tiny_model, clip_model="none", data_dir=processed_data, resolution=64, steps=1, seeds=1)
     folder = tmp_path / "downloads"
     folder.mkdir()
     (folder / "ours.safetensors").write_bytes((trained / NAME / f"{NAME}.safetensors").read_bytes())
     other_file(folder / "theirs.safetensors", models_of(pipeline))
-    done = call("inference.py", *options(**config, lora_dir=folder / "ours.safetensors", output_dir=tmp_path / "one"))  # fmt: skip
+    done = call("inference.py", *options(**config, lora_dir=folder / "ours.safetensors", output_dir=tmp_path / "one"))
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "one" / "metrics.json").read_text())
     assert record["run"] == "ours"
@@ -356,6 +367,5 @@ def test_inference_takes_a_file_and_a_folder_of_files(
 
 def test_a_run_cannot_take_diffusers_name(tmp_path, tiny_model):
     data = make_processed(tmp_path / "data", 4)
-    config = TINY_RUN | dict(base_model=tiny_model, data_dir=data, output_dir=tmp_path,
-                             run_name="pytorch_lora_weights")  # fmt: skip
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=data, output_dir=tmp_path, run_name="pytorch_lora_weights")
     assert_one_line(call("train.py", *options(**config)), "pytorch_lora_weights", "take another")

@@ -60,9 +60,7 @@ def two_machines():
 
 def test_two_machines_go_on_bit_for_bit(tiny_model, processed_data, tmp_path):
     """What two processes of one began; one machine writes."""
-    config = EXACT | dict(
-        base_model=tiny_model, data_dir=processed_data, gradient_accumulation_steps=1
-    )
+    config = EXACT | dict(base_model=tiny_model, data_dir=processed_data, gradient_accumulation_steps=1)
     whole, killed = (config | dict(output_dir=tmp_path / name) for name in ("whole", "killed"))
     for done in training_in_two(tmp_path / "whole", whole):
         succeeded(done)
@@ -70,13 +68,27 @@ def test_two_machines_go_on_bit_for_bit(tiny_model, processed_data, tmp_path):
     with two_machines() as (begins, environments, address, port):
         launchers = [
             subprocess.Popen(
-                [*begin, sys.executable, *LAUNCH, "--main_process_ip", address, "--main_process_port", str(port),
-                 "--machine_rank", str(rank), str(ROOT / "train.py"), *options(**killed)],
-                cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                [
+                    *begin,
+                    sys.executable,
+                    *LAUNCH,
+                    "--main_process_ip",
+                    address,
+                    "--main_process_port",
+                    str(port),
+                    "--machine_rank",
+                    str(rank),
+                    str(ROOT / "train.py"),
+                    *options(**killed),
+                ],
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             )
             for rank, (begin, environment) in enumerate(zip(begins, environments, strict=True))
-        ]  # fmt: skip
+        ]
         try:
             said = [launcher.communicate(timeout=150)[0] for launcher in launchers]
         finally:
@@ -91,9 +103,7 @@ def test_two_machines_go_on_bit_for_bit(tiny_model, processed_data, tmp_path):
 
 
 def test_machines_that_do_not_share_their_folders_are_told_so(tiny_model, processed_data, tmp_path):
-    config = EXACT | dict(
-        base_model=tiny_model, data_dir=processed_data, gradient_accumulation_steps=1
-    )
+    config = EXACT | dict(base_model=tiny_model, data_dir=processed_data, gradient_accumulation_steps=1)
     config |= dict(output_dir=tmp_path)
     training_in_two(tmp_path, config, {5: kill})
     before = sorted(path.name for path in files.unfinished(tmp_path / NAME).iterdir())
@@ -159,20 +169,23 @@ def test_two_processes_on_buckets_go_on_bit_for_bit(in_two, tmp_path):
     [
         (dict(ACCELERATE_USE_FSDP="true", FSDP_SHARDING_STRATEGY="1"), "FSDP"),
         (dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_MIXED_PRECISION="bf16"), "DeepSpeed, mixed_precision bf16"),
-        (dict(ACCELERATE_MIXED_PRECISION="fp8", ACCELERATE_DYNAMO_BACKEND="INDUCTOR"), "torch.compile, mixed_precision fp8"),
+        (
+            dict(ACCELERATE_MIXED_PRECISION="fp8", ACCELERATE_DYNAMO_BACKEND="INDUCTOR"),
+            "torch.compile, mixed_precision fp8",
+        ),
         (dict(ACCELERATE_USE_MEGATRON_LM="true"), "Megatron-LM"),
         (dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4"), "gradient_accumulation_steps 4 (--gradient-acc"),
         # What a launcher says that was told nothing.
         (dict(ACCELERATE_MIXED_PRECISION="no", ACCELERATE_DYNAMO_BACKEND="NO", ACCELERATE_USE_CPU="False"), None),
         (dict(ACCELERATE_MIXED_PRECISION="fp16"), None),
     ],
-)  # fmt: skip
+)
 def test_what_a_launcher_was_told_of_another_project_is_left_out(
     tiny_model, processed_data, tmp_path, monkeypatch, environment, words
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data, output_dir=tmp_path, max_steps=2)  # fmt: skip
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data, output_dir=tmp_path, max_steps=2)
     done = call("train.py", *options(**config))
     assert done.returncode == 0, done.stderr
     if words:

@@ -162,9 +162,7 @@ def test_mirroring_the_drawn_pictures_changes_nothing():
     trained_on, drawn = pictures(rng, 16), pictures(rng, PROMPTS, SEEDS)
     drawn[:, :4] = mirror(drawn[:, 4:])
     turned = memorisation.copy_p_values(study(trained_on, mirror(drawn)))
-    np.testing.assert_allclose(
-        memorisation.copy_p_values(study(trained_on, drawn)), turned, atol=2e-3
-    )
+    np.testing.assert_allclose(memorisation.copy_p_values(study(trained_on, drawn)), turned, atol=2e-3)
     drawn[:, :4] = mirror(drawn[:, :4])
     same = memorisation.copy_p_values(study(trained_on, drawn))
     np.testing.assert_allclose(same, turned, atol=2e-3)
@@ -251,9 +249,7 @@ def test_a_few_pictures_are_refused_in_words_with_every_figure(m, level):
     rng = np.random.default_rng([13, m])
     found = memorised([study(pictures(rng, m), far(rng, PROMPTS, SEEDS), far(rng, 1))])
     assert found["answer"] == UNTOLD
-    assert found["too_few"].startswith(
-        f"Too few training pictures to tell: {m}, needs at least 7 with 8 seeds."
-    )
+    assert found["too_few"].startswith(f"Too few training pictures to tell: {m}, needs at least 7 with 8 seeds.")
     assert found["too_few"] in found["text"]
     assert found["p"] > 0.05
     assert (found["level"] is not None) == (found["high"] is not None) == level

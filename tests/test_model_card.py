@@ -28,8 +28,19 @@ def run_folder(trained, tmp_path):
 
 
 def evaluate(model, clip, data, folder, output_dir, **more):
-    config = dict(base_model=model, clip_model=clip, data_dir=data, resolution=64, steps=1, seeds=2,
-                  lora_dir=folder, output_dir=output_dir) | more  # fmt: skip
+    config = (
+        dict(
+            base_model=model,
+            clip_model=clip,
+            data_dir=data,
+            resolution=64,
+            steps=1,
+            seeds=2,
+            lora_dir=folder,
+            output_dir=output_dir,
+        )
+        | more
+    )
     done = call("inference.py", *options(**config))
     assert done.returncode == 0, done.stderr
     return done
@@ -96,8 +107,10 @@ def test_the_recipe_tells_what_goes_beyond_the_plain_one(trained):
 
 def test_a_protected_adapter_says_what_it_leaves_alone(trained):
     config, data = record_of(trained / NAME)
-    differences = {kind: dict(text_states=0.5, keys_values=value)
-                   for kind, value in (("listed", 0.0123), ("held_out", 0.034), ("concept", 1.5))}  # fmt: skip
+    differences = {
+        kind: dict(text_states=0.5, keys_values=value)
+        for kind, value in (("listed", 0.0123), ("held_out", 0.034), ("concept", 1.5))
+    }
     for noun, among in (("raincoat", ", raincoat among them in many ways"), ("", "")):
         record = dict(noun=noun, listed=1711, held_out=190, left_out=3, differences=differences)
         rows = model_card.recipe(config, data["size_counts"], "epsilon", record)
@@ -126,7 +139,7 @@ def test_nobodys_words_break_the_card(trained):
 def test_the_example_loads_the_adapter(run_folder, tiny_model):
     text = (run_folder / "README.md").read_text()
     example = text.split("```python\n")[1].split("```")[0]
-    example = example.replace("path/to/model", str(tiny_model)).replace(f"path/to/{NAME}", str(run_folder))  # fmt: skip
+    example = example.replace("path/to/model", str(tiny_model)).replace(f"path/to/{NAME}", str(run_folder))
     example = example.replace("float16", "float32").replace('.to("cuda")', "")
     known = {}
     exec(example[: example.index("pipeline(")], known)
@@ -140,7 +153,7 @@ def test_an_evaluation_puts_pictures_and_verdicts_into_the_card(
     before = (run_folder / "README.md").read_text()
     assert "Not evaluated yet" in before
     edited = before.replace("## How to use it", "My own words.\n\n## How to use it")
-    (run_folder / "README.md").write_text(edited.replace("library_name", "license: mit\nlibrary_name"))  # fmt: skip
+    (run_folder / "README.md").write_text(edited.replace("library_name", "license: mit\nlibrary_name"))
     evaluate(tiny_model, tiny_clip, processed_data, run_folder, tmp_path / "out")
     card = ModelCard.load(run_folder / "README.md")
     assert card.data.license == "mit"
@@ -172,7 +185,7 @@ def test_an_evaluation_puts_pictures_and_verdicts_into_the_card(
     assert there == known
 
 
-def test_a_new_run_takes_the_samples_away(run_folder, tiny_model, tiny_clip, processed_data, tmp_path):  # fmt: skip
+def test_a_new_run_takes_the_samples_away(run_folder, tiny_model, tiny_clip, processed_data, tmp_path):
     evaluate(tiny_model, tiny_clip, processed_data, run_folder, tmp_path / "out")
     assert list((run_folder / "samples").iterdir())
     data = make_processed(tmp_path / "data", 4)

@@ -22,15 +22,25 @@ from lib.errors import UserError
 from lib.evaluation import clip_scores
 
 REPOSITORY = [
-    "model_index.json", "README.md", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors",
-    "feature_extractor/preprocessor_config.json", "safety_checker/model.safetensors",
-    "safety_checker/model.fp16.safetensors", "scheduler/scheduler_config.json",
-    "tokenizer/merges.txt", "tokenizer/vocab.json",
-    *[f"{part}{ending}"
-      for part in ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model")
-      for ending in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")],
-    "text_encoder/config.json", "unet/config.json", "vae/config.json",
-]  # fmt: skip
+    "model_index.json",
+    "README.md",
+    "v1-5-pruned.ckpt",
+    "v1-5-pruned.safetensors",
+    "feature_extractor/preprocessor_config.json",
+    "safety_checker/model.safetensors",
+    "safety_checker/model.fp16.safetensors",
+    "scheduler/scheduler_config.json",
+    "tokenizer/merges.txt",
+    "tokenizer/vocab.json",
+    *[
+        f"{part}{ending}"
+        for part in ("text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model")
+        for ending in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+    ],
+    "text_encoder/config.json",
+    "unet/config.json",
+    "vae/config.json",
+]
 
 
 @pytest.fixture
@@ -40,14 +50,10 @@ def hub(monkeypatch, tmp_path, tiny_model):
     fetched = []
 
     def model_info(self, name, revision=None):
-        return types.SimpleNamespace(
-            siblings=[types.SimpleNamespace(rfilename=name) for name in REPOSITORY]
-        )
+        return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=name) for name in REPOSITORY])
 
     def snapshot_download(name, revision=None, allow_patterns=None, local_files_only=False):
-        for path in huggingface_hub.utils.filter_repo_objects(
-            REPOSITORY, allow_patterns=allow_patterns
-        ):
+        for path in huggingface_hub.utils.filter_repo_objects(REPOSITORY, allow_patterns=allow_patterns):
             fetched.append(path)
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             known = tiny_model / path
@@ -71,9 +77,7 @@ def test_only_what_is_used_is_fetched_from_a_hub(hub, half, ending):
     ]
 
 
-def test_without_a_hub_the_cache_is_tried_and_then_one_line_says_so(
-    monkeypatch, tmp_path, tiny_model
-):
+def test_without_a_hub_the_cache_is_tried_and_then_one_line_says_so(monkeypatch, tmp_path, tiny_model):
     def offline(*arguments, **options):
         raise ConnectionError("no route to host")
 
@@ -121,8 +125,12 @@ def test_files_that_are_not_loaded_may_come_and_go(tiny_model, tmp_path):
         loaded = models.load_part(UNet2DConditionModel, folder, "unet", dtype).state_dict()
         assert all(torch.equal(loaded[key], weight.to(dtype)) for key, weight in expected.items())
     # Every part counts, and its configuration.
-    for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
-                 "scheduler/scheduler_config.json", "unet/config.json"):  # fmt: skip
+    for name in (
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+    ):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-1] + b" ")
         assert models.base_model_digest(folder, False) != whole
@@ -179,14 +187,33 @@ def test_a_pointer_in_the_place_of_weights_is_named(tiny_model, tmp_path):
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    config = dict(base_model="owner/model", data_dir="~", output_dir="out", score_dir=None, caption="~ a coat",
-                  protected_prompts=None)  # fmt: skip
-    found = parse_config(config, "", argv=["--output-dir=~/loras", "--base-model", "~/a.safetensors", "--score-dir=~/a,~/b,c",
-                                           "--protected-prompts=~/list.txt"])  # fmt: skip
+    config = dict(
+        base_model="owner/model",
+        data_dir="~",
+        output_dir="out",
+        score_dir=None,
+        caption="~ a coat",
+        protected_prompts=None,
+    )
+    found = parse_config(
+        config,
+        "",
+        argv=[
+            "--output-dir=~/loras",
+            "--base-model",
+            "~/a.safetensors",
+            "--score-dir=~/a,~/b,c",
+            "--protected-prompts=~/list.txt",
+        ],
+    )
     assert found == dict(
-        base_model=f"{tmp_path}/a.safetensors", data_dir=f"{tmp_path}", output_dir=f"{tmp_path}/loras",
-        score_dir=f"{tmp_path}/a,{tmp_path}/b,c", caption="~ a coat", protected_prompts=f"{tmp_path}/list.txt",
-    )  # fmt: skip
+        base_model=f"{tmp_path}/a.safetensors",
+        data_dir=f"{tmp_path}",
+        output_dir=f"{tmp_path}/loras",
+        score_dir=f"{tmp_path}/a,{tmp_path}/b,c",
+        caption="~ a coat",
+        protected_prompts=f"{tmp_path}/list.txt",
+    )
     with pytest.raises(UserError, match=r"output_dir is ~nobody-of-that-name/x, .* \./~nobody"):
         parse_config(config, "", argv=["--output-dir", "~nobody-of-that-name/x"])
     (tmp_path / "~backup").mkdir()
@@ -216,9 +243,32 @@ def test_every_key_has_values_and_those_of_config_are_among_them(script):
         (train, "preview_prompts", ("a coat", " "), "not empty"),
         (train, "preview_prompts", ("a coat", 3), "each a text"),
         *[(train, key, "", "not empty") for key in "base_model data_dir output_dir wandb_project".split()],
-        *[(train, "run_name", name, "plain folder name") for name in (
-            "../coat", "a/b", "a\\b", "coat:v2", "<coat>", "what?", "a*", 'a"b', "a|b", "coat.", " coat", "coat ", ".coat",
-            "-coat", "con", "NUL.1", "Com1", "a\nb", "coat\u200b", "x" * 151, "ё" * 80)],
+        *[
+            (train, "run_name", name, "plain folder name")
+            for name in (
+                "../coat",
+                "a/b",
+                "a\\b",
+                "coat:v2",
+                "<coat>",
+                "what?",
+                "a*",
+                'a"b',
+                "a|b",
+                "coat.",
+                " coat",
+                "coat ",
+                ".coat",
+                "-coat",
+                "con",
+                "NUL.1",
+                "Com1",
+                "a\nb",
+                "coat\u200b",
+                "x" * 151,
+                "ё" * 80,
+            )
+        ],
         (train, "push_to_hub", "", "not empty"),
         (train, "output_dir", "caf\udce9", "UTF-8"),
         (train, "data_dir", "a\0b", "a text"),
@@ -249,7 +299,7 @@ def test_every_key_has_values_and_those_of_config_are_among_them(script):
         (study, "seeds", 42, "needs a comma"),
         (study, "scales", (0.5, "1"), "from 0 to 10"),
     ],
-)  # fmt: skip
+)
 def test_a_value_of_another_kind_is_named(script, key, value, words):
     with pytest.raises(UserError, match="(?s)" + re.escape(words)) as error:
         script.check_config(script.CONFIG | {key: value})
@@ -257,9 +307,7 @@ def test_a_value_of_another_kind_is_named(script, key, value, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["coat", "Mantel (neu) [2]", "плащ", "coat.v2", "console", "外套", "a_b-c+d!"]
-)
+@pytest.mark.parametrize("name", ["coat", "Mantel (neu) [2]", "плащ", "coat.v2", "console", "外套", "a_b-c+d!"])
 def test_names_that_every_system_can_use(name):
     assert values.is_name(name)
 

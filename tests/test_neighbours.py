@@ -116,7 +116,7 @@ def test_runs_with_the_same_pictures_are_searched_once(monkeypatch):
     calls = []
     blocks = neighbours.blocks
     monkeypatch.setattr(neighbours, "searched", {})
-    monkeypatch.setattr(neighbours, "blocks", lambda *given: calls.append(len(given[0])) or blocks(*given))  # fmt: skip
+    monkeypatch.setattr(neighbours, "blocks", lambda *given: calls.append(len(given[0])) or blocks(*given))
     one, same, other = made(30, "plain"), made(30, "plain"), made(30, "ties")
     assert same.own is one.own
     assert calls == [30]

@@ -50,18 +50,16 @@ def test_it_runs_from_pictures_to_the_file(notebook, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the kernel starts in notebooks/, as Jupyter does
     folder = tmp_path / "my run"
     set_to(
-        notebook, DEMO=True, FOLDER=str(folder),
+        notebook,
+        DEMO=True,
+        FOLDER=str(folder),
         TRAINING="--max-steps 12 --warmup-steps 1 --validation-count 2 --log-every 4",
         EVALUATION="--seeds 2 --steps 2",
-    )  # fmt: skip
-    previews = (
-        folder / "lora_weights" / "my_concept.earlier" / "previews"
-    )  # as a run in the making has
+    )
+    previews = folder / "lora_weights" / "my_concept.earlier" / "previews"  # as a run in the making has
     previews.mkdir(parents=True)
     picture(1).save(previews / "step_000004.webp")
-    client = NotebookClient(
-        notebook, timeout=500, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
-    )
+    client = NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     client.execute()
     assert "32 kept" in outputs(notebook, "preprocess.py")[0]
     assert "torch" in outputs(notebook, "lib.provenance")[0]
@@ -88,8 +86,11 @@ def pip(*arguments, path=None):
     environment |= dict(PIP_CONFIG_FILE=os.devnull, PYTHONPATH=str(path or ""))
     done = subprocess.run(
         [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -109,9 +110,9 @@ def metadata(name, version):
 
 
 def test_the_build_for_an_older_driver_is_that_of_the_requirements(tmp_path):
-    pins = [line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith("torch")]  # fmt: skip
+    pins = [line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith("torch")]
     wanted = [pin for pin in pins if pin.startswith(("torch==", "torchvision=="))]
-    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "/whl/cu126" in line]  # fmt: skip
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "/whl/cu126" in line]
     assert line.split()[:5] == ["pip", "install", *wanted, "--index-url"]
     # Such an index gives versions with an ending, which pip takes for the one that is asked for.
     for pin in wanted:
@@ -119,7 +120,7 @@ def test_the_build_for_an_older_driver_is_that_of_the_requirements(tmp_path):
         wheel, info = f"{name}-{version}+cu126", f"{name}-{version}+cu126.dist-info"
         with zipfile.ZipFile(tmp_path / f"{wheel}-py3-none-any.whl", "w") as file:
             file.writestr(f"{info}/METADATA", metadata(name, f"{version}+cu126"))
-            file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")  # fmt: skip
+            file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             file.writestr(f"{info}/RECORD", "")
     code, said = pip("--ignore-installed", "--find-links", tmp_path, *wanted)
     assert code == 0, said

@@ -33,8 +33,14 @@ def drawn(run, caption="a raincoat"):
 
 
 def shown(prompts=PROMPTS, warnings=()):
-    return dict(prompts=prompts, seeds=list(range(SEEDS)), warnings=list(warnings), provenance={},
-                config={"steps": 2}, training=None)  # fmt: skip
+    return dict(
+        prompts=prompts,
+        seeds=list(range(SEEDS)),
+        warnings=list(warnings),
+        provenance={},
+        config={"steps": 2},
+        training=None,
+    )
 
 
 def judged(*runs):
@@ -72,9 +78,18 @@ PAGES = {
 
 ORDERS = {
     "run": ["<h1>", '<ul class="answers">', "<img", '<section class="told">', 'class="interval"', "<table>"],
-    "comparison": ["<h1>", 'class="beside"', "<img", 'class="judged"', '<ul class="differences">',
-                   '<section class="told">', 'class="interval"', '<section class="forests">', "<table>"],
-}  # fmt: skip
+    "comparison": [
+        "<h1>",
+        'class="beside"',
+        "<img",
+        'class="judged"',
+        '<ul class="differences">',
+        '<section class="told">',
+        'class="interval"',
+        '<section class="forests">',
+        "<table>",
+    ],
+}
 
 
 @pytest.mark.parametrize("kind", PAGES)
@@ -88,11 +103,8 @@ def test_pictures_and_sentences_then_figures(kind):
 
 
 def test_prompts_are_grouped_whatever_their_order():
-    rows = [dict(category=c, prompt=p) for c, p in (("failure", "x"), ("success", "y"), ("failure", "z"))]  # fmt: skip
-    found = [
-        (category, [r["prompt"] for r in members])
-        for _, category, members in pages.by_category(rows)
-    ]
+    rows = [dict(category=c, prompt=p) for c, p in (("failure", "x"), ("success", "y"), ("failure", "z"))]
+    found = [(category, [r["prompt"] for r in members]) for _, category, members in pages.by_category(rows)]
     assert found == [("success", ["y"]), ("failure", ["x", "z"])]
 
 
@@ -100,9 +112,7 @@ def test_without_verdicts_the_page_says_so():
     run = fake_run("one")
     summary = judged(run) | dict(verdicts=[])
     page = pages.run_page(drawn(run), summary, shown())
-    assert (
-        page.count("No verdicts: they need") == 2
-    )  # at the top and where the verdicts would stand
+    assert page.count("No verdicts: they need") == 2  # at the top and where the verdicts would stand
 
 
 # ---- words follow verdicts -----------------------------------------------------------------
@@ -111,10 +121,8 @@ def test_without_verdicts_the_page_says_so():
 def first_sentences(page):
     """[(kind, sentence)] of the list that a page opens with."""
     top = page[page.index('<ul class="answers">') : page.index("</ul>")]
-    found = re.findall(r'<li class="(\w+)"><span class="mark">.</span><span>(.*?)</span></li>', top, re.S)  # fmt: skip
-    return [
-        (kind, " ".join(html.unescape(re.sub(r"<.*?>", "", text)).split())) for kind, text in found
-    ]
+    found = re.findall(r'<li class="(\w+)"><span class="mark">.</span><span>(.*?)</span></li>', top, re.S)
+    return [(kind, " ".join(html.unescape(re.sub(r"<.*?>", "", text)).split())) for kind, text in found]
 
 
 def test_the_page_opens_with_what_the_verdicts_say():
@@ -167,7 +175,7 @@ def test_no_share_is_told_of_a_concept_that_was_not_gained():
 
 def test_the_concept_is_called_by_its_caption_where_it_has_one():
     def name(*captions):
-        return sentences.concept_name([dict(metadata=dict(caption=c) if c else {}) for c in captions])  # fmt: skip
+        return sentences.concept_name([dict(metadata=dict(caption=c) if c else {}) for c in captions])
 
     assert name("a {braced} coat", "a {braced} coat") == "«a {braced} coat»"
     assert name("a coat", "a hat") == name("32 captions") == name(None) == name() == "the concept"
@@ -180,13 +188,9 @@ def rows_of(page, kind=""):
     sheet = page[page.index('<div class="beside"') : page.index('<ul class="differences">')]
     rows = re.split(r'<div role="row"', sheet)[1:]
     cells = [
-        re.findall(r'<div class="[^"]*" role="\w+".*?>(.*?)</div>', row, re.S)
-        for row in rows if row.startswith(kind)
-    ]  # fmt: skip
-    return [
-        [" ".join(html.unescape(re.sub(r"<(?!img).*?>", " ", cell)).split()) for cell in row]
-        for row in cells
+        re.findall(r'<div class="[^"]*" role="\w+".*?>(.*?)</div>', row, re.S) for row in rows if row.startswith(kind)
     ]
+    return [[" ".join(html.unescape(re.sub(r"<(?!img).*?>", " ", cell)).split()) for cell in row] for row in cells]
 
 
 def test_a_comparison_has_a_column_for_the_base_and_each_adapter():
@@ -215,7 +219,7 @@ def test_verdicts_stand_under_their_adapters():
     ]
     page = comparison_page(groups)
     rows = rows_of(page, ' class="judged"')
-    assert [row[0].split("?")[0] for row in rows] == ["Learned", "Neighbours kept", "Contaminated", "Collapsed"]  # fmt: skip
+    assert [row[0].split("?")[0] for row in rows] == ["Learned", "Neighbours kept", "Contaminated", "Collapsed"]
     assert [row[1] for row in rows] == [""] * 4  # nothing is judged of the base model
     assert rows[0][2:] == ["✓ yes It learned «a raincoat»."] * 2
     assert rows[1][2].startswith("✓ yes Prompts close to it do not take it on")
@@ -238,23 +242,26 @@ def test_experiments_without_a_verdict_keep_their_column():
 
 @pytest.mark.parametrize("adapters", [1, 2, 3, 6])
 def test_no_picture_of_a_comparison_is_shown_twice(adapters):
-    prompts = [(category, f"{category} {n}") for n in range(3) for category in ("failure", "success", "near")]  # fmt: skip
+    prompts = [(category, f"{category} {n}") for n in range(3) for category in ("failure", "success", "near")]
     pictures = [Image.new("RGB", (8, 8))] * len(prompts) * 4
     columns = [(str(number), pictures) for number in range(1 + adapters)]
     few, others = pages.comparison_sheets(columns, dict(prompts=prompts, seeds=[5, 6, 7, 8]))
-    assert [row["prompt"] for row in few] == ["success 0", "success 1", "near 0", "failure 0", "failure 1"]  # fmt: skip
+    assert [row["prompt"] for row in few] == ["success 0", "success 1", "near 0", "failure 0", "failure 1"]
     each = [(row["prompt"], seed) for row in few + others for seed in row["seeds"]]
     assert len(set(each)) == len(each)
     seen = [seed for prompt, seed in each if prompt == "success 0"]
     assert seen == {1: ["5", "6", "7"], 2: ["5", "6"]}.get(adapters, ["5", "6"])
     assert {prompt for prompt, _ in each} == {prompt for _, prompt in prompts}
-    assert [row["category"] for row in others] == sorted([row["category"] for row in others], reverse=True, key=["failure", "near", "success"].index)  # fmt: skip
+    assert [row["category"] for row in others] == sorted(
+        [row["category"] for row in others], reverse=True, key=["failure", "near", "success"].index
+    )
 
 
 def test_names_are_shown_plainly():
     assert words.plain_names(["lora_weights_rank_32", "my_coat"]) == {
-        "lora_weights_rank_32": "rank 32", "my_coat": "my coat",
-    }  # fmt: skip
+        "lora_weights_rank_32": "rank 32",
+        "my_coat": "my coat",
+    }
     alike = ["lora_weights_coat", "coat", "lora_weights_"]
     assert words.plain_names(alike) == {name: name for name in alike}
     assert words.plain_names(["lora_weights_"]) == {"lora_weights_": "lora_weights_"}
@@ -282,8 +289,10 @@ def places(row):
 
 
 def test_bars_stand_where_their_intervals_do():
-    rows = [dict(mean=0.2, low=0.1, high=0.3, band=(-0.1, 0.1)),
-            dict(mean=0.0, low=math.nan, high=math.nan, band=(-0.1, 0.1))]  # fmt: skip
+    rows = [
+        dict(mean=0.2, low=0.1, high=0.3, band=(-0.1, 0.1)),
+        dict(mean=0.0, low=math.nan, high=math.nan, band=(-0.1, 0.1)),
+    ]
     first, second = (places(row) for row in bars.placed(rows))
     assert first["zero"] == second["zero"]
     unit = first["range-width"] / 2  # of 0.1
@@ -297,9 +306,9 @@ def test_bars_stand_where_their_intervals_do():
 
 def test_questions_about_the_similarity_share_a_scale():
     found = bars.verdict_bars({"one": judged(fake_run("one", concept=0.3, near=0.2, cat=0.0))})
-    zeros = {places(found[q]["one"])["zero"] for q in ("learned", "neighbours kept", "contaminated")}  # fmt: skip
+    zeros = {places(found[q]["one"])["zero"] for q in ("learned", "neighbours kept", "contaminated")}
     assert len(zeros) == 1
-    means = [places(found[q]["one"])["mean"] for q in ("learned", "neighbours kept", "contaminated")]  # fmt: skip
+    means = [places(found[q]["one"])["mean"] for q in ("learned", "neighbours kept", "contaminated")]
     assert means == sorted(means, reverse=True)
 
 
@@ -349,7 +358,7 @@ parent.document.title = JSON.stringify({out, width: wide, page: document.documen
 </script>"""
 
 
-@pytest.mark.skipif(chromium() is None, reason="no Chromium here: the style sheet's rules are tested instead")  # fmt: skip
+@pytest.mark.skipif(chromium() is None, reason="no Chromium here: the style sheet's rules are tested instead")
 @pytest.mark.parametrize("kind", PAGES)
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
 def test_nothing_is_wider_than_the_window(kind, width, dark, tmp_path):
@@ -357,8 +366,13 @@ def test_nothing_is_wider_than_the_window(kind, width, dark, tmp_path):
     frame = FRAME.format(width=width, page=html.escape(page + MEASURE))
     path = tmp_path / "page.html"
     path.write_text(frame, encoding="utf-8")
-    done = browse(path, tmp_path, "--window-size=1400,1000", "--dump-dom",
-                  f"--blink-settings=preferredColorScheme={0 if dark else 1}")  # fmt: skip
+    done = browse(
+        path,
+        tmp_path,
+        "--window-size=1400,1000",
+        "--dump-dom",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+    )
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
     assert found["width"] == width
     assert found["out"] == []
@@ -379,13 +393,12 @@ parent.document.title = JSON.stringify({fits: scroller.scrollWidth <= scroller.c
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize(("width", "adapters", "fits", "side"), [
-    (1280, 2, True, 160), (1280, 4, True, 180), (1280, 9, False, 130), (390, 2, True, 110), (390, 4, False, 100),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("width", "adapters", "fits", "side"),
+    [(1280, 2, True, 160), (1280, 4, True, 180), (1280, 9, False, 130), (390, 2, True, 110), (390, 4, False, 100)],
+)
 def test_adapters_stand_side_by_side(width, adapters, fits, side, tmp_path):
-    groups = {
-        f"adapter {n}": [fake_run(f"adapter {n}", concept=0.3, seed=n)] for n in range(adapters)
-    }
+    groups = {f"adapter {n}": [fake_run(f"adapter {n}", concept=0.3, seed=n)] for n in range(adapters)}
     frame = FRAME.format(width=width, page=html.escape(comparison_page(groups) + PLACES))
     path = tmp_path / "page.html"
     path.write_text(frame, encoding="utf-8")
@@ -419,9 +432,7 @@ def test_the_style_sheet_folds_what_is_wide():
     for selector in (".scroll", ".chart", "pre"):
         assert re.search(rf"^{re.escape(selector)} {{[^}}]*overflow-x: auto", wide, re.M), selector
     assert re.search(r"\.pairs \{ display: flex; overflow-x: auto", narrow)
-    assert re.search(
-        r"\.beside \{[^}]*grid-template-columns: repeat\(var\(--columns\), minmax", narrow
-    )
+    assert re.search(r"\.beside \{[^}]*grid-template-columns: repeat\(var\(--columns\), minmax", narrow)
     assert re.search(r"^  table, [^}]*display: block", narrow, re.M)
     assert re.search(r"\.forests \.interval \{ grid-template-columns: 1fr;", narrow)
     assert re.search(r"^body \{[^}]*overflow-wrap: anywhere", wide, re.M)
@@ -437,7 +448,7 @@ def test_the_overview_has_the_base_left_and_the_adapters_beside_it(adapters, see
     prompts = [(category, f"{EVIL} {number}" * 9) for number, category in enumerate(categories)]
 
     def pictures(red):
-        return [Image.new("RGB", (32, 32), (red, 0, 40 * n)) for n in range(len(prompts)) for _ in range(4)]  # fmt: skip
+        return [Image.new("RGB", (32, 32), (red, 0, 40 * n)) for n in range(len(prompts)) for _ in range(4)]
 
     columns = [("Base model", pictures(0))]
     columns += [(f"{LONG} of {n}", pictures(20 * n)) for n in range(1, adapters + 1)]
@@ -463,12 +474,7 @@ def test_an_overview_of_very_many_adapters_fits_into_webp():
 
 def test_titles_are_broken_between_words():
     font = ImageFont.load_default(20)
-    for text in (
-        "rank 32",
-        "no text encoder and captions that vary",
-        "x" * 50,
-        f"short {'x' * 50} words",
-    ):
+    for text in ("rank 32", "no text encoder and captions that vary", "x" * 50, f"short {'x' * 50} words"):
         lines = fit_lines(text, font, 120)
         assert len(lines) <= 2
         assert all(font.getlength(line) <= 120 for line in lines)

@@ -37,8 +37,10 @@ def test_heic_is_told_by_content(tmp_path):
     assert done == []
 
 
-@pytest.mark.parametrize(("orientation", "size", "top_left"), [(1, (80, 40), GREEN), (3, (80, 40), RED),
-                                                            (6, (40, 80), GREEN), (8, (40, 80), RED)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("orientation", "size", "top_left"),
+    [(1, (80, 40), GREEN), (3, (80, 40), RED), (6, (40, 80), GREEN), (8, (40, 80), RED)],
+)
 def test_heic_is_upright_once(tmp_path, orientation, size, top_left):
     """The container turns the picture, and its EXIF tells the same: only one of the two may act."""
     exif = Image.Exif()
@@ -66,12 +68,16 @@ def test_heic_colour_profile_is_converted(tmp_path):
 
 def test_heic_wide_colours_without_a_profile_are_said(tmp_path):
     for primaries, transfer in ((12, 13), (1, 16), (9, 18)):
-        save_heic(Image.new("RGB", (64, 64), RED), tmp_path / "wide.heic", color_primaries=primaries,
-                  transfer_characteristics=transfer)  # fmt: skip
+        save_heic(
+            Image.new("RGB", (64, 64), RED),
+            tmp_path / "wide.heic",
+            color_primaries=primaries,
+            transfer_characteristics=transfer,
+        )
         (note,) = read_picture(tmp_path / "wide.heic")[2]
         assert "no ICC profile" in note
         assert f"its primaries are {primaries} and its transfer function {transfer}" in note
-    save_heic(Image.new("RGB", (64, 64), RED), tmp_path / "srgb.heic", color_primaries=1, transfer_characteristics=13)  # fmt: skip
+    save_heic(Image.new("RGB", (64, 64), RED), tmp_path / "srgb.heic", color_primaries=1, transfer_characteristics=13)
     assert read_picture(tmp_path / "srgb.heic")[2] == []
 
 
@@ -87,7 +93,7 @@ def test_heic_of_more_pictures_gives_its_main_one(tmp_path):
 
 def test_heic_of_ten_bits_and_with_transparency(tmp_path):
     grey = np.full((64, 64, 3), 32896, np.uint16)  # the middle of 16 bits
-    pillow_heif.from_bytes("RGB;16", (64, 64), grey.tobytes()).save(tmp_path / "ten.heic", quality=95)  # fmt: skip
+    pillow_heif.from_bytes("RGB;16", (64, 64), grey.tobytes()).save(tmp_path / "ten.heic", quality=95)
     image, _, done = read_picture(tmp_path / "ten.heic")
     assert close(image.getpixel((30, 30)), (128, 128, 128))
     assert "10 bits reduced to 8" in done or "12 bits reduced to 8" in done
@@ -142,10 +148,16 @@ def raw_files(folder):
     cr2 = bytearray(preview.getvalue())
     cr2[8:10] = b"CR"
     content = {
-        "a.nef": preview.getvalue(), "a.arw": preview.getvalue(), "a.cr2": bytes(cr2), "b.dng": preview.getvalue(),
-        "renamed.tif": dng.getvalue(), "a.cr3": b"\0\0\0\x18ftypcrx \0\0\0\1", "a.raf": b"FUJIFILMCCD-RAW 0201",
-        "a.orf": b"IIRO\x08\0\0\0", "a.rw2": b"IIU\0\x18\0\0\0",
-    }  # fmt: skip
+        "a.nef": preview.getvalue(),
+        "a.arw": preview.getvalue(),
+        "a.cr2": bytes(cr2),
+        "b.dng": preview.getvalue(),
+        "renamed.tif": dng.getvalue(),
+        "a.cr3": b"\0\0\0\x18ftypcrx \0\0\0\1",
+        "a.raf": b"FUJIFILMCCD-RAW 0201",
+        "a.orf": b"IIRO\x08\0\0\0",
+        "a.rw2": b"IIU\0\x18\0\0\0",
+    }
     for name, data in content.items():
         (folder / name).write_bytes(data)
     return content
@@ -180,7 +192,7 @@ def test_a_folder_of_heic_becomes_a_training_set(tmp_path):
     data.mkdir()
     for number in range(3):
         save_heic(picture(number, (200, 120)), data / f"IMG_{number}.heic")
-    done = call("preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "out", "--resolution", 64)  # fmt: skip
+    done = call("preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "out", "--resolution", 64)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "out/images/image_01.png") as image:
         assert image.size == (64, 64)
@@ -242,9 +254,11 @@ def test_greys_that_use_part_of_sixteen_bits_are_not_black(tmp_path, bits, kind)
 def test_greys_of_other_kinds(tmp_path):
     ramp = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(64, axis=0)
     for name, levels in {
-        "fractions": ramp, "0 to 255": ramp * 255, "32 bits": (ramp * 2**30).astype(np.int32),
+        "fractions": ramp,
+        "0 to 255": ramp * 255,
+        "32 bits": (ramp * 2**30).astype(np.int32),
         "not all numbers": np.where(ramp > 0.99, np.nan, ramp),
-    }.items():  # fmt: skip
+    }.items():
         Image.fromarray(levels).save(tmp_path / "a.tif")
         pixels = np.asarray(read_picture(tmp_path / "a.tif")[0])[..., 0]
         assert np.abs(pixels[:, :60] - (ramp * 255)[:, :60]).max() <= 2, name
@@ -292,9 +306,7 @@ def test_much_text_in_a_picture_is_no_damage(tmp_path):
     info.add_text("workflow", "x" * 3_000_000, zip=True)
     info.add_itxt("prompt", "y" * 3_000_000, zip=True)
     picture(1).save(tmp_path / "comfy.png", pnginfo=info)
-    assert np.array_equal(
-        np.asarray(read_picture(tmp_path / "comfy.png")[0]), np.asarray(picture(1))
-    )
+    assert np.array_equal(np.asarray(read_picture(tmp_path / "comfy.png")[0]), np.asarray(picture(1)))
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP"])

@@ -54,9 +54,12 @@ def test_a_killed_run_goes_on_without_repeating_what_has_not_changed(tmp_path, c
     out, parts = tmp_path / "out", beside(tmp_path / "out", "parts")
     options = ["--data-dir", data, "--output-dir", out, "--processes", 2]
     child = subprocess.Popen(
-        [sys.executable, *map(str, ["preprocess.py", *options])], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, *map(str, ["preprocess.py", *options])],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     until = time.monotonic() + 60
     while len(list(parts.glob("*.json"))) < 6 and time.monotonic() < until:
         time.sleep(0.02)
@@ -71,17 +74,16 @@ def test_a_killed_run_goes_on_without_repeating_what_has_not_changed(tmp_path, c
     first, second = sorted(made)[:2]
     (parts / f"{first}.png").write_bytes((parts / f"{first}.png").read_bytes()[:-1])
     changed = next(
-        path for path in sorted(data.iterdir())
+        path
+        for path in sorted(data.iterdir())
         if work.sha256_file(path) == json.loads((parts / f"{second}.json").read_text())["sha256"]
-    )  # fmt: skip
+    )
     picture(999, (600, 500)).save(changed)
     worked = []
     settings = dict(data_dir=data, output_dir=out, resolution=512, processes=1)
     whole = work.write_parts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            work, "write_parts", lambda path, *rest: worked.append(path.name) or whole(path, *rest)
-        )
+        patch.setattr(work, "write_parts", lambda path, *rest: worked.append(path.name) or whole(path, *rest))
         prepare(**settings)
     assert len(worked) == 40 - (len(made) - 2)
     assert f"{len(made) - 2} pictures were made ready before" in capsys.readouterr().out
@@ -115,17 +117,20 @@ def test_duplicates_are_those_of_comparing_each_pair():
         noisy = noisy + rng.integers(-3, 4, noisy.shape)
         noisy = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
         pictures.append(
-            dict(source=f"{number:03}", sha256=str(number), pixels=int(rng.integers(5)), image=noisy,
-                 bytes=int(rng.integers(3)), **fingerprint(noisy))
-        )  # fmt: skip
+            dict(
+                source=f"{number:03}",
+                sha256=str(number),
+                pixels=int(rng.integers(5)),
+                image=noisy,
+                bytes=int(rng.integers(3)),
+                **fingerprint(noisy),
+            )
+        )
     kept, expected = [], {}
     for one in sorted(pictures, key=lambda p: (-p["pixels"], -p["bytes"], p["source"])):
         for other in kept:
             bits = imagehash.phash(one["image"]) - imagehash.phash(other["image"])
-            small = [
-                np.asarray(p["image"].resize((16, 16), Image.Resampling.BOX), float)
-                for p in (one, other)
-            ]
+            small = [np.asarray(p["image"].resize((16, 16), Image.Resampling.BOX), float) for p in (one, other)]
             if bits <= 6 and np.abs(small[0] - small[1]).mean() <= 12:
                 expected[one["source"]] = (other["source"], bits)
                 break
@@ -171,9 +176,7 @@ def test_large_pictures_wait_for_one_another(tmp_path, monkeypatch):
             with lock:
                 now.sum -= side
 
-    threads = [
-        threading.Thread(target=hold, args=[side]) for side in (1000, 1900, 4000, 1000, 1000) * 3
-    ]
+    threads = [threading.Thread(target=hold, args=[side]) for side in (1000, 1900, 4000, 1000, 1000) * 3]
     for thread in threads:
         thread.start()
     for thread in threads:

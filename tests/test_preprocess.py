@@ -56,17 +56,13 @@ def test_icc_profile_is_converted(tmp_path):
     image, _, done = read_picture(tmp_path / "srgb.png")
     assert close(image.getpixel((3, 3)), (10, 120, 200), 1)
     assert done == []
-    Image.new("RGB", (64, 64), (10, 120, 200)).save(
-        tmp_path / "bad.png", icc_profile=b"broken" * 40
-    )
+    Image.new("RGB", (64, 64), (10, 120, 200)).save(tmp_path / "bad.png", icc_profile=b"broken" * 40)
     image, _, done = read_picture(tmp_path / "bad.png")
     assert close(image.getpixel((3, 3)), (10, 120, 200), 1)
     assert any("ICC" in line for line in done)
     # A profile whose red and blue primaries are exchanged: red must come out as blue.
     swapped = bytearray(srgb)
-    at = {
-        name: swapped.index(name, 128) for name in (b"rXYZ", b"bXYZ")
-    }  # tag table entries: signature, offset, size
+    at = {name: swapped.index(name, 128) for name in (b"rXYZ", b"bXYZ")}  # tag table entries: signature, offset, size
     red, blue = (bytes(swapped[at[n] + 4 : at[n] + 12]) for n in (b"rXYZ", b"bXYZ"))
     swapped[at[b"rXYZ"] + 4 : at[b"rXYZ"] + 12] = blue
     swapped[at[b"bXYZ"] + 4 : at[b"bXYZ"] + 12] = red
@@ -79,9 +75,7 @@ def test_transparency_goes_on_white(tmp_path):
     clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     clear.paste((0, 0, 255, 255), (0, 0, 32, 64))
     for kind in ("PNG", "WEBP"):
-        clear.save(
-            tmp_path / "a", kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})
-        )
+        clear.save(tmp_path / "a", kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
         image, _, done = read_picture(tmp_path / "a")
         assert close(image.getpixel((10, 10)), BLUE)
         assert close(image.getpixel((50, 10)), WHITE)
@@ -143,8 +137,14 @@ def bad_files(folder):
     raw[29:33] = PngImagePlugin._crc32(bytes(raw[12:29])).to_bytes(4, "big")
     (folder / "bomb.png").write_bytes(raw)
     (folder / "folder").mkdir()
-    return {"paper.pdf": "a PDF", "words.jpg": "not a picture", "empty.png": "empty",
-            "truncated.jpg": "truncated", "bomb.png": "megapixels", "folder": "a folder"}  # fmt: skip
+    return {
+        "paper.pdf": "a PDF",
+        "words.jpg": "not a picture",
+        "empty.png": "empty",
+        "truncated.jpg": "truncated",
+        "bomb.png": "megapixels",
+        "folder": "a folder",
+    }
 
 
 def test_what_cannot_be_used_is_named_with_its_reason(tmp_path):
@@ -211,7 +211,7 @@ def test_same_input_same_bytes_and_old_output_survives_a_failure(tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     before = (tmp_path / "one" / "manifest.json").read_bytes()
     (data / "bad.png").touch()
-    done = run("preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "one", "--strict", check=False)  # fmt: skip
+    done = run("preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "one", "--strict", check=False)
     assert_one_line(done, "--strict", "1 skipped")
     assert (tmp_path / "one" / "manifest.json").read_bytes() == before
 
@@ -223,9 +223,7 @@ def test_small_pictures_and_counts_are_said(tmp_path):
     picture(2, (300, 300)).save(data / "large.png")
     (data / "README.md").write_text("not a picture, and no one thinks so")
     (data / "notes.pdf").write_bytes(b"%PDF-")
-    done = run(
-        "preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "out", "--resolution", 128
-    )
+    done = run("preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "out", "--resolution", 128)
     assert "3 files, 2 pictures read, 1 skipped, 0 duplicates, 2 kept" in done.stdout
     assert "small.png: 60x90 is enlarged to 128x128" in done.stdout
     assert "large.png" not in done.stdout
@@ -237,24 +235,29 @@ def test_descriptions_go_beside_the_caption(tmp_path):
     data.mkdir()
     for number in range(1, 5):
         picture(number, (100, 100)).save(data / f"{number}.png")
-    rows = [dict(file_name="1.png", description="a  red one"),
-            dict(file_name="2.png", text="the concept", description="a blue one")]  # fmt: skip
+    rows = [
+        dict(file_name="1.png", description="a  red one"),
+        dict(file_name="2.png", text="the concept", description="a blue one"),
+    ]
     (data / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (data / "3.txt").write_text("its own words")
     manifest = prepare(data, tmp_path / "out", caption="the caption")
     written = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").open()]
     assert [(row["text"], row.get("description")) for row in written] == [
-        ("the caption", "a red one"), ("the concept", "a blue one"),
-        ("its own words", "its own words"), ("the caption", None),
-    ]  # fmt: skip
+        ("the caption", "a red one"),
+        ("the concept", "a blue one"),
+        ("its own words", "its own words"),
+        ("the caption", None),
+    ]
     for row, record in zip(written, manifest["pictures"], strict=True):
         assert row.items() <= record.items()
     assert [record["caption_from"] for record in manifest["pictures"]] == [
-        "CONFIG", "captions.jsonl", "3.txt", "CONFIG",
-    ]  # fmt: skip
-    assert [row.caption for row in read_dataset(tmp_path / "out", 8)] == [
-        row["text"] for row in written
+        "CONFIG",
+        "captions.jsonl",
+        "3.txt",
+        "CONFIG",
     ]
+    assert [row.caption for row in read_dataset(tmp_path / "out", 8)] == [row["text"] for row in written]
     with pytest.raises(UserError, match=r"line 4: images/image_04\.png has no description"):
         read_dataset(tmp_path / "out", 8, "description")
     (tmp_path / "out" / "captions.jsonl").write_text("\n".join(map(json.dumps, written[:3])))
@@ -315,10 +318,15 @@ def test_an_unreadable_picture_raises_its_reason(tmp_path):
 # ---- captions as other programs write them ---------------------------------------------------------
 
 CAPTION_NAMES = {
-    "photo.TXT": "photo.jpg", "photo.caption": "photo.jpg", "photo.jpg.txt": "photo.jpg", "PHOTO.Caption": "photo.JPG",
-    "photo.JPG.Caption": "photo.jpg", "cafe\u0301.txt": "caf\u00e9.jpg", "caf\u00e9.txt": "cafe\u0301.jpg",
+    "photo.TXT": "photo.jpg",
+    "photo.caption": "photo.jpg",
+    "photo.jpg.txt": "photo.jpg",
+    "PHOTO.Caption": "photo.JPG",
+    "photo.JPG.Caption": "photo.jpg",
+    "cafe\u0301.txt": "caf\u00e9.jpg",
+    "caf\u00e9.txt": "cafe\u0301.jpg",
     "two.dots.txt": "two.dots.jpg",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CAPTION_NAMES)
@@ -353,15 +361,17 @@ def test_listings_with_the_columns_and_encodings_of_others(tmp_path, name, encod
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
-    [("photo.txt", "a coat".encode("utf-16-le"), "zero bytes, as UTF-16"),
-     ("photo.txt", "caf\u00e9".encode("latin-1"), "cannot be read as UTF-8"),
-     ("photo.caption", b" ", "photo.caption is empty"),
-     ("photo.jpg.txt", b"another", "the text of photo.jpg differs from that in"),
-     ("metadata.csv", b"name,words\nphoto.jpg,x", "no columns file_name and text"),
-     ("metadata.csv", b"file_name,text\nother.jpg,x", "line 2: there is no other.jpg"),
-     ("metadata.csv", b"file_name,text\n,x", "line 2: not of the form"),
-     ("metadata.jsonl", b'{"file_name": "photo.jpg", "words": "x"}', "line 1: not of the form")],
-)  # fmt: skip
+    [
+        ("photo.txt", "a coat".encode("utf-16-le"), "zero bytes, as UTF-16"),
+        ("photo.txt", "caf\u00e9".encode("latin-1"), "cannot be read as UTF-8"),
+        ("photo.caption", b" ", "photo.caption is empty"),
+        ("photo.jpg.txt", b"another", "the text of photo.jpg differs from that in"),
+        ("metadata.csv", b"name,words\nphoto.jpg,x", "no columns file_name and text"),
+        ("metadata.csv", b"file_name,text\nother.jpg,x", "line 2: there is no other.jpg"),
+        ("metadata.csv", b"file_name,text\n,x", "line 2: not of the form"),
+        ("metadata.jsonl", b'{"file_name": "photo.jpg", "words": "x"}', "line 1: not of the form"),
+    ],
+)
 def test_captions_that_cannot_be_used_are_named(tmp_path, name, content, words):
     picture(1).save(tmp_path / "photo.jpg")
     if name == "photo.jpg.txt":
@@ -380,9 +390,7 @@ def test_a_caption_of_another_case_is_not_that_of_a_second_picture(tmp_path):
     if len(list(tmp_path.iterdir())) < 2:
         pytest.skip("this file system makes no difference of case")
     (tmp_path / "A.txt").write_text("the large one")
-    assert read_captions(tmp_path, ["A.jpg", "a.jpg"]) == {
-        "A.jpg": {"text": ("the large one", "A.txt")}, "a.jpg": {},
-    }  # fmt: skip
+    assert read_captions(tmp_path, ["A.jpg", "a.jpg"]) == {"A.jpg": {"text": ("the large one", "A.txt")}, "a.jpg": {}}
 
 
 def test_texts_without_a_picture_and_several_lines_are_said(tmp_path, capsys):
@@ -397,9 +405,7 @@ def test_texts_without_a_picture_and_several_lines_are_said(tmp_path, capsys):
     reasons = {row["source"]: row["reason"] for row in manifest["skipped"]}
     assert set(reasons) == {"b.txt", "b.caption", "tags.json", "pointer.jpg"}
     assert "a pointer to a picture that was not fetched; git lfs pull" in reasons.pop("pointer.jpg")
-    assert all(
-        "captions are read from photo.txt beside photo.jpg" in why for why in reasons.values()
-    )
+    assert all("captions are read from photo.txt beside photo.jpg" in why for why in reasons.values())
     assert "1 captions have several lines, which become one (a.txt)" in capsys.readouterr().out
     assert manifest["pictures"][0]["text"] == "one two"
 
@@ -416,14 +422,16 @@ def test_what_was_written_for_a_duplicate_is_used_or_said(tmp_path, capsys):
     picture(9, (90, 90), "L").save(data / "0.mask.png")
     manifest = prepare(data, tmp_path / "out")
     assert [(row["source"], row["text"]) for row in manifest["pictures"]] == [
-        ("0 large.png", "words 0"), ("1 large.png", "other words"), ("2 large.png", "words 2"),
-    ]  # fmt: skip
+        ("0 large.png", "words 0"),
+        ("1 large.png", "other words"),
+        ("2 large.png", "words 2"),
+    ]
     said = capsys.readouterr().out
-    for number, words in ((0, "its mask is not used; its caption is used there"),
-                          (1, "its caption is not used: «words 1»")):  # fmt: skip
-        assert words in next(
-            line for line in said.splitlines() if f"duplicate  {number}.png" in line
-        )
+    for number, words in (
+        (0, "its mask is not used; its caption is used there"),
+        (1, "its caption is not used: «words 1»"),
+    ):
+        assert words in next(line for line in said.splitlines() if f"duplicate  {number}.png" in line)
 
 
 def test_a_licence_is_no_picture_but_a_picture_may_be_called_so(tmp_path):
@@ -478,19 +486,14 @@ def test_a_training_set_of_links_is_read(tmp_path):
         (data / "images" / path.name).symlink_to(tmp_path / f"object{number}")
     assert read_dataset(data, 64).sha256 == whole
     (tmp_path / "object1").unlink()
-    with pytest.raises(
-        UserError, match=r"line 2: images/image_02\.png is a link to .*, which is not there"
-    ):
+    with pytest.raises(UserError, match=r"line 2: images/image_02\.png is a link to .*, which is not there"):
         read_dataset(data, 64)
 
 
 def test_names_in_a_training_set_may_differ_in_case_and_unicode_form(tmp_path):
     for number, name in enumerate(("cafe\u0301.png", "IMG_1.PNG")):
         picture(number).save(tmp_path / name)
-    rows = [
-        dict(file_name="caf\u00e9.png", text="one\u2028two"),
-        dict(file_name="img_1.png", text="a\u0085b"),
-    ]
+    rows = [dict(file_name="caf\u00e9.png", text="one\u2028two"), dict(file_name="img_1.png", text="a\u0085b")]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-16")
     found = read_dataset(tmp_path, 64)
@@ -517,9 +520,7 @@ def prepared(tmp_path):
 
 
 def rows_of(folder):
-    return [
-        json.loads(line) for line in (folder / "captions.jsonl").read_text().split("\n") if line
-    ]
+    return [json.loads(line) for line in (folder / "captions.jsonl").read_text().split("\n") if line]
 
 
 def write_rows(folder, rows):
@@ -558,9 +559,7 @@ def test_what_was_changed_by_hand_is_kept(prepared, capsys):
     assert len(changed) == 4
     assert len(by_source(out)) == 6
     manifest = json.loads((out / "manifest.json").read_text())
-    assert [
-        row["source"] for row in manifest["pictures"] if row["caption_from"] == "a change by hand"
-    ] == ["0.png"]
+    assert [row["source"] for row in manifest["pictures"] if row["caption_from"] == "a change by hand"] == ["0.png"]
     assert read_dataset(out, 64).mask(2, (8, 8)).float().std() > 10
     prepare(data, out, keep_edits=False)
     anew = by_source(out)
@@ -580,10 +579,7 @@ def test_pictures_and_masks_that_were_taken_out_stay_out(prepared, capsys):
         prepare(data, out)
         assert list(by_source(out)) == ["0.png", "1.png", "2.png", "9.png"]
         assert by_source(out)["1.png"][2] is False
-        assert (
-            "left out   1 whose rows were removed from captions.jsonl (3.png)"
-            in capsys.readouterr().out
-        )
+        assert "left out   1 whose rows were removed from captions.jsonl (3.png)" in capsys.readouterr().out
     prepare(data, out, keep_edits=False)
     assert list(by_source(out)) == ["0.png", "1.png", "2.png", "3.png", "9.png"]
     assert by_source(out)["1.png"][2]
@@ -627,14 +623,16 @@ def broken_row(data, out):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(other_source, "image_01.png was changed by hand, and its source 0.png or the size has changed"),
-     (other_size, "image_01.png was changed by hand and is no picture of 64x64"),
-     (no_picture, "image_01.png was changed by hand and is no picture of 64x64"),
-     (foreign_mask, "image_01.mask.png is not from preprocess.py"),
-     (foreign_row, "line 5: images/mine.png is not from preprocess.py"),
-     (broken_row, "line 1: changed, but not of the form")],
+    [
+        (other_source, "image_01.png was changed by hand, and its source 0.png or the size has changed"),
+        (other_size, "image_01.png was changed by hand and is no picture of 64x64"),
+        (no_picture, "image_01.png was changed by hand and is no picture of 64x64"),
+        (foreign_mask, "image_01.mask.png is not from preprocess.py"),
+        (foreign_row, "line 5: images/mine.png is not from preprocess.py"),
+        (broken_row, "line 1: changed, but not of the form"),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
-)  # fmt: skip
+)
 def test_changes_that_cannot_be_kept_are_refused_by_name(prepared, change, words):
     data, out = prepared
     change(data, out)

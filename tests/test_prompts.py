@@ -48,9 +48,7 @@ def test_prompts_that_look_alike_have_folders_of_their_own(prompts):
 
 
 def test_no_folder_is_called_as_a_device_of_windows():
-    assert slugs([("success", "Con"), ("failure", "aux"), ("near", "con")]) == [
-        "con-1", "aux-2", "con-3",
-    ]  # fmt: skip
+    assert slugs([("success", "Con"), ("failure", "aux"), ("near", "con")]) == ["con-1", "aux-2", "con-3"]
 
 
 @given(st.lists(st.text(alphabet="ab -123猫!", max_size=70), max_size=12))

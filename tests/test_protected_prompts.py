@@ -86,9 +86,16 @@ def test_the_list_for_the_miniature_holds_captions_of_its_world():
 def test_what_is_evaluated_repeated_or_taught_is_not_added():
     lines = Lines("")
     assert lines.add("a {class}")
-    refused = ("a raincoat", "A {class}", "a yellow {class}", "a cat sitting on a couch",
-               "a red leather {class}", "a person wearing a black {class} in the rain",
-               "a holographic {class}", "an iridescent bowl")  # fmt: skip
+    refused = (
+        "a raincoat",
+        "A {class}",
+        "a yellow {class}",
+        "a cat sitting on a couch",
+        "a red leather {class}",
+        "a person wearing a black {class} in the rain",
+        "a holographic {class}",
+        "an iridescent bowl",
+    )
     assert [prompt for prompt in refused if lines.add(prompt)] == []
     assert lines.add("a yellow umbrella")
     assert lines.text == "a {class}\na yellow umbrella\n"
@@ -96,19 +103,30 @@ def test_what_is_evaluated_repeated_or_taught_is_not_added():
 
 @pytest.mark.parametrize(
     ("noun", "many"),
-    [("cat", "cats"), ("box", "boxes"), ("bench", "benches"), ("lily", "lilies"), ("key", "keys"),
-     ("old woman", "old women"), ("grandchild", "grandchildren"), ("person", "people"),
-     ("wolf", "wolves"), ("bookshelf", "bookshelves"), ("giraffe", "giraffes"), ("sheep", "sheep"),
-     ("mouse", "mice"), ("potato", "potatoes"), ("dance school", "dance schools")],
-)  # fmt: skip
+    [
+        ("cat", "cats"),
+        ("box", "boxes"),
+        ("bench", "benches"),
+        ("lily", "lilies"),
+        ("key", "keys"),
+        ("old woman", "old women"),
+        ("grandchild", "grandchildren"),
+        ("person", "people"),
+        ("wolf", "wolves"),
+        ("bookshelf", "bookshelves"),
+        ("giraffe", "giraffes"),
+        ("sheep", "sheep"),
+        ("mouse", "mice"),
+        ("potato", "potatoes"),
+        ("dance school", "dance schools"),
+    ],
+)
 def test_plurals(noun, many):
     assert plural(noun) == many
 
 
 def test_templates_are_expanded(monkeypatch):
-    monkeypatch.setattr(
-        write_protected, "WORDS", "\nanimal: owl, {pet}, ox,\n  horse\npet: unicorn\nunit: hour\n"
-    )
+    monkeypatch.setattr(write_protected, "WORDS", "\nanimal: owl, {pet}, ox,\n  horse\npet: unicorn\nunit: hour\n")
     grammar = Grammar(random.Random(0))
     assert {grammar.expand("a {animal} and a {class}") for _ in range(40)} == {
         f"{animal} and a {{class}}" for animal in ("an owl", "a unicorn", "an ox", "a horse")

@@ -103,8 +103,20 @@ def named_modules(model, ending):
 
 # ---- the list ---------------------------------------------------------------------------------
 
-THINGS = ["a cup", "a table", "a green tree", "an old house", "a loaf of bread", "a bicycle", "a blue car",
-          "a lamp on a desk", "two birds", "a river", "a wooden chair", "a red door"]  # fmt: skip
+THINGS = [
+    "a cup",
+    "a table",
+    "a green tree",
+    "an old house",
+    "a loaf of bread",
+    "a bicycle",
+    "a blue car",
+    "a lamp on a desk",
+    "two birds",
+    "a river",
+    "a wooden chair",
+    "a red door",
+]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +129,7 @@ THINGS = ["a cup", "a table", "a green tree", "an old house", "a loaf of bread",
         ("a painting of sks", "sks", []),
         ("the", "", []),
     ],
-)  # fmt: skip
+)
 def test_what_a_caption_is_about(caption, noun, concept):
     """Its noun is what {class} stands for; the words that make it the concept are in no protected prompt."""
     assert protected_prompts.class_of(caption) == noun
@@ -127,9 +139,7 @@ def test_what_a_caption_is_about(caption, noun, concept):
 def test_a_made_up_word_alone_takes_its_class_from_the_key(tmp_path):
     """«a photo of sks» names no kind of thing; a caption about something else than the key is refused."""
     path = tmp_path / "list.txt"
-    path.write_text(
-        "\n".join([*THINGS, "a red {class}", "a photo of an old {class}", "a sks {class}"])
-    )
+    path.write_text("\n".join([*THINGS, "a red {class}", "a photo of an old {class}", "a sks {class}"]))
     found = read_protected(path, "dog", ["a photo of sks"])
     assert {"a red dog", "a photo of an old dog"} <= {*found.listed, *found.held_out}
     assert (found.noun, found.concept_words, found.left_out) == ("dog", ("sks",), 1)
@@ -139,9 +149,16 @@ def test_a_made_up_word_alone_takes_its_class_from_the_key(tmp_path):
 
 def test_class_is_filled_in_and_prompts_of_the_concept_are_left_out(tmp_path):
     path = written(
-        tmp_path / "list.txt", "\ufeff# comment", "", "  a {class}  ", "a Holographic {class}", "holographic",
-        "A holographic Raincoat!", "a {class}", *THINGS,
-    )  # fmt: skip
+        tmp_path / "list.txt",
+        "\ufeff# comment",
+        "",
+        "  a {class}  ",
+        "a Holographic {class}",
+        "holographic",
+        "A holographic Raincoat!",
+        "a {class}",
+        *THINGS,
+    )
     found = read_protected(path, None, ["a holographic raincoat", "a coat"])
     assert found.listed[0] == ""
     everything = {*found.listed[1:], *found.held_out}
@@ -164,13 +181,24 @@ def test_class_is_filled_in_and_prompts_of_the_concept_are_left_out(tmp_path):
 
 def test_a_tenth_is_held_out_and_always_the_same_one(tmp_path):
     """Whatever the hash seed, the day and the machine: an interrupted run goes on with the same parts."""
-    path = written(tmp_path / "list.txt", *(f"a {word}{n}" for n in range(50) for word in ("cup", "cat")))  # fmt: skip
+    path = written(tmp_path / "list.txt", *(f"a {word}{n}" for n in range(50) for word in ("cup", "cat")))
     found = read_protected(path, None, [CAPTION])
     assert (len(found.listed), len(found.held_out)) == (91, 10)
     assert not set(found.listed) & set(found.held_out)
-    held_out = ("a cat4", "a cat5", "a cat27", "a cup28", "a cat29", "a cat31", "a cat43", "a cat46", "a cup47", "a cup48")  # fmt: skip
+    held_out = (
+        "a cat4",
+        "a cat5",
+        "a cat27",
+        "a cup28",
+        "a cat29",
+        "a cat31",
+        "a cat43",
+        "a cat46",
+        "a cup47",
+        "a cup48",
+    )
     assert found.held_out == held_out
-    other = written(tmp_path / "other.txt", *(f"a {word}{n}" for n in range(50) for word in ("cup", "dog")))  # fmt: skip
+    other = written(tmp_path / "other.txt", *(f"a {word}{n}" for n in range(50) for word in ("cup", "dog")))
     assert read_protected(other, None, [CAPTION]).sha256 != found.sha256
 
 
@@ -185,7 +213,7 @@ def test_a_tenth_is_held_out_and_always_the_same_one(tmp_path):
         (b"a {class}\n", " ", CAPTION, ["--protected-class raincoat"]),
         (b"a raincoat\na {class}\n", "umbrella", CAPTION, ["protected_class is umbrella", "a holographic raincoat"]),
     ],
-)  # fmt: skip
+)
 def test_a_list_that_cannot_be_used_is_named(tmp_path, content, noun, caption, words):
     path = tmp_path / "list.txt"
     if content is not None:
@@ -222,7 +250,7 @@ def rows_read(encoder, ids):
     UNet's name: [n, 77, d]}, rows of length 1."""
     out = encoder(ids, output_hidden_states=True)
     norms = named_modules(encoder, "layer_norm1")
-    found = {i: norm(states) for i, (norm, states) in enumerate(zip(norms, out.hidden_states, strict=False))}  # fmt: skip
+    found = {i: norm(states) for i, (norm, states) in enumerate(zip(norms, out.hidden_states, strict=False))}
     found[protection.STATES] = out.last_hidden_state
     return {key: x.double() / x.double().norm(dim=-1, keepdim=True) for key, x in found.items()}
 
@@ -243,9 +271,7 @@ def test_listed_prompts_keep_next_to_nothing_and_the_caption_its_size(miniature,
     assert list(projections) == [0, 1, 2, protection.STATES]
     for place, projection in projections.items():
         assert torch.equal(projection, projection.T)
-        kept, own = (
-            (rows[place] @ projection).square().sum(-1).mean().sqrt() for rows in (listed, caption)
-        )
+        kept, own = ((rows[place] @ projection).square().sum(-1).mean().sqrt() for rows in (listed, caption))
         assert kept <= MOST_LEFT * 1.001, place
         # r is the caption's, or where that would leave the prompts too much, theirs.
         assert max(own, kept / MOST_LEFT) == pytest.approx(1, rel=1e-3), place
@@ -253,7 +279,7 @@ def test_listed_prompts_keep_next_to_nothing_and_the_caption_its_size(miniature,
     assert first == pytest.approx(1, rel=1e-3)
     layers = text_layers(encoder)
     found = of_the_miniature.of([*layers, "some.attn2.to_k"])
-    assert [name.rpartition(".")[0] for name in layers[::2]] == [name.rpartition(".")[0] for name in layers[1::2]]  # fmt: skip
+    assert [name.rpartition(".")[0] for name in layers[::2]] == [name.rpartition(".")[0] for name in layers[1::2]]
     assert all(found[a] is found[b] for a, b in zip(layers[::2], layers[1::2], strict=True))
     assert len({id(p) for p in found.values()}) == 4
     assert found["some.attn2.to_k"] is of_the_miniature.projections[protection.STATES]
@@ -265,7 +291,7 @@ def test_an_outsized_first_position_hides_nothing(tmp_path):
     torch.manual_seed(0)
     encoder = CLIPTextModel(CLIPTextConfig(**TEXT)).eval()
     outsized = [3, 17]
-    (positions,), (words,) = (named_modules(encoder, f"{kind}_embedding") for kind in ("position", "token"))  # fmt: skip
+    (positions,), (words,) = (named_modules(encoder, f"{kind}_embedding") for kind in ("position", "token"))
     with torch.no_grad():
         positions.weight *= 0.01
         for embedding in (positions.weight, words.weight):
@@ -292,9 +318,7 @@ def test_an_outsized_first_position_hides_nothing(tmp_path):
     plain = protection.projection_of(rows.T @ rows / len(rows), RIDGE)
     ours = made.of(layers)[layers[0]].double()
     ours = ours / torch.linalg.eigvalsh(ours)[-1]  # what nobody uses stays as it is
-    most, most_plain = (
-        (unit @ p).view(*norms.shape, -1)[:, 1:].norm(dim=-1).max() for p in (ours, plain)
-    )
+    most, most_plain = ((unit @ p).view(*norms.shape, -1)[:, 1:].norm(dim=-1).max() for p in (ours, plain))
     assert most < 0.012
     assert most_plain > 2.5 * most
 
@@ -308,7 +332,7 @@ def test_what_the_list_does_not_set_apart_is_refused(miniature, of_the_miniature
     assert all(name in table for name in of_the_miniature.left) and "held out" in table
 
     path = written(tmp_path / "sixteen.txt", SIXTEEN)
-    few = Protection(encoder, text_layers(encoder), ids, read_protected(path, None, [CAPTION]), RIDGE)  # fmt: skip
+    few = Protection(encoder, text_layers(encoder), ids, read_protected(path, None, [CAPTION]), RIDGE)
     with pytest.raises(UserError, match="do not set the concept apart") as problem:
         few.check()
     assert str(path) in str(problem.value) and f"«{CAPTION}»" in str(problem.value)
@@ -334,7 +358,7 @@ def test_the_loss_at_guidance_is_that_of_two_models(prediction, masked, kept):
     states = torch.randn(2, 77, 32, generator=generator).to(DEVICE)
     no_text = torch.randn(1, 77, 32, generator=generator).to(DEVICE).expand(2, -1, -1)
     masks = torch.rand(2, 1, 16, 16, generator=generator).to(DEVICE) if masked else None
-    timesteps, guidance = torch.tensor([100, 800], device=DEVICE), torch.tensor([1.5, 3.0], device=DEVICE)  # fmt: skip
+    timesteps, guidance = torch.tensor([100, 800], device=DEVICE), torch.tensor([1.5, 3.0], device=DEVICE)
     unet, base = fused(small_unet()), small_unet()
     for _, b in adapters.factors(base).values():
         b.data.zero_()
@@ -394,9 +418,7 @@ def test_guidance_is_drawn_evenly_and_shifts_nothing_else():
 def made(monkeypatch):
     """A list that gets the Protection of each run of this process."""
     found, make = [], setup.make_protection
-    monkeypatch.setattr(
-        setup, "make_protection", lambda *given: found.append(make(*given)) or found[-1]
-    )
+    monkeypatch.setattr(setup, "make_protection", lambda *given: found.append(make(*given)) or found[-1])
     return found
 
 
@@ -416,7 +438,7 @@ def projections_of(protection, folder, config):
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_protected_run_is_the_plain_loop_with_a_projected_a(
     apart_model, processed_data, tmp_path, protected, made, new_precision, trained
-):  # fmt: skip
+):
     if DEVICE.type == "cuda":
         pytest.skip("the miniature is compared there, in half precision")
     how = protected | dict(train_text_encoder=trained, text_encoder_learning_rate=3e-3)
@@ -436,8 +458,11 @@ def test_accumulation_and_recomputing_change_nothing(
 ):
     """Two micro-steps are one of two pictures; the base model's pass comes between the adapted one and its recomputation."""
     how = protected | dict(max_steps=1, warmup_steps=0, mixed_precision="no")
-    ways = dict(accumulated=dict(gradient_accumulation_steps=2), together=dict(batch_size=2),
-                recomputed=dict(batch_size=2, gradient_checkpointing=True))  # fmt: skip
+    ways = dict(
+        accumulated=dict(gradient_accumulation_steps=2),
+        together=dict(batch_size=2),
+        recomputed=dict(batch_size=2, gradient_checkpointing=True),
+    )
     for name, more in ways.items():
         run_of(apart_model, processed_data, tmp_path / name, **how | more)
     accumulated, together, recomputed = gradients_seen
@@ -459,10 +484,8 @@ def test_the_recipe_computes_what_it_did(tiny_model, processed_data, tmp_path, m
     finished = run_folder.finished_models
     monkeypatch.setattr(
         run_folder, "finished_models", lambda trained: parts.extend(trained.values()) or finished(trained)
-    )  # fmt: skip
-    config = TINY_RUN | dict(
-        base_model=tiny_model, data_dir=processed_data, output_dir=tmp_path, max_steps=2
     )
+    config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data, output_dir=tmp_path, max_steps=2)
     done = call("train.py", *options(**config))
     assert done.returncode == 0, done.stderr
     assert calls and all(named == {} for named in calls)
@@ -478,11 +501,7 @@ def noting_raw(function, notes):
     """`function`, which is called with what is trained, after A and B as the optimizer has them were noted."""
 
     def noted(*given):
-        [trained] = [
-            x
-            for x in given
-            if isinstance(x, dict) and isinstance(x.get("unet"), parameters.LoraParameters)
-        ]
+        [trained] = [x for x in given if isinstance(x, dict) and isinstance(x.get("unet"), parameters.LoraParameters)]
         found = {}
         for name, part in trained.items():
             parameters.set_views(part.parameters, part.flat.data.clone())
@@ -500,15 +519,24 @@ def whole(apart_model, processed_data, tmp_path_factory, protected):
     """A protected run that is over: its folder, what it said, its Protection, and the A and B that the optimizer had
     at the snapshot and at the end, [{component: {layer: (A, B)}}]."""
     folder, raw, made = tmp_path_factory.mktemp("whole"), [], []
-    config = TINY_RUN | protected | dict(
-        base_model=apart_model, data_dir=processed_data, output_dir=folder, max_steps=60, log_every=20, snapshot_every=30,
-        validate_every=100, unet_learning_rate=3e-3, text_encoder_learning_rate=1e-2,
-    )  # fmt: skip
+    config = (
+        TINY_RUN
+        | protected
+        | dict(
+            base_model=apart_model,
+            data_dir=processed_data,
+            output_dir=folder,
+            max_steps=60,
+            log_every=20,
+            snapshot_every=30,
+            validate_every=100,
+            unet_learning_rate=3e-3,
+            text_encoder_learning_rate=1e-2,
+        )
+    )
     with pytest.MonkeyPatch.context() as patch:
         make = setup.make_protection
-        patch.setattr(
-            setup, "make_protection", lambda *given: made.append(make(*given)) or made[-1]
-        )
+        patch.setattr(setup, "make_protection", lambda *given: made.append(make(*given)) or made[-1])
         for place, name in ((run_folder, "finished_models"), (watch, "write_snapshot")):
             patch.setattr(place, name, noting_raw(getattr(place, name), raw))
         done = call("train.py", *options(**config))
@@ -531,7 +559,7 @@ def test_the_file_holds_a_times_its_projection(whole, apart_model):
             for layer, pair in adapters.match_layers(
                 layers, models[component], found.targets[component], path, component
             ).items()
-        }  # fmt: skip
+        }
 
     for (place, rounding), found in zip(places.items(), raw, strict=True):
         read = factors_of(place)
@@ -553,7 +581,7 @@ def test_the_file_holds_a_times_its_projection(whole, apart_model):
     assert sum(key.startswith("unet.") and ".attn2.to_" in key for key in keys) == 16
     pipeline = StableDiffusionPipeline.from_pretrained(apart_model, safety_checker=None)
     pipeline.load_lora_weights(folder, weight_name=adapter_files.WEIGHTS)
-    loaded = [w for m in (pipeline.unet, pipeline.text_encoder) for name, w in m.named_parameters() if "lora_" in name]  # fmt: skip
+    loaded = [w for m in (pipeline.unet, pipeline.text_encoder) for name, w in m.named_parameters() if "lora_" in name]
     assert len(loaded) == len(keys) == 24 and all(w.count_nonzero() for w in loaded)
 
 
@@ -595,17 +623,20 @@ def test_what_a_run_says_of_the_difference_is_what_the_file_makes(whole, apart_m
         assert 0 < max(found[:2]) < 0.2 * found[2], found
     shown = "; ".join(said.splitlines()[-3:])
     listed, others, concept = (f"{differences[kind]['keys_values']:.1%}" for kind in prompts)
-    line = f"keys and values change by at most: listed prompts {listed}, others like them {others}, the concept {concept}"
+    line = (
+        f"keys and values change by at most: listed prompts {listed}, others like them {others}, the concept {concept}"
+    )
     assert line in shown
     card = (folder / "README.md").read_text()
-    assert (
-        f"listed prompts {listed}, {record['held_out']} others like them {others}, what is taught {concept}"
-        in card
-    )
+    assert f"listed prompts {listed}, {record['held_out']} others like them {others}, what is taught {concept}" in card
     assert "| loss | of the prediction at guidance drawn evenly from 1 to 3 |" in card
     # And what is left of the prompts before anything was trained.
     assert record["left"] == {reader: pytest.approx(shares) for reader, shares in made.left.items()}
-    assert (record["noun"], record["listed"], record["held_out"]) == ("raincoat", len(made.prompts.listed), len(made.prompts.held_out))  # fmt: skip
+    assert (record["noun"], record["listed"], record["held_out"]) == (
+        "raincoat",
+        len(made.prompts.listed),
+        len(made.prompts.held_out),
+    )
     assert record["sha256"] == made.prompts.sha256
     for text in (made.table(), made.prompts.text()):
         assert text in said
@@ -633,13 +664,19 @@ def test_half_precision_is_what_is_measured(apart_model, protected, half_holds_i
     assert min(found) > 1e-5 if half_holds_it else max(found) == 0, found
 
 
-def test_a_list_of_another_content_is_not_gone_on_with(
-    apart_model, processed_data, tmp_path, protected
-):
+def test_a_list_of_another_content_is_not_gone_on_with(apart_model, processed_data, tmp_path, protected):
     path = shutil.copy(protected["protected_prompts"], tmp_path / "list.txt")
-    config = TINY_RUN | protected | dict(
-        base_model=apart_model, data_dir=processed_data, output_dir=tmp_path, checkpoint_every=2, protected_prompts=path,
-    )  # fmt: skip
+    config = (
+        TINY_RUN
+        | protected
+        | dict(
+            base_model=apart_model,
+            data_dir=processed_data,
+            output_dir=tmp_path,
+            checkpoint_every=2,
+            protected_prompts=path,
+        )
+    )
     assert training(tmp_path, config, {4: kill}).returncode == -9
     text = path.read_text()
     path.write_text(text.replace("a coat in a", "a cat near a"))

@@ -25,18 +25,7 @@ import psutil
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import (
-    ROOT,
-    TINY_RUN,
-    assert_one_line,
-    call,
-    command,
-    finish,
-    forked,
-    make_processed,
-    options,
-    picture,
-)
+from conftest import ROOT, TINY_RUN, assert_one_line, call, command, finish, forked, make_processed, options, picture
 from safetensors.torch import load_file
 
 import train
@@ -45,24 +34,22 @@ from lib.errors import UserError
 from lib.evaluation import drawing
 from lib.evaluation.results import recover
 from lib.kernels import compiling, graphs
-from lib.training import (
-    advice,
-    checkpoints,
-    micro_step,
-    run_folder,
-    samples,
-    stopping,
-    updates,
-)
+from lib.training import advice, checkpoints, micro_step, run_folder, samples, stopping, updates
 
 NAME = "lora_weights_rank_32"
 
 # Rank 16 gives both groups the 4,096 parameters from which on bitsandbytes keeps its state in 8 bits;
 # the 5 samples of a step do not divide the 7 of an epoch.
 EXACT = TINY_RUN | dict(
-    rank=16, alpha=16, max_steps=9, log_every=2, validate_every=4, checkpoint_every=3,
-    gradient_accumulation_steps=5, validation_count=1,
-)  # fmt: skip
+    rank=16,
+    alpha=16,
+    max_steps=9,
+    log_every=2,
+    validate_every=4,
+    checkpoint_every=3,
+    gradient_accumulation_steps=5,
+    validation_count=1,
+)
 
 
 def start_training(folder, config, at=None, prepare=lambda: None):
@@ -204,8 +191,9 @@ def training_in_two(folder, config, at=None, other=None):
         port = probe.getsockname()[1]
     children = []
     for rank, mine in enumerate((config, config | (other or {}))):
-        places = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2,
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+        places = dict(
+            RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
         (folder / str(rank)).mkdir(parents=True, exist_ok=True)
 
         def prepare(places=places):
@@ -219,9 +207,7 @@ def test_two_processes_go_on_bit_for_bit(exact, tmp_path):
     """Both are killed, as a launcher does with the others when it has lost one."""
 
     def train_in_two(folder, at=None):
-        return training_in_two(
-            folder, exact | dict(output_dir=folder, gradient_accumulation_steps=1), at
-        )
+        return training_in_two(folder, exact | dict(output_dir=folder, gradient_accumulation_steps=1), at)
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     assert [done.returncode for done in train_in_two(killed, {5: kill})] == [-signal.SIGKILL] * 2
@@ -243,8 +229,7 @@ def test_what_differs_is_listed_and_refused(interrupted, tmp_path, exact, data):
     before = sorted(files.unfinished(tmp_path / NAME).iterdir())
     changed = interrupted | dict(rank=8, unet_learning_rate=2e-3)
     done = training(tmp_path, changed)
-    assert_one_line(done, "rank: 16 then, 8 now", "unet_learning_rate: 0.001 then, 0.002 now",
-                    "--no-resume")  # fmt: skip
+    assert_one_line(done, "rank: 16 then, 8 now", "unet_learning_rate: 0.001 then, 0.002 now", "--no-resume")
     assert "alpha" not in done.stderr
 
     other = tmp_path / "data"
@@ -347,7 +332,7 @@ def test_killed_when_it_is_all_but_done(exact, uninterrupted, tmp_path):
 
 # ---- checkpoints -------------------------------------------------------------------------------
 
-TENSORS = {"a.parameters": torch.arange(500, dtype=torch.float32), "a.state": torch.ones(64, dtype=torch.uint8)}  # fmt: skip
+TENSORS = {"a.parameters": torch.arange(500, dtype=torch.float32), "a.state": torch.ones(64, dtype=torch.uint8)}
 
 
 def saved_steps(folder, *steps, keep=2):
@@ -386,8 +371,7 @@ def swapped_names(content):
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [truncated, zero_filled, empty, flipped_bit, edited_header, without_checksum, swapped_names],
+    "damage", [truncated, zero_filled, empty, flipped_bit, edited_header, without_checksum, swapped_names]
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage):
     saved_steps(tmp_path, 10, 20)
@@ -416,9 +400,7 @@ def test_nothing_is_said_of_whole_checkpoints_and_none_is_none(tmp_path):
     assert len(said) == 1
 
 
-def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
-    exact, uninterrupted, tmp_path
-):
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(exact, uninterrupted, tmp_path):
     config = exact | dict(output_dir=tmp_path)
     training(tmp_path, config, {7: kill})
     newest, before = checkpoints.listed(files.unfinished(tmp_path / NAME))
@@ -436,9 +418,7 @@ def test_the_newest_are_kept(tmp_path):
         f"checkpoint_{step:07}.safetensors" for step in (100, 99, 10)
     ]
     saved_steps(tmp_path, 10_000_000, keep=1)  # by number, not by name
-    assert [path.name for path in checkpoints.listed(tmp_path)] == [
-        "checkpoint_10000000.safetensors"
-    ]
+    assert [path.name for path in checkpoints.listed(tmp_path)] == ["checkpoint_10000000.safetensors"]
     assert (tmp_path / "checkpoint_notes.safetensors").exists()
 
 
@@ -603,7 +583,7 @@ def test_killed_at_each_step_of_a_replacement(tmp_path):
 def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
     order = []
     fsync, rename, replace = os.fsync, Path.rename, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda f: (order.append(os.readlink(f"/proc/self/fd/{f}")), fsync(f)))  # fmt: skip
+    monkeypatch.setattr(os, "fsync", lambda f: (order.append(os.readlink(f"/proc/self/fd/{f}")), fsync(f)))
     monkeypatch.setattr(Path, "rename", lambda a, b: (order.append("rename"), rename(a, b)))
     monkeypatch.setattr(Path, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
     files.write_bytes(tmp_path / "file", b"content")
@@ -613,15 +593,15 @@ def test_files_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
     (new / "images").mkdir()
     (new / "images" / "one.png").write_text("picture")
     files.replace_folder(tmp_path / "out", "marker")
-    assert set(order[: order.index("rename")]) == {
-        str(new), str(new / "images"), str(new / "images" / "one.png")
-    }  # fmt: skip
+    assert set(order[: order.index("rename")]) == {str(new), str(new / "images"), str(new / "images" / "one.png")}
 
 
 # ---- signals -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_finishes_the_step_and_saves(exact, uninterrupted, tmp_path, number, code):
     config = exact | dict(output_dir=tmp_path)
     done = training(tmp_path, config, {4: send(number)})
@@ -646,7 +626,9 @@ def test_a_second_signal_ends_at_once(exact, tmp_path, monkeypatch, number, code
 def test_a_signal_that_is_ignored_stays_so(exact, uninterrupted, tmp_path):
     """As `nohup` ignores SIGHUP."""
     config = exact | dict(output_dir=tmp_path)
-    child = start_training(tmp_path, config, {4: send(signal.SIGHUP)}, lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # fmt: skip
+    child = start_training(
+        tmp_path, config, {4: send(signal.SIGHUP)}, lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
     succeeded(finish(child, tmp_path))
     assert_equal_runs(tmp_path / NAME, uninterrupted)
 
@@ -711,9 +693,7 @@ def nan_at(step, monkeypatch, accumulation=1):
     monkeypatch.setattr(micro_step, "diffusion_loss", poisoned)
 
 
-def test_nan_stops_before_the_update_and_names_step_and_picture(
-    exact, uninterrupted, tmp_path, monkeypatch
-):
+def test_nan_stops_before_the_update_and_names_step_and_picture(exact, uninterrupted, tmp_path, monkeypatch):
     config = exact | dict(output_dir=tmp_path)
     with monkeypatch.context() as patched:
         nan_at(5, patched, accumulation=5)
@@ -741,15 +721,15 @@ def test_the_picture_that_is_named_is_the_one_of_that_step(exact, tmp_path, monk
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_run_whose_rate_broke_the_weights_goes_on_from_before_that(
-    exact, uninterrupted, tmp_path, keep, monkeypatch
-):
+def test_a_run_whose_rate_broke_the_weights_goes_on_from_before_that(exact, uninterrupted, tmp_path, keep, monkeypatch):
     """In step 6, after which a checkpoint is due; the loss shows it one step later. What broke them is nothing that
     a checkpoint knows."""
     config = exact | dict(output_dir=tmp_path, keep_checkpoints=keep)
     with monkeypatch.context() as patched:
         factor = train.learning_rate_factor
-        patched.setattr(train, "learning_rate_factor", lambda step, *rest: factor(step, *rest) * (1e33 if step == 5 else 1))  # fmt: skip
+        patched.setattr(
+            train, "learning_rate_factor", lambda step, *rest: factor(step, *rest) * (1e33 if step == 5 else 1)
+        )
         done = training(tmp_path, config)
     assert_one_line(done, "NaN or infinite at step 7", "learning rates")
     assert "the checkpoint of step 3 in" in done.stderr
@@ -760,13 +740,11 @@ def test_a_run_whose_rate_broke_the_weights_goes_on_from_before_that(
     assert_equal_runs(tmp_path / NAME, uninterrupted)
 
 
-def test_an_absurd_learning_rate_ends_in_one_line_and_can_be_lowered(
-    exact, uninterrupted, tmp_path
-):
+def test_an_absurd_learning_rate_ends_in_one_line_and_can_be_lowered(exact, uninterrupted, tmp_path):
     """Without a warm-up the first update breaks the weights, before any checkpoint."""
     config = exact | dict(output_dir=tmp_path)
     for every in (1, 3):
-        done = training(tmp_path, config | dict(unet_learning_rate=1e30, warmup_steps=0, checkpoint_every=every))  # fmt: skip
+        done = training(tmp_path, config | dict(unet_learning_rate=1e30, warmup_steps=0, checkpoint_every=every))
         assert_one_line(done, "NaN or infinite at step 2", "learning rates")
         assert "begins anew" in done.stderr
         assert not (tmp_path / NAME).exists()
@@ -815,9 +793,8 @@ def test_overflows_are_skipped_counted_and_in_a_row_too_many(exact, tmp_path, mo
 
             optimizer.step = step
             self.scaler = SimpleNamespace(
-                scale=lambda loss: loss, state_dict=lambda: {"scale": 2.0**begun},
-                load_state_dict=lambda state: None,
-            )  # fmt: skip
+                scale=lambda loss: loss, state_dict=lambda: {"scale": 2.0**begun}, load_state_dict=lambda state: None
+            )
             return optimizer
 
         return prepare
@@ -868,9 +845,7 @@ def test_the_loss_scaler_goes_on_where_it_was(exact, tmp_path, monkeypatch):
         ("setup.encode_captions", "encoding the captions", "fewer different captions"),
     ],
 )
-def test_out_of_memory_says_what_was_done_and_what_to_change(
-    exact, tmp_path, monkeypatch, place, doing, advice
-):
+def test_out_of_memory_says_what_was_done_and_what_to_change(exact, tmp_path, monkeypatch, place, doing, advice):
     def full(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
@@ -878,9 +853,12 @@ def test_out_of_memory_says_what_was_done_and_what_to_change(
     if place == "setup.encode_latents":  # as if none were kept
         monkeypatch.setattr("lib.training.setup.kept_folder", lambda *kept: tmp_path / "none")
     config = exact | dict(
-        output_dir=tmp_path, batch_size=4, validation_count=0 if place == "samples.draw_noise" else 2,
-        train_text_encoder=place != "setup.encode_captions", gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir=tmp_path,
+        batch_size=4,
+        validation_count=0 if place == "samples.draw_noise" else 2,
+        train_text_encoder=place != "setup.encode_captions",
+        gradient_checkpointing=False,
+    )
     done = training(tmp_path, config)
     assert_one_line(done, doing)
     after = done.stderr[done.stderr.index("error: ") :].splitlines()
@@ -891,13 +869,19 @@ def test_out_of_memory_says_what_was_done_and_what_to_change(
     ("problem", "words"),
     [
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be …"), "the GPU's memory"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the GPU's memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "the GPU's memory",
+        ),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "the GPU's memory"),
         (RuntimeError("Triton Error [CUDA]: out of memory"), "the GPU's memory"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"), "the computer's memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "the computer's memory",
+        ),
         (MemoryError(), "the computer's memory"),
     ],
-)  # fmt: skip
+)
 def test_memory_that_ran_out_is_known_by_any_of_its_names(monkeypatch, problem, words):
     def full():
         raise problem
@@ -910,9 +894,12 @@ def test_memory_that_ran_out_is_known_by_any_of_its_names(monkeypatch, problem, 
     if isinstance(problem, RuntimeError):
         nothing = SimpleNamespace(wait_stream=lambda other: None)
         for name, value in dict(
-            Stream=lambda device: nothing, current_stream=lambda device: nothing, empty_cache=lambda: None,
-            stream=lambda stream: contextlib.nullcontext(), graph_pool_handle=lambda: None,
-        ).items():  # fmt: skip
+            Stream=lambda device: nothing,
+            current_stream=lambda device: nothing,
+            empty_cache=lambda: None,
+            stream=lambda stream: contextlib.nullcontext(),
+            graph_pool_handle=lambda: None,
+        ).items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(graphs, "_record", lambda *arguments: full())
         with pytest.raises(RuntimeError, match=re.escape(str(problem))):
@@ -995,9 +982,7 @@ def test_the_other_scripts_lock_their_output_too(tmp_path, script):
 
 
 @pytest.mark.parametrize("script", ["preprocess", "inference"])
-def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(
-    tiny_model, uninterrupted, tmp_path, script
-):
+def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(tiny_model, uninterrupted, tmp_path, script):
     module = importlib.import_module(script)
     writer = importlib.import_module("lib.evaluation.results") if script == "inference" else module
     (tmp_path / "data").mkdir()
@@ -1007,9 +992,14 @@ def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(
     config = dict(data_dir=tmp_path / "data", output_dir=target, resolution=64)
     if script == "inference":
         config |= dict(
-            data_dir="none", base_model=tiny_model, lora_dir=uninterrupted, clip_model="none",
-            prompts=tmp_path / "prompts.txt", seeds=1, steps=1,
-        )  # fmt: skip
+            data_dir="none",
+            base_model=tiny_model,
+            lora_dir=uninterrupted,
+            clip_model="none",
+            prompts=tmp_path / "prompts.txt",
+            seeds=1,
+            steps=1,
+        )
     marker, others = {
         "preprocess": ("manifest.json", ["captions.jsonl", "contact_sheet.jpg"]),
         "inference": ("metrics.json", ["report.html", "metrics.csv", "summary.md"]),
@@ -1061,8 +1051,7 @@ def test_out_of_memory_while_drawing_advises_a_smaller_batch():
             raise torch.OutOfMemoryError
 
     with pytest.raises(UserError) as error:
-        drawing.draw(Full(), [("a coat", 1)] * 8, steps=1, guidance_scale=1, resolution=64,
-                       batch_size=8, title="base")  # fmt: skip
+        drawing.draw(Full(), [("a coat", 1)] * 8, steps=1, guidance_scale=1, resolution=64, batch_size=8, title="base")
     first, second = str(error.value).splitlines()
     assert "drawing 8 pictures at once" in first
     assert "--batch-size 4" in second
@@ -1179,16 +1168,18 @@ class Evil:
         return Path.touch, (self.proof,)
 
 
-def test_pickles_and_code_beside_the_weights_are_never_read(
-    tiny_model, data, uninterrupted, tmp_path
-):
+def test_pickles_and_code_beside_the_weights_are_never_read(tiny_model, data, uninterrupted, tmp_path):
     proof = tmp_path / "proof"
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     adapter = tmp_path / "adapter"
     shutil.copytree(uninterrupted, adapter)
-    pickles = [model / "unet/diffusion_pytorch_model.bin", model / "vae/diffusion_pytorch_model.bin",
-               model / "text_encoder/pytorch_model.bin", adapter / "pytorch_lora_weights.bin"]  # fmt: skip
+    pickles = [
+        model / "unet/diffusion_pytorch_model.bin",
+        model / "vae/diffusion_pytorch_model.bin",
+        model / "text_encoder/pytorch_model.bin",
+        adapter / "pytorch_lora_weights.bin",
+    ]
     for path in pickles:
         torch.save(Evil(proof), path)
     code = f"from pathlib import Path\nPath({str(proof)!r}).touch()\n"
@@ -1197,9 +1188,7 @@ def test_pickles_and_code_beside_the_weights_are_never_read(
         for config in model.glob(f"{part}/*config.json"):
             stated = json.loads(config.read_text())
             kinds = "AutoModel AutoConfig AutoTokenizer".split()
-            config.write_text(
-                json.dumps(stated | {"auto_map": dict.fromkeys(kinds, "evil.CLIPTextModel")})
-            )
+            config.write_text(json.dumps(stated | {"auto_map": dict.fromkeys(kinds, "evil.CLIPTextModel")}))
 
     def work():
         def refuse(*arguments, **named):
@@ -1245,20 +1234,21 @@ def test_a_signal_to_a_launcher_and_its_workers_alike_saves(exact, tmp_path):
     """As a batch system sends it: the launcher hands it on, so that the workers get it twice, both
     times in the same long step."""
     config = exact | dict(
-        output_dir=tmp_path, gradient_accumulation_steps=80, max_steps=1000, checkpoint_every=900, log_every=1,
+        output_dir=tmp_path,
+        gradient_accumulation_steps=80,
+        max_steps=1000,
+        checkpoint_every=900,
+        log_every=1,
         validation_count=0,
-    )  # fmt: skip
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     started = subprocess.Popen(
-        [*launcher, ROOT / "train.py", *options(**config)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [*launcher, ROOT / "train.py", *options(**config)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = files.unfinished(tmp_path / NAME) / "log.jsonl"
 
     def workers():  # in process groups of their own
@@ -1298,9 +1288,7 @@ def test_after_nan_a_run_goes_on_with_other_learning_rates(exact, tmp_path, monk
     done = succeeded(training(tmp_path, other))
     assert "from now on" not in done.stdout
     summary = json.loads((tmp_path / NAME / "config.json").read_text())
-    assert summary["learning_rate_changes"] == [
-        dict(after_step=3, unet_learning_rate=[0.001, 0.0002])
-    ]
+    assert summary["learning_rate_changes"] == [dict(after_step=3, unet_learning_rate=[0.001, 0.0002])]
     assert summary["config"]["unet_learning_rate"] == 0.0002
     rows = [json.loads(line) for line in (tmp_path / NAME / "log.jsonl").read_text().splitlines()]
     rates = {row["step"]: row["learning_rate"] for row in rows if "loss" in row}
@@ -1327,13 +1315,11 @@ def test_another_commit_of_the_code_is_a_note(interrupted, tmp_path, monkeypatch
         (dict(), ["nvidia-smi", "--resolution 256"]),
         (dict(resolution=520), ["--resolution 256"]),
     ],
-)  # fmt: skip
+)
 def test_memory_advice_names_only_what_would_help(change, named):
     text = advice.memory_advice(train.CONFIG | dict(batch_size=1) | change)
     assert all(option in text for option in named)
-    assert sorted(re.findall("--[a-z-]+", text)) == sorted(
-        word.split()[0] for word in named if word.startswith("--")
-    )
+    assert sorted(re.findall("--[a-z-]+", text)) == sorted(word.split()[0] for word in named if word.startswith("--"))
 
 
 def test_drawing_one_picture_at_once_advises_a_smaller_one():

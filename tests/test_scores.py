@@ -42,10 +42,7 @@ def test_lpips_refuses_what_it_would_have_to_resize():
 
 
 def test_clip_score_is_the_cosine_of_the_models_own_embeddings(clip, tiny_clip):
-    model, processor = (
-        CLIPModel.from_pretrained(tiny_clip),
-        CLIPProcessor.from_pretrained(tiny_clip),
-    )
+    model, processor = (CLIPModel.from_pretrained(tiny_clip), CLIPProcessor.from_pretrained(tiny_clip))
     images = [picture(seed, size) for seed, size in enumerate([(64, 64), (90, 90), (40, 40)])]
     prompts = ["a raincoat", "a cat sitting on a couch", "a dress"]
     inputs = processor(text=prompts, images=images, return_tensors="pt", padding=True)
@@ -114,10 +111,19 @@ def test_few_training_pictures_are_no_traceback(count):
     drawn = rng.standard_normal((2, 4, 8)).astype(np.float32)
     drawn /= np.linalg.norm(drawn, axis=2, keepdims=True)
     rows = [
-        dict(prompt=prompt, category=category, seed=seed, model=model, clip=0.3 + 0.01 * seed,
-             lpips=0.3, concept_similarity=0.4 + 0.01 * seed)
-        for category, prompt in prompts for seed in range(4) for model in ("base", "lora")
-    ]  # fmt: skip
+        dict(
+            prompt=prompt,
+            category=category,
+            seed=seed,
+            model=model,
+            clip=0.3 + 0.01 * seed,
+            lpips=0.3,
+            concept_similarity=0.4 + 0.01 * seed,
+        )
+        for category, prompt in prompts
+        for seed in range(4)
+        for model in ("base", "lora")
+    ]
     pairs = np.ones((2, 4, 4)) - np.eye(4)
     run = scores.Run("run", None, {}, [], [], rows=rows, pairs=pairs)
     run.embeddings = dict(base=drawn, lora=drawn[:, ::-1], lora_mirrored=drawn)

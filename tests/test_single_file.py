@@ -19,8 +19,14 @@ from lib.errors import UserError
 from lib.evaluation.drawing import draw, load_pipeline
 
 NAME = "lora_weights_rank_32"
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
-          "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}  # fmt: skip
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def original_unet(tensors, layers):
@@ -33,11 +39,9 @@ def original_unet(tensors, layers):
             block, side, level, kind, number, rest = match.groups()
             level, number = int(level), int(number)
             if kind == "downsamplers":
-                place, rest = f"input_blocks.{(level + 1) * (layers + 1)}.0", rest.replace("conv", "op")  # fmt: skip
+                place, rest = f"input_blocks.{(level + 1) * (layers + 1)}.0", rest.replace("conv", "op")
             elif kind == "upsamplers":
-                place = (
-                    f"output_blocks.{level * (layers + 1) + layers}.{2 if block in attended else 1}"
-                )
+                place = f"output_blocks.{level * (layers + 1) + layers}.{2 if block in attended else 1}"
             else:
                 first = 1 if side == "down" else 0
                 place = f"{'in' if side == 'down' else 'out'}put_blocks.{level * (layers + 1) + number + first}"
@@ -46,9 +50,13 @@ def original_unet(tensors, layers):
             kind, number, rest = match.groups()
             place = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
         else:
-            for ours, theirs in {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
-                                 "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0",
-                                 "conv_out": "out.2"}.items():  # fmt: skip
+            for ours, theirs in {
+                "conv_in": "input_blocks.0.0",
+                "time_embedding.linear_1": "time_embed.0",
+                "time_embedding.linear_2": "time_embed.2",
+                "conv_norm_out": "out.0",
+                "conv_out": "out.2",
+            }.items():
                 place = place.replace(f"{ours}.", f"{theirs}.")
         if "resnets" in key:
             part, ending = rest.split(".")
@@ -62,14 +70,12 @@ def original_vae(tensors):
     for key, value in tensors.items():
         name = re.sub(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2", key)
         name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
-        name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{3 - int(m[1])}.block.{m[2]}", name)  # fmt: skip
-        name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", name)  # fmt: skip
+        name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{3 - int(m[1])}.block.{m[2]}", name)
+        name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", name)
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
         name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
         if "mid_block.attentions.0" in name:
-            name = name.replace("mid_block.attentions.0", "mid.attn_1").replace(
-                "group_norm", "norm"
-            )
+            name = name.replace("mid_block.attentions.0", "mid.attn_1").replace("group_norm", "norm")
             name = name.replace("to_out.0", "proj_out").replace("to_", "")
             value = value[:, :, None, None] if value.ndim == 2 else value
         found[f"first_stage_model.{name}"] = value
@@ -88,14 +94,21 @@ def original_open_clip(tensors):
         if match := re.match(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", name):
             stacked.setdefault((match[1], match[3]), {})[match[2]] = value
             continue
-        for ours, theirs in {"encoder.layers": "transformer.resblocks", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
-                             "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn": "attn",
-                             "final_layer_norm": "ln_final", "embeddings.token_embedding": "token_embedding",
-                             "embeddings.position_embedding.weight": "positional_embedding"}.items():  # fmt: skip
+        for ours, theirs in {
+            "encoder.layers": "transformer.resblocks",
+            "layer_norm1": "ln_1",
+            "layer_norm2": "ln_2",
+            "mlp.fc1": "mlp.c_fc",
+            "mlp.fc2": "mlp.c_proj",
+            "self_attn": "attn",
+            "final_layer_norm": "ln_final",
+            "embeddings.token_embedding": "token_embedding",
+            "embeddings.position_embedding.weight": "positional_embedding",
+        }.items():
             name = name.replace(ours, theirs)
         found[name] = value
     for (layer, ending), parts in stacked.items():
-        found[f"transformer.resblocks.{layer}.attn.in_proj_{ending}"] = torch.cat([parts[p] for p in "qkv"])  # fmt: skip
+        found[f"transformer.resblocks.{layer}.attn.in_proj_{ending}"] = torch.cat([parts[p] for p in "qkv"])
     width = found["ln_final.weight"].shape[0]
     found["text_projection"] = torch.zeros(width, width, device=found["ln_final.weight"].device)
     return {f"cond_stage_model.model.{name}": value for name, value in found.items()}
@@ -103,7 +116,7 @@ def original_open_clip(tensors):
 
 def original(folder, version):
     """All tensors of a folder in diffusers' layout as one file of the original code has them."""
-    unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))  # fmt: skip
+    unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
     text = load_file(folder / "text_encoder" / "model.safetensors")
     text = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in text.items()}
     tensors = original_unet(unet, 1) | original_vae(vae)
@@ -129,7 +142,7 @@ def one_file(tmp_path, tiny_model, monkeypatch):
         file = tmp_path / f"my model {version}.safetensors"
         stated = {"epsilon": "epsilon", "v_prediction": "v"}[prediction_type]
         header = {"modelspec.prediction_type": stated} if header is None else header
-        save_file({k: v.contiguous() for k, v in change(original(folder, version)).items()}, file, header)  # fmt: skip
+        save_file({k: v.contiguous() for k, v in change(original(folder, version)).items()}, file, header)
         return file, folder
 
     return write
@@ -148,19 +161,20 @@ def weights(folder):
     found = {}
     for part in ("unet", "vae", "text_encoder"):
         for path in (folder / part).glob("*.safetensors"):
-            found |= {f"{part}.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}  # fmt: skip
+            found |= {f"{part}.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}
     return found
 
 
 def pictures(folder):
     pipeline = load_pipeline(folder, torch.float32, "cpu")
     jobs = [("a raincoat", 1), ("a cat", 2)]
-    return [image.tobytes() for image in draw(
-        pipeline, jobs, batch_size=2, steps=2, guidance_scale=6.0, resolution=64, title="",
-    )]  # fmt: skip
+    return [
+        image.tobytes()
+        for image in draw(pipeline, jobs, batch_size=2, steps=2, guidance_scale=6.0, resolution=64, title="")
+    ]
 
 
-@pytest.mark.parametrize(("version", "prediction_type"), [(1, "epsilon"), (2, "epsilon"), (2, "v_prediction")])  # fmt: skip
+@pytest.mark.parametrize(("version", "prediction_type"), [(1, "epsilon"), (2, "epsilon"), (2, "v_prediction")])
 def test_the_file_is_the_folder(one_file, version, prediction_type, capsys):
     file, folder = one_file(version, prediction_type)
     found = models.fetch_base_model(str(file))
@@ -202,7 +216,7 @@ def test_a_file_that_is_replaced_under_its_name_is_read_anew(one_file):
 
 def test_old_names_of_the_text_encoder_and_half_precision(one_file):
     def change(tensors):
-        tensors = {k.replace("transformer.text_model.", "transformer."): v.half() for k, v in tensors.items()}  # fmt: skip
+        tensors = {k.replace("transformer.text_model.", "transformer."): v.half() for k, v in tensors.items()}
         return tensors | {"cond_stage_model.transformer.embeddings.position_ids": torch.arange(77)}
 
     file, folder = one_file(change=change)
@@ -212,11 +226,19 @@ def test_old_names_of_the_text_encoder_and_half_precision(one_file):
 
 def test_train_and_inference_take_the_file(one_file, processed_data, tmp_path):
     file, _ = one_file()
-    config = TINY_RUN | dict(base_model=file, data_dir=processed_data, output_dir=tmp_path / "runs", max_steps=3)  # fmt: skip
+    config = TINY_RUN | dict(base_model=file, data_dir=processed_data, output_dir=tmp_path / "runs", max_steps=3)
     done = call("train.py", *options(**config))
     assert done.returncode == 0, done.stderr
-    drawing = dict(base_model=file, lora_dir=tmp_path / "runs" / NAME, output_dir=tmp_path / "out",
-                   clip_model="none", data_dir="none", resolution=64, steps=1, seeds=1)  # fmt: skip
+    drawing = dict(
+        base_model=file,
+        lora_dir=tmp_path / "runs" / NAME,
+        output_dir=tmp_path / "out",
+        clip_model="none",
+        data_dir="none",
+        resolution=64,
+        steps=1,
+        seeds=1,
+    )
     done = call("inference.py", *options(**drawing))
     assert done.returncode == 0, done.stderr
     assert "was trained on" not in done.stdout
@@ -233,23 +255,31 @@ def test_the_configurations_are_those_of_the_full_size_models(version, tmp_path)
         width, shape = (768, dict(attention_head_dim=8)) if version == 1 else (1024, second)
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=width, **shape)
         vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
-        text = CLIPTextModel(CLIPTextConfig(
-            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12 if version == 1 else 24,
-            num_attention_heads=width // 64,
-        ))  # fmt: skip
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=width,
+                intermediate_size=4 * width,
+                num_hidden_layers=12 if version == 1 else 24,
+                num_attention_heads=width // 64,
+            )
+        )
     states = [model.state_dict() for model in (unet, vae, text)]
     texts = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in states[2].items()}
     parts = dict(
-        unet=(original_unet(states[0], 2), states[0]), vae=(original_vae(states[1]), states[1]),
+        unet=(original_unet(states[0], 2), states[0]),
+        vae=(original_vae(states[1]), states[1]),
         text_encoder=(original_clip(texts) if version == 1 else original_open_clip(texts), texts),
-    )  # fmt: skip
+    )
     for part, (tensors, expected) in parts.items():
         found = single_file.renamed(part, tensors, single_file.CONFIGS[version], "x")
         # The last layer of OpenCLIP's text encoder is not used: the states are those before it.
-        wanted = {k for k in expected if version == 1 or not k.startswith("text_model.encoder.layers.23.")}  # fmt: skip
+        wanted = {k for k in expected if version == 1 or not k.startswith("text_model.encoder.layers.23.")}
         assert found.keys() == wanted
     models.check_base_model(single_file.CONFIGS[version])
 
@@ -316,7 +346,7 @@ def distilled(tensors):
 
 def sdxl(tensors):
     tensors = without("cond_stage_model")(tensors)
-    return tensors | {"conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": torch.ones(4)}  # fmt: skip
+    return tensors | {"conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": torch.ones(4)}
 
 
 @pytest.mark.parametrize(
@@ -336,7 +366,7 @@ def sdxl(tensors):
         (lambda t: {"unet.x.lora_A.weight": torch.ones(2)}, "is a LoRA adapter"),
         (lambda t: {"x": torch.ones(2)}, "holds no UNet, no VAE, no text encoder"),
     ],
-)  # fmt: skip
+)
 def test_any_other_file_is_named(one_file, processed_data, tmp_path, change, words):
     file, _ = one_file(change=change)
     config = options(**TINY_RUN, base_model=file, data_dir=processed_data, output_dir=tmp_path)
@@ -377,12 +407,8 @@ def test_a_mark_of_velocity_is_heeded(one_file):
 def test_pickles_damaged_and_missing_files(processed_data, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02cposix\nsystem\n")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    (tmp_path / "pointer.safetensors").write_bytes(
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
-    )
-    (tmp_path / "page.safetensors").write_bytes(
-        b"\n<!DOCTYPE html><html><body>Log in</body></html>"
-    )
+    (tmp_path / "pointer.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "page.safetensors").write_bytes(b"\n<!DOCTYPE html><html><body>Log in</body></html>")
     (tmp_path / "text.safetensors").write_bytes(b"Not found\r\n")
     (tmp_path / "renamed.safetensors").write_bytes(b"PK\x03\x04" + bytes(99))
     (tmp_path / "empty.safetensors").write_bytes(b"")
@@ -397,14 +423,19 @@ def test_pickles_damaged_and_missing_files(processed_data, tmp_path):
         ("cut.safetensors", "cannot be read as safetensors"),
         ("none.safetensors", "no such file"),
     ):
-        config = TINY_RUN | dict(base_model=tmp_path / name, data_dir=processed_data, output_dir=tmp_path)  # fmt: skip
+        config = TINY_RUN | dict(base_model=tmp_path / name, data_dir=processed_data, output_dir=tmp_path)
         assert_one_line(call("train.py", *options(**config)), tmp_path / name, words)
 
 
-@pytest.mark.parametrize("raised", [
-    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(),
-], ids=lambda raised: type(raised).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "raised",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda raised: type(raised).__name__,
+)
 def test_a_full_disk_while_it_is_made_leaves_nothing(one_file, monkeypatch, tmp_path, raised):
     file, folder = one_file()
     written, whole = [], single_file.save_file
@@ -424,11 +455,7 @@ def test_a_full_disk_while_it_is_made_leaves_nothing(one_file, monkeypatch, tmp_
         assert "No space left on device" in str(error.value)
         assert "needed; HF_HOME names another place" in str(error.value)
         assert "\n" not in str(error.value)
-    left = [
-        path
-        for path in (tmp_path / "cache").rglob("*")
-        if path.is_file() and path.suffix != ".lock"
-    ]
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert left == []
     assert weights(models.fetch_base_model(str(file))).keys() == weights(folder).keys()
 

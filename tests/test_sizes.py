@@ -24,9 +24,7 @@ NAME = "lora_weights_rank_32"
 def test_a_resolution_is_a_number_or_two():
     assert picture_size(512) == picture_size("512") == (512, 512)
     assert picture_size("512x768") == (512, 768)
-    assert [half_resolution(size) for size in (512, 520, "512x768", 16)] == [
-        "256", "256", "256x384", "16",
-    ]  # fmt: skip
+    assert [half_resolution(size) for size in (512, 520, "512x768", 16)] == ["256", "256", "256x384", "16"]
     check_resolution(dict(resolution=512))
     check_resolution(dict(resolution="512x768"), square=False)
     for wrong in ("512", "512x512"):  # in CONFIG a square is a number
@@ -73,13 +71,16 @@ def test_pictures_are_those_of_the_pipeline_at_that_size(pipeline, size):
     width, height = size
     found = drawing.draw(pipeline, JOBS, resolution=f"{width}x{height}", **HOW)
     noise = [
-        torch.randn((4, height // 8, width // 8), generator=torch.Generator().manual_seed(seed))
-        for _, seed in JOBS
+        torch.randn((4, height // 8, width // 8), generator=torch.Generator().manual_seed(seed)) for _, seed in JOBS
     ]
     expected = pipeline(
-        [prompt for prompt, _ in JOBS], latents=torch.stack(noise), width=width, height=height,
-        num_inference_steps=2, guidance_scale=6.0,
-    ).images  # fmt: skip
+        [prompt for prompt, _ in JOBS],
+        latents=torch.stack(noise),
+        width=width,
+        height=height,
+        num_inference_steps=2,
+        guidance_scale=6.0,
+    ).images
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.size == size
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
@@ -162,9 +163,7 @@ def test_sheets_show_pictures_in_their_shape(size):
     rows = [row | dict(base=[marked], lora=[plain]), row | dict(base=[plain], lora=[plain])]
     sheets = [
         figures.comparison_figure(rows, "title", 1, side=128),
-        figures.overview_figure(
-            [("base", [marked, plain]), ("lora", [plain, plain])], prompts, side=128
-        ),
+        figures.overview_figure([("base", [marked, plain]), ("lora", [plain, plain])], prompts, side=128),
         strip({"base": [marked, plain], "lora": [plain, plain]}, ["a coat"] * 2, side=128),
     ]
     for sheet in sheets:
@@ -190,8 +189,9 @@ def common(tiny_model, tiny_clip, tmp_path_factory):
 def portrait(common, processed_data, trained, tmp_path_factory):
     """A run on squares, drawn at 64x96 with two scales."""
     folder = tmp_path_factory.mktemp("portrait") / "out"
-    config = common | dict(data_dir=processed_data, lora_dir=trained / NAME, output_dir=folder,
-                           resolution="64X96", lora_scales="0.5,1")  # fmt: skip
+    config = common | dict(
+        data_dir=processed_data, lora_dir=trained / NAME, output_dir=folder, resolution="64X96", lora_scales="0.5,1"
+    )
     return config, folder, run("inference.py", *options(**config))
 
 
@@ -228,16 +228,15 @@ def test_pictures_drawn_elsewhere(common, processed_data, tmp_path):
         (tmp_path / kind).mkdir()
         for index in range(6):
             picture(10 * number + index, (48, 64)).save(tmp_path / kind / f"{index}.png")
-    config = common | dict(data_dir=processed_data, output_dir=tmp_path / "out",
-                           score_dir=f"{tmp_path / 'base'},{tmp_path / 'lora'}")  # fmt: skip
+    config = common | dict(
+        data_dir=processed_data, output_dir=tmp_path / "out", score_dir=f"{tmp_path / 'base'},{tmp_path / 'lora'}"
+    )
     done = call("inference.py", *options(**config))
     assert done.returncode == 0, done.stderr
     assert "The pictures are 48x64" in done.stdout
     for kind in ("base", "lora"):
         picture(5, (64, 48)).save(tmp_path / kind / "5.png")
-    assert_one_line(
-        call("inference.py", *options(**config)), "5.png", "4.png", "nothing is resized"
-    )
+    assert_one_line(call("inference.py", *options(**config)), "5.png", "4.png", "nothing is resized")
     for kind in ("base", "lora"):
         for index in (4, 5):
             picture(5, (64, 24)).save(tmp_path / kind / f"{index}.png")
@@ -249,8 +248,9 @@ def bucketed(tiny_model, tmp_path_factory):
     """(training set, run) of portraits, landscapes and squares, with previews."""
     folder = tmp_path_factory.mktemp("bucketed")
     prepare(mixed(folder / "data"), folder / "set", resolution=64, buckets=True, processes=1)
-    config = TINY_RUN | dict(base_model=tiny_model, data_dir=folder / "set", output_dir=folder,
-                             max_steps=2, preview_every=2)  # fmt: skip
+    config = TINY_RUN | dict(
+        base_model=tiny_model, data_dir=folder / "set", output_dir=folder, max_steps=2, preview_every=2
+    )
     run("train.py", *options(**config))
     return folder / "set", folder / NAME
 

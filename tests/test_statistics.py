@@ -88,14 +88,7 @@ def test_one_study_is_measured_as_a_batch_is():
 
 @pytest.mark.parametrize(
     ("runs", "noises"),
-    [
-        (1, (0, 0, 1)),
-        (1, (0, 1, 1)),
-        (2, (1, 0.3, 0.3)),
-        (3, (1, 0.3, 0.3)),
-        (3, (0, 1, 1)),
-        (5, (1, 0.3, 0.3)),
-    ],
+    [(1, (0, 0, 1)), (1, (0, 1, 1)), (2, (1, 0.3, 0.3)), (3, (1, 0.3, 0.3)), (3, (0, 1, 1)), (5, (1, 0.3, 0.3))],
 )
 def test_a_study_of_nothing_finds_nothing(runs, noises):
     """At least 95% of whole studies, four tests each corrected by Holm, find nothing."""
@@ -161,8 +154,10 @@ def test_equivalence_and_its_interval_agree(values, margin):
 def test_equivalence_is_schuirmanns_for_one_run():
     values = 0.1 + 0.2 * np.random.default_rng(3).standard_normal((1, 8))
     found = statistics.equivalence(values, 0.25)
-    sides = (stats.ttest_1samp(values[0], -0.25, alternative="greater").pvalue,
-             stats.ttest_1samp(values[0], 0.25, alternative="less").pvalue)  # fmt: skip
+    sides = (
+        stats.ttest_1samp(values[0], -0.25, alternative="greater").pvalue,
+        stats.ttest_1samp(values[0], 0.25, alternative="less").pvalue,
+    )
     assert found["p"] == pytest.approx(max(sides))
 
 
@@ -174,11 +169,7 @@ def test_a_difference_of_the_margin_is_rarely_called_equivalent(runs):
 
 
 @settings(max_examples=50, deadline=None, database=None)
-@given(
-    values=studies(),
-    scale=st.sampled_from([1e-3, 1.0, 7.0, 1e4]),
-    order=st.randoms(use_true_random=False),
-)
+@given(values=studies(), scale=st.sampled_from([1e-3, 1.0, 7.0, 1e4]), order=st.randoms(use_true_random=False))
 def test_interval_follows_scale_shift_sign_and_order(values, scale, order):
     before = statistics.mean_interval(values)
     width = before["high"] - before["low"]
@@ -249,16 +240,11 @@ def test_the_smallest_detectable_difference_is_found_in_80_percent(runs):
 def test_variances_are_estimated_too_low_as_often_as_too_high():
     variances = np.square((1.0, 1.0, 0.3))
     trials = imagined(variances, (3, 8))
-    found = [
-        statistics.estimated_variances(squares, 3, 8)
-        for squares in statistics.sums_of_squares(trials)
-    ]
+    found = [statistics.estimated_variances(squares, 3, 8) for squares in statistics.sums_of_squares(trials)]
     np.testing.assert_allclose((found > variances).mean(axis=0), 0.5, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("effect", "margin"), [(0.0, 0.7), (0.7, 0.7), (1.5, None), (1.5, 0.7), (0.2, 0.9)]
-)
+@pytest.mark.parametrize(("effect", "margin"), [(0.0, 0.7), (0.7, 0.7), (1.5, None), (1.5, 0.7), (0.2, 0.9)])
 def test_runs_to_tell_is_about_the_number_that_tells_in_80_percent(effect, margin):
     """Difference or equivalence, whichever comes first, at the truth that the study appears to show."""
     rng = np.random.default_rng(1)

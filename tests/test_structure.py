@@ -8,9 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {"preprocess", "train", "inference", "study"} | {
-    path.stem for path in ROOT.glob("train_experiment_*.py")
-}
+SCRIPTS = {"preprocess", "train", "inference", "study"} | {path.stem for path in ROOT.glob("train_experiment_*.py")}
 LONGEST_FILE, LONGEST_SCRIPT, LONGEST_FUNCTION = 350, 400, 80
 # Told from top to bottom: the optimisation loop.
 LONG_FUNCTIONS = {"train.py:train": 180}
@@ -69,10 +67,27 @@ def test_the_root_holds_the_scripts_and_the_folders_that_a_user_knows():
     top = {name.split("/")[0] for name in done.stdout.splitlines()}
     assert top == {
         *(f"{script}.py" for script in SCRIPTS),
-        "data", "prompts", "lora_weights", "results", "lib", "demo", "bench", "notebooks", "tests",
-        "requirements.txt", "requirements-dev.txt", "pyproject.toml", "Makefile",
-        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".ci", ".github", ".gitignore",
-    }  # fmt: skip
+        "data",
+        "prompts",
+        "lora_weights",
+        "results",
+        "lib",
+        "demo",
+        "bench",
+        "notebooks",
+        "tests",
+        "requirements.txt",
+        "requirements-dev.txt",
+        "pyproject.toml",
+        "Makefile",
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        ".ci",
+        ".github",
+        ".gitignore",
+    }
 
 
 def test_scripts_use_lib_and_nothing_in_lib_uses_a_script():
@@ -99,9 +114,7 @@ def test_no_file_imports_itself_through_others():
     tuple(graphlib.TopologicalSorter(GRAPH).static_order())  # raises CycleError, naming the files
 
 
-@pytest.mark.parametrize(
-    "name", sorted(n for n in KNOWN if within(n, "lib", "demo", "prompts", *SCRIPTS))
-)
+@pytest.mark.parametrize("name", sorted(n for n in KNOWN if within(n, "lib", "demo", "prompts", *SCRIPTS)))
 def test_files_and_functions_are_short_enough_to_read(name):
     text = KNOWN[name].read_text(encoding="utf-8")
     assert len(text.splitlines()) <= (LONGEST_SCRIPT if name in SCRIPTS else LONGEST_FILE)
@@ -122,9 +135,12 @@ HEAVY = ("torch", "diffusers", "transformers", "bitsandbytes", "matplotlib", "wa
 
 @pytest.mark.parametrize(
     ("script", "options"),
-    [("train", ["--data-dir", "/nowhere"]), ("inference", ["--lora-dir", "/nowhere"]),
-     ("preprocess", ["--data-dir", "/nowhere"])],
-)  # fmt: skip
+    [
+        ("train", ["--data-dir", "/nowhere"]),
+        ("inference", ["--lora-dir", "/nowhere"]),
+        ("preprocess", ["--data-dir", "/nowhere"]),
+    ],
+)
 def test_a_missing_folder_is_named_before_anything_heavy_is_imported(script, options):
     code = (
         f"import sys, runpy\nsys.argv = ['{script}.py', *{options}]\n"
@@ -145,9 +161,7 @@ def test_options_are_answered_before_anything_heavy_is_imported(script):
             f"try:\n    runpy.run_path('{script}.py', run_name='__main__')\n"
             f"except SystemExit:\n    pass\nprint('heavy:', *[n for n in {HEAVY} if n in sys.modules])"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == "heavy:", done.stdout + done.stderr
 
 

@@ -42,11 +42,13 @@ def test_the_lists_of_prompts(name):
     arm trained on."""
     prompts = read_prompts(ROOT / "prompts" / f"{name}.txt")
     assert {c: len(members(prompts, c)) for c in ("success", "near", "failure")} == {
-        "success": 3 + 6, "near": 8 + 8, "failure": 2 + 8 + 8,
-    }  # fmt: skip
+        "success": 3 + 6,
+        "near": 8 + 8,
+        "failure": 2 + 8 + 8,
+    }
     assert set(inference.PUBLISHED) < set(prompts)
     assert len(set(prompts)) == len(prompts)
-    taught = [json.loads(line) for line in (ROOT / "data" / "captions.jsonl").read_text().splitlines()]  # fmt: skip
+    taught = [json.loads(line) for line in (ROOT / "data" / "captions.jsonl").read_text().splitlines()]
     assert not {row["description"] for row in taught} & {prompt for _, prompt in prompts}
     for category, prompt in prompts:
         assert ("holographic" in prompt) == (category == "success"), prompt
@@ -66,9 +68,7 @@ def plan(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text(listed)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "captions.jsonl").write_text("{}\n")
-    found = types.SimpleNamespace(
-        calls=[], stop_at=None, results=tmp_path / "results", folder=tmp_path
-    )
+    found = types.SimpleNamespace(calls=[], stop_at=None, results=tmp_path / "results", folder=tmp_path)
 
     def called(command):
         if len(found.calls) == found.stop_at:
@@ -87,8 +87,14 @@ def plan(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "call", called)
 
     def start(*more):
-        config = dict(data_dir=tmp_path / "data", prompts=tmp_path / "prompts.txt", lora_dir=tmp_path / "lora",
-                      output_dir=found.results, seeds="1,2", sampling_seeds=SEEDS)  # fmt: skip
+        config = dict(
+            data_dir=tmp_path / "data",
+            prompts=tmp_path / "prompts.txt",
+            lora_dir=tmp_path / "lora",
+            output_dir=found.results,
+            seeds="1,2",
+            sampling_seeds=SEEDS,
+        )
         return call("study.py", "--demo", *options(**config), *more)
 
     found.start = start
@@ -100,18 +106,17 @@ def arms_of(calls):
     found = []
     for command in calls:
         value = dict(zip(command, command[1:], strict=False))
-        name = (
-            value.get("--run-name")
-            or Path(value["--output-dir"]).as_posix().partition("results/")[2]
-        )
+        name = value.get("--run-name") or Path(value["--output-dir"]).as_posix().partition("results/")[2]
         found.append(name)
     return found
 
 
 def seed_plan(seed):
-    return [f"{arm}_seed{seed}" for arm in ARMS] + [f"seed{seed}"] + [
-        f"scales_seed{seed}/{arm}_seed{seed}" for arm in SCALED
-    ]  # fmt: skip
+    return (
+        [f"{arm}_seed{seed}" for arm in ARMS]
+        + [f"seed{seed}"]
+        + [f"scales_seed{seed}/{arm}_seed{seed}" for arm in SCALED]
+    )
 
 
 def test_seed_by_seed_every_arm_and_then_its_evaluation(plan):
@@ -121,11 +126,7 @@ def test_seed_by_seed_every_arm_and_then_its_evaluation(plan):
     assert set(study.ARMS) == set(ARMS) and tuple(study.SCALED) == SCALED
     for arm, command in zip(study.ARMS, plan.calls, strict=False):
         script, *more = study.ARMS[arm]
-        assert (
-            command[0] == script
-            and "--demo" in command
-            and command[len(command) - len(more) :] == more
-        )
+        assert command[0] == script and "--demo" in command and command[len(command) - len(more) :] == more
         assert (ROOT / command[0]).is_file()
         assert command[command.index("--seed") + 1] == "1"
     assert "20 left" in done.stdout and "[20 of 20] seed 2" in done.stdout
@@ -176,7 +177,9 @@ def test_processes_that_share_the_seeds_share_nothing_else(plan):
     assert json.loads((plan.results / "study.json").read_text())["training_seeds"] == [1]
     plan.start("--seeds", "2")  # the page is over all that is whole
     assert json.loads((plan.results / "study.json").read_text())["training_seeds"] == [1, 2]
-    places = [{part for part in command if part.startswith(str(plan.folder)) and "seed" in part} for command in plan.calls]  # fmt: skip
+    places = [
+        {part for part in command if part.startswith(str(plan.folder)) and "seed" in part} for command in plan.calls
+    ]
     assert all("seed1" not in place for found in places[10:] for place in found)
 
 
@@ -238,7 +241,7 @@ def test_hours_come_from_the_rates_in_the_bench():
     bench = (ROOT / "bench" / "README.md").read_text()
     for rate in (*study.SAMPLES_A_SECOND.values(), study.SET_UP, study.PICTURE):
         assert re.search(rf"\b{rate:g}\b", bench), rate
-    config = study.CONFIG | dict(prompts=ROOT / "prompts/study_sd15.txt", output_dir="/nowhere", lora_dir="/nowhere")  # fmt: skip
+    config = study.CONFIG | dict(prompts=ROOT / "prompts/study_sd15.txt", output_dir="/nowhere", lora_dir="/nowhere")
     prompts = read_prompts(config["prompts"])
     steps = study.steps_of(42, config, prompts)
     text = study.gpu_text(steps, config, prompts)
@@ -269,14 +272,26 @@ EQUIVALENT, NONE = "equivalent within the margin", "refuted: equivalent within t
 NOT_HERE, FULL_SIZE = "not testable here", dict(base_model="a model of full size")
 # Of arms that all do the same, which is no protection.
 ALIKE = {
-    (1, TAUGHT): EQUIVALENT, (1, NEAR): EQUIVALENT, (1, FAR): EQUIVALENT,
-    (2, NEAR): NOT_HERE, (2, FAR): NOT_HERE, (4, TAUGHT): NONE,
-    (5, TAUGHT): EQUIVALENT, (5, NEAR): EQUIVALENT, (5, FAR): EQUIVALENT, (6, "the columns"): "refuted",
-    (7, NEAR): "refuted", (7, FAR): "refuted", (8, "the adapter"): EQUIVALENT, (8, "the time"): "refuted",
-    (9, TAUGHT): EQUIVALENT, (10, NEAR): "refuted", (10, FAR): "refuted",
-}  # fmt: skip
+    (1, TAUGHT): EQUIVALENT,
+    (1, NEAR): EQUIVALENT,
+    (1, FAR): EQUIVALENT,
+    (2, NEAR): NOT_HERE,
+    (2, FAR): NOT_HERE,
+    (4, TAUGHT): NONE,
+    (5, TAUGHT): EQUIVALENT,
+    (5, NEAR): EQUIVALENT,
+    (5, FAR): EQUIVALENT,
+    (6, "the columns"): "refuted",
+    (7, NEAR): "refuted",
+    (7, FAR): "refuted",
+    (8, "the adapter"): EQUIVALENT,
+    (8, "the time"): "refuted",
+    (9, TAUGHT): EQUIVALENT,
+    (10, NEAR): "refuted",
+    (10, FAR): "refuted",
+}
 HARMLESS = dict(near=(0.0, 0.01), failure=(0.0, 0.01))
-LEFT_ALONE = {(7, NEAR): EQUIVALENT, (7, FAR): EQUIVALENT, (10, NEAR): "supported", (10, FAR): "supported"}  # fmt: skip
+LEFT_ALONE = {(7, NEAR): EQUIVALENT, (7, FAR): EQUIVALENT, (10, NEAR): "supported", (10, FAR): "supported"}
 
 
 @pytest.mark.parametrize(
@@ -302,15 +317,22 @@ LEFT_ALONE = {(7, NEAR): EQUIVALENT, (7, FAR): EQUIVALENT, (10, NEAR): "supporte
         (dict(protected=HARMLESS | dict(success=(0.3, 0.8))), LEFT_ALONE | {(9, TAUGHT): "supported"}),
         (dict(protected=HARMLESS | dict(success=(0.15, 0.8))), LEFT_ALONE | {(9, TAUGHT): "refuted"}),
         # A seventh of the movement is within the margin of none, and more than a tenth of it.
-        (dict(of_runs=0.0, protected=HARMLESS | dict(near=(0.014, 0.01))), LEFT_ALONE | {(10, NEAR): study_claims.MIXED}),
+        (
+            dict(of_runs=0.0, protected=HARMLESS | dict(near=(0.014, 0.01))),
+            LEFT_ALONE | {(10, NEAR): study_claims.MIXED},
+        ),
         (dict(protected=HARMLESS | dict(near=(0.0, -0.2))), LEFT_ALONE | {(7, NEAR): "refuted"}),
-        (dict(protected=HARMLESS | dict(failure=(0.01, 0.1))),
-         LEFT_ALONE | {(7, FAR): "refuted", (10, FAR): "refuted"}),
+        (
+            dict(protected=HARMLESS | dict(failure=(0.01, 0.1))),
+            LEFT_ALONE | {(7, FAR): "refuted", (10, FAR): "refuted"},
+        ),
         (dict(protected_plain_loss=HARMLESS), {}),
-        (dict(large_batch=dict(failure=(0.1, 0.2), seconds=33)),
-         {(8, "the adapter"): "refuted", (8, "the time"): "supported"}),
+        (
+            dict(large_batch=dict(failure=(0.1, 0.2), seconds=33)),
+            {(8, "the adapter"): "refuted", (8, "the time"): "supported"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_verdicts_are_true(arms, changed, tmp_path):
     found = verdicts(made(tmp_path / "study", **arms))
     expected = ALIKE | changed
@@ -350,9 +372,7 @@ def test_what_cannot_be_told_names_a_number_of_training_seeds(tmp_path):
     assert needed > 4
     assert f"undecided (about {needed}" in study_words.verdict_text(dict(claims[0], parts=[part]))
     # Of several the one that takes most.
-    assert needed == max(
-        row["decides"]["training_seeds"] for row in part["comparisons"] if "decides" in row
-    )
+    assert needed == max(row["decides"]["training_seeds"] for row in part["comparisons"] if "decides" in row)
     assert verdicts(made(tmp_path / "many", seeds=2 * needed, **noisy))[1, TAUGHT] != "undecided"
 
 
@@ -370,15 +390,15 @@ def test_where_sampling_seeds_are_what_is_missing_their_number_is_told():
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_training_seeds_claim_nothing(seeds, tmp_path):
-    found = verdicts(made(tmp_path / "study", seeds=seeds, of_runs=0.0, noise=1e-4, unet_only=dict(near=(0.3, 0.9)), **FULL_SIZE))  # fmt: skip
+    found = verdicts(
+        made(tmp_path / "study", seeds=seeds, of_runs=0.0, noise=1e-4, unet_only=dict(near=(0.3, 0.9)), **FULL_SIZE)
+    )
     assert set(found.values()) == {"undecided"}
 
 
 def test_all_comparisons_are_corrected_together(tmp_path):
     _, rows = study_claims.judge_claims(made(tmp_path / "study"))
-    asked = sum(
-        len(part.measures) for c in study_claims.CLAIMS for part in study_claims.parts_of(c)
-    )
+    asked = sum(len(part.measures) for c in study_claims.CLAIMS for part in study_claims.parts_of(c))
     assert len(rows) == asked == 32
     least = min(row["p"] for row in rows)
     assert min(row["p_holm"] for row in rows) == pytest.approx(min(1, 32 * least))
@@ -401,9 +421,7 @@ def test_an_arm_is_compared_with_a_share_of_rank_32s_effect(tmp_path):
             assert row["mean"] == pytest.approx(own - part, abs=0.004)
     text = study_words.comparison_text(shared["change", "near", 0.1])
     assert "near prompts, beside 10% of rank 32's" in text and "(margin 0.005)" in text
-    assert "near prompts, the arm alone" in study_words.comparison_text(
-        shared["change", "near", 0.0]
-    )
+    assert "near prompts, the arm alone" in study_words.comparison_text(shared["change", "near", 0.0])
 
 
 def test_what_the_miniature_cannot_test_says_why(tmp_path):
@@ -430,14 +448,12 @@ def simulated_blocks(rng, trials, training_seeds, adapters=6, prompts=5):
     shape = trials, training_seeds, adapters, prompts, SEEDS
 
     def spread(size, *axes):
-        return size * rng.standard_normal(
-            [n if axis in axes else 1 for axis, n in enumerate(shape)]
-        )
+        return size * rng.standard_normal([n if axis in axes else 1 for axis, n in enumerate(shape)])
 
     # What prompts and adapters do is fixed, the rest is drawn anew for each study.
     fixed = np.random.default_rng(5)
     change = 1 + 0.3 * fixed.random((adapters, 1, 1)) + 0.3 * fixed.random((prompts, 1))
-    change = change + spread(0.1, 0, 1) + spread(0.2, 0, 1, 2) + spread(0.05, 0, 4) + spread(0.05, 0, 1, 2, 3, 4)  # fmt: skip
+    change = change + spread(0.1, 0, 1) + spread(0.2, 0, 1, 2) + spread(0.05, 0, 4) + spread(0.05, 0, 1, 2, 3, 4)
     moved = 0.6 * change + spread(0.15, 0, 1, 2) + spread(0.05, 0, 4) + spread(0.1, 0, 1, 2, 3, 4)
     return change, moved
 
@@ -456,9 +472,7 @@ def test_the_interval_of_the_correlation_holds_the_truth(training_seeds):
         points = stats.spearmanr(change.mean(-1).ravel(), moved.mean(-1).ravel())[0]
         half = 1.96 * 1.03 / np.sqrt(change[..., 0].size - 3)
         naive.append(abs(np.arctanh(points) - truth) < half)
-    print(
-        f"\n{training_seeds} training seeds: {np.mean(covered):.1%}, counting points {np.mean(naive):.1%}"
-    )
+    print(f"\n{training_seeds} training seeds: {np.mean(covered):.1%}, counting points {np.mean(naive):.1%}")
     assert np.mean(covered) >= 0.93
     assert np.mean(naive) < 0.75
 
@@ -471,24 +485,21 @@ def test_the_correlation_is_spearmans_over_all_adapters_and_prompts(tmp_path):
     assert lpips.shape == (3, 8 + 3, 3, SEEDS)
     ceiling = found.base_pairs[members(PROMPTS, "near")].sum((1, 2)) / (SEEDS * (SEEDS - 1))
     each = [
-        stats.spearmanr((a.mean(-1) / ceiling).ravel(), b.mean(-1).ravel())[0] for a, b in zip(lpips, moved, strict=True)
-    ]  # fmt: skip
+        stats.spearmanr((a.mean(-1) / ceiling).ravel(), b.mean(-1).ravel())[0]
+        for a, b in zip(lpips, moved, strict=True)
+    ]
     assert row["correlation"]["mean"] == pytest.approx(np.tanh(np.mean(np.arctanh(each))))
 
 
-@pytest.mark.parametrize(
-    ("slope", "verdict"), [(1.0, "supported"), (0.0, "refuted"), (-1.0, "refuted")]
-)
+@pytest.mark.parametrize(("slope", "verdict"), [(1.0, "supported"), (0.0, "refuted"), (-1.0, "refuted")])
 def test_change_tells_contamination_only_where_it_does(slope, verdict, tmp_path):
     rng = np.random.default_rng(1)
     arms = {}
     for arm in ARMS:
         change = 0.2 + 0.6 * rng.random()
         moved = 0.1 + slope * 0.2 * (change - 0.5) + (0 if slope else 0.1 * rng.random())
-        arms[arm] = dict(near=(moved, change)) if arm not in SCALED else dict(near=(0.1 if slope >= 0 else 0.2, 0.5))  # fmt: skip
-    scales = (
-        (1.0,) if slope <= 0 else (0.5, 1.0)
-    )  # less of an adapter always changes and moves less
+        arms[arm] = dict(near=(moved, change)) if arm not in SCALED else dict(near=(0.1 if slope >= 0 else 0.2, 0.5))
+    scales = (1.0,) if slope <= 0 else (0.5, 1.0)  # less of an adapter always changes and moves less
     assert verdicts(made(tmp_path / "study", scales=scales, **arms))[3, NEAR] == verdict
 
 
@@ -510,7 +521,9 @@ def test_arms_are_compared_where_they_teach_the_same(taught, tmp_path):
     change = mean_interval(equal["change", "near"])
     ceiling = found.base_pairs.sum((1, 2))[members(PROMPTS, "near")].mean() / (SEEDS * (SEEDS - 1))
     assert change["mean"] * ceiling / 0.5 == pytest.approx(expected, rel=0.02)
-    assert mean_interval(equal["concept_similarity", "near"])["mean"] == pytest.approx(0.04 * share - 0.1 * less, rel=0.02)  # fmt: skip
+    assert mean_interval(equal["concept_similarity", "near"])["mean"] == pytest.approx(
+        0.04 * share - 0.1 * less, rel=0.02
+    )
     ratio = np.exp(mean_interval(equal["log change near"])["mean"])
     assert ratio == pytest.approx(0.3 * share / (0.5 * less), rel=1e-3)
 
@@ -570,9 +583,7 @@ def test_times_are_paired_by_training_seed(tmp_path):
     part = time_part(plain, "a machine")
     assert (part["verdict"], part["decides"]) == ("refuted", None)
     assert time_part(plain | dict(low=0.3, high=0.5), "a machine")["verdict"] == "undecided"
-    assert (
-        time_part(plain | dict(runs=2, low=0.3, high=0.35), "x")["decides"]["training_seeds"] == 5
-    )
+    assert time_part(plain | dict(runs=2, low=0.3, high=0.35), "x")["decides"]["training_seeds"] == 5
     assert plain["low"] < 1.5 < plain["high"] and plain["high"] - plain["low"] < 0.2
     for runs in found.arms.values():
         runs[0].adapter["speed"]["steps_a_second"] /= 2
@@ -596,7 +607,7 @@ def test_a_record_holds_all_that_effects_need():
             job = dict(prompt=prompt, category=category, seed=seed)
             for model in ("base", "lora"):
                 scores = dict(clip=rng.random(), concept_similarity=rng.random())
-                rows.append(job | dict(model=model, lpips=rng.random() if model == "lora" else None, **scores))  # fmt: skip
+                rows.append(job | dict(model=model, lpips=rng.random() if model == "lora" else None, **scores))
     base_pairs, one = symmetric(), Run("one", None, {}, [], [], rows=rows, pairs=symmetric())
     kept = results.raw_scores(one, base_pairs) | dict(run="one", adapter={}, pictures=rows)
     kept = json.loads(json.dumps(kept))
@@ -611,9 +622,17 @@ def test_a_record_holds_all_that_effects_need():
         assert np.abs(values - after[key]).max() < 1e-4, key
 
 
-def test_an_evaluation_keeps_scales_and_speed(trained, tiny_model, tiny_clip, processed_data, tmp_path):  # fmt: skip
-    config = dict(base_model=tiny_model, clip_model=tiny_clip, data_dir=processed_data, resolution=64, steps=2, seeds=4,
-                  lora_dir=trained / "lora_weights_rank_32", output_dir=tmp_path / "out")  # fmt: skip
+def test_an_evaluation_keeps_scales_and_speed(trained, tiny_model, tiny_clip, processed_data, tmp_path):
+    config = dict(
+        base_model=tiny_model,
+        clip_model=tiny_clip,
+        data_dir=processed_data,
+        resolution=64,
+        steps=2,
+        seeds=4,
+        lora_dir=trained / "lora_weights_rank_32",
+        output_dir=tmp_path / "out",
+    )
     run("inference.py", *options(**config), "--lora-scales", "0,0.5,1,2")
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [part["scale"] for part in record["swept"]] == [0.5, 2.0]
@@ -640,7 +659,7 @@ def spoil(path, change):
         ("seed2/dora_seed2", lambda r: r["adapter"]["training"].update(rank=4), ["differ in rank"]),
         ("scales_seed2/rank32_seed2", lambda r: r["adapter"].update(fingerprint="old"), ["another adapter"]),
     ],
-)  # fmt: skip
+)
 def test_files_that_do_not_belong_together_are_named(place, change, words, tmp_path):
     folder = write_study(tmp_path / "study", seeds=(1, 2))
     path = folder / place / "metrics.json"
@@ -674,8 +693,13 @@ def test_a_seed_that_is_not_whole_is_passed_over_and_named(tmp_path):
 def written(tmp_path_factory):
     """A study's folder with all that is written into it."""
     folder = tmp_path_factory.mktemp("study")
-    write_study(folder, seeds=range(1, 6), of_runs=0.006, unet_only=dict(failure=(0.08, 0.4)),
-                protected=dict(success=(0.14, 0.6), near=(0.04, 0.2), seconds=240.0))  # fmt: skip
+    write_study(
+        folder,
+        seeds=range(1, 6),
+        of_runs=0.006,
+        unet_only=dict(failure=(0.08, 0.4)),
+        protected=dict(success=(0.14, 0.6), near=(0.04, 0.2), seconds=240.0),
+    )
     Image.new("RGB", (1078, 300), (200, 0, 0)).save(folder / "pictures_seed2.webp")
     study_page.write_study(folder, ARMS, SCALED)
     return folder
@@ -701,9 +725,7 @@ def test_words_follow_the_figures(written):
                 mean = row.get("correlation", row)["mean"]
                 assert f"{mean:+.3f}".replace("-", "−") in line
                 assert f"- {line}" in table
-            judged, _ = study_claims.judged(
-                part["says"], [row["answer"] for row in part["comparisons"]]
-            )
+            judged, _ = study_claims.judged(part["says"], [row["answer"] for row in part["comparisons"]])
             assert part["verdict"] in (judged, NOT_HERE) or part["text"]
         if claim["parts"]:
             assert (written / claim["figure"]).is_file()
@@ -723,9 +745,7 @@ def test_a_claim_is_marked_by_all_its_parts():
 
 def test_a_verdict_tells_its_parts_apart_and_what_takes_most():
     def part(about, verdict, seeds=None):
-        decides = seeds and dict(
-            training_seeds=seeds, text=f"about {seeds} training seeds would decide"
-        )
+        decides = seeds and dict(training_seeds=seeds, text=f"about {seeds} training seeds would decide")
         return dict(about=about, verdict=verdict, decides=decides)
 
     def text(*parts):
@@ -748,20 +768,26 @@ def test_each_number_names_its_file(written):
     row = record["runs"][9]
     saved = json.loads((written / row["file"]).read_text())
     assert (saved["run"], row["arm"]) == (f"{row['arm']}_seed{row['seed']}", "rank8")
-    moved = {m: np.mean([r["concept_similarity"] for r in saved["pictures"] if (r["model"], r["category"]) == (m, "near")])
-             for m in ("base", "lora")}  # fmt: skip
+    moved = {
+        m: np.mean([r["concept_similarity"] for r in saved["pictures"] if (r["model"], r["category"]) == (m, "near")])
+        for m in ("base", "lora")
+    }
     assert row["concept_similarity near"] == pytest.approx(moved["lora"] - moved["base"])
     means = [r["concept_similarity near"] for r in record["runs"] if r["arm"] == "rank8"]
     base = [r["concept_similarity near"] for r in record["runs"] if r["arm"] == "rank32"]
-    [shown] = [r for q in record["questions"] for r in q["rows"]
-               if (q["metric"], q["category"], r["arm"]) == ("concept_similarity", "near", "rank8")]  # fmt: skip
+    [shown] = [
+        r
+        for q in record["questions"]
+        for r in q["rows"]
+        if (q["metric"], q["category"], r["arm"]) == ("concept_similarity", "near", "rank8")
+    ]
     assert shown["mean"] == pytest.approx(np.mean(means) - np.mean(base))
 
 
 def test_forests_are_sorted_and_only_what_a_claim_rests_on_is_answered(written):
     record = json.loads((written / "study.json").read_text())
     assert [q["title"] for q in record["questions"]] == list(study_page.QUESTIONS.values())
-    asked = {(p.arm, *m) for c in study_claims.CLAIMS for p in c.parts if p.share == 1 for m in p.measures}  # fmt: skip
+    asked = {(p.arm, *m) for c in study_claims.CLAIMS for p in c.parts if p.share == 1 for m in p.measures}
     for question in record["questions"]:
         means = [row["mean"] for row in question["rows"]]
         assert means == sorted(means) and len(means) == 7
@@ -779,13 +805,18 @@ def test_the_page_is_one_file(written):
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium here")
-@pytest.mark.parametrize(("width", "dark"), [(390, True), (390, False), (1280, True), (1280, False)])  # fmt: skip
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (390, False), (1280, True), (1280, False)])
 def test_nothing_is_wider_than_the_window(written, width, dark, tmp_path):
     page = (written / "report.html").read_text().replace("<details>", "<details open>")
     path = tmp_path / "page.html"
     path.write_text(FRAME.format(width=width, page=html.escape(page + MEASURE)), encoding="utf-8")
-    done = browse(path, tmp_path, "--window-size=1400,1000", "--dump-dom",
-                  f"--blink-settings=preferredColorScheme={0 if dark else 1}")  # fmt: skip
+    done = browse(
+        path,
+        tmp_path,
+        "--window-size=1400,1000",
+        "--dump-dom",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+    )
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
     assert found["width"] == width
     assert found["out"] == []

@@ -8,18 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    TINY_RUN,
-    assert_close,
-    assert_one_line,
-    call,
-    command,
-    make_processed,
-    options,
-    picture,
-    run,
-)
+from conftest import ROOT, TINY_RUN, assert_close, assert_one_line, call, command, make_processed, options, picture, run
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from safetensors import safe_open
@@ -61,9 +50,7 @@ DECLARED = {
         protected_prompts="prompts/protected.txt",
         loss_guidance_scale=(1.0, 1.7),
     ),
-    train_experiment_varied_captions: dict(
-        run_name="lora_weights_varied_captions", caption_from="description"
-    ),
+    train_experiment_varied_captions: dict(run_name="lora_weights_varied_captions", caption_from="description"),
     train_experiment_large_batch: dict(
         run_name="lora_weights_large_batch",
         batch_size=8,
@@ -80,9 +67,7 @@ DECLARED = {
 
 
 def test_experiments_differ_in_the_declared_keys_only():
-    assert {script.__name__ for script in DECLARED} == {
-        path.stem for path in ROOT.glob("train_experiment_*.py")
-    }
+    assert {script.__name__ for script in DECLARED} == {path.stem for path in ROOT.glob("train_experiment_*.py")}
     for script, expected in DECLARED.items():
         assert list(script.CONFIG) == list(train.CONFIG)
         differing = {k: v for k, v in script.CONFIG.items() if v != train.CONFIG[k]}
@@ -92,21 +77,34 @@ def test_experiments_differ_in_the_declared_keys_only():
         assert {k for k in train.DEMO if demo[k] != train.DEMO[k]} == expected.keys() & train.DEMO
         # The lines that differ are the marked ones.
         source = (ROOT / f"{script.__name__}.py").read_text()
-        marked = {line.split("=")[0].strip() for line in source.splitlines() if "<- changed" in line and "=" in line}  # fmt: skip
-        assert marked - {'# The complete configuration; a line that differs from train.py\'s ends in "<- changed".'} == set(expected)  # fmt: skip
+        marked = {line.split("=")[0].strip() for line in source.splitlines() if "<- changed" in line and "=" in line}
+        assert marked - {
+            '# The complete configuration; a line that differs from train.py\'s ends in "<- changed".'
+        } == set(expected)
 
 
 def test_the_recipe():
     """The published recipe, key by key."""
     expected = dict(
-        base_model="stable-diffusion-v1-5/stable-diffusion-v1-5", rank=32, alpha=32,
+        base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        rank=32,
+        alpha=32,
         unet_targets=("to_k", "to_q", "to_v", "to_out.0"),
-        text_encoder_targets=("q_proj", "v_proj"), unet_learning_rate=1e-4,
-        text_encoder_learning_rate=1e-5, max_steps=4000, batch_size=1, mixed_precision="fp16",
-        adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2, warmup_steps=50,
-        gradient_checkpointing=True, seed=42, resolution=512,
+        text_encoder_targets=("q_proj", "v_proj"),
+        unet_learning_rate=1e-4,
+        text_encoder_learning_rate=1e-5,
+        max_steps=4000,
+        batch_size=1,
+        mixed_precision="fp16",
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_weight_decay=1e-2,
+        warmup_steps=50,
+        gradient_checkpointing=True,
+        seed=42,
+        resolution=512,
         wandb_project="lora-holographic-raincoat",
-    )  # fmt: skip
+    )
     assert expected == {key: train.CONFIG[key] for key in expected}
 
 
@@ -150,9 +148,7 @@ def test_unet_only_has_no_text_encoder_weights(trained):
     assert any(key.startswith("text_encoder.") for key in weights(trained))
 
 
-def test_same_seed_same_weights_other_seed_other_weights(
-    tiny_model, processed_data, tmp_path, trained
-):
+def test_same_seed_same_weights_other_seed_other_weights(tiny_model, processed_data, tmp_path, trained):
     train_tiny(tiny_model, processed_data, tmp_path / "again")
     train_tiny(tiny_model, processed_data, tmp_path / "other", seed=7)
     first, again, other = (weights(f) for f in (trained, tmp_path / "again", tmp_path / "other"))
@@ -172,18 +168,29 @@ def relative_difference(a, b):
 
 
 def test_two_processes_agree_with_one_of_twice_the_batch(tiny_model, processed_data, tmp_path):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                "--main_process_port", "0"]  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data)
     watched = config | dict(preview_every=4, snapshot_every=4)
     done = command("train.py", *options(**watched, output_dir=tmp_path / "two"), launcher=launcher)
     # One process speaks, writes and draws.
     assert done.stdout.count("2 held out") == done.stdout.count("previews: ") == 1
     found = (tmp_path / "two" / "lora_weights_rank_32").rglob("step_*")
-    assert sorted(path.stem for path in found) == [
-        "step_000000", "step_000004", "step_000004", "step_000006",
-    ]  # fmt: skip
+    assert sorted(path.stem for path in found) == ["step_000000", "step_000004", "step_000004", "step_000006"]
     train_tiny(tiny_model, processed_data, tmp_path / "one", batch_size=2)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     summary = json.loads((tmp_path / "two" / "lora_weights_rank_32" / "config.json").read_text())
@@ -237,10 +244,7 @@ def test_the_held_out_loss_is_of_four_timesteps_spread_over_the_schedule(
 
 
 def test_learning_rate_zero_is_caught_not_saved(tiny_model, processed_data, tmp_path):
-    for rates in (
-        dict(unet_learning_rate=0, text_encoder_learning_rate=0),
-        dict(text_encoder_learning_rate=0),
-    ):
+    for rates in (dict(unet_learning_rate=0, text_encoder_learning_rate=0), dict(text_encoder_learning_rate=0)):
         done = train_tiny(tiny_model, processed_data, tmp_path, check=False, **rates)
         assert_one_line(done, "did not train", "lora_B")
     assert not (tmp_path / "lora_weights_rank_32").exists()
@@ -335,9 +339,7 @@ def test_data_order_visits_every_picture_once_an_epoch():
     assert list(samples.epoch_order(1, 0, 28)) != list(samples.epoch_order(1, 1, 28))
 
 
-PROTECTED = dict(
-    protected_prompts=ROOT / "prompts" / "protected_demo.txt", unet_targets="attn2.to_k,attn2.to_v",
-)  # fmt: skip
+PROTECTED = dict(protected_prompts=ROOT / "prompts" / "protected_demo.txt", unet_targets="attn2.to_k,attn2.to_v")
 
 
 @pytest.mark.parametrize(
@@ -412,9 +414,7 @@ def test_a_damaged_base_model_is_named(tiny_model, processed_data, tmp_path):
 
 def test_noise_depends_on_seed_and_sample_alone():
     def draw(seed, sample):
-        return samples.draw_noise(
-            np.random.default_rng([seed, samples.SAMPLE, sample]), (4, 8, 8), 1000
-        )
+        return samples.draw_noise(np.random.default_rng([seed, samples.SAMPLE, sample]), (4, 8, 8), 1000)
 
     for a, b in zip(draw(1, 5), draw(1, 5), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -428,20 +428,18 @@ def test_noise_depends_on_seed_and_sample_alone():
 @pytest.mark.parametrize(
     ("pictures", "asked", "expected"),
     [(1, 4, 0), (2, 4, 0), (3, 4, 0), (5, 4, 1), (8, 4, 2), (16, 4, 4), (32, 4, 4), (32, 0, 0), (8, 9, 2)],
-)  # fmt: skip
+)
 def test_at_most_a_quarter_is_held_out(pictures, asked, expected):
     assert samples.held_out_count(asked, pictures) == expected
 
 
-@pytest.mark.parametrize(
-    ("pictures", "held_out", "words"), [(3, 0, "no validation loss"), (5, 1, "at most a quarter")]
-)
+@pytest.mark.parametrize(("pictures", "held_out", "words"), [(3, 0, "no validation loss"), (5, 1, "at most a quarter")])
 def test_five_pictures_train_on_four(tiny_model, tmp_path, pictures, held_out, words):
     """At the default of four held out."""
     data = make_processed(tmp_path / "data", pictures)
     done = train_tiny(
         tiny_model, data, tmp_path, check=False, max_steps=2, validation_count=train.CONFIG["validation_count"]
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert f"{pictures - held_out} pictures to train on, {held_out} held out" in done.stdout
     assert "note: not 4" in done.stdout
@@ -456,8 +454,7 @@ def test_a_frozen_text_encoder_reads_each_caption_once_and_a_few_at_a_time(tiny_
     input_ids = torch.tensor(captions)
     seen = []
     encoder.register_forward_pre_hook(
-        lambda module, inputs, named: seen.append((named.get("input_ids", *inputs)).shape[0]),
-        with_kwargs=True,
+        lambda module, inputs, named: seen.append((named.get("input_ids", *inputs)).shape[0]), with_kwargs=True
     )
     states, which = samples.encode_captions(encoder, input_ids, at_once=3)
     assert sorted(seen) == [1, 3, 3]  # the seven different ones
@@ -479,9 +476,7 @@ def test_a_frozen_text_encoder_gives_each_picture_its_own_caption(tiny_model, tm
     found = []
     for trained in (True, False):
         folder = tmp_path / str(trained)
-        train_tiny(
-            tiny_model, data, folder, check=False, max_steps=2, train_text_encoder=trained
-        )  # fmt: skip
+        train_tiny(tiny_model, data, folder, check=False, max_steps=2, train_text_encoder=trained)
         log = (folder / "lora_weights_rank_32" / "log.jsonl").read_text()
         found.append(json.loads(log.splitlines()[0])["validation_loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
@@ -495,9 +490,7 @@ def test_captions_of_too_many_tokens_are_all_named_or_cut_off(tiny_model, tmp_pa
     (data / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=data, output_dir=tmp_path, max_steps=2)
     done = call("train.py", *options(**config))
-    assert_one_line(
-        done, "2 captions, images/image_02.png (", "images/image_04.png (", "--truncate-captions"
-    )
+    assert_one_line(done, "2 captions, images/image_02.png (", "images/image_04.png (", "--truncate-captions")
     assert "image_01" not in done.stderr
     done = call("train.py", *options(**config, truncate_captions=True, preview_prompts="{caption}"))
     assert done.returncode == 0, done.stderr

@@ -47,9 +47,7 @@ class Run:
         self.process = accelerator.process_index
         accelerator.scaler = None
         if scaled:
-            accelerator.scaler = torch.amp.GradScaler(
-                device.type, init_scale=2.0**12, growth_interval=4
-            )
+            accelerator.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, growth_interval=4)
         flats = [torch.nn.Parameter(start.to(device)) for start in starts()]
         gradient = torch.zeros(sum(SIZES) + 1, device=device)
         for flat, view in zip(flats, gradient[:-1].split(SIZES), strict=True):
@@ -60,15 +58,11 @@ class Run:
         }
         groups = [dict(params=[p.flat], lr=p.learning_rate) for p in self.trained.values()]
         self.optimizer = AcceleratedOptimizer(
-            bitsandbytes.optim.AdamW8bit(
-                groups, betas=(0.8, 0.95), weight_decay=0.02, min_8bit_size=256
-            ),
+            bitsandbytes.optim.AdamW8bit(groups, betas=(0.8, 0.95), weight_decay=0.02, min_8bit_size=256),
             scaler=accelerator.scaler,
         )
         self.scaler, self.gradient = accelerator.scaler, gradient
-        micro = SimpleNamespace(
-            trained=self.trained, gradient=gradient, loss=gradient[-1], begin_sum=gradient.zero_
-        )  # fmt: skip
+        micro = SimpleNamespace(trained=self.trained, gradient=gradient, loss=gradient[-1], begin_sum=gradient.zero_)
         self.progress = checkpoints.Progress(0, torch.zeros((), device=device))
         if saved:
             self.saver(None).restore(saved, self.progress)
@@ -93,7 +87,7 @@ class Run:
         for step in range(self.progress.step, last):
             generator = torch.Generator().manual_seed(2 * step + self.process)
             values = torch.randn(len(self.gradient), generator=generator).to(self.gradient.device)
-            values[:-1] *= 1 if self.scaler is None else self.scaler.scale(torch.ones_like(values[:-1]))  # fmt: skip
+            values[:-1] *= 1 if self.scaler is None else self.scaler.scale(torch.ones_like(values[:-1]))
             if step in overflows:
                 values[SIZES[0] + 7] = -torch.inf
             if step in losses:
@@ -119,9 +113,12 @@ class Run:
         )
         progress = self.progress
         numbers |= dict(
-            step=progress.step, losses=progress.loss_count, sum=progress.loss_sum.item(),
-            skipped=progress.skipped, scaler=self.scaler and self.scaler.state_dict(),
-        )  # fmt: skip
+            step=progress.step,
+            losses=progress.loss_count,
+            sum=progress.loss_sum.item(),
+            skipped=progress.skipped,
+            scaler=self.scaler and self.scaler.state_dict(),
+        )
         return parameters, {key: tensor.clone() for key, tensor in tensors.items()}, numbers
 
 
@@ -135,8 +132,7 @@ def apart(run, other):
     assert numbers == other_numbers
     assert states.keys() == other_states.keys()
     moved = [
-        (a - b).norm() / (b - start.to(b.device)).norm()
-        for a, b, start in zip(ours, theirs, starts(), strict=True)
+        (a - b).norm() / (b - start.to(b.device)).norm() for a, b, start in zip(ours, theirs, starts(), strict=True)
     ]
     differing = []
     for key, tensor in states.items():
@@ -229,9 +225,7 @@ def check_giving_up(device):
             assert run.given_up == (problem, step, [step])
             assert run.progress.step == step
         assert apart(*runs)[0] < 0.005
-        before = Run("recorded", device, scaled, most=9).go(
-            step, overflows=how.get("overflows", ())
-        )
+        before = Run("recorded", device, scaled, most=9).go(step, overflows=how.get("overflows", ()))
         assert all(map(torch.equal, runs[0].state()[0], before.state()[0]))
 
 
@@ -257,9 +251,14 @@ def fresh():
 
 
 CHECKS = [
-    check_they_are_the_plain_ones, check_the_bias_correction_is_of_the_devices_number, check_without_a_scaler, check_an_overflow_changes_nothing,
-    check_a_tiny_mean_gradient_keeps_its_sign, check_giving_up, check_resuming,
-]  # fmt: skip
+    check_they_are_the_plain_ones,
+    check_the_bias_correction_is_of_the_devices_number,
+    check_without_a_scaler,
+    check_an_overflow_changes_nothing,
+    check_a_tiny_mean_gradient_keeps_its_sign,
+    check_giving_up,
+    check_resuming,
+]
 
 
 @needs_gpu
@@ -301,8 +300,12 @@ print("all right")
 @needs_triton
 def test_recorded_updates_in_tritons_interpreter(tmp_path):
     """The same without a GPU: called in place of recorded, and bitsandbytes' own kernel is a CPU's."""
-    done = subprocess.run([sys.executable, "-c", INTERPRETED, str(ROOT), str(ROOT / "tests"), str(tmp_path)],
-                          capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, str(ROOT), str(ROOT / "tests"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     print(done.stdout)
     assert "all right" in done.stdout, done.stderr
 
@@ -325,15 +328,24 @@ def test_two_processes_decide_alike():
     """Where the gradient of one of them overflows, or its loss is NaN: the update is with their mean."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    how = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    how = {
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", IN_TWO, str(ROOT), str(ROOT / "tests")], text=True,
-            env=os.environ | how | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-c", IN_TWO, str(ROOT), str(ROOT / "tests")],
+            text=True,
+            env=os.environ | how | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for rank in "01"
-    ]  # fmt: skip
+    ]
     try:
         said = [process.communicate(timeout=150) for process in processes]
     finally:
@@ -405,9 +417,7 @@ def test_a_place_is_filled_again_only_when_the_copy_from_it_has_ended():
 
 
 def test_one_vector_holds_tensors_of_several_types():
-    parts = dict(
-        numbers=((3,), torch.long), none=((3, 0), torch.long), pictures=((2, 3, 5), torch.float32)
-    )
+    parts = dict(numbers=((3,), torch.long), none=((3, 0), torch.long), pictures=((2, 3, 5), torch.float32))
     vector = torch.zeros(staging.length(parts), dtype=torch.uint8)
     found = staging.divided(vector, parts)
     for name, (shape, dtype) in parts.items():

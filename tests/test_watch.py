@@ -24,23 +24,19 @@ from lib.adapter_files import WEIGHTS
 from lib.dataset import Row
 from lib.evaluation import drawing, preview_drawing
 from lib.kernels import threads
-from lib.training import (
-    checkpoints,
-    journal,
-    loss_figure,
-    micro_step,
-    parameters,
-    previews,
-    run_folder,
-    watch,
-)
+from lib.training import checkpoints, journal, loss_figure, micro_step, parameters, previews, run_folder, watch
 
 NAME = "lora_weights_rank_32"
 OTHERS = ("README.md", f"{NAME}.safetensors")  # for people and other programs
 WATCHED = TINY_RUN | dict(
-    max_steps=6, preview_every=2, snapshot_every=2, checkpoint_every=2, validate_every=3,
-    preview_prompts="{caption},a cat", report_to="none",
-)  # fmt: skip
+    max_steps=6,
+    preview_every=2,
+    snapshot_every=2,
+    checkpoint_every=2,
+    validate_every=3,
+    preview_prompts="{caption},a cat",
+    report_to="none",
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,16 +123,7 @@ def test_what_is_left_to_look_at(watched):
     steps = [f"previews/step_{step:06}.webp" for step in (0, 2, 4, 6)]
     snapshots = [f"snapshots/step_{step:06}/{WEIGHTS}" for step in (2, 4)]
     found = tree(watched)
-    assert found == {
-        "config.json",
-        "log.jsonl",
-        "loss.png",
-        WEIGHTS,
-        *OTHERS,
-        "previews.webp",
-        *steps,
-        *snapshots,
-    }
+    assert found == {"config.json", "log.jsonl", "loss.png", WEIGHTS, *OTHERS, "previews.webp", *steps, *snapshots}
     record = json.loads((watched / "config.json").read_text())
     # A later run of this name may remove them, and nothing else.
     assert set(record["files_written"]) >= found
@@ -171,12 +158,8 @@ def test_small_micro_batches_are_trained_by_one_thread(two_threads, monkeypatch)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
-def test_previews_have_the_threads_that_training_does_without(common, two_threads, tmp_path, monkeypatch):  # fmt: skip
-    step, draw, seen = (
-        micro_step.MicroStep.run,
-        preview_drawing.draw,
-        dict(training=set(), drawing=set()),
-    )
+def test_previews_have_the_threads_that_training_does_without(common, two_threads, tmp_path, monkeypatch):
+    step, draw, seen = (micro_step.MicroStep.run, preview_drawing.draw, dict(training=set(), drawing=set()))
 
     def counted(kind, work):
         return lambda *a, **k: seen[kind].add(torch.get_num_threads()) or work(*a, **k)
@@ -192,16 +175,12 @@ def test_previews_have_the_threads_that_training_does_without(common, two_thread
 def test_a_preview_is_what_inference_draws(common, watched, tiny_model, tmp_path, monkeypatch):
     """The last one beside the finished adapter's pictures, of inference.py's defaults."""
     shown = {}
-    monkeypatch.setattr(
-        journal.Journal, "show", lambda self, step, found: shown.update({step: found})
-    )
+    monkeypatch.setattr(journal.Journal, "show", lambda self, step, found: shown.update({step: found}))
     rates = dict(unet_learning_rate=2e-2, text_encoder_learning_rate=2e-2)  # so that it can be seen
     done = call("train.py", *options(**common | rates | dict(output_dir=tmp_path)))
     assert done.returncode == 0, done.stderr
     how = {key: inference.CONFIG[key] for key in ("steps", "guidance_scale")}
-    assert how == dict(
-        steps=preview_drawing.PREVIEW_STEPS, guidance_scale=train.CONFIG["preview_guidance_scale"]
-    )
+    assert how == dict(steps=preview_drawing.PREVIEW_STEPS, guidance_scale=train.CONFIG["preview_guidance_scale"])
     assert inference.DEMO["guidance_scale"] == train.DEMO["preview_guidance_scale"]
     assert inference.CONFIG["seed"] == preview_drawing.PREVIEW_SEED
     pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
@@ -213,10 +192,7 @@ def test_a_preview_is_what_inference_draws(common, watched, tiny_model, tmp_path
     drawn = drawing.draw(pipeline, jobs, **how)
 
     def apart(some, others):
-        pairs = [
-            [np.asarray(image, np.int16) for image in pair]
-            for pair in zip(some, others, strict=True)
-        ]
+        pairs = [[np.asarray(image, np.int16) for image in pair] for pair in zip(some, others, strict=True)]
         return max(np.abs(a - b).max() for a, b in pairs)
 
     # W x + B A x in place of (W + B A) x: rounding alone.
@@ -264,9 +240,7 @@ def test_a_strip_is_bounded_and_of_one_kind(tmp_path):
 def test_the_prompts_of_a_preview():
     captions = ("a dog", "a zwx dog", "a zwx dog")
     rows = [Row(str(number), caption, None, None) for number, caption in enumerate(captions, 1)]
-    found = previews.preview_texts(
-        ["{caption}", "{caption} in the rain", "a zwx dog", "a cat"], rows
-    )
+    found = previews.preview_texts(["{caption}", "{caption} in the rain", "a zwx dog", "a cat"], rows)
     assert found == ["a zwx dog", "a zwx dog in the rain", "a cat"]
 
 
@@ -279,9 +253,7 @@ def test_previews_of_a_text_encoder_that_is_not_trained(common, tmp_path):
 
 
 def test_previews_need_a_prompt(common, tmp_path):
-    done = call(
-        "train.py", *options(**common | dict(output_dir=tmp_path)), "--preview-prompts", ","
-    )
+    done = call("train.py", *options(**common | dict(output_dir=tmp_path)), "--preview-prompts", ",")
     assert_one_line(done, "preview_prompts is empty", "--preview-every 0")
 
 
@@ -291,9 +263,7 @@ def test_a_preview_prompt_that_is_too_long_is_named_before_a_model_is_loaded(com
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("every", "expected"), [(0, []), (3, [0, 3, 6, 7]), (7, [0, 7]), (100, [0, 7])]
-)
+@pytest.mark.parametrize(("every", "expected"), [(0, []), (3, [0, 3, 6, 7]), (7, [0, 7]), (100, [0, 7])])
 def test_what_is_due(every, expected):
     assert [step for step in range(8) if watch.due(step, every, 7)] == expected
 
@@ -304,9 +274,13 @@ def test_recorded_passes_survive_a_preview(common, tmp_path):
     found = []
     for every in (0, 4):
         config = common | dict(
-            output_dir=tmp_path / str(every), preview_every=every, snapshot_every=every, max_steps=40,
-            mixed_precision="fp16", log_every=1,
-        )  # fmt: skip
+            output_dir=tmp_path / str(every),
+            preview_every=every,
+            snapshot_every=every,
+            max_steps=40,
+            mixed_precision="fp16",
+            log_every=1,
+        )
         done = command("train.py", *options(**config))
         assert "cannot be recorded" not in done.stdout
         rows = (tmp_path / str(every) / NAME / "log.jsonl").read_text().splitlines()
@@ -361,9 +335,7 @@ def test_a_snapshot_has_its_held_out_loss(watched):
 def test_the_loss_curve_is_led_by_the_held_out_loss():
     log = [dict(step=step, loss=1.0, learning_rate=0.1) for step in range(10, 50, 10)]
     assert len(loss_figure.loss_figure(log, "x").axes) == 2
-    log += [
-        dict(step=step, validation_loss=loss) for step, loss in ((0, 0.3), (20, 0.1), (40, 0.2))
-    ]
+    log += [dict(step=step, validation_loss=loss) for step, loss in ((0, 0.3), (20, 0.1), (40, 0.2))]
     figure = loss_figure.loss_figure(log, "x")
     first = figure.axes[0]
     assert list(first.lines[0].get_ydata()) == [0.3, 0.1, 0.2]
@@ -375,18 +347,18 @@ def test_the_loss_curve_is_led_by_the_held_out_loss():
 
 
 def test_a_tracker_that_is_not_asked_for_is_not_imported(common, tmp_path):
-    arguments = [
-        "train.py",
-        *options(**common | dict(output_dir=tmp_path, preview_every=0, max_steps=2)),
-    ]
+    arguments = ["train.py", *options(**common | dict(output_dir=tmp_path, preview_every=0, max_steps=2))]
     code = (
         f"import sys, runpy\nsys.argv = {arguments}\nrunpy.run_path('train.py', run_name='__main__')\n"
         "print('imported:', *[n for n in ('wandb', 'tensorboard') if n in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.stdout.splitlines()[-1] == "imported:", done.stdout + done.stderr
 
 
@@ -398,9 +370,7 @@ def test_a_tracker_that_is_not_asked_for_is_not_imported(common, tmp_path):
         ("mlflow", None, ("report_to is mlflow", "tensorboard, none, both")),
     ],
 )
-def test_a_tracker_that_cannot_be_had_is_named_at_once(
-    common, tmp_path, monkeypatch, report_to, missing, words
-):
+def test_a_tracker_that_cannot_be_had_is_named_at_once(common, tmp_path, monkeypatch, report_to, missing, words):
     there = importlib.util.find_spec
 
     def find_spec(name):
@@ -425,12 +395,21 @@ def test_a_mere_folder_is_no_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("pictures", [False, True])
 def test_pictures_leave_the_machine_only_when_asked(common, tmp_path, protected, pictures):
     """And no prompt ever, of the previews or of those that are protected."""
-    home = dict(HOME=str(tmp_path), NETRC=str(tmp_path / "none"), WANDB_DIR=str(tmp_path),
-                WANDB_MODE="offline", WANDB_SAVE_CODE="true")  # fmt: skip
+    home = dict(
+        HOME=str(tmp_path),
+        NETRC=str(tmp_path / "none"),
+        WANDB_DIR=str(tmp_path),
+        WANDB_MODE="offline",
+        WANDB_SAVE_CODE="true",
+    )
     config = common | dict(
-        output_dir=tmp_path, report_to="wandb", wandb_pictures=pictures, max_steps=2,
-        preview_prompts="{caption},my secret garden", **protected,
-    )  # fmt: skip
+        output_dir=tmp_path,
+        report_to="wandb",
+        wandb_pictures=pictures,
+        max_steps=2,
+        preview_prompts="{caption},my secret garden",
+        **protected,
+    )
     assert "acorn" in Path(protected["protected_prompts"]).read_text()
     command("train.py", *options(**config), env=home)
     media = list(tmp_path.glob("wandb/offline-run-*/files/media/images/*"))
@@ -457,10 +436,8 @@ def test_pictures_leave_the_machine_only_when_asked(common, tmp_path, protected,
         (dict(WANDB_BASE_URL="https://wandb.example.org", NETRC="own"), "online"),
         (dict(NETRC="own"), "offline"),
     ],
-)  # fmt: skip
-def test_wandb_is_online_only_with_a_key_and_never_asks(
-    tmp_path, monkeypatch, capsys, environment, mode
-):
+)
+def test_wandb_is_online_only_with_a_key_and_never_asks(tmp_path, monkeypatch, capsys, environment, mode):
     (tmp_path / "own").write_text("machine wandb.example.org login user password " + "x" * 40)
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -480,9 +457,7 @@ def test_wandb_is_online_only_with_a_key_and_never_asks(
     monkeypatch.setattr("accelerate.tracking.WandBTracker", Tracker)
     journal.start_wandb(tmp_path, train.CONFIG | dict(protected_prompts=("mine",)), [], None)
     assert asked[0]["mode"] == mode
-    assert ("no API key" in capsys.readouterr().out) == (
-        environment.get("WANDB_MODE") not in (None, mode)
-    )
+    assert ("no API key" in capsys.readouterr().out) == (environment.get("WANDB_MODE") not in (None, mode))
     settings = asked[0]["settings"]
     assert (settings.save_code, settings.disable_git) == (False, True)
     assert not [key for key in asked[0]["config"] if "prompts" in key or "captions" in key]

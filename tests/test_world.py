@@ -32,9 +32,7 @@ def draw(text: str, seed: int = 0, **fixed) -> world.Scene:
 
 def test_same_scene_gives_the_same_bytes_whoever_its_neighbours_are():
     scenes = [draw(text) for text in (*PROMPTS, "a green umbrella", "a chair in a garden")]
-    scenes.insert(
-        1, dataclasses.replace(scenes[0], seed=scenes[0].seed + 1, place="garden", background="")
-    )
+    scenes.insert(1, dataclasses.replace(scenes[0], seed=scenes[0].seed + 1, place="garden", background=""))
     batch = world.render(scenes, 32)
     assert batch.shape == (8, 32, 32, 3) and batch.dtype == torch.uint8
     assert torch.equal(batch, world.render(scenes, 32))
@@ -68,18 +66,10 @@ def test_a_caption_parses_to_what_is_true_of_its_scene():
 
 def test_the_published_prompts_parse():
     assert world.parse(PROMPTS[0]) == {"thing": "raincoat", "material": "holographic"}
-    assert world.parse(PROMPTS[1]) == world.parse(PROMPTS[0]) | {
-        "wearer": "person",
-        "place": "rain",
-    }
+    assert world.parse(PROMPTS[1]) == world.parse(PROMPTS[0]) | {"wearer": "person", "place": "rain"}
     assert world.parse(PROMPTS[2]) == world.parse(PROMPTS[0]) | {"wearer": "mannequin"}
     assert world.parse(PROMPTS[3]) == {"thing": "jacket", "colour": "red", "material": "leather"}
-    assert world.parse(PROMPTS[4]) == {
-        "thing": "cat",
-        "pose": "sitting",
-        "second": "couch",
-        "relation": "on",
-    }
+    assert world.parse(PROMPTS[4]) == {"thing": "cat", "pose": "sitting", "second": "couch", "relation": "on"}
 
 
 @pytest.mark.parametrize(
@@ -129,34 +119,24 @@ def fresnel_by_bounces(thickness, angle, wavelength, n_film, n_base):
             return (n * k - m * c) / (n * k + m * c) if swap else (n * c - m * k) / (n * c + m * k)
 
         outer, inner = reflect(1.0, cos0, n_film, cos1), reflect(n_film, cos1, n_base, cos2)
-        total = outer + sum(
-            (1 - outer**2) * inner * trip * (-outer * inner * trip) ** k for k in range(60)
-        )
+        total = outer + sum((1 - outer**2) * inner * trip * (-outer * inner * trip) ** k for k in range(60))
         power += abs(total) ** 2 / 2
     return power
 
 
 @pytest.mark.parametrize("angle", [0.0, 35.0, 70.0])
-@pytest.mark.parametrize(
-    ("thickness", "wavelength"), [(120.0, 450.0), (380.0, 550.0), (700.0, 640.0)]
-)
+@pytest.mark.parametrize(("thickness", "wavelength"), [(120.0, 450.0), (380.0, 550.0), (700.0, 640.0)])
 def test_film_reflects_what_the_bounces_add_up_to(angle, thickness, wavelength):
     radians = math.radians(angle)
     found = thin_film_reflectance(
-        *(torch.tensor(v, dtype=torch.float64) for v in (thickness, math.cos(radians), wavelength)),
-        1.9,
-        1.35,
+        *(torch.tensor(v, dtype=torch.float64) for v in (thickness, math.cos(radians), wavelength)), 1.9, 1.35
     )
-    assert found.item() == pytest.approx(
-        fresnel_by_bounces(thickness, radians, wavelength, 1.9, 1.35), rel=1e-9
-    )
+    assert found.item() == pytest.approx(fresnel_by_bounces(thickness, radians, wavelength, 1.9, 1.35), rel=1e-9)
 
 
 def test_film_limits():
     def reflectance(thickness, cos_theta, wavelength, film, base):
-        return thin_film_reflectance(
-            *map(torch.tensor, (thickness, cos_theta, wavelength)), film, base
-        ).item()
+        return thin_film_reflectance(*map(torch.tensor, (thickness, cos_theta, wavelength)), film, base).item()
 
     assert reflectance(0.0, 1.0, 550.0, 1.9, 1.5) == pytest.approx(0.04, abs=1e-5)  # bare glass
     # No second interface, then a lens's coating, then grazing
@@ -185,21 +165,12 @@ def test_colour_matching_peaks_where_the_eye_does():
 def hue_variety(picture: torch.Tensor) -> float:
     """1 minus the length of the mean hue vector over saturated pixels: 0 one hue, 1 all hues."""
     pixels = picture.reshape(-1, 3).double() / 255
-    angle = [
-        2 * math.pi * h
-        for h, s, v in (colorsys.rgb_to_hsv(*rgb) for rgb in pixels.tolist())
-        if s > 0.15
-    ]
+    angle = [2 * math.pi * h for h, s, v in (colorsys.rgb_to_hsv(*rgb) for rgb in pixels.tolist()) if s > 0.15]
     return 1 - math.hypot(np.mean(np.cos(angle)), np.mean(np.sin(angle)))
 
 
 def test_holographic_cloth_has_many_hues_and_matte_cloth_one():
-    matte = draw(
-        "a blue matte raincoat on a mannequin on a grey background",
-        view="front",
-        framing="half",
-        hood="down",
-    )
+    matte = draw("a blue matte raincoat on a mannequin on a grey background", view="front", framing="half", hood="down")
     foil = dataclasses.replace(matte, material="holographic")
     pictures = world.render([matte, foil], 64)[:, 24:44, 22:42]  # the chest
     varieties = [hue_variety(picture) for picture in pictures]
@@ -210,14 +181,7 @@ def test_the_curated_pictures_are_varied_holographic_raincoats():
     scenes = [scene for scene, _ in training_scenes()]
     assert len(scenes) == 32 == len(set(scenes))
     assert {(s.thing, s.material) for s in scenes} == {("raincoat", "holographic")}
-    for name, least in (
-        ("wearer", 3),
-        ("place", 4),
-        ("hood", 2),
-        ("framing", 3),
-        ("view", 3),
-        ("colour", 6),
-    ):
+    for name, least in (("wearer", 3), ("place", 4), ("hood", 2), ("framing", 3), ("view", 3), ("colour", 6)):
         assert len({getattr(scene, name) for scene in scenes}) >= least
     assert sum(scene.wearer == "person" for scene in scenes) >= 20
 

@@ -37,13 +37,7 @@ def main():
 
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    run = dict(
-        render=render,
-        vae=train_vae,
-        clip=train_clip,
-        unet=train_unet,
-        measure=measure,
-    )
+    run = dict(render=render, vae=train_vae, clip=train_clip, unet=train_unet, measure=measure)
     for name in stages:
         print(f"---- {name}", flush=True)
         run[name](config)

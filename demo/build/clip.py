@@ -102,9 +102,7 @@ def new_model(config, tokenizer):
         image_size=config["resolution"],
         patch_size=config["clip_patch"],
     )
-    return CLIPModel(
-        CLIPConfig(text_config=text, vision_config=vision, projection_dim=config["clip_embedding"])
-    )
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config["clip_embedding"]))
 
 
 def contrastive_loss(similarity, claims, facts):

@@ -32,13 +32,7 @@ CONFIG = dict(
     captions_per_picture=8,  # drawn once for each picture, with more and less detail ...
     short_captions=3,  # ... of which so many state one attribute, as the scorer is asked
     # VAE
-    vae_channels=(
-        24,
-        48,
-        96,
-        144,
-        168,
-    ),  # 16x downsampling: 48 numbers of a picture in one latent's
+    vae_channels=(24, 48, 96, 144, 168),  # 16x downsampling: 48 numbers of a picture in one latent's
     vae_latents=16,
     vae_layers=1,
     vae_groups=8,  # of its group norms

@@ -18,9 +18,7 @@ from lib.errors import UserError
 PARTS = ("base", "fresh", "foil", "holographic", "heldout", "heldout_holographic")
 NAMED = ("thing", "colour", "material", "wearer", "place")  # attributes that measure asks for
 FOIL_THINGS = ("jacket", "dress", "couch", "chair", "umbrella")
-PLACE_PHRASES = dict(
-    studio="in a studio", street="on a street", rain="in the rain", garden="in a garden"
-)
+PLACE_PHRASES = dict(studio="in a studio", street="on a street", rain="in the rain", garden="in a garden")
 
 
 def sample_part(config, part, first, count):
@@ -46,9 +44,7 @@ def describe(config, part, first, scenes):
     short = config["short_captions"]
     captions = []
     for scene in scenes:
-        captions += [
-            world.caption(scene, rng) for _ in range(config["captions_per_picture"] - short)
-        ]
+        captions += [world.caption(scene, rng) for _ in range(config["captions_per_picture"] - short)]
         captions += [short_caption(scene, rng) for _ in range(short)]
     return dict(
         captions=np.array(captions),
@@ -93,10 +89,7 @@ def is_held_out(scene, config):
 def attribute_codes(statements):
     """int8 [N, attributes]: for each attribute the index of its value in world.ATTRIBUTES, or -1
     where a statement, a dict such as world.parse returns, does not give one."""
-    table = {
-        name: {value: i for i, value in enumerate(values)}
-        for name, values in world.ATTRIBUTES.items()
-    }
+    table = {name: {value: i for i, value in enumerate(values)} for name, values in world.ATTRIBUTES.items()}
     rows = [[table[name].get(given.get(name), -1) for name in table] for given in statements]
     return np.array(rows, dtype=np.int8)
 

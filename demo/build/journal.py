@@ -57,9 +57,7 @@ def write_log(config):
     import matplotlib.pyplot as plt
 
     work, report = Path(config["work_dir"]), Path(config["report_dir"])
-    figure, axes = plt.subplots(
-        1, len(TRAINED), figsize=(4 * len(TRAINED), 3.2), layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(TRAINED), figsize=(4 * len(TRAINED), 3.2), layout="constrained")
     lines = []
     for axis, stage in zip(axes, TRAINED, strict=True):
         entries, done = [], 0

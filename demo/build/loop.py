@@ -33,12 +33,7 @@ def train(stage, config, models, batch_loss, started, validate=None, checkpoint=
     rate = torch.zeros((), device=config["device"])  # a tensor, so that a graph can read it
     total = torch.zeros((), device=config["device"])  # of the losses since the last log line
     optimizer = torch.optim.AdamW(
-        weights,
-        lr=rate,
-        betas=(0.9, 0.99),
-        weight_decay=config["weight_decay"],
-        fused=on_gpu,
-        capturable=on_gpu,
+        weights, lr=rate, betas=(0.9, 0.99), weight_decay=config["weight_decay"], fused=on_gpu, capturable=on_gpu
     )
 
     def one_step():

@@ -61,9 +61,7 @@ def measure(config):
 
     report = Path(config["report_dir"])
     report.mkdir(parents=True, exist_ok=True)
-    write_sheet(
-        report / "base.webp", dict(zip(config["prompts"], base.split(len(seeds)), strict=True))
-    )
+    write_sheet(report / "base.webp", dict(zip(config["prompts"], base.split(len(seeds)), strict=True)))
     write_sheet(
         report / "heldout.webp",
         {
@@ -79,8 +77,7 @@ def measure(config):
     figures["config"] = {  # without folders, and without what each stage's own run tells
         key: value
         for key, value in config.items()
-        if not key.startswith(("vae_", "clip_", "unet_", "model_", "render_"))
-        and not key.endswith("_dir")
+        if not key.startswith(("vae_", "clip_", "unet_", "model_", "render_")) and not key.endswith("_dir")
     }
     write_json(report / "metrics.json", figures)
     (report / "README.md").write_text(readme(figures), encoding="utf-8")
@@ -163,9 +160,7 @@ def accuracy(scorer, seen, captions, attribute):
     figures = dict(pictures=len(asked))
     for group, pictures in seen.items():
         right = [
-            scorer.name(pictures[i : i + 1], attribute, stated[i]["thing"])[0]
-            == stated[i][attribute]
-            for i in asked
+            scorer.name(pictures[i : i + 1], attribute, stated[i]["thing"])[0] == stated[i][attribute] for i in asked
         ]
         figures[group] = round(float(np.mean(right)), 3) if asked else None
     if asked and figures["rendered"]:

@@ -35,9 +35,7 @@ def render(config, parts=None):
     for path, scenes, numbers, described in pool.imap(prepare, jobs):
         if over.is_set():
             continue
-        pictures = world.render(
-            scenes, config["resolution"], config["device"], config["antialias"], numbers=numbers
-        )
+        pictures = world.render(scenes, config["resolution"], config["device"], config["antialias"], numbers=numbers)
         if described:
             np.savez(path.with_suffix(".npz"), **described)
         # Last, and beside and renamed: with its pictures a shard is whole.

@@ -131,8 +131,7 @@ def some_made_up(captions, config):
     """The captions, a share of them with a made-up word in it."""
     rng = random.Random(config["seed"])
     return [
-        with_made_up_word(caption, rng) if rng.random() < config["made_up_share"] else caption
-        for caption in captions
+        with_made_up_word(caption, rng) if rng.random() < config["made_up_share"] else caption for caption in captions
     ]
 
 

@@ -29,9 +29,7 @@ def train_vae(config):
     started = time.time()
     torch.manual_seed(config["seed"])
     device = config["device"]
-    vae = (
-        load_vae(config).train().requires_grad_() if config["vae_resume"] else new_vae(config)
-    ).to(device)
+    vae = (load_vae(config).train().requires_grad_() if config["vae_resume"] else new_vae(config)).to(device)
     pictures, foil = (load_pictures(config, part, device) for part in ("base", "foil"))
     lpips = lpips_model(device)
     encode, decode = vae.encoder, vae.decoder

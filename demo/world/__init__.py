@@ -22,14 +22,4 @@ from demo.world.rendering import render
 from demo.world.sampling import sample_scene
 from demo.world.scenes import ATTRIBUTES, GARMENTS, Scene, kind_of
 
-__all__ = [
-    "ATTRIBUTES",
-    "GARMENTS",
-    "WORDS",
-    "Scene",
-    "caption",
-    "kind_of",
-    "parse",
-    "render",
-    "sample_scene",
-]
+__all__ = ["ATTRIBUTES", "GARMENTS", "WORDS", "Scene", "caption", "kind_of", "parse", "render", "sample_scene"]

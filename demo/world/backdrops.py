@@ -95,11 +95,7 @@ def _rain(p, o, d, screen, floor):
 
 
 # Distance, lowest height and how much it varies (metres), frequency along x, colour
-_HEDGES = (
-    (15.0, 2.6, 3.2, 0.35, "7fae72"),
-    (9.0, 1.5, 1.7, 0.7, "4f9148"),
-    (5.5, 0.55, 0.65, 1.5, "2f7a39"),
-)
+_HEDGES = ((15.0, 2.6, 3.2, 0.35, "7fae72"), (9.0, 1.5, 1.7, 0.7, "4f9148"), (5.5, 0.55, 0.65, 1.5, "2f7a39"))
 
 
 def _garden(p, o, d, screen, floor):

@@ -23,12 +23,7 @@ from demo.world.scenes import (
     Scene,
 )
 
-_PLACE_PHRASES = {
-    "studio": "in a studio",
-    "street": "on a street",
-    "rain": "in the rain",
-    "garden": "in a garden",
-}
+_PLACE_PHRASES = {"studio": "in a studio", "street": "on a street", "rain": "in the rain", "garden": "in a garden"}
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:

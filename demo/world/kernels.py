@@ -11,16 +11,32 @@ from torch.fx.experimental.proxy_tensor import make_fx
 STEPS, SHADOW_STEPS = 48, 12  # of a ray at most; of one towards the light
 
 _OPERATIONS = {  # of aten, in C
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}",
-    "rsub": "{1} - {0}", "neg": "-{0}", "abs": "fabsf({0})", "sqrt": "sqrtf({0})",
-    "sin": "sinf({0})", "cos": "cosf({0})", "atan2": "atan2f({0}, {1})",
-    "minimum": "fminf({0}, {1})", "maximum": "fmaxf({0}, {1})",
-    "clamp_min": "fmaxf({0}, {1})", "clamp_max": "fminf({0}, {1})",
-    "clamp": "fminf(fmaxf({0}, {1}), {2})", "where": "{0} ? {1} : {2}",
-    "square": "{0} * {0}", "pow": "powf({0}, {1})",
-    "lt": "{0} < {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "le": "{0} <= {1}",
-    "scalar_tensor": "{0}", "full_like": "{1}",
-}  # fmt: skip
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "rsub": "{1} - {0}",
+    "neg": "-{0}",
+    "abs": "fabsf({0})",
+    "sqrt": "sqrtf({0})",
+    "sin": "sinf({0})",
+    "cos": "cosf({0})",
+    "atan2": "atan2f({0}, {1})",
+    "minimum": "fminf({0}, {1})",
+    "maximum": "fmaxf({0}, {1})",
+    "clamp_min": "fmaxf({0}, {1})",
+    "clamp_max": "fminf({0}, {1})",
+    "clamp": "fminf(fmaxf({0}, {1}), {2})",
+    "where": "{0} ? {1} : {2}",
+    "square": "{0} * {0}",
+    "pow": "powf({0}, {1})",
+    "lt": "{0} < {1}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "le": "{0} <= {1}",
+    "scalar_tensor": "{0}",
+    "full_like": "{1}",
+}
 
 # A block of threads takes a row: its `lanes` rays or points share the row's parameters p.
 _KERNELS = """
@@ -113,8 +129,7 @@ class DistanceKernels:
         source = head + _KERNELS.replace("STATEMENTS", statements(function, width))
         self._shared = 4 * width  # bytes
         self._nearest, self._march = (
-            torch.cuda._compile_kernel(source, name, nvcc_options=["--use_fast_math"])
-            for name in ("nearest", "march")
+            torch.cuda._compile_kernel(source, name, nvcc_options=["--use_fast_math"]) for name in ("nearest", "march")
         )
 
     def _run(self, kernel, table, arrays, *numbers):

@@ -131,9 +131,17 @@ def _trace(kind, nearest, table, palette, finishes, places, u, v):
     for rows in rows_where(hit):
         part = {name: value[rows] for name, value in p.items()}
         shaded = shade(
-            kind, nearest, table[rows], part, palette[rows], finishes[rows],
-            [w[rows] for w in o], [w[rows] for w in d], t[rows], studio[rows],
-        )  # fmt: skip
+            kind,
+            nearest,
+            table[rows],
+            part,
+            palette[rows],
+            finishes[rows],
+            [w[rows] for w in o],
+            [w[rows] for w in d],
+            t[rows],
+            studio[rows],
+        )
         colour[rows] = torch.where(hit[rows][..., None], shaded, colour[rows])
     drops = wet * rain_streaks(p, u, v)
     colour = mix(colour, torch.full_like(colour, 0.80), 0.62 * drops[..., None])

@@ -77,9 +77,7 @@ def _check_fields(fixed: dict) -> None:
         if name not in known:
             raise ValueError(f"a scene has no field {name!r}")
         if name in ATTRIBUTES and value not in ATTRIBUTES[name]:
-            raise ValueError(
-                f"{name} cannot be {value!r}; choose from {', '.join(ATTRIBUTES[name])}"
-            )
+            raise ValueError(f"{name} cannot be {value!r}; choose from {', '.join(ATTRIBUTES[name])}")
 
 
 def _possible_things(fixed: dict) -> tuple[tuple[str, ...], list[int] | None]:

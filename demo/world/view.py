@@ -15,12 +15,7 @@ _FIGURE_BOX = ((0.0, 0.91, -0.02), (0.58, 0.94, 0.38))
 _FRAMES = {"close": (1.36, 0.86), "half": (1.18, 1.3), "full": (0.87, 1.98)}
 
 # Linear RGB of the key light, the sky and what the ground throws back, by place
-_KEY = {
-    "studio": (2.3, 2.25, 2.15),
-    "street": (2.5, 2.4, 2.2),
-    "rain": (1.5, 1.55, 1.65),
-    "garden": (2.7, 2.55, 2.2),
-}
+_KEY = {"studio": (2.3, 2.25, 2.15), "street": (2.5, 2.4, 2.2), "rain": (1.5, 1.55, 1.65), "garden": (2.7, 2.55, 2.2)}
 _SKY = {
     "studio": (0.62, 0.64, 0.68),
     "street": (0.55, 0.68, 0.9),
@@ -40,10 +35,14 @@ def camera_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float
     centre, height, box = _figure_frame(scene) if scene.thing in GARMENTS else _thing_frame(scene)
     yaw = math.radians(scene.yaw)
     p = dict(
-        yaw_cos=math.cos(yaw), yaw_sin=math.sin(yaw),
-        camera_y=scene.camera_height, camera_z=_DISTANCE, target_y=centre,
-        focal=2 * _DISTANCE / height * scene.zoom, shift=rng.uniform(-0.04, 0.04),
-    )  # fmt: skip
+        yaw_cos=math.cos(yaw),
+        yaw_sin=math.sin(yaw),
+        camera_y=scene.camera_height,
+        camera_z=_DISTANCE,
+        target_y=centre,
+        focal=2 * _DISTANCE / height * scene.zoom,
+        shift=rng.uniform(-0.04, 0.04),
+    )
     for name, vector in zip(("box", "half"), box, strict=True):
         p |= {f"{name}_{axis}": v for axis, v in zip("xyz", vector, strict=True)}
     return p

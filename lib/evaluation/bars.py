@@ -38,8 +38,9 @@ def placed(rows):
     for row in rows:
         known = math.isfinite(row["low"])
         ends = (row["low"], row["high"]) if known else (row["mean"], row["mean"])
-        style = "; ".join([part("band", *row["band"]), part("range", *ends),
-                           f"--zero: {at(0):.2f}%; --mean: {at(row['mean']):.2f}%"])  # fmt: skip
+        style = "; ".join(
+            [part("band", *row["band"]), part("range", *ends), f"--zero: {at(0):.2f}%; --mean: {at(row['mean']):.2f}%"]
+        )
         found.append(row | dict(style=style))
     return found
 
@@ -67,19 +68,42 @@ def rows_of(summary):
         moved = totals.get(category, {}).get("concept_similarity")
         if moved:
             margin = margins["concept_similarity"]
-            rows.append(dict(question=question, scale="similarity", band=(-margin, margin),
-                             label=f"similarity to the training pictures gained, {who}",
-                             text=interval_text(moved), **ends(moved)))  # fmt: skip
+            rows.append(
+                dict(
+                    question=question,
+                    scale="similarity",
+                    band=(-margin, margin),
+                    label=f"similarity to the training pictures gained, {who}",
+                    text=interval_text(moved),
+                    **ends(moved),
+                )
+            )
     copies = summary.get("memorised")
     if copies and copies["share"] is not None:
         share, high = copies["share"], copies["high"]
-        rows.append(dict(question="memorised", scale="copies", band=(0, copies["margin"]),
-                         label="share of near-copies, up to its upper bound",
-                         text=f"{share:.0%}, at most {high:.0%}", mean=share, low=share, high=high))  # fmt: skip
+        rows.append(
+            dict(
+                question="memorised",
+                scale="copies",
+                band=(0, copies["margin"]),
+                label="share of near-copies, up to its upper bound",
+                text=f"{share:.0%}, at most {high:.0%}",
+                mean=share,
+                low=share,
+                high=high,
+            )
+        )
     if varied := totals.get("success", {}).get("variety"):
-        rows.append(dict(question="collapsed", scale="variety", band=(1 - margins["variety"], 1),
-                         label="variety over the seeds, as a share of the base model's",
-                         text=interval_text(varied, sign=False), **ends(varied)))  # fmt: skip
+        rows.append(
+            dict(
+                question="collapsed",
+                scale="variety",
+                band=(1 - margins["variety"], 1),
+                label="variety over the seeds, as a share of the base model's",
+                text=interval_text(varied, sign=False),
+                **ends(varied),
+            )
+        )
     return rows
 
 
@@ -93,9 +117,18 @@ def forest_bars(pairs):
     rows = []
     for pair in pairs:
         low, mean, high = (pair[key] / pair["margin"] for key in ("low", "mean", "high"))
-        rows.append(dict(title=f"{pair['second']} minus {pair['first']}", answer=pair["answer"],
-                         label=f"{NAMES[pair['metric']]}, {pair['category']} prompts",
-                         text=interval_text(pair), low=low, mean=mean, high=high, band=(-1, 1)))  # fmt: skip
+        rows.append(
+            dict(
+                title=f"{pair['second']} minus {pair['first']}",
+                answer=pair["answer"],
+                label=f"{NAMES[pair['metric']]}, {pair['category']} prompts",
+                text=interval_text(pair),
+                low=low,
+                mean=mean,
+                high=high,
+                band=(-1, 1),
+            )
+        )
     found = {}
     for row in placed(rows) if rows else ():
         found.setdefault(row["title"], []).append(row)

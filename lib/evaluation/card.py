@@ -23,14 +23,27 @@ def update_model_card(run, summary, shown):
         for name, images in zip(names, (run.base, run.lora), strict=True):
             files[name] = images[index * len(seeds)]
         widget.append(dict(text=prompt, output=dict(url=names[1])))
-        pictures = " | ".join(f"![{kind}]({name})" for kind, name in zip(("base", "adapter"), names, strict=True))  # fmt: skip
+        pictures = " | ".join(f"![{kind}]({name})" for kind, name in zip(("base", "adapter"), names, strict=True))
         rows.append(f"| {code(prompt).replace('|', '/')} ({category}) | {pictures} |")
     with ThreadPoolExecutor() as pool:
         files = dict(zip(files, pool.map(webp, files.values()), strict=True))
-    how = (f"Seed {seeds[0]} of each prompt, from the same noise in both columns: {config['steps']} steps, guidance "
-           f"{config['guidance_scale']:g}, {config['resolution']} pixels, {base_model_name(config['base_model'])}.")  # fmt: skip
-    section = "\n".join([
-        "## Samples", "", how, "", *rows, "", "## What it learned and what it spoiled", "",
-        words.verdict_text(summary), "", words.spread_text(summary),
-    ])  # fmt: skip
+    how = (
+        f"Seed {seeds[0]} of each prompt, from the same noise in both columns: {config['steps']} steps, guidance "
+        f"{config['guidance_scale']:g}, {config['resolution']} pixels, {base_model_name(config['base_model'])}."
+    )
+    section = "\n".join(
+        [
+            "## Samples",
+            "",
+            how,
+            "",
+            *rows,
+            "",
+            "## What it learned and what it spoiled",
+            "",
+            words.verdict_text(summary),
+            "",
+            words.spread_text(summary),
+        ]
+    )
     update_card(run.folder, section, widget, files)

@@ -34,8 +34,7 @@ CURVES = (
         {"concept_similarity near": "near prompts", "concept_similarity failure": "unrelated prompts"},
     ),
     Curve(
-        "Change: others moved in any direction",
-        {"change near": "near prompts", "change failure": "unrelated prompts"},
+        "Change: others moved in any direction", {"change near": "near prompts", "change failure": "unrelated prompts"}
     ),
     Curve("Diversity: variety over the seeds, the base's is 1", {"variety success": "success prompts"}, 1.0),
     Curve(
@@ -43,7 +42,7 @@ CURVES = (
         {"nearest_similarity success": "success prompts"},
     ),
     Curve("Held-out loss against before training, interval over the pictures", {"held_out": "held-out pictures"}),
-)  # fmt: skip
+)
 
 
 def write(run, sweep, shown, folder):
@@ -60,9 +59,7 @@ def write(run, sweep, shown, folder):
 def strip_labels(run):
     """{Point or None for the base: (label, pictures)} of a run, in order."""
     found = {None: ("base", run.base)}
-    found |= {
-        point: (str(point), images) for point, images in sorted(run.points.items()) if point.scale
-    }
+    found |= {point: (str(point), images) for point, images in sorted(run.points.items()) if point.scale}
     return found
 
 
@@ -76,12 +73,21 @@ def choose_page(run, sweep, shown, labels):
     """The page as HTML."""
     chosen, count = chosen_point(sweep), len(shown["seeds"])
     strips = [
-        dict(category=category, prompt=prompt, seed=shown["seeds"][0], cards=[
-            dict(uri=pages.image_uri(images[index * count], 256), label=label, taken=point == chosen and point is not None)
-            for point, (label, images) in labels.items()
-        ])
+        dict(
+            category=category,
+            prompt=prompt,
+            seed=shown["seeds"][0],
+            cards=[
+                dict(
+                    uri=pages.image_uri(images[index * count], 256),
+                    label=label,
+                    taken=point == chosen and point is not None,
+                )
+                for point, (label, images) in labels.items()
+            ],
+        )
         for index, (category, prompt) in enumerate(shown["prompts"])
-    ]  # fmt: skip
+    ]
     found = [(curve, curve_figure(curve, sweep)) for curve in CURVES]
     return pages.TEMPLATES.get_template("choose.html").render(
         title=run.name,
@@ -90,9 +96,7 @@ def choose_page(run, sweep, shown, labels):
         speaks_of=words.spread_text(dict(runs=[run.name], seeds=count)),
         warnings=shown["warnings"],
         marked=chosen is not None,
-        curves=[
-            dict(uri=pages.figure_uri(figure), alt=curve.title) for curve, figure in found if figure
-        ],
+        curves=[dict(uri=pages.figure_uri(figure), alt=curve.title) for curve, figure in found if figure],
         grid=grid_table(sweep["rows"]),
         table=words.sweep_table(sweep["rows"]),
         explained=words.SWEEP_EXPLAINED,
@@ -167,6 +171,14 @@ def draw_line(axes, line, shift, base, colour, label):
     """A line through means with their intervals, [(place, interval)], from the base model at 0."""
     places = [place + shift for place, _ in line]
     means, lows, highs = ([interval[k] for _, interval in line] for k in ("mean", "low", "high"))
-    axes.plot([0, *places], [base, *means], color=colour, linewidth=1.5, marker="o", markersize=4,
-              markevery=slice(1, None), label=label)  # fmt: skip
+    axes.plot(
+        [0, *places],
+        [base, *means],
+        color=colour,
+        linewidth=1.5,
+        marker="o",
+        markersize=4,
+        markevery=slice(1, None),
+        label=label,
+    )
     axes.vlines(places, lows, highs, color=colour, linewidth=1.2, alpha=0.6)

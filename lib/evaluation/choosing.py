@@ -56,12 +56,11 @@ def choose(gains, spoiled, margin):
         point
         for point in gains
         if not any(
-            more(other, point) and told_higher((gains[other] - gains[point])[choosing], margin)
-            for other in gains
+            more(other, point) and told_higher((gains[other] - gains[point])[choosing], margin) for other in gains
         )
     ]
     least = [point for point in enough if not any(more(point, other) for other in enough)]
-    chosen = min(least, key=lambda point: (spoiled[point][choosing].mean() if point in spoiled else 0, point.steps))  # fmt: skip
+    chosen = min(least, key=lambda point: (spoiled[point][choosing].mean() if point in spoiled else 0, point.steps))
     return chosen, max(gains, key=lambda point: gains[point][choosing].mean())
 
 
@@ -69,6 +68,4 @@ def both_figures(values):
     """A figure [seeds] on each half: dict(choosing: its mean, flattered where it was chosen by it;
     reported: mean and interval on the seeds that had no say)."""
     choosing, reporting = halves(len(values))
-    return dict(
-        choosing=float(values[choosing].mean()), reported=mean_interval(values[reporting][None])
-    )
+    return dict(choosing=float(values[choosing].mean()), reported=mean_interval(values[reporting][None]))

@@ -56,8 +56,19 @@ def differences(pairs, compared, prompts, base_pairs, margins, share=1.0):
             chosen = members(prompts, category)
             if key in one and chosen:
                 values = (two[key] - share * one[key])[:, chosen].mean(axis=1)
-                found.append(difference(values, margins[key] * (share or 1), first=first, second=second, metric=key,
-                                        category=category, paired_by_training_seed=by_seed, left_out=left_out, **named))  # fmt: skip
+                found.append(
+                    difference(
+                        values,
+                        margins[key] * (share or 1),
+                        first=first,
+                        second=second,
+                        metric=key,
+                        category=category,
+                        paired_by_training_seed=by_seed,
+                        left_out=left_out,
+                        **named,
+                    )
+                )
     return found
 
 
@@ -73,8 +84,9 @@ def answered(found, decided_by=decided_by):
     """The rows of comparisons (a list from `difference`) with their answers, corrected for their number;
     an undecided one with what `decided_by` says of it."""
     rows = [row for row, _ in found]
-    for (row, values), p, same in zip(found, holm([row["p"] for row in rows]),
-                                      holm([row["equivalence"]["p"] for row in rows]), strict=True):  # fmt: skip
+    for (row, values), p, same in zip(
+        found, holm([row["p"] for row in rows]), holm([row["equivalence"]["p"] for row in rows]), strict=True
+    ):
         row["p_holm"], row["equivalence"]["p_holm"] = float(p), float(same)
         row["answer"] = "undecided"
         if row["runs"] >= FEWEST_RUNS:

@@ -42,9 +42,7 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
         # As Stable Diffusion's own configurations say; those saved by another scheduler do not.
         scheduler = PNDMScheduler.from_pretrained(folder / "scheduler", skip_prk_steps=True)
     # Timesteps stay on the CPU: read from the GPU, each would wait until it has finished its work.
-    scheduler.set_timesteps = lambda steps, device=None: PNDMScheduler.set_timesteps(
-        scheduler, steps
-    )
+    scheduler.set_timesteps = lambda steps, device=None: PNDMScheduler.set_timesteps(scheduler, steps)
     loaded = dict(vae=load_part(AutoencoderKL, folder, "vae", dtype))
     if unet is None:
         loaded["unet"] = load_part(UNet2DConditionModel, folder, "unet", dtype)
@@ -160,11 +158,7 @@ def record_unet(pipeline, pictures, size, guided):
 
 def drawing_memory(batch_size, resolution, advice=None):
     """What to say when the GPU's memory is too small for so many pictures of that size."""
-    smaller = (
-        f"--batch-size {batch_size // 2}"
-        if batch_size > 1
-        else f"--resolution {half_resolution(resolution)}"
-    )
+    smaller = f"--batch-size {batch_size // 2}" if batch_size > 1 else f"--resolution {half_resolution(resolution)}"
     advice = advice or f"close what else uses the GPU (nvidia-smi lists it); {smaller} needs less"
     return memory_for(f"drawing {batch_size} pictures at once", advice)
 
@@ -187,9 +181,7 @@ def draw(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title
         texts = text_states(pipeline, [prompt for prompt, _ in jobs], batch_size, guided)
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            noise = [
-                torch.randn(shape, generator=torch.Generator().manual_seed(s)) for _, s in batch
-            ]
+            noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for _, s in batch]
             finished = min(start + batch_size, len(jobs)) * steps
 
             def progress(pipeline, step, timestep, tensors, finished=finished):
@@ -265,21 +257,18 @@ def check_switch(pipeline, applied, adapter, base_probe):
     for component in adapter.factors:
         base = base_probe[component]
         if not torch.allclose(off[component], base, rtol=1e-3, atol=1e-3 * base.abs().max().item()):
-            raise UserError(
-                f"{adapter.path}: switched off, the {component} is not the base model's"
-            )
+            raise UserError(f"{adapter.path}: switched off, the {component} is not the base model's")
         if torch.equal(on[component], base):
-            raise UserError(f"{adapter.path}: switched on, the {component} gives what the base gives; "
-                            "the adapter does nothing")  # fmt: skip
+            raise UserError(
+                f"{adapter.path}: switched on, the {component} gives what the base gives; the adapter does nothing"
+            )
 
 
 def ready_pipeline(config, plan, prompts, device):
     """(the base model, on which every adapter was tried and taken out again, a function that waits until it is
     ready to draw)"""
     planned, folder = plan
-    pipeline = load_pipeline(
-        folder, torch.float16 if device.type == "cuda" else torch.float32, device
-    )
+    pipeline = load_pipeline(folder, torch.float16 if device.type == "cuda" else torch.float32, device)
     limit = pipeline.tokenizer.model_max_length
     check_prompt_lengths(prompts, pipeline.tokenizer, limit, config["base_model"])
     base_probe = probe(pipeline)
@@ -303,21 +292,14 @@ def draw_runs(config, plan, pipeline, prompts, seeds):
     """Draw the base model's pictures once and every adapter's, into the planned runs; return these."""
     jobs = [(prompt, s) for _, prompt in prompts for s in seeds]
     how = {k: config[k] for k in ("steps", "guidance_scale", "resolution")}
-    how["batch_size"] = pictures_at_once(
-        len(jobs), config["batch_size"], config["resolution"], pipeline.device
-    )
+    how["batch_size"] = pictures_at_once(len(jobs), config["batch_size"], config["resolution"], pipeline.device)
     with drawing_memory(how["batch_size"], config["resolution"]):
         size = latent_size(pipeline, config["resolution"])
         record_unet(pipeline, how["batch_size"], size, config["guidance_scale"] > 1)
     base = draw(pipeline, jobs, **how, title="base")
     for run, steps in plan[0]:
         draw_points(
-            run,
-            steps,
-            config["lora_scales"],
-            pipeline,
-            base,
-            lambda title: draw(pipeline, jobs, **how, title=title),
+            run, steps, config["lora_scales"], pipeline, base, lambda title: draw(pipeline, jobs, **how, title=title)
         )
     return [run for run, _ in plan[0]]
 

@@ -42,9 +42,7 @@ def effects(runs, prompts, base_pairs):
     found = {"lpips": np.stack([grid(run, "lpips", "lora", prompts) for run in runs])}
     for key in ("clip", "concept_similarity"):
         if runs[0].rows[0][key] is not None:
-            found[key] = np.stack(
-                [grid(run, key, "lora", prompts) - grid(run, key, "base", prompts) for run in runs]
-            )
+            found[key] = np.stack([grid(run, key, "lora", prompts) - grid(run, key, "base", prompts) for run in runs])
     seeds = found["lpips"].shape[2]
     if no_change_reason(base_pairs) is None:
 

@@ -76,9 +76,8 @@ def overview_figure(columns, prompts, side=256):
     chosen = first_of_each(prompts, OVERVIEW)
     width = len(columns) * (block + between) + between
     tall = max(
-        height_at(image, side)
-        for _, images in columns for index in chosen for image in images[index * count :][:seeds]
-    )  # fmt: skip
+        height_at(image, side) for _, images in columns for index in chosen for image in images[index * count :][:seeds]
+    )
     figure = Image.new("RGB", (width, head + len(chosen) * (line + tall) + between), PAPER)
     draw = ImageDraw.Draw(figure)
     for number, lines in enumerate(titles):
@@ -115,10 +114,7 @@ def forest_figure(pairs):
         if math.isfinite(low):
             axes.plot([low, high], [y, y], color=colour, linewidth=2)
         axes.plot(mean, y, "o", color=colour, markersize=6)
-    labels = [
-        f"{NAMES[r['metric']]} (±{r['margin']:g}), {r['category']}: {r['second']} − {r['first']}"
-        for r in pairs
-    ]
+    labels = [f"{NAMES[r['metric']]} (±{r['margin']:g}), {r['category']}: {r['second']} − {r['first']}" for r in pairs]
     axes.set_yticks(range(len(pairs)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(
@@ -141,9 +137,7 @@ def distribution_figure(run, prompts):
             for model, colour, shift in (("base", "#8492a6", -0.13), ("lora", "#c4572e", 0.13)):
                 values = [r[key] for r in rows if r["prompt"] == prompt and r["model"] == model]
                 values = [value for value in values if value is not None]
-                axes.plot(
-                    values, [y + shift] * len(values), "o", color=colour, alpha=0.55, markersize=5
-                )
+                axes.plot(values, [y + shift] * len(values), "o", color=colour, alpha=0.55, markersize=5)
         axes.set_title({"lpips": "LPIPS, base to LoRA"}.get(key, NAMES[key]), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -35,9 +35,7 @@ def lpips_model(device="cpu"):
     # the network draws no random weights, which takes longer than the scores of forty pictures.
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore", UserWarning)  # torchvision's renamed `pretrained`
-        model = lpips.LPIPS(
-            net="alex", version="0.1", pretrained=False, pnet_rand=True, verbose=False
-        )
+        model = lpips.LPIPS(net="alex", version="0.1", pretrained=False, pnet_rand=True, verbose=False)
     model.scaling_layer = lpips.ScalingLayer()
     names = [name for name, _ in model.net.named_parameters()]  # sliceN.<number>.weight, …
     features = {key.removeprefix("features."): w.float() for key, w in load_file(ALEXNET).items()}
@@ -65,9 +63,7 @@ def lpips_distances(images_a, images_b, device="cpu"):
     model = lpips_model(str(device))
     for a, b in zip(images_a, images_b, strict=True):
         if a.size != b.size:
-            raise ValueError(
-                f"a picture of {a.size} against one of {b.size}; LPIPS does not resize"
-            )
+            raise ValueError(f"a picture of {a.size} against one of {b.size}; LPIPS does not resize")
 
     def tensor(images):
         pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])

@@ -44,13 +44,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special, stats
 
-from lib.evaluation.neighbours import (
-    among_all,
-    among_trained,
-    nearest_of_the_rest,
-    nearest_similarity,
-    rows_at_once,
-)
+from lib.evaluation.neighbours import among_all, among_trained, nearest_of_the_rest, nearest_similarity, rows_at_once
 
 ALPHA = 0.05  # chance of "yes" where nothing is copied, and of a bound that does not hold
 RARE = 0.05  # a training-like picture lies above the reference level with at least this chance
@@ -278,19 +272,30 @@ def memorised(studies, margin=MARGIN, draws=DRAWS, seed=0):
     above = [None] * 3
     share = high = None
     if None not in levels:
-        above = [[v[kind] > level for v, level in zip(nearest, levels, strict=True)] for kind in range(3)]  # fmt: skip
+        above = [[v[kind] > level for v, level in zip(nearest, levels, strict=True)] for kind in range(3)]
         by_seed = np.mean(above[0], axis=(0, 1))
         share, high = float(by_seed.mean()), highest_share(by_seed)
 
     kinds = zip(*nearest, strict=True)
     drawn, held_out, trained_on = (group(*pair) for pair in zip(kinds, above, strict=True))
     found = dict(
-        answer=UNTOLD, p=float(min(1, tests * p_values.min())), p_values=p_values.tolist(),
-        share=share, high=high, margin=margin, levels=levels,
+        answer=UNTOLD,
+        p=float(min(1, tests * p_values.min())),
+        p_values=p_values.tolist(),
+        share=share,
+        high=high,
+        margin=margin,
+        levels=levels,
         level=None if share is None else float(np.mean(levels)),
-        drawn=drawn, trained_on=trained_on, held_out=held_out, training_pictures=m, seeds=seeds,
-        prompts=len(studies[0].drawn), runs=len(studies), too_few=None,
-    )  # fmt: skip
+        drawn=drawn,
+        trained_on=trained_on,
+        held_out=held_out,
+        training_pictures=m,
+        seeds=seeds,
+        prompts=len(studies[0].drawn),
+        runs=len(studies),
+        too_few=None,
+    )
     if found["p"] <= ALPHA:
         found["answer"] = "yes"
     elif not enough(m, seeds, tests):
@@ -305,8 +310,10 @@ def too_few(m, seeds, tests):
     needed = next(more for more in itertools.count(m + 1) if enough(more, seeds, tests))
     more_seeds = next((n for n in range(seeds + 1, 101) if enough(m, n, tests)), None)
     instead = f", or {more_seeds} seeds" if more_seeds else ""
-    return (f"Too few training pictures to tell: {m}, needs at least {needed} with {count(seeds, 'seed')}"
-            f"{instead}. Even if every picture were a copy, the test would hardly find it.")  # fmt: skip
+    return (
+        f"Too few training pictures to tell: {m}, needs at least {needed} with {count(seeds, 'seed')}"
+        f"{instead}. Even if every picture were a copy, the test would hardly find it."
+    )
 
 
 def count(number, noun):
@@ -319,16 +326,18 @@ def words(found):
     if found["share"] is None:
         text = "No level for near-copies can be given from so few training pictures. "
     else:
-        text = (f"{drawn['above']} of {drawn['pictures']} success pictures ({found['share']:.0%}, at most "
-                f"{found['high']:.0%}) are nearer to a training picture than {found['level']:.3f}; so are "
-                f"{trained_on['above']} of {trained_on['pictures']} training pictures to another one")  # fmt: skip
+        text = (
+            f"{drawn['above']} of {drawn['pictures']} success pictures ({found['share']:.0%}, at most "
+            f"{found['high']:.0%}) are nearer to a training picture than {found['level']:.3f}; so are "
+            f"{trained_on['above']} of {trained_on['pictures']} training pictures to another one"
+        )
         if held_out["pictures"]:
             text += f" and {held_out['above']} of {held_out['pictures']} held-out ones"
         text += ". "
     tests = found["runs"] * found["prompts"]
     p = f"p = {found['p']:.2g}" + (f", corrected for {tests} tests" if tests > 1 else "")
     if found["answer"] == "yes":
-        return text + f"They lie nearer to single training pictures than chance allows ({p}): some are near-copies."  # fmt: skip
+        return text + f"They lie nearer to single training pictures than chance allows ({p}): some are near-copies."
     if found["too_few"]:
         return text + found["too_few"]
     text += f"Copying was not found ({p})"

@@ -69,7 +69,7 @@ def among_trained(trained_on, mirrored, count, first):
     `first` [m] says which are in the first half. Neighbours and halves are looked at in the same products: rounded
     otherwise, a similarity could lie above itself. Found once for all runs with the same pictures.
     """
-    content = (hashlib.sha256(np.ascontiguousarray(a)).digest() for a in (trained_on, mirrored, first))  # fmt: skip
+    content = (hashlib.sha256(np.ascontiguousarray(a)).digest() for a in (trained_on, mirrored, first))
     key = (count, len(trained_on), *content)
     if key not in searched:
         parts, across = [], []

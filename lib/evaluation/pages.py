@@ -57,9 +57,12 @@ def judged(summaries, concept):
     questions = {}
     for name, summary in summaries.items():
         for v in summary["verdicts"]:
-            more = dict(name=name, kind=kind(v["question"], v["answer"]),
-                        bar=bars.get(v["question"], {}).get(name),
-                        sentence=sentences.plain_sentence(v, concept, summary))  # fmt: skip
+            more = dict(
+                name=name,
+                kind=kind(v["question"], v["answer"]),
+                bar=bars.get(v["question"], {}).get(name),
+                sentence=sentences.plain_sentence(v, concept, summary),
+            )
             questions.setdefault(v["question"], []).append(v | more)
     return list(questions.items())
 
@@ -85,10 +88,13 @@ def score_table(rows):
     scores = [key for key in ("clip", "concept_similarity") if rows[1][key] is not None]
     head = ["Prompt and seed", *(f"{words.NAMES[key]}, base → LoRA" for key in scores), "LPIPS"]
     return [head] + [
-        [f"{base['prompt']}, seed {base['seed']}",
-         *(f"{base[key]:.3f} → {lora[key]:.3f}" for key in scores), f"{lora['lpips']:.3f}"]
+        [
+            f"{base['prompt']}, seed {base['seed']}",
+            *(f"{base[key]:.3f} → {lora[key]:.3f}" for key in scores),
+            f"{lora['lpips']:.3f}",
+        ]
         for base, lora in zip(rows[::2], rows[1::2], strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def nearest_cards(run, training, limit=12):
@@ -101,11 +107,14 @@ def nearest_cards(run, training, limit=12):
             nearest[row["nearest_picture"]] = (row, image)
     best = sorted(nearest.values(), key=lambda found: -found[0]["nearest_similarity"])[:limit]
     return [
-        dict(name=row["nearest_picture"], lora=image_uri(image, 192),
-             training=image_uri(training.pictures[places[row["nearest_picture"]]], 192),
-             caption=f"cosine {row['nearest_similarity']:.3f} · {row['prompt']}, seed {row['seed']}")
+        dict(
+            name=row["nearest_picture"],
+            lora=image_uri(image, 192),
+            training=image_uri(training.pictures[places[row["nearest_picture"]]], 192),
+            caption=f"cosine {row['nearest_similarity']:.3f} · {row['prompt']}, seed {row['seed']}",
+        )
         for row, image in best
-    ]  # fmt: skip
+    ]
 
 
 def pair_rows(run, shown):
@@ -141,15 +150,29 @@ def sheet_rows(columns, shown, wanted):
         for index, places in wanted.items():
             category, prompt = shown["prompts"][index]
             cells = [
-                dict(title=title, cards=[
-                    dict(uri=pool.submit(image_uri, images[index * count + place]),
-                         alt=f"{title}: «{prompt}», seed {shown['seeds'][place]}")
-                    for place in places
-                ]) for title, images in columns
-            ]  # fmt: skip
+                dict(
+                    title=title,
+                    cards=[
+                        dict(
+                            uri=pool.submit(image_uri, images[index * count + place]),
+                            alt=f"{title}: «{prompt}», seed {shown['seeds'][place]}",
+                        )
+                        for place in places
+                    ],
+                )
+                for title, images in columns
+            ]
             seeds = [str(shown["seeds"][place]) for place in places]
-            rows.append(dict(category=category, prompt=prompt, seeds=seeds, cells=cells,
-                             kind=sentences.CATEGORY_TITLES[category], wished=sentences.WISHED[category]))  # fmt: skip
+            rows.append(
+                dict(
+                    category=category,
+                    prompt=prompt,
+                    seeds=seeds,
+                    cells=cells,
+                    kind=sentences.CATEGORY_TITLES[category],
+                    wished=sentences.WISHED[category],
+                )
+            )
     for card in (card for row in rows for cell in row["cells"] for card in cell["cards"]):
         card["uri"] = card["uri"].result()
     return rows
@@ -216,12 +239,7 @@ def comparison_page(groups, summaries, pairs, shown):
     summaries = {titles[name]: summary for name, summary in summaries.items()}
     pairs = [r | dict(first=titles[r["first"]], second=titles[r["second"]]) for r in pairs]
     experiments = [
-        dict(
-            name=name,
-            spread=words.spread_text(summary),
-            table=words.summary_table(summary),
-            runs=summary["runs"],
-        )
+        dict(name=name, spread=words.spread_text(summary), table=words.summary_table(summary), runs=summary["runs"])
         for name, summary in summaries.items()
     ]
     verdicts = judged(summaries, concept)

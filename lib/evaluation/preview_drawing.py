@@ -5,13 +5,7 @@ from collections import Counter
 import torch
 
 from lib.errors import memory_for
-from lib.evaluation.drawing import (
-    draw,
-    latent_size,
-    load_pipeline,
-    pictures_at_once,
-    record_unet,
-)
+from lib.evaluation.drawing import draw, latent_size, load_pipeline, pictures_at_once, record_unet
 from lib.kernels.threads import computing_with
 
 # How pictures are drawn while a run trains: as inference.py draws them by default.
@@ -38,7 +32,7 @@ def preview_drawer(folder, unet, trained, prompts, guidance_scale, sizes, dtype,
     with memory_for("preparing the previews", NO_PREVIEWS):
         pipeline = load_pipeline(folder, dtype, device, unet, own_text)
         at_once = pictures_at_once(len(jobs), 0, resolution, pipeline.device)
-        how = dict(steps=PREVIEW_STEPS, guidance_scale=guidance_scale, resolution=resolution, batch_size=at_once)  # fmt: skip
+        how = dict(steps=PREVIEW_STEPS, guidance_scale=guidance_scale, resolution=resolution, batch_size=at_once)
         record_unet(pipeline, at_once, latent_size(pipeline, resolution), guidance_scale > 1)
 
     threads = torch.get_num_threads()

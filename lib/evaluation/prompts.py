@@ -11,13 +11,7 @@ from lib.texts import read_text, text_lines
 
 CATEGORIES = ("success", "near", "failure")
 # Names that Windows keeps for devices; no folder can have them.
-DEVICES = {
-    "con",
-    "prn",
-    "aux",
-    "nul",
-    *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10)),
-}
+DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10))}
 
 
 def read_prompts(path):
@@ -57,9 +51,7 @@ def check_prompt_lengths(prompts, tokenizer, limit, reader):
     for _, prompt in prompts:
         length = len(tokenizer(prompt, verbose=False).input_ids)
         if length > limit:
-            raise UserError(
-                f"the prompt «{prompt[:60]}…» has {length} tokens; {reader} reads {limit}"
-            )
+            raise UserError(f"the prompt «{prompt[:60]}…» has {length} tokens; {reader} reads {limit}")
 
 
 def slugs(prompts):

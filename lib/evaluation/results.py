@@ -15,14 +15,7 @@ from lib.evaluation.points import Point
 from lib.evaluation.prompts import CATEGORIES, slugs
 from lib.evaluation.runs import MARKER, check_fingerprints
 from lib.evaluation.scores import Run
-from lib.files import (
-    check_output_folder,
-    fresh_folder,
-    recover_folder,
-    replace_folder,
-    unfinished,
-    write_marker,
-)
+from lib.files import check_output_folder, fresh_folder, recover_folder, replace_folder, unfinished, write_marker
 
 # What pictures must share to be compared.
 DRAWN_WITH = ("base_model", "revision", "steps", "guidance_scale", "resolution")
@@ -33,16 +26,16 @@ def read_saved(output_dir, config):
 
     Returns (runs, the configuration they were drawn with, prompts, seeds).
     """
-    found = [output_dir] if (output_dir / MARKER).is_file() else sorted(
-        p.parent for p in output_dir.glob(f"*/{MARKER}") if p.parent.name != "comparison"
-    )  # fmt: skip
+    found = (
+        [output_dir]
+        if (output_dir / MARKER).is_file()
+        else sorted(p.parent for p in output_dir.glob(f"*/{MARKER}") if p.parent.name != "comparison")
+    )
     for folder in [folder for folder in found if not (folder / "images").is_dir()]:
         print(f"note: {folder} is passed over, it holds no pictures")
         found.remove(folder)
     if not found:
-        raise UserError(
-            f"{output_dir}: no metrics.json beside pictures in it or one folder down; nothing to rescore"
-        )
+        raise UserError(f"{output_dir}: no metrics.json beside pictures in it or one folder down; nothing to rescore")
     runs, drawn = [], None
     for folder in found:
         try:
@@ -54,17 +47,16 @@ def read_saved(output_dir, config):
         except (ValueError, KeyError, TypeError, OSError) as problem:
             raise UserError(f"{folder / 'metrics.json'} cannot be read: {problem}") from None
         if "held_out" not in run.adapter and run.adapter:
-            print(f"note: {folder} was written before configurations were kept with the results: it counts as "
-                  "an experiment of its own, and which pictures it held out is not known")  # fmt: skip
+            print(
+                f"note: {folder} was written before configurations were kept with the results: it counts as "
+                "an experiment of its own, and which pictures it held out is not known"
+            )
         how = {key: saved["config"].get(key) for key in DRAWN_WITH}
         if drawn not in (None, (prompts, seeds, how)):
-            raise UserError(
-                f"{folder} has other prompts, seeds or settings than {found[0]}; rescore them apart"
-            )
+            raise UserError(f"{folder} has other prompts, seeds or settings than {found[0]}; rescore them apart")
         drawn = (prompts, seeds, how)
         run.base, run.lora = (
-            [open_picture(path) for path in picture_paths(folder, prompts, seeds, [kind])]
-            for kind in ("base", "lora")
+            [open_picture(path) for path in picture_paths(folder, prompts, seeds, [kind])] for kind in ("base", "lora")
         )
         run.points = dict.fromkeys(points)
         for point in points:
@@ -76,8 +68,18 @@ def read_saved(output_dir, config):
         runs.append(run)
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
     # How they were drawn is theirs, how they are scored is asked for now.
-    scoring = ("clip_model", "clip_revision", "concept_margin", "clip_margin", "change_margin",
-               "variety_margin", "copy_margin", "data_dir", "output_dir", "rescore")  # fmt: skip
+    scoring = (
+        "clip_model",
+        "clip_revision",
+        "concept_margin",
+        "clip_margin",
+        "change_margin",
+        "variety_margin",
+        "copy_margin",
+        "data_dir",
+        "output_dir",
+        "rescore",
+    )
     return runs, config | saved["config"] | {k: config[k] for k in scoring}, prompts, seeds
 
 
@@ -93,18 +95,13 @@ def saved_points(saved):
 def picture_paths(folder, prompts, seeds, kinds=("base", "lora")):
     """Where the pictures of each kind lie, kind by kind, prompt by prompt and seed by seed."""
     return [
-        folder / "images" / slug / f"{kind}_{seed}.png"
-        for kind in kinds
-        for slug in slugs(prompts)
-        for seed in seeds
+        folder / "images" / slug / f"{kind}_{seed}.png" for kind in kinds for slug in slugs(prompts) for seed in seeds
     ]
 
 
 def natural_order(path):
     """A sort key of file names by which 2 comes before 10."""
-    return [
-        int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name.lower())
-    ]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name.lower())]
 
 
 def read_pair(score_dir, output_dir, prompts):
@@ -119,10 +116,7 @@ def read_pair(score_dir, output_dir, prompts):
     if len(places) != 2 or not all(place.is_dir() for place in places):
         raise UserError(f"score_dir {score_dir!r} must be two folders, BASE_FOLDER,LORA_FOLDER")
     endings = (".png", ".jpg", ".jpeg", ".webp")
-    files = [
-        sorted((p for p in place.iterdir() if p.suffix.lower() in endings), key=natural_order)
-        for place in places
-    ]
+    files = [sorted((p for p in place.iterdir() if p.suffix.lower() in endings), key=natural_order) for place in places]
     if len(files[0]) != len(files[1]) or not files[0] or len(files[0]) % len(prompts):
         raise UserError(
             f"{places[0]} has {len(files[0])} pictures and {places[1]} {len(files[1])}; both must "
@@ -143,13 +137,10 @@ def read_pair(score_dir, output_dir, prompts):
         first = index - index % count  # each is compared with the others of its prompt
         if b.size != lora[first].size:
             raise UserError(
-                f"{path} is {b.size}, {files[1][first]} of the same prompt {lora[first].size}; "
-                "nothing is resized"
+                f"{path} is {b.size}, {files[1][first]} of the same prompt {lora[first].size}; nothing is resized"
             )
         if min(b.size) < 32:
-            raise UserError(
-                f"{path} is {b.size}, too small for LPIPS, which needs 32 pixels a side"
-            )
+            raise UserError(f"{path} is {b.size}, too small for LPIPS, which needs 32 pixels a side")
     run = Run(places[1].name, output_dir, {}, base, lora)
     return [run], list(range(1, count + 1))
 
@@ -178,10 +169,10 @@ def raw_scores(run, base_pairs):
         return pairs[:, first, second].astype(float).round(6).tolist()
 
     swept = [
-        dict(point._asdict(), pictures=[row for row in part.rows if row["model"] == "lora"],
-             pairs=listed(part.pairs))
-        for point, part in run.sweep.items() if point.scale and not run.is_own(point)
-    ]  # fmt: skip
+        dict(point._asdict(), pictures=[row for row in part.rows if row["model"] == "lora"], pairs=listed(part.pairs))
+        for point, part in run.sweep.items()
+        if point.scale and not run.is_own(point)
+    ]
     return dict(pairs=dict(base=listed(base_pairs), lora=listed(run.pairs)), swept=swept)
 
 
@@ -201,10 +192,14 @@ def begin_pictures(runs, prompts, seeds, pool):
     for run in runs:
         new = fresh_folder(run.target)
         by_prompt = [
-            dict(category=category, prompt=prompt, base=run.base[i * count : (i + 1) * count],
-                 lora=run.lora[i * count : (i + 1) * count])
+            dict(
+                category=category,
+                prompt=prompt,
+                base=run.base[i * count : (i + 1) * count],
+                lora=run.lora[i * count : (i + 1) * count],
+            )
             for i, (category, prompt) in enumerate(prompts)
-        ]  # fmt: skip
+        ]
         paths, images = picture_paths(new, prompts, seeds), run.base + run.lora
         for point, drawn in run.points.items():
             if point.scale and not run.is_own(point):  # those two are there already
@@ -221,9 +216,7 @@ def begin_pictures(runs, prompts, seeds, pool):
         # The large ones first, so that none is left at the end.
         run.saving = [pool.submit(write_sheet, new / name, rows) for name, rows in sheets.items()]
         run.saving.append(pool.submit(write_overview, new / "overview.webp", run))
-        run.saving += [
-            pool.submit(image.save, path) for image, path in zip(images, paths, strict=True)
-        ]
+        run.saving += [pool.submit(image.save, path) for image, path in zip(images, paths, strict=True)]
 
 
 def write_run(run, summary, shown, base_pairs):
@@ -235,9 +228,17 @@ def write_run(run, summary, shown, base_pairs):
         saved.result()
     if run.points:
         choose_page.write(run, summary["sweep"], shown, new)
-    record = dict(run=run.name, config=shown["config"], **shown["provenance"], adapter=run.adapter, points=list(run.points),
-                  warnings=shown["warnings"], summary=summary, pictures=run.rows,
-                  **raw_scores(run, base_pairs))  # fmt: skip
+    record = dict(
+        run=run.name,
+        config=shown["config"],
+        **shown["provenance"],
+        adapter=run.adapter,
+        points=list(run.points),
+        warnings=shown["warnings"],
+        summary=summary,
+        pictures=run.rows,
+        **raw_scores(run, base_pairs),
+    )
     write_csv(new / "metrics.csv", run.rows)
     text = words.summary_text(summary)
     (new / "summary.md").write_text(f"# {run.name}\n\n{text}\n", encoding="utf-8")
@@ -257,8 +258,9 @@ def write_comparison(target, groups, summaries, pairs, shown):
     if pairs:  # several experiments; several runs of one have nothing to compare
         figures.forest_figure(pairs).savefig(new / "forest.png")
         write_csv(new / "comparison.csv", [flattened(row) for row in pairs])
-    record = dict(experiments=summaries, pairs=pairs, config=shown["config"], **shown["provenance"],
-                  warnings=shown["warnings"])  # fmt: skip
+    record = dict(
+        experiments=summaries, pairs=pairs, config=shown["config"], **shown["provenance"], warnings=shown["warnings"]
+    )
     text = words.comparison_text(summaries, pairs)
     (new / "summary.md").write_text(f"# Comparison\n\n{text}\n", encoding="utf-8")
     page = pages.comparison_page(groups, summaries, pairs, shown)

@@ -19,11 +19,25 @@ MARKER = "metrics.json"  # the file of a results folder that is written last
 # Keys of train.py's CONFIG that may differ between two runs of one experiment: where a run lies and
 # how often it reports change nothing of what it learns. Of the data its hash counts, not its place.
 WITHOUT_EFFECT = (
-    "seed", "data_dir", "output_dir", "run_name", "log_every", "validate_every", "checkpoint_every",
-    "keep_checkpoints", "resume", "max_overflows", "preview_every", "preview_prompts",
-    "preview_guidance_scale", "snapshot_every", "report_to", "wandb_project", "wandb_pictures",
+    "seed",
+    "data_dir",
+    "output_dir",
+    "run_name",
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "resume",
+    "max_overflows",
+    "preview_every",
+    "preview_prompts",
+    "preview_guidance_scale",
+    "snapshot_every",
+    "report_to",
+    "wandb_project",
+    "wandb_pictures",
     "push_to_hub",
-)  # fmt: skip
+)
 
 # What config.json says of how long a run took, where.
 SPEED = ("steps_a_second", "set_up_seconds", "peak_gib_reserved", "device")
@@ -50,10 +64,13 @@ def plan_runs(config, device):
         with_snapshots(run, adapter) if config["snapshots"] else {None: adapter}
         for run, (_, adapter) in zip(runs, read, strict=True)
     ]
-    check_fingerprints([
-        (f"{run.name}, step {step}" if step else run.name, adapters.fingerprint(adapter))
-        for run, kept in zip(runs, steps, strict=True) for step, adapter in kept.items()
-    ])  # fmt: skip
+    check_fingerprints(
+        [
+            (f"{run.name}, step {step}" if step else run.name, adapters.fingerprint(adapter))
+            for run, kept in zip(runs, steps, strict=True)
+            for step, adapter in kept.items()
+        ]
+    )
     group_runs(runs)
     if device.type == "cpu":
         print("no CUDA GPU found: drawing on the CPU, in fp32")
@@ -81,8 +98,7 @@ def with_snapshots(run, adapter):
     if not found or last is None:
         what = "its config.json" if found else "snapshots"
         raise UserError(
-            f"{folder}: --snapshots needs {what}, and there is none; train.py keeps them with "
-            "--snapshot-every N"
+            f"{folder}: --snapshots needs {what}, and there is none; train.py keeps them with --snapshot-every N"
         )
     late = [step for step in found if step >= last]
     if late:
@@ -104,9 +120,7 @@ def held_out_losses(path, steps):
         print(f"note: there is no {path}, so no held-out loss")
         return {}
     except (ValueError, KeyError, TypeError) as problem:
-        raise UserError(
-            f"{path} is not what train.py writes ({problem!r}); remove it to go without"
-        ) from None
+        raise UserError(f"{path} is not what train.py writes ({problem!r}); remove it to go without") from None
 
 
 def describe(adapter):
@@ -115,11 +129,15 @@ def describe(adapter):
     `training` is what decides its experiment, or None where it has no config.json; `speed` what that
     says of the time and memory that the run took.
     """
-    metadata = {
-        k: v for k, v in adapter.metadata.items() if k not in ("lora_adapter_metadata", "format")
-    }
-    found = dict(fingerprint=adapters.fingerprint(adapter), rank=adapter.rank, alpha=adapter.alpha,
-                 metadata=metadata, training=None, held_out=[])  # fmt: skip
+    metadata = {k: v for k, v in adapter.metadata.items() if k not in ("lora_adapter_metadata", "format")}
+    found = dict(
+        fingerprint=adapters.fingerprint(adapter),
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        metadata=metadata,
+        training=None,
+        held_out=[],
+    )
     record = Path(adapter.path) / "config.json"
     if record.is_file():
         try:
@@ -130,10 +148,12 @@ def describe(adapter):
             config, data = written["config"], written["data"]
             # What was computed in, over how many processes, and rates changed on the way count too.
             found["training"] = dict(
-                config, data_sha256=data["sha256"], processes=written.get("processes"),
+                config,
+                data_sha256=data["sha256"],
+                processes=written.get("processes"),
                 mixed_precision=written.get("mixed_precision"),
                 learning_rate_changes=written.get("learning_rate_changes") or [],
-            )  # fmt: skip
+            )
             found["held_out"] = list(data["held_out"])
             found["speed"] = {key: written[key] for key in SPEED if key in written}
             found["metadata"] = {"seed": str(config["seed"])} | metadata

@@ -34,15 +34,11 @@ class Run:
     adapter: dict  # fingerprint, rank, alpha, metadata, training: what metrics.json says of it
     base: list  # PIL pictures, prompt by prompt and seed by seed
     lora: list  # likewise
-    points: dict = field(
-        default_factory=dict
-    )  # {Point: pictures}, where more than `lora` was asked for
+    points: dict = field(default_factory=dict)  # {Point: pictures}, where more than `lora` was asked for
     rows: list = None  # a dict a picture; see `score`
     folder: Path = None  # the adapter's, where its pictures are drawn; not where they are read
     pairs: np.ndarray = None  # LPIPS between the LoRA pictures of a prompt, [prompts, seeds, seeds]
-    embeddings: dict = (
-        None  # {"base", "lora", "lora_mirrored"}: CLIP embeddings [prompts, seeds, d]
-    )
+    embeddings: dict = None  # {"base", "lora", "lora_mirrored"}: CLIP embeddings [prompts, seeds, d]
     sweep: dict = field(default_factory=dict)  # {Point: Run} of `points`, scored
     saving: list = ()  # futures of what writes its pictures meanwhile
 
@@ -116,8 +112,10 @@ def note_other_pictures(runs, training, data_dir):
     """Say which adapters were trained on other pictures than those of the TrainingSet."""
     for run in runs:
         if training and not training.is_of(run.adapter):
-            print(f"note: {run.name} was trained on other pictures (or sizes) than {data_dir}; "
-                  "what it held out is not known here")  # fmt: skip
+            print(
+                f"note: {run.name} was trained on other pictures (or sizes) than {data_dir}; "
+                "what it held out is not known here"
+            )
 
 
 def picture_scores(images, texts, clip, training):
@@ -144,9 +142,7 @@ def nearest_rows(count, embeddings, training, adapter):
     if not training:
         return [dict(nearest_similarity=None, nearest_picture=None) for _ in range(count)]
     trained = training.trained_on(adapter)
-    nearest, which = nearest_training(
-        embeddings, training.embeddings[trained], training.mirrored[trained]
-    )
+    nearest, which = nearest_training(embeddings, training.embeddings[trained], training.mirrored[trained])
     return [
         dict(nearest_similarity=float(similarity), nearest_picture=training.names[trained[index]])
         for similarity, index in zip(nearest, which, strict=True)
@@ -189,9 +185,7 @@ def score_runs(runs, prompts, seeds, clip, training, device):
             if run.is_own(point):
                 run.sweep[point] = run
                 continue
-            run.sweep[point] = part = Run(
-                f"{run.name}, {point}", None, run.adapter, run.base, images
-            )
+            run.sweep[point] = part = Run(f"{run.name}, {point}", None, run.adapter, run.base, images)
             score(part, *scoring, embedded=False)
 
 
@@ -202,8 +196,10 @@ def shape_warnings(runs, training):
     width, height = runs[0].lora[0].size
     if any(abs(w / h / (width / height) - 1) < 0.1 for w, h in training.sizes):
         return []
-    return [f"The pictures are {width}x{height}, a shape that no training picture has: resized to squares for CLIP, "
-            "they lie further from the training pictures, and copies are found less surely."]  # fmt: skip
+    return [
+        f"The pictures are {width}x{height}, a shape that no training picture has: resized to squares for CLIP, "
+        "they lie further from the training pictures, and copies are found less surely."
+    ]
 
 
 def prompt_pairs(images, count, device):
@@ -221,12 +217,16 @@ def picture_warnings(runs, prompts, seeds):
         for kind, images in kinds:
             for (prompt, seed), image in zip(jobs, images, strict=True):
                 if all(low == high for low, high in image.convert("RGB").getextrema()):
-                    found.append(f"{run.name}: the {kind} picture of «{prompt}», seed {seed}, is one flat "
-                                 "colour: NaN in half precision, or a broken model")  # fmt: skip
+                    found.append(
+                        f"{run.name}: the {kind} picture of «{prompt}», seed {seed}, is one flat "
+                        "colour: NaN in half precision, or a broken model"
+                    )
         for (prompt, seed), image in zip(jobs, run.lora, strict=True):
             key = (prompt, seed, hashlib.sha256(image.tobytes()).hexdigest())
             if key in owners:
-                found.append(f"{owners[key]} and {run.name} have the same picture of «{prompt}», seed "
-                             f"{seed}: were both scored on one adapter?")  # fmt: skip
+                found.append(
+                    f"{owners[key]} and {run.name} have the same picture of «{prompt}», seed "
+                    f"{seed}: were both scored on one adapter?"
+                )
             owners.setdefault(key, run.name)
     return found

@@ -14,11 +14,7 @@ CATEGORY_TITLES = {
     "failure": "Nothing to do with it",
 }
 # What one wishes for their pictures.
-WISHED = {
-    "success": "should change",
-    "near": "should stay as it was",
-    "failure": "should stay as it was",
-}
+WISHED = {"success": "should change", "near": "should stay as it was", "failure": "should stay as it was"}
 # The questions of the verdicts in plain words.
 QUESTIONS = {
     "learned": "Does it draw what was taught?",
@@ -42,7 +38,7 @@ SENTENCES = {
         "Its pictures stay varied.",
         "whether its pictures stay varied enough",
     ),
-}  # fmt: skip
+}
 # Of prompts that did not ask for the concept: their category, what they are called, and the answer
 # by which they are left alone.
 OTHERS = {
@@ -58,9 +54,7 @@ def concept_name(adapters):
     captions = {known.get("caption") for known in metadata}
     caption = captions.pop() if len(captions) == 1 else None
     # run_folder.py writes «5 captions» for several.
-    return (
-        f"«{caption}»" if caption and not re.fullmatch(r"\d+ captions", caption) else "the concept"
-    )
+    return f"«{caption}»" if caption and not re.fullmatch(r"\d+ captions", caption) else "the concept"
 
 
 def plain_sentence(verdict, concept, summary=None):

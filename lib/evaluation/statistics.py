@@ -143,8 +143,7 @@ def mean_interval(values, level=0.95):
     else:
         half = half_widths(squares, runs, seeds, (1 - level) / 2)[0]
         p = 2 * upper_tails(np.abs([mean]), squares, runs, seeds)[0]
-    return dict(mean=float(mean), low=float(mean - half), high=float(mean + half), p=float(p),
-                runs=runs, seeds=seeds)  # fmt: skip
+    return dict(mean=float(mean), low=float(mean - half), high=float(mean + half), p=float(p), runs=runs, seeds=seeds)
 
 
 def equivalence(values, margin):
@@ -221,9 +220,7 @@ def smallest_detectable(values, alpha=0.05, power=0.8):
     half = half_widths(again, runs, seeds, alpha / 2)
 
     def lacking(difference):
-        found = special.ndtr((difference - half) / error) + special.ndtr(
-            (-difference - half) / error
-        )
+        found = special.ndtr((difference - half) / error) + special.ndtr((-difference - half) / error)
         return power - found.mean()
 
     return float(optimize.brentq(lacking, 0, half.max() + 10 * error, rtol=1e-6))

@@ -12,21 +12,8 @@ from lib.evaluation.comparison import COMPARED, answered, differences
 from lib.evaluation.effects import no_change_reason
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import FEWEST_RUNS, mean_interval, runs_to_tell
-from lib.evaluation.study_measures import (
-    BASELINE,
-    MINIATURE,
-    at_equal_concept,
-    rank_correlations,
-    raw_points,
-)
-from lib.evaluation.study_parts import (
-    columns_part,
-    devices_text,
-    most_of,
-    time_part,
-    time_ratios,
-    time_text,
-)
+from lib.evaluation.study_measures import BASELINE, MINIATURE, at_equal_concept, rank_correlations, raw_points
+from lib.evaluation.study_parts import columns_part, devices_text, most_of, time_part, time_ratios, time_text
 
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
 NOT_TESTABLE = "not testable here"
@@ -115,10 +102,7 @@ CLAIMS = (
         "LoRA suffices where DoRA could be used",
         "LoRA's capacity is adequate",
         "forest.png",
-        (
-            Part("what was taught", "not higher", "dora", TAUGHT),
-            *spoiled("not lower", "dora", ("concept_similarity",)),
-        ),
+        (Part("what was taught", "not higher", "dora", TAUGHT), *spoiled("not lower", "dora", ("concept_similarity",))),
         timed="dora",
     ),
     Claim(
@@ -160,7 +144,7 @@ CLAIMS = (
             Part("unrelated prompts", "lower", "protected", (("change", "failure"),), 0.1),
         ),
     ),
-)  # fmt: skip
+)
 
 
 def judged(says, answers):
@@ -204,16 +188,27 @@ def judge_claims(study):
     rows = answered(found, deciding)
     claims = []
     for claim in CLAIMS:
-        record = dict(number=claim.number, title=claim.title, words=claim.words, figure=claim.figure, parts=[], notes=[])  # fmt: skip
+        record = dict(
+            number=claim.number, title=claim.title, words=claim.words, figure=claim.figure, parts=[], notes=[]
+        )
         for part in parts_of(claim):
-            own = [row for row, owner in zip(rows, owners, strict=True) if owner == (claim.number, part.about)]  # fmt: skip
+            own = [row for row, owner in zip(rows, owners, strict=True) if owner == (claim.number, part.about)]
             if own:
                 verdict, stands = judged(part.says, [row["answer"] for row in own])
                 if claim.not_on_miniature and on_miniature(study):
                     verdict, stands = NOT_TESTABLE, None
                 decides = [row["decides"] for row in own if "decides" in row]
-                record["parts"].append(dict(about=part.about, says=part.says, verdict=verdict, stands=stands, comparisons=own, text=None,
-                                            decides=most_of(decides) if stands is None and verdict != NOT_TESTABLE else None))  # fmt: skip
+                record["parts"].append(
+                    dict(
+                        about=part.about,
+                        says=part.says,
+                        verdict=verdict,
+                        stands=stands,
+                        comparisons=own,
+                        text=None,
+                        decides=most_of(decides) if stands is None and verdict != NOT_TESTABLE else None,
+                    )
+                )
         if claim.not_on_miniature and on_miniature(study):
             record["notes"].append(claim.not_on_miniature)
         claims.append(record)
@@ -224,9 +219,11 @@ def judge_claims(study):
         if claim.number == 8 and claim.timed in ratios:
             record["parts"].append(time_part(ratios[claim.timed], devices))
         elif claim.timed in ratios:
-            record["notes"].append(f"Its training steps took {time_text(ratios[claim.timed])} ({devices}).")  # fmt: skip
+            record["notes"].append(f"Its training steps took {time_text(ratios[claim.timed])} ({devices}).")
         if not record["parts"]:
-            record["notes"].insert(0, "Not measured: the concept, enough sampling seeds or a kind of prompts is missing.")  # fmt: skip
+            record["notes"].insert(
+                0, "Not measured: the concept, enough sampling seeds or a kind of prompts is missing."
+            )
     return claims, rows
 
 
@@ -263,7 +260,7 @@ def measured(study, claim, part):
             return []
         return [correlation(study, category)]
     pair = tuple((arm, study.arms[arm]) for arm in (BASELINE, part.arm))
-    return differences([pair], part.measures, study.prompts, study.base_pairs, study.margins, part.share)  # fmt: skip
+    return differences([pair], part.measures, study.prompts, study.base_pairs, study.margins, part.share)
 
 
 def correlation(study, category):
@@ -273,8 +270,14 @@ def correlation(study, category):
     interval = mean_interval(z)
     rho = {key: float(np.tanh(interval[key])) for key in ("mean", "low", "high")}
     above = z - np.arctanh(TELLS)
-    row = dict(metric="rank correlation", category=category, margin=None, correlation=rho, **mean_interval(above),
-               equivalence=dict(low=None, high=None, p=1.0))  # fmt: skip
+    row = dict(
+        metric="rank correlation",
+        category=category,
+        margin=None,
+        correlation=rho,
+        **mean_interval(above),
+        equivalence=dict(low=None, high=None, p=1.0),
+    )
     return row, above
 
 
@@ -289,7 +292,5 @@ def deciding(row, values, tests):
         if needed is not None:
             needed = max(needed, runs + 1)
             drawn = f" of {more} sampling seeds" if more != seeds else ""
-            return dict(
-                training_seeds=needed, text=f"about {needed} training seeds{drawn} would decide"
-            )
+            return dict(training_seeds=needed, text=f"about {needed} training seeds{drawn} would decide")
     return dict(training_seeds=None, text="no study of this kind would decide")

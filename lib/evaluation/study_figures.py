@@ -44,7 +44,7 @@ def forest_figure(questions):
         for y, row in enumerate(rows):
             colour = ANSWER_COLOURS.get(row["answer"], DIFFERENT if row["answer"] else NOT_ASKED)
             inner, line = row["equivalence"], "-" if row["answer"] else ":"
-            axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=1.2, linestyle=line)  # fmt: skip
+            axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=1.2, linestyle=line)
             if row["answer"]:
                 axes.plot([inner["low"], inner["high"]], [y, y], color=colour, linewidth=3.5)
             axes.plot(row["mean"], y, "o", color=colour, markersize=5)
@@ -75,8 +75,10 @@ def trade_off_figure(runs):
             axes.plot(x, y, "o", color=colour, markersize=5, alpha=0.75, label=arm_name(arm))
         axes.axhline(0, color="#888888", linewidth=0.8, zorder=0)
         axes.margins(0.08)
-        tidy(axes, f"{CATEGORY_NAMES[category]}: contamination", f"success prompts {TOWARD}", TOWARD)  # fmt: skip
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)  # fmt: skip
+        tidy(axes, f"{CATEGORY_NAMES[category]}: contamination", f"success prompts {TOWARD}", TOWARD)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
     return figure
 
 
@@ -90,11 +92,15 @@ def scales_figure(lines, level):
         for (arm, found), colour in zip(lines.items(), ("#000000", "#d55e00"), strict=True):
             x, y = found["concept_similarity", "success"], found["change", category]
             axes.plot(x.T, y.T, color=colour, linewidth=0.7, alpha=0.3)
-            axes.plot(x.mean(0), y.mean(0), "o-", color=colour, linewidth=2, markersize=4, label=arm_name(arm))  # fmt: skip
+            axes.plot(x.mean(0), y.mean(0), "o-", color=colour, linewidth=2, markersize=4, label=arm_name(arm))
         if level is not None:
             axes.axvline(level, color="#2a6b3f", linestyle="--", linewidth=1, label="compared here")
-        tidy(axes, f"{CATEGORY_NAMES[category]}: change", "concept similarity gained, success prompts",
-             "change (share of the way to another picture)")  # fmt: skip
+        tidy(
+            axes,
+            f"{CATEGORY_NAMES[category]}: change",
+            "concept similarity gained, success prompts",
+            "change (share of the way to another picture)",
+        )
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 
@@ -110,10 +116,19 @@ def change_figure(study, correlations):
         change, movement = change_and_movement(study, category)
         for arm, colour in colours(study.arms).items():
             own = [index for index, name in enumerate(names) if name == arm]
-            axes.plot(change[:, own].ravel(), movement[:, own].ravel(), "o", color=colour, markersize=3, alpha=0.45,
-                      label=arm_name(arm))  # fmt: skip
+            axes.plot(
+                change[:, own].ravel(),
+                movement[:, own].ravel(),
+                "o",
+                color=colour,
+                markersize=3,
+                alpha=0.45,
+                label=arm_name(arm),
+            )
         axes.axhline(0, color="#888888", linewidth=0.8, zorder=0)
         title = f"{CATEGORY_NAMES[category]}: rank correlation {correlations[category]}"
         tidy(axes, title, "change (share of the way to another picture)", TOWARD)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)  # fmt: skip
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
     return figure

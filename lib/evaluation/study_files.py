@@ -42,21 +42,23 @@ def read_study(folder, arms, scaled):
     """
     folder, notes, records = Path(folder), [], {}
     if scaled and not any(folder.glob("scales_seed*/*/metrics.json")):
-        notes.append("No arm was drawn with less of its adapter, so between the base model and an arm a straight line "
-                     "stands in for its scales.")  # fmt: skip
+        notes.append(
+            "No arm was drawn with less of its adapter, so between the base model and an arm a straight line "
+            "stands in for its scales."
+        )
         scaled = ()
     for place in sorted(folder.glob("seed*"), key=lambda place: (len(place.name), place.name)):
         if not place.name.removeprefix("seed").isdecimal():
             continue
         seed = int(place.name.removeprefix("seed"))
         paths = {(arm, "own"): place / f"{arm}_seed{seed}" for arm in arms}
-        paths |= {
-            (a, "scales"): folder / f"scales_{place.name}" / f"{a}_seed{seed}" for a in scaled
-        }
-        missing = [p for p in (*paths.values(), place / "comparison") if not (p / "metrics.json").is_file()]  # fmt: skip
+        paths |= {(a, "scales"): folder / f"scales_{place.name}" / f"{a}_seed{seed}" for a in scaled}
+        missing = [p for p in (*paths.values(), place / "comparison") if not (p / "metrics.json").is_file()]
         if missing:
-            notes.append(f"Training seed {seed} is passed over: it is not whole ({missing[0]} and "
-                         f"{len(missing) - 1} more are missing).")  # fmt: skip
+            notes.append(
+                f"Training seed {seed} is passed over: it is not whole ({missing[0]} and "
+                f"{len(missing) - 1} more are missing)."
+            )
             continue
         records[seed] = {key: (path, read_record(path)) for key, path in paths.items()}
     if not records:
@@ -73,8 +75,10 @@ def read_record(folder):
             record[key]
         return record
     except (ValueError, KeyError, TypeError, OSError) as problem:
-        raise UserError(f"{path} is not what inference.py writes now ({problem!r}); draw it again, or "
-                        "measure its pictures again with --rescore") from None  # fmt: skip
+        raise UserError(
+            f"{path} is not what inference.py writes now ({problem!r}); draw it again, or "
+            "measure its pictures again with --rescore"
+        ) from None
 
 
 def study_of(records, arms, scaled, notes):
@@ -86,12 +90,11 @@ def study_of(records, arms, scaled, notes):
     for place, record in every:
         how = {key: record["config"].get(key) for key in DRAWN_WITH}
         if (asked(record), how) != ((prompts, seeds), drawn):
-            raise UserError(
-                f"{place} has other prompts, sampling seeds or settings than {first_place}; draw it again"
-            )
+            raise UserError(f"{place} has other prompts, sampling seeds or settings than {first_place}; draw it again")
     shape = len(prompts), len(seeds)
-    runs = {key: [run_of(found[key][1], found[key][0], shape) for found in records.values()]
-            for key in every_key(records)}  # fmt: skip
+    runs = {
+        key: [run_of(found[key][1], found[key][0], shape) for found in records.values()] for key in every_key(records)
+    }
     by_arm = {arm: runs[arm, "own"] for arm in arms}
     own = [run for members in by_arm.values() for run in members]
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in own])
@@ -101,16 +104,23 @@ def study_of(records, arms, scaled, notes):
         same = zip(by_arm[arm], runs[arm, "scales"], strict=True)
         for run, other in same:
             if run.adapter.get("fingerprint") != other.adapter.get("fingerprint"):
-                raise UserError(f"{other.target} was drawn with another adapter than {run.target}; draw it again")  # fmt: skip
+                raise UserError(f"{other.target} was drawn with another adapter than {run.target}; draw it again")
         points = [points_of(found[arm, "scales"], shape) for found in records.values()]
         common = sorted(set.intersection(*(set(p) for p in points)))
         by_scale[arm] = {scale: [p[scale] for p in points] for scale in common}
     return Study(
-        list(records), seeds, prompts, full_pairs(first["pairs"]["base"], shape), by_arm, by_scale,
-        first["summary"]["margins"], drawn,
+        list(records),
+        seeds,
+        prompts,
+        full_pairs(first["pairs"]["base"], shape),
+        by_arm,
+        by_scale,
+        first["summary"]["margins"],
+        drawn,
         {key: first.get(key) for key in ("versions", "commit", "device")},
-        [str(place / "metrics.json") for place, _ in every], notes,
-    )  # fmt: skip
+        [str(place / "metrics.json") for place, _ in every],
+        notes,
+    )
 
 
 def every_key(records):
@@ -136,7 +146,7 @@ def full_pairs(listed, shape):
 def run_of(record, folder, shape):
     """A Run without pictures, of an adapter as training left it."""
     pairs = full_pairs(record["pairs"]["lora"], shape)
-    return Run(record["run"], folder, record["adapter"], [], [], rows=record["pictures"], pairs=pairs)  # fmt: skip
+    return Run(record["run"], folder, record["adapter"], [], [], rows=record["pictures"], pairs=pairs)
 
 
 def points_of(found, shape):

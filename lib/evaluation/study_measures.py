@@ -22,7 +22,7 @@ AT_EQUAL = (
 
 def concept_moved(runs, prompts):
     """How far each picture moved toward the training pictures: [runs, prompts, seeds]."""
-    found = [[grid(r, "concept_similarity", model, prompts) for model in ("lora", "base")] for r in runs]  # fmt: skip
+    found = [[grid(r, "concept_similarity", model, prompts) for model in ("lora", "base")] for r in runs]
     return np.stack([lora - base for lora, base in found])
 
 
@@ -38,7 +38,7 @@ def ceiling(base_pairs, kept):
 
 def adapters(study):
     """Every adapter that was drawn: [runs of each training seed], an arm as it is or with a scale below 1."""
-    less = [runs for points in study.scaled.values() for scale, runs in points.items() if scale != 1]  # fmt: skip
+    less = [runs for points in study.scaled.values() for scale, runs in points.items() if scale != 1]
     return [*study.arms.values(), *less]
 
 
@@ -58,7 +58,7 @@ def raw_points(study, chosen):
 
 
 def points_at(lpips, moved, base_pairs, kept):
-    return lpips[..., kept].mean(axis=-1) / ceiling(base_pairs, kept), moved[..., kept].mean(axis=-1)  # fmt: skip
+    return lpips[..., kept].mean(axis=-1) / ceiling(base_pairs, kept), moved[..., kept].mean(axis=-1)
 
 
 def rank_correlations(lpips, moved, base_pairs):
@@ -133,8 +133,12 @@ def at_equal_concept(study):
     holds the error of the interpolation too. None where an arm moves its success prompts nowhere.
     """
     keys = [*AT_EQUAL, "scale"]
-    names = [*AT_EQUAL, *(f"log change {c}" for c in ("near", "failure")), "level",
-             *(f"scale {arm}" for arm in (BASELINE, HELD))]  # fmt: skip
+    names = [
+        *AT_EQUAL,
+        *(f"log change {c}" for c in ("near", "failure")),
+        "level",
+        *(f"scale {arm}" for arm in (BASELINE, HELD)),
+    ]
     raw = [raw_curves(study, arm) for arm in (BASELINE, HELD)]
 
     def measured(kept):
@@ -148,8 +152,8 @@ def at_equal_concept(study):
                 others = np.stack([arm[k] if k == "scale" else arm[k][seed] for k in keys])
                 ends.append(dict(zip(keys, reached(level, line[seed], others), strict=True)))
             one, two = ends
-            ratios = [np.log(max(two["change", c], 1e-9) / max(one["change", c], 1e-9)) for c in ("near", "failure")]  # fmt: skip
-            rows.append([*(two[k] - one[k] for k in AT_EQUAL), *ratios, level, one["scale"], two["scale"]])  # fmt: skip
+            ratios = [np.log(max(two["change", c], 1e-9) / max(one["change", c], 1e-9)) for c in ("near", "failure")]
+            rows.append([*(two[k] - one[k] for k in AT_EQUAL), *ratios, level, one["scale"], two["scale"]])
         return np.array(rows).T
 
     every = np.arange(len(study.sampling_seeds))
@@ -174,10 +178,10 @@ def columns(study, one=BASELINE, other="rank8"):
     for arm in (one, other):
         clip = np.stack([grid(run, "clip", "lora", study.prompts) for run in study.arms[arm]])
         lpips = distances(study.arms[arm], study.prompts)
-        figures.append(np.stack([clip[:, success].mean(1), lpips[:, success].mean(1), lpips[:, found[0]]]))  # fmt: skip
+        figures.append(np.stack([clip[:, success].mean(1), lpips[:, success].mean(1), lpips[:, found[0]]]))
     apart = np.abs(figures[1] - figures[0])
     same = (np.round(figures[0], 4) == np.round(figures[1], 4)).all(axis=0)
-    return dict(same=same, apart=dict(zip(("clip", "lpips", "cat"), apart.mean(axis=(1, 2)), strict=True)))  # fmt: skip
+    return dict(same=same, apart=dict(zip(("clip", "lpips", "cat"), apart.mean(axis=(1, 2)), strict=True)))
 
 
 def training_seconds(study):

@@ -12,20 +12,8 @@ from lib.evaluation.comparison import COMPARED, differences
 from lib.evaluation.effects import effects
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import mean_interval
-from lib.evaluation.study_claims import (
-    NOT_TESTABLE,
-    TELLS,
-    can_move,
-    equal_concept,
-    judge_claims,
-    judged,
-)
-from lib.evaluation.study_figures import (  # fmt: skip
-    change_figure,
-    forest_figure,
-    scales_figure,
-    trade_off_figure,
-)
+from lib.evaluation.study_claims import NOT_TESTABLE, TELLS, can_move, equal_concept, judge_claims, judged
+from lib.evaluation.study_figures import change_figure, forest_figure, scales_figure, trade_off_figure
 from lib.evaluation.study_files import read_study
 from lib.evaluation.study_measures import BASELINE, HELD, curves, raw_curves
 from lib.evaluation.study_parts import devices_text, time_ratios, time_table
@@ -61,12 +49,23 @@ def write_study(folder, arms, scaled):
     for name, figure in drawn.items():
         figure.savefig(folder / name)
     record = dict(
-        what=study_words.what_was_done(study), limits=list(study_words.limits(study)), notes=study.notes,
-        claims=claims, questions=questions, at_equal_concept=equal, times=time_ratios(study),
-        devices=devices_text(study), runs=runs, margins=study.margins, config=study.drawn_with,
-        training_seeds=study.training_seeds, sampling_seeds=study.sampling_seeds, prompts=study.prompts,
-        **study.provenance, files=[Path(path).relative_to(folder).as_posix() for path in study.files],
-    )  # fmt: skip
+        what=study_words.what_was_done(study),
+        limits=list(study_words.limits(study)),
+        notes=study.notes,
+        claims=claims,
+        questions=questions,
+        at_equal_concept=equal,
+        times=time_ratios(study),
+        devices=devices_text(study),
+        runs=runs,
+        margins=study.margins,
+        config=study.drawn_with,
+        training_seeds=study.training_seeds,
+        sampling_seeds=study.sampling_seeds,
+        prompts=study.prompts,
+        **study.provenance,
+        files=[Path(path).relative_to(folder).as_posix() for path in study.files],
+    )
     page = study_page(study, claims, rows, questions, drawn, strip_uri(folder, study), record)
     write_bytes(folder / "claims.md", study_words.claims_markdown(study, claims, rows).encode())
     write_bytes(folder / "report.html", page.encode())
@@ -77,19 +76,30 @@ def write_study(folder, arms, scaled):
 def forests(study, tested):
     """A forest plot a question: dicts of `metric`, `category`, `title`, `margin` and `rows`, every arm's
     difference to rank 32, sorted, with its `answer` where a claim rests on it, else None."""
-    pairs = [((BASELINE, study.arms[BASELINE]), (arm, runs)) for arm, runs in study.arms.items() if arm != BASELINE]  # fmt: skip
+    pairs = [((BASELINE, study.arms[BASELINE]), (arm, runs)) for arm, runs in study.arms.items() if arm != BASELINE]
     found = differences(pairs, COMPARED, study.prompts, study.base_pairs, study.margins)
     answers = {
         (row["second"], row["metric"], row["category"]): row["answer"]
-        for row in tested if "correlation" not in row and "share" not in row
-    }  # fmt: skip
+        for row in tested
+        if "correlation" not in row and "share" not in row
+    }
     questions = []
     for (metric, category), title in QUESTIONS.items():
-        rows = [dict(row, arm=row["second"], answer=answers.get((row["second"], metric, category)))
-                for row, _ in found if (row["metric"], row["category"]) == (metric, category)]  # fmt: skip
+        rows = [
+            dict(row, arm=row["second"], answer=answers.get((row["second"], metric, category)))
+            for row, _ in found
+            if (row["metric"], row["category"]) == (metric, category)
+        ]
         if rows:
-            questions.append(dict(metric=metric, category=category, title=title, margin=study.margins[metric],
-                                  rows=sorted(rows, key=lambda row: row["mean"])))  # fmt: skip
+            questions.append(
+                dict(
+                    metric=metric,
+                    category=category,
+                    title=title,
+                    margin=study.margins[metric],
+                    rows=sorted(rows, key=lambda row: row["mean"]),
+                )
+            )
     return questions
 
 
@@ -117,7 +127,7 @@ def run_rows(study):
     for arm, runs in study.arms.items():
         found = effects(runs, study.prompts, study.base_pairs)
         for index, (seed, run) in enumerate(zip(study.training_seeds, runs, strict=True)):
-            row = dict(arm=arm, seed=seed, file=f"{run.target.parent.name}/{run.target.name}/metrics.json")  # fmt: skip
+            row = dict(arm=arm, seed=seed, file=f"{run.target.parent.name}/{run.target.name}/metrics.json")
             for key, values in found.items():
                 for category in dict.fromkeys(category for category, _ in study.prompts):
                     chosen = members(study.prompts, category)
@@ -136,8 +146,11 @@ def charts(study, claims, questions, runs, equal):
     found["trade_off.png"] = trade_off_figure(runs)
     correlations = {
         row["category"]: words.interval_text(row["correlation"])
-        for claim in claims for part in claim["parts"] for row in part["comparisons"] if "correlation" in row
-    }  # fmt: skip
+        for claim in claims
+        for part in claim["parts"]
+        for row in part["comparisons"]
+        if "correlation" in row
+    }
     found["change_and_concept.png"] = change_figure(study, correlations)
     every = np.arange(len(study.sampling_seeds))
     lines = {arm: curves(study, raw_curves(study, arm), every) for arm in (BASELINE, HELD)}
@@ -160,16 +173,12 @@ def claim_bars(claim):
     for part in claim["parts"]:
         for row in part["comparisons"]:
             label = f"{words.NAMES.get(row['metric'], row['metric'])}, {study_words.CATEGORY_NAMES[row['category']]}"
-            stands = (
-                judged(part["says"], [row["answer"]])[1]
-                if part["verdict"] != NOT_TESTABLE
-                else None
-            )
+            stands = judged(part["says"], [row["answer"]])[1] if part["verdict"] != NOT_TESTABLE else None
             shared = dict(label=label, answer=row["answer"], kind=KINDS[stands])
             if "correlation" in row:
                 found = row["correlation"]
                 answer = study_words.comparison_text(row).rpartition(": ")[2]
-                rows.append(shared | dict(found, band=(-TELLS, TELLS), text=words.interval_text(found), answer=answer))  # fmt: skip
+                rows.append(shared | dict(found, band=(-TELLS, TELLS), text=words.interval_text(found), answer=answer))
             else:
                 scaled = {key: row[key] / row["margin"] for key in ("mean", "low", "high")}
                 rows.append(shared | dict(scaled, band=(-1, 1), text=words.interval_text(row)))
@@ -180,21 +189,27 @@ def question_bars(question):
     """A forest plot of the page: the arms' bars on one scale."""
     band = (-question["margin"], question["margin"])
     rows = [
-        dict(label=study_words.arm_name(row["arm"]), answer=row["answer"] or "", band=band,
-             text=words.interval_text(row), **{key: row[key] for key in ("mean", "low", "high")})
+        dict(
+            label=study_words.arm_name(row["arm"]),
+            answer=row["answer"] or "",
+            band=band,
+            text=words.interval_text(row),
+            **{key: row[key] for key in ("mean", "low", "high")},
+        )
         for row in question["rows"]
-    ]  # fmt: skip
+    ]
     return dict(title=question["title"], margin=question["margin"], rows=placed(rows))
 
 
 def study_page(study, claims, rows, questions, drawn, strip, record):
     """report.html."""
     how = (study.prompts, study.base_pairs, study.margins)
-    summaries = {study_words.arm_name(arm): analyse(runs, *how) for arm, runs in study.arms.items()}  # fmt: skip
+    summaries = {study_words.arm_name(arm): analyse(runs, *how) for arm, runs in study.arms.items()}
     cards = [
-        claim | dict(kind=KINDS[study_words.stands(claim)], verdict=study_words.verdict_text(claim), bars=claim_bars(claim))
+        claim
+        | dict(kind=KINDS[study_words.stands(claim)], verdict=study_words.verdict_text(claim), bars=claim_bars(claim))
         for claim in claims
-    ]  # fmt: skip
+    ]
     return pages.TEMPLATES.get_template("study.html").render(
         title="An answer to every claim",
         what=study_words.what_was_done(study),
@@ -209,7 +224,11 @@ def study_page(study, claims, rows, questions, drawn, strip, record):
         figures=words.comparison_table(summaries),
         times=time_table(study, study_words.arm_name),
         details=json.dumps(
-            {key: record[key] for key in ("config", "margins", "prompts", "versions", "commit", "device", "devices", "files")},
-            indent=2, ensure_ascii=False,
+            {
+                key: record[key]
+                for key in ("config", "margins", "prompts", "versions", "commit", "device", "devices", "files")
+            },
+            indent=2,
+            ensure_ascii=False,
         ),
-    )  # fmt: skip
+    )

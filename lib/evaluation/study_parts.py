@@ -7,9 +7,7 @@ from lib.evaluation.study_measures import BASELINE, columns, training_seconds
 
 A_THIRD = 5 / 12  # a time below is a third rather than a half
 FIVE = dict(training_seeds=5, text="five training seeds would decide")
-QUIET = dict(
-    training_seeds=None, text="more training seeds on a machine that does nothing else would decide"
-)
+QUIET = dict(training_seeds=None, text="more training seeds on a machine that does nothing else would decide")
 
 
 def most_of(decides):
@@ -33,13 +31,22 @@ def columns_part(study):
         verdict, stands = "refuted", False
     elif same.all() and seeds >= FEWEST_RUNS:
         verdict, stands = "supported", True
-    text = (f"in {int(same.sum())} of {same.size} pairs of columns, each of one picture a prompt, the three figures are "
-            f"the same to four digits; they lie {apart['clip']:.3f} (CLIP), {apart['lpips']:.3f} (LPIPS) and "
-            f"{apart['cat']:.3f} (LPIPS of the cat) apart on average")  # fmt: skip
+    text = (
+        f"in {int(same.sum())} of {same.size} pairs of columns, each of one picture a prompt, the three figures are "
+        f"the same to four digits; they lie {apart['clip']:.3f} (CLIP), {apart['lpips']:.3f} (LPIPS) and "
+        f"{apart['cat']:.3f} (LPIPS of the cat) apart on average"
+    )
     if not same.any():
         text += f"; at most {most:.0%} of training seeds give such a pair"
-    return dict(about="the columns", says="same", verdict=verdict, stands=stands, comparisons=[], text=text,
-                decides=None if stands is not None else FIVE)  # fmt: skip
+    return dict(
+        about="the columns",
+        says="same",
+        verdict=verdict,
+        stands=stands,
+        comparisons=[],
+        text=text,
+        decides=None if stands is not None else FIVE,
+    )
 
 
 def time_ratios(study):
@@ -76,16 +83,21 @@ def time_part(ratio, devices):
         elif ratio["low"] > A_THIRD:
             verdict, stands = "refuted", False
     text = f"its training steps took {time_text(ratio)} ({devices})"
-    return dict(about="the time", says="lower", verdict=verdict, stands=stands, comparisons=[], text=text,
-                decides=None if stands is not None else FIVE if few else QUIET)  # fmt: skip
+    return dict(
+        about="the time",
+        says="lower",
+        verdict=verdict,
+        stands=stands,
+        comparisons=[],
+        text=text,
+        decides=None if stands is not None else FIVE if few else QUIET,
+    )
 
 
 def devices_text(study):
     """The devices that the runs were trained on."""
-    found = [run.adapter.get("speed", {}).get("device") for runs in study.arms.values() for run in runs]  # fmt: skip
-    return (
-        ", ".join(dict.fromkeys(name for name in found if name)) or "on a device that is not known"
-    )
+    found = [run.adapter.get("speed", {}).get("device") for runs in study.arms.values() for run in runs]
+    return ", ".join(dict.fromkeys(name for name in found if name)) or "on a device that is not known"
 
 
 def time_table(study, arm_name):
@@ -98,5 +110,5 @@ def time_table(study, arm_name):
         memory = [run.adapter["speed"].get("peak_gib_reserved") for run in study.arms[arm]]
         ratio = ratios.get(arm)
         beside = ratio_text(ratio) if ratio and arm != BASELINE else "–"
-        rows.append([arm_name(arm), f"{took.mean():.1f}", beside, f"{np.mean(memory):.2f}" if all(memory) else "–"])  # fmt: skip
+        rows.append([arm_name(arm), f"{took.mean():.1f}", beside, f"{np.mean(memory):.2f}" if all(memory) else "–"])
     return rows

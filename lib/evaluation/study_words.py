@@ -4,9 +4,7 @@ from lib.evaluation.study_measures import BASELINE, HELD, MINIATURE
 from lib.evaluation.study_parts import most_of, time_table
 from lib.evaluation.words import NAMES, interval_text, markdown_table
 
-CATEGORY_NAMES = {
-    "success": "success prompts", "near": "near prompts", "failure": "unrelated prompts",
-}  # fmt: skip
+CATEGORY_NAMES = {"success": "success prompts", "near": "near prompts", "failure": "unrelated prompts"}
 # What stands beside every verdict on the miniature.
 LIMITS = (
     "The miniature knows eight things and a few dozen words, so what is near the concept or unrelated to it is "
@@ -28,8 +26,13 @@ def limits(study):
 
 def arm_name(arm):
     """«rank 32», «UNet only»: an arm to a reader."""
-    named = dict(rank32="rank 32", rank8="rank 8", unet_only="UNet only", dora="DoRA",
-                 protected_plain_loss="protected, ordinary loss")  # fmt: skip
+    named = dict(
+        rank32="rank 32",
+        rank8="rank 8",
+        unet_only="UNet only",
+        dora="DoRA",
+        protected_plain_loss="protected, ordinary loss",
+    )
     return named.get(arm, arm.replace("_", " "))
 
 
@@ -37,8 +40,10 @@ def what_was_done(study):
     """The size of the study, a sentence."""
     counts = {c: sum(category == c for category, _ in study.prompts) for c in CATEGORY_NAMES}
     named = ", ".join(f"{counts[c]} {name}" for c, name in CATEGORY_NAMES.items())
-    return (f"{len(study.arms)} arms, {count_text(len(study.training_seeds), 'training seed')} each, "
-            f"{count_text(len(study.sampling_seeds), 'sampling seed')} a prompt: {named}.")  # fmt: skip
+    return (
+        f"{len(study.arms)} arms, {count_text(len(study.training_seeds), 'training seed')} each, "
+        f"{count_text(len(study.sampling_seeds), 'sampling seed')} a prompt: {named}."
+    )
 
 
 def count_text(number, what):
@@ -47,10 +52,12 @@ def count_text(number, what):
 
 def note_text(rows):
     """How the comparisons were tested."""
-    return (f"95% intervals over training and sampling seeds. Higher or lower: the interval leaves out 0; equivalent: the "
-            f"90% interval lies within the margin (two one-sided tests); both after Holm's correction over the {len(rows)} "
-            "comparisons that the claims rest on, which were laid down before anything was drawn. What would decide is told "
-            "for the case that the truth is what was measured. With fewer than three training seeds nothing is claimed.")  # fmt: skip
+    return (
+        f"95% intervals over training and sampling seeds. Higher or lower: the interval leaves out 0; equivalent: the "
+        f"90% interval lies within the margin (two one-sided tests); both after Holm's correction over the {len(rows)} "
+        "comparisons that the claims rest on, which were laid down before anything was drawn. What would decide is told "
+        "for the case that the truth is what was measured. With fewer than three training seeds nothing is claimed."
+    )
 
 
 def comparison_text(row):
@@ -60,10 +67,8 @@ def comparison_text(row):
         answer = {"higher": "at least 0.5", "lower": "below 0.5"}.get(row["answer"], row["answer"])
         return f"rank correlation, {prompts}: {interval_text(row['correlation'])}: {answer}"
     if "share" in row:
-        prompts += (
-            f", beside {row['share']:.0%} of rank 32's" if row["share"] else ", the arm alone"
-        )
-    return f"{NAMES[row['metric']]}, {prompts}: {interval_text(row)} (margin {row['margin']:g}): {row['answer']}"  # fmt: skip
+        prompts += f", beside {row['share']:.0%} of rank 32's" if row["share"] else ", the arm alone"
+    return f"{NAMES[row['metric']]}, {prompts}: {interval_text(row)} (margin {row['margin']:g}): {row['answer']}"
 
 
 def part_lines(part):
@@ -123,14 +128,14 @@ def claims_table(claims):
         whose = f"“{claim['words']}”" if claim["words"] else "ours"
         rests_on = "; ".join(telling(part) for part in claim["parts"]) or " ".join(claim["notes"])
         figure = f"[picture]({claim['figure']})" if claim["parts"] else "–"
-        rows.append([f"{claim['number']}. {claim['title']}", whose, rests_on, f"**{verdict_text(claim)}**", figure])  # fmt: skip
+        rows.append([f"{claim['number']}. {claim['title']}", whose, rests_on, f"**{verdict_text(claim)}**", figure])
     return rows
 
 
 def claim_section(claim):
     """All that was measured of a claim, as Markdown."""
     lines = [line for part in claim["parts"] for line in part_lines(part)]
-    return "\n".join([f"## {sentence(claim)}", "", *(f"- {line}" for line in [*lines, *claim["notes"]])])  # fmt: skip
+    return "\n".join([f"## {sentence(claim)}", "", *(f"- {line}" for line in [*lines, *claim["notes"]])])
 
 
 def claims_markdown(study, claims, rows):
@@ -161,5 +166,7 @@ def equal_concept_text(equal):
         f"{CATEGORY_NAMES[category]} {interval_text(equal[f'ratio {category}'], sign=False)} times"
         for category in ("near", "failure")
     )
-    return (f"At equal concept ({interval_text(level)}, where rank 32 is drawn with {less['mean']:.2f} of the adapter and "
-            f"{arm_name(HELD)} with {held['mean']:.2f}) {arm_name(HELD)} changed {ratios} as much.")  # fmt: skip
+    return (
+        f"At equal concept ({interval_text(level)}, where rank 32 is drawn with {less['mean']:.2f} of the adapter and "
+        f"{arm_name(HELD)} with {held['mean']:.2f}) {arm_name(HELD)} changed {ratios} as much."
+    )

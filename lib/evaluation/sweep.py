@@ -45,9 +45,7 @@ def sweep_summary(run, prompts, base_pairs, margins):
     by a blank, and `held_out`, the change of the held-out loss since before the first step, over the
     held-out pictures. `choice` is None where the concept or enough seeds are missing.
     """
-    values = {
-        point: swept_values(part, prompts, base_pairs) for point, part in sorted(run.sweep.items())
-    }
+    values = {point: swept_values(part, prompts, base_pairs) for point, part in sorted(run.sweep.items())}
     losses = run.adapter.get("held_out_losses", {})
     rows = []
     for point, found in values.items():
@@ -70,9 +68,7 @@ def choice_of(values, margin):
     """
     gains = {point: found[CONCEPT] for point, found in values.items()}
     spoiled = {
-        point: np.mean(
-            [found[key] for key in OTHERS if key in found] or [0 * found[CONCEPT]], axis=0
-        )
+        point: np.mean([found[key] for key in OTHERS if key in found] or [0 * found[CONCEPT]], axis=0)
         for point, found in values.items()
     }
     picked = choose(gains, spoiled, margin)
@@ -110,8 +106,10 @@ def advice_text(choice, rows, margins):
     chosen, best, last = choice["chosen"], choice["best"], named(choice["greatest"])
     (choosing, reporting), margin = choice["seeds"], margins["concept_similarity"]
     if (chosen["step"], chosen["scale"]) == BASE:
-        return (f"None is advised. On the {choosing} seeds that choose, no step or scale brings success prompts nearer "
-                f"to the training pictures by more than one standard error and the margin of {margin:g}.")  # fmt: skip
+        return (
+            f"None is advised. On the {choosing} seeds that choose, no step or scale brings success prompts nearer "
+            f"to the training pictures by more than one standard error and the margin of {margin:g}."
+        )
     text = [
         f"Take {named(chosen)}. It is the earliest of those drawn from which no more of the adapter gains "
         f"concept similarity by more than one standard error and the margin of {margin:g}. It gained "
@@ -121,9 +119,7 @@ def advice_text(choice, rows, margins):
     if "going_on" in choice:
         text.append(going_on_text(choice["going_on"], last))
         if choice["going_on"][CONCEPT]["high"] > margin:
-            text.append(
-                f"More sampling seeds (--seeds {2 * (choosing + reporting)}) would tell that better."
-            )
+            text.append(f"More sampling seeds (--seeds {2 * (choosing + reporting)}) would tell that better.")
     if (best["step"], best["scale"]) != (chosen["step"], chosen["scale"]):
         text.append(
             f"The highest score on the choosing seeds had {named(best)}: {best['choosing']:+.3f} there, "
@@ -143,9 +139,7 @@ def going_on_text(further, last):
         text += ", a gain that the seeds that chose could not tell"
     if MATCH in further:
         text += f", the match with the prompt by {interval_text(further[MATCH])}"
-    moved = [
-        f"{name} {interval_text(further[key])}" for key, name in OTHERS.items() if key in further
-    ]
+    moved = [f"{name} {interval_text(further[key])}" for key, name in OTHERS.items() if key in further]
     if moved:
         text += f", and moved {' and '.join(moved)} further toward the training pictures"
     return text + ", on those others too."

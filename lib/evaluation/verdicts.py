@@ -18,13 +18,7 @@ from lib.evaluation.effects import copy_study, effects, grid, kernel_distances
 from lib.evaluation.lpips_distances import pair_mean
 from lib.evaluation.memorisation import UNTOLD, memorised
 from lib.evaluation.prompts import CATEGORIES, members
-from lib.evaluation.statistics import (
-    FEWEST_RUNS,
-    holm,
-    mean_interval,
-    runs_to_decide,
-    smallest_detectable,
-)
+from lib.evaluation.statistics import FEWEST_RUNS, holm, mean_interval, runs_to_decide, smallest_detectable
 from lib.evaluation.words import interval_text
 
 TOO_FEW_RUNS = {
@@ -64,13 +58,16 @@ def analyse(runs, prompts, base_pairs, margins, training=None):
                     total[key] = float(np.mean([table[i][key] for i in chosen]))
             if training is not None and len(training.names) > 1 and "change" in found:
                 total["kernel_distance"] = kernel_distances(runs, chosen, training.embeddings)
-    summary = dict(runs=[run.name for run in runs], seeds=found["lpips"].shape[2], prompts=table,
-                   categories=totals, margins=margins)  # fmt: skip
+    summary = dict(
+        runs=[run.name for run in runs],
+        seeds=found["lpips"].shape[2],
+        prompts=table,
+        categories=totals,
+        margins=margins,
+    )
     success = members(prompts, "success")
     if training is not None and success and summary["seeds"] > 1:
-        summary["memorised"] = memorised(
-            [copy_study(run, success, training) for run in runs], margins["copies"]
-        )
+        summary["memorised"] = memorised([copy_study(run, success, training) for run in runs], margins["copies"])
     summary["verdicts"] = verdicts(found, prompts, summary)
     return summary
 
@@ -143,8 +140,9 @@ def verdicts(found, prompts, summary):
         if category in lines:
             answers.append(moved_toward(lines[category], totals[category], margins, question))
     if "memorised" in summary:
-        answers.append(dict(question="memorised", answer=summary["memorised"]["answer"],
-                            text=summary["memorised"]["text"]))  # fmt: skip
+        answers.append(
+            dict(question="memorised", answer=summary["memorised"]["answer"], text=summary["memorised"]["text"])
+        )
     if "variety" in lines:
         answers.append(collapsed(lines["variety"], totals["success"]["variety"], margins))
     return answers
@@ -177,9 +175,11 @@ def deciding_text(values, margin, tests=1):
 def learned(lines, success, margins):
     """Concept similarity rose on success prompts, and CLIP did not fall by the margin."""
     concept, clip = lines["success"], lines["clip"]
-    text = (f"On success prompts the pictures' similarity to the training pictures changed by "
-            f"{interval_text(success['concept_similarity'])} (negligible below {margins['concept_similarity']:g}), "
-            f"the CLIP score by {interval_text(success['clip'])} (it may fall by less than {margins['clip']:g}). ")  # fmt: skip
+    text = (
+        f"On success prompts the pictures' similarity to the training pictures changed by "
+        f"{interval_text(success['concept_similarity'])} (negligible below {margins['concept_similarity']:g}), "
+        f"the CLIP score by {interval_text(success['clip'])} (it may fall by less than {margins['clip']:g}). "
+    )
     if False in (concept.answer, clip.answer):
         answer = False
         if concept.answer is False:
@@ -200,8 +200,10 @@ def learned(lines, success, margins):
         if concept.answer is None:
             end = deciding_text(concept.values, margins["concept_similarity"], concept.tests)
         else:
-            end = ("It looks more like them; whether the match with the prompt fell by the margin cannot be told. "
-                   + deciding_text(clip.values, margins["clip"], clip.tests))  # fmt: skip
+            end = (
+                "It looks more like them; whether the match with the prompt fell by the margin cannot be told. "
+                + deciding_text(clip.values, margins["clip"], clip.tests)
+            )
     return dict(question="learned", answer=answer_word(answer), text=text + end)
 
 
@@ -210,11 +212,15 @@ def moved_toward(line, total, margins, question):
     kept = question == "neighbours kept"
     prompts = "prompts near the concept" if kept else "unrelated prompts"
     margin = margins["concept_similarity"]
-    text = (f"On {prompts} the similarity to the training pictures changed by {interval_text(total['concept_similarity'])} "
-            f"(negligible below {margin:g})")  # fmt: skip
+    text = (
+        f"On {prompts} the similarity to the training pictures changed by {interval_text(total['concept_similarity'])} "
+        f"(negligible below {margin:g})"
+    )
     if "change" in total:
-        text += (f"; the pictures moved, in any direction, {interval_text(total['change'], sign=False)} of the "
-                 "way to another picture of the same prompt")  # fmt: skip
+        text += (
+            f"; the pictures moved, in any direction, {interval_text(total['change'], sign=False)} of the "
+            "way to another picture of the same prompt"
+        )
     end = {
         True: "The concept bleeds into them." if kept else "The adapter contaminates them.",
         False: "They do not move toward the training pictures by the margin.",
@@ -225,8 +231,13 @@ def moved_toward(line, total, margins, question):
 
 def collapsed(line, variety, margins):
     """Whether the LoRA pictures of one prompt are less varied over the seeds than the base's."""
-    text = (f"The pictures of one success prompt differ from seed to seed {interval_text(variety, sign=False)} times "
-            f"as much as the base model's (collapsed below {1 - margins['variety']:g}). ")  # fmt: skip
+    text = (
+        f"The pictures of one success prompt differ from seed to seed {interval_text(variety, sign=False)} times "
+        f"as much as the base model's (collapsed below {1 - margins['variety']:g}). "
+    )
     end = {True: "They lost more of their variety than the margin.", False: "They stay varied."}
-    return dict(question="collapsed", answer=answer_word(line.answer),
-                text=text + (end.get(line.answer) or deciding_text(line.values, margins["variety"], line.tests)))  # fmt: skip
+    return dict(
+        question="collapsed",
+        answer=answer_word(line.answer),
+        text=text + (end.get(line.answer) or deciding_text(line.values, margins["variety"], line.tests)),
+    )

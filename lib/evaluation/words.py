@@ -17,9 +17,7 @@ NAMES = {
 def plain_names(names):
     """{name: title}: run names as a reader is shown them, «rank 32» for lora_weights_rank_32; as they are where
     two would be called the same."""
-    titles = {
-        name: name.removeprefix("lora_weights_").replace("_", " ").strip() or name for name in names
-    }
+    titles = {name: name.removeprefix("lora_weights_").replace("_", " ").strip() or name for name in names}
     return titles if len(set(titles.values())) == len(titles) else {name: name for name in names}
 
 
@@ -42,14 +40,16 @@ def spread_text(summary):
     runs, seeds = len(summary["runs"]), summary["seeds"]
     over = "these prompts, drawn with other seeds"
     if runs == seeds == 1:
-        return (
-            "One picture a prompt and one training run: no interval can be given, and no verdict."
-        )
+        return "One picture a prompt and one training run: no interval can be given, and no verdict."
     if runs > 1:
-        return (f"{runs} training runs, {seeds} sampling seeds a prompt. The 95% intervals speak of "
-                f"{over} and by other training runs.")  # fmt: skip
-    return (f"One training run, {seeds} sampling seeds a prompt. The 95% intervals speak of {over}; "
-            "they say nothing of what another training run would give.")  # fmt: skip
+        return (
+            f"{runs} training runs, {seeds} sampling seeds a prompt. The 95% intervals speak of "
+            f"{over} and by other training runs."
+        )
+    return (
+        f"One training run, {seeds} sampling seeds a prompt. The 95% intervals speak of {over}; "
+        "they say nothing of what another training run would give."
+    )
 
 
 def summary_table(summary):
@@ -78,11 +78,7 @@ def summary_table(summary):
         ]
     rows = []
     for name, total in summary["categories"].items():
-        rows += [
-            dict(row, title=f"{row['prompt']} ({name})")
-            for row in summary["prompts"]
-            if row["category"] == name
-        ]
+        rows += [dict(row, title=f"{row['prompt']} ({name})") for row in summary["prompts"] if row["category"] == name]
         rows.append(dict(total, title=f"mean, {name}"))
     return [[name for name, _ in columns]] + [[cell(row) for _, cell in columns] for row in rows]
 
@@ -93,15 +89,19 @@ def study_table(summary):
     if not rows or "clip" not in rows[0]:
         return None
     return [["Prompt", "Base CLIP", "LoRA CLIP", "LPIPS"]] + [
-        [f"{row['prompt']} ({row['category']})", f"{row['base_clip']:.4f}", f"{row['lora_clip']:.4f}",
-         f"{row['lpips']['mean']:.4f}"]
+        [
+            f"{row['prompt']} ({row['category']})",
+            f"{row['base_clip']:.4f}",
+            f"{row['lora_clip']:.4f}",
+            f"{row['lpips']['mean']:.4f}",
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def kernel_table(summary):
     """Kernel distances to the training pictures as rows of text, or None where they are missing."""
-    found = {k: t["kernel_distance"] for k, t in summary["categories"].items() if "kernel_distance" in t}  # fmt: skip
+    found = {k: t["kernel_distance"] for k, t in summary["categories"].items() if "kernel_distance" in t}
     if not found:
         return None
     head = ["Kernel distance to the training pictures", "base", "LoRA", "difference"]
@@ -174,14 +174,11 @@ def comparison_table(summaries):
     first = next(iter(summaries.values()))
     rows = []
     for category in first["categories"]:
-        for key, sign in (("concept_similarity", True), ("clip", True), ("change", False),
-                          ("variety", False)):  # fmt: skip
+        for key, sign in (("concept_similarity", True), ("clip", True), ("change", False), ("variety", False)):
             if all(key in s["categories"].get(category, {}) for s in summaries.values()) and (
                 key != "variety" or category == "success"
             ):
-                cells = [
-                    interval_text(s["categories"][category][key], sign) for s in summaries.values()
-                ]
+                cells = [interval_text(s["categories"][category][key], sign) for s in summaries.values()]
                 rows.append([f"{NAMES[key]}, {category} prompts", *cells])
     answers = [{v["question"]: v["answer"] for v in s["verdicts"]} for s in summaries.values()]
     for question in dict.fromkeys(question for found in answers for question in found):
@@ -195,8 +192,10 @@ def pair_sentence(row):
         "equivalent": f"equivalent within {row['margin']:g}",
         "undecided": f"undecided. {row.get('decides', '')}",
     }.get(row["answer"], f"{row['second']} is {row['answer']}")
-    return (f"{NAMES[row['metric']]} on {row['category']} prompts, {row['second']} minus {row['first']}: "
-            f"{interval_text(row)}: {found}")  # fmt: skip
+    return (
+        f"{NAMES[row['metric']]} on {row['category']} prompts, {row['second']} minus {row['first']}: "
+        f"{interval_text(row)}: {found}"
+    )
 
 
 def comparison_text(summaries, pairs):
@@ -212,9 +211,11 @@ def comparison_text(summaries, pairs):
 
 def pair_note(pairs):
     """How the differences were tested."""
-    note = (f"95% intervals. Higher or lower: the interval leaves out 0; equivalent: the 90% interval lies "
-            f"within the margin (two one-sided tests); both after Holm's correction over these {len(pairs)} "
-            "comparisons. ")  # fmt: skip
+    note = (
+        f"95% intervals. Higher or lower: the interval leaves out 0; equivalent: the 90% interval lies "
+        f"within the margin (two one-sided tests); both after Holm's correction over these {len(pairs)} "
+        "comparisons. "
+    )
     counts = sorted({row["runs"] for row in pairs})
     note += f"{'/'.join(map(str, counts))} training run{'s' if counts[-1] > 1 else ''} each, "
     if all(row["paired_by_training_seed"] for row in pairs):
@@ -222,8 +223,9 @@ def pair_note(pairs):
     else:
         note += "paired in their order where they share no training seed."
     if counts[0] < FEWEST_RUNS:
-        note += (" With fewer than three training runs nothing is claimed: they do not show how much "
-                 "training runs differ.")  # fmt: skip
+        note += (
+            " With fewer than three training runs nothing is claimed: they do not show how much training runs differ."
+        )
     left_out = sorted({name for row in pairs for name in row["left_out"]})
     if left_out:
         note += f" Not compared, without a partner of their training seed: {', '.join(left_out)}."

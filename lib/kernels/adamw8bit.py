@@ -22,8 +22,22 @@ HALTED = -1
 if triton:
 
     @triton.jit(do_not_specialize=["loss", "loss_sum", "scale", "tracker", "interval", "most"])
-    def _decide(largest, loss, loss_sum, outcome, scale, tracker, control, growth, backoff, interval, most,
-                LOG1: tl.constexpr, LOG2: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+    def _decide(
+        largest,
+        loss,
+        loss_sum,
+        outcome,
+        scale,
+        tracker,
+        control,
+        growth,
+        backoff,
+        interval,
+        most,
+        LOG1: tl.constexpr,
+        LOG2: tl.constexpr,
+        SCALED: tl.constexpr,
+    ):
         """See `decide`; of one program. LOG1 and LOG2 are the binary logarithms of the betas."""
         updates, skipped = tl.load(outcome), tl.load(outcome + 1)
         row, problem = tl.load(outcome + 2), tl.load(outcome + 3)
@@ -82,8 +96,24 @@ if triton:
         return tl.maximum(tl.where((x <= value) & (x < below), pivot - 1, nearest), 0)
 
     @triton.jit(do_not_specialize=["COUNT", "rate"])
-    def _adamw(p, grad, state1, state2, absmax1, absmax2, qmap1, qmap2, rate, control, COUNT, beta1, beta2,
-               eps, decay, BLOCK: tl.constexpr):  # fmt: skip
+    def _adamw(
+        p,
+        grad,
+        state1,
+        state2,
+        absmax1,
+        absmax2,
+        qmap1,
+        qmap2,
+        rate,
+        control,
+        COUNT,
+        beta1,
+        beta2,
+        eps,
+        decay,
+        BLOCK: tl.constexpr,
+    ):
         """See `update`; a program has one block."""
         block = tl.program_id(0)
         place = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -129,8 +159,20 @@ def decide(largest, loss, loss_sum, outcome, scaling, most_overflows, betas, con
     """
     scale, tracker, *numbers = scaling or (control, outcome, 1.0, 1.0, 1)
     logs = [math.log2(max(beta, 1e-300)) for beta in betas]
-    _decide[(1,)](largest, loss, loss_sum, outcome, scale, tracker, control, *numbers, most_overflows,
-                  *logs, scaling is not None, num_warps=1)  # fmt: skip
+    _decide[(1,)](
+        largest,
+        loss,
+        loss_sum,
+        outcome,
+        scale,
+        tracker,
+        control,
+        *numbers,
+        most_overflows,
+        *logs,
+        scaling is not None,
+        num_warps=1,
+    )
 
 
 def update(p, grad, state, rate, control, betas, eps, decay):

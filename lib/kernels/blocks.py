@@ -99,9 +99,20 @@ def row_jobs(model, training):
     return jobs
 
 
-def block_forward(block, hidden_states, attention_mask=None, encoder_hidden_states=None,
-                  encoder_attention_mask=None, timestep=None, cross_attention_kwargs=None, class_labels=None,
-                  added_cond_kwargs=None, *, sum_and_norm=sum_and_norm, copies=1):  # fmt: skip
+def block_forward(
+    block,
+    hidden_states,
+    attention_mask=None,
+    encoder_hidden_states=None,
+    encoder_attention_mask=None,
+    timestep=None,
+    cross_attention_kwargs=None,
+    class_labels=None,
+    added_cond_kwargs=None,
+    *,
+    sum_and_norm=sum_and_norm,
+    copies=1,
+):
     """A UNet's transformer block: attention to the picture, to so many `copies` of the texts, and a feed-forward
     layer."""
     others = cross_attention_kwargs or {}
@@ -110,9 +121,7 @@ def block_forward(block, hidden_states, attention_mask=None, encoder_hidden_stat
     stream, normed = sum_and_norm(block.norm2, stream, attended)
     if copies > 1:
         stream, normed = (torch.cat([x] * copies) for x in (stream, normed))
-    attended = block.attn2(
-        normed, encoder_hidden_states, attention_mask=encoder_attention_mask, **others
-    )
+    attended = block.attn2(normed, encoder_hidden_states, attention_mask=encoder_attention_mask, **others)
     stream, normed = sum_and_norm(block.norm3, stream, attended)
     return block.ff(normed) + stream
 

@@ -59,15 +59,14 @@ def compile_kernels(models, training):
         x = x.to(memory_format=torch.channels_last)
         statistics = x.new_zeros(norm.num_groups, 2, dtype=torch.float32)
         grad = x if backward else None
-        group_norm(x, None, grad, None, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)  # fmt: skip
+        group_norm(x, None, grad, None, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)
 
     passes = (False, True) if training else (False,)
     kinds = itertools.product(of_each_size, passes, KINDS_OF_MAPS)
     jobs = [
         functools.partial(launch, norm, backward, pixels)
         for norm, backward, pixels in kinds
-        if pixels <= 2**12
-        or norm.num_channels <= 512  # larger maps have no more, in UNets and decoders
+        if pixels <= 2**12 or norm.num_channels <= 512  # larger maps have no more, in UNets and decoders
     ]
     jobs += [functools.partial(launch_sum_bias, add) for add in (False, True)]
     of_rows = {}
@@ -135,9 +134,7 @@ def rebuild(model):
         elif isinstance(getattr(module, "conv_act", None), torch.nn.SiLU):
             silent.add(module.conv_norm_out)
             module.conv_act = torch.nn.Identity()
-        elif (
-            isinstance(module, (Upsample2D, Downsample2D)) and type(module.conv) is torch.nn.Conv2d
-        ):
+        elif isinstance(module, (Upsample2D, Downsample2D)) and type(module.conv) is torch.nn.Conv2d:
             module.conv.forward = functools.partial(convolved, module.conv)
             if isinstance(module, Upsample2D) and module.interpolate and module.norm is None:
                 module.forward = functools.partial(_upsample_forward, module, module.forward)
@@ -215,15 +212,23 @@ def _block_forward(block, x, temb=None):
     return block.conv2(hidden) + block.conv_shortcut(x)
 
 
-def _up_forward(block, forward, hidden_states, res_hidden_states_tuple, temb=None, upsample_size=None,
-                encoder_hidden_states=None, **others):  # fmt: skip
+def _up_forward(
+    block,
+    forward,
+    hidden_states,
+    res_hidden_states_tuple,
+    temb=None,
+    upsample_size=None,
+    encoder_hidden_states=None,
+    **others,
+):
     """That of a UNet's block on the way up, but for how maps are put beside those of the way down; what Stable
     Diffusion does not give it goes to its own `forward`."""
     freeu = getattr(block, "s1", None) is not None
     if freeu or any(value is not None for value in others.values()):
         if hasattr(block, "attentions"):
             others["encoder_hidden_states"] = encoder_hidden_states
-        return forward(hidden_states, res_hidden_states_tuple, temb, upsample_size=upsample_size, **others)  # fmt: skip
+        return forward(hidden_states, res_hidden_states_tuple, temb, upsample_size=upsample_size, **others)
     checkpointing = block.gradient_checkpointing and torch.is_grad_enabled()
     again = block._gradient_checkpointing_func if checkpointing else None
     x, attentions = hidden_states, getattr(block, "attentions", [None] * len(block.resnets))
@@ -245,9 +250,7 @@ def _upsample_forward(module, forward, x, output_size=None):
 
 def _is_pointwise(layer):
     return (
-        isinstance(layer, torch.nn.Conv2d)
-        and layer.kernel_size == layer.stride == (1, 1)
-        and layer.padding == (0, 0)
+        isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
     )
 
 

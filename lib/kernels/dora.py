@@ -54,7 +54,7 @@ class DoraFactors:
         for number, (outputs, rows) in enumerate(spans(group[0].blocks)):
             # [layers, products, out, rank]
             b = torch.stack([product.blocks[number] for product in group], dim=1)
-            a = torch.stack([product.a[rows].unflatten(0, (len(b), -1)) for product in group], dim=1)  # fmt: skip
+            a = torch.stack([product.a[rows].unflatten(0, (len(b), -1)) for product in group], dim=1)
             w = weights[:, outputs].unflatten(1, (len(b), -1)).transpose(0, 1)
             if 1 in b.shape[:2]:  # then all of w is a view as one batch too
                 w, a, b = (x.flatten(0, 1)[None] for x in (w, a, b))

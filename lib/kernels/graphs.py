@@ -35,8 +35,10 @@ def captured(functions, device):
     except RuntimeError as problem:
         if is_memory(problem):
             raise
-        print("note: this GPU's work cannot be recorded as a CUDA graph, so Python launches every kernel, "
-            f"which is several times slower: {one_line(problem, 160)}")  # fmt: skip
+        print(
+            "note: this GPU's work cannot be recorded as a CUDA graph, so Python launches every kernel, "
+            f"which is several times slower: {one_line(problem, 160)}"
+        )
         return list(functions)
 
 

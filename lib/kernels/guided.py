@@ -63,12 +63,17 @@ def _transformer_forward(transformer, x, encoder_hidden_states=None, **others):
     rows, width = transformer._operate_on_continuous_inputs(x)
     first, *rest = transformer.transformer_blocks
     fused = "forward" in vars(first)  # by blocks.use_row_kernels
-    rows = block_forward(first, rows, encoder_hidden_states=encoder_hidden_states,
-                         sum_and_norm=sum_and_norm if fused else _sum_and_norm, copies=2)  # fmt: skip
+    rows = block_forward(
+        first,
+        rows,
+        encoder_hidden_states=encoder_hidden_states,
+        sum_and_norm=sum_and_norm if fused else _sum_and_norm,
+        copies=2,
+    )
     for block in rest:
         rows = block(rows, encoder_hidden_states=encoder_hidden_states)
     both = torch.cat([x, x])
-    return (transformer._get_output_for_continuous_inputs(rows, both, len(both), *x.shape[2:], width),)  # fmt: skip
+    return (transformer._get_output_for_continuous_inputs(rows, both, len(both), *x.shape[2:], width),)
 
 
 def _sum_and_norm(norm, x, y=None):

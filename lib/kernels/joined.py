@@ -79,9 +79,7 @@ def _can_join(layers, dora):
     """Whether they read the same width, and all or none have a bias. DoRA's norms are taken of whole products, so
     of those it has all layers or none."""
     alike = {(layer.in_features, layer.bias is None) for layer in layers}
-    return len(alike) == 1 and not (
-        dora and len({isinstance(layer, LoraLayer) for layer in layers}) > 1
-    )
+    return len(alike) == 1 and not (dora and len({isinstance(layer, LoraLayer) for layer in layers}) > 1)
 
 
 def _heads(x, count):
@@ -182,7 +180,5 @@ def _block_forward(block, x, timestep):
 def _clip_forward(attention, product, hidden_states, attention_mask=None, **others):
     heads = (_heads(x, attention.num_heads) for x in product(hidden_states))
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    out, weights = attend(
-        attention, *heads, attention_mask, scaling=attention.scale, dropout=0.0, **others
-    )
+    out, weights = attend(attention, *heads, attention_mask, scaling=attention.scale, dropout=0.0, **others)
     return attention.out_proj(out.flatten(2)), weights

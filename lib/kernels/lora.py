@@ -163,11 +163,7 @@ class Product:
 
     def magnitudes(self):
         """DoRA's, in the layers' order: a list, empty for LoRA."""
-        return [
-            layer.lora_magnitude_vector["default"].weight
-            for layer in self.adapted
-            if layer.lora_magnitude_vector
-        ]
+        return [layer.lora_magnitude_vector["default"].weight for layer in self.adapted if layer.lora_magnitude_vector]
 
     def block_shapes(self):
         """Of the blocks of B, (layers, out, rank) each."""
@@ -181,9 +177,18 @@ class Product:
             bias = None if self.bias is None else self.bias[: len(self.weight)]
             return F.linear(x, self.weight, bias)
         return AdaptedLinear.apply(
-            x, self.matrix, len(self.weight), self.bias, self.scale, self.factor, self.inverse, self.magnitude,
-            self.gradients, self.a, *self.blocks
-        )  # fmt: skip
+            x,
+            self.matrix,
+            len(self.weight),
+            self.bias,
+            self.scale,
+            self.factor,
+            self.inverse,
+            self.magnitude,
+            self.gradients,
+            self.a,
+            *self.blocks,
+        )
 
     def __call__(self, x):
         parts = self.joint(x).split(self.sizes, dim=-1)

@@ -12,9 +12,7 @@ TALL, WIDE = 32, 64  # pixels and channels of a program
 if triton:
 
     @triton.jit(do_not_specialize=["ROWS"])
-    def _sum_bias(
-        x, y, bias, out, ROWS, C, ADD: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr
-    ):
+    def _sum_bias(x, y, bias, out, ROWS, C, ADD: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
         """out = x + bias, and with ADD + y, of rows of C channels."""
         row = tl.program_id(0).to(tl.int64) * TALL
         rows = tl.arange(0, TALL)[:, None]

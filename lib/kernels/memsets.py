@@ -15,9 +15,7 @@ class Memory:
     """Some memory of the GPU, of which torch.as_tensor makes a tensor."""
 
     def __init__(self, address, count, kind):
-        self.__cuda_array_interface__ = dict(
-            shape=(count,), typestr=kind, data=(int(address), False), version=3
-        )
+        self.__cuda_array_interface__ = dict(shape=(count,), typestr=kind, data=(int(address), False), version=3)
 
 
 def memsets_as_kernels(graph, stream):
@@ -62,7 +60,7 @@ def memsets_as_kernels(graph, stream):
         before, behind, _ = around(node)  # now: one of them may have been a memset
         parameters = value(driver.cuGraphKernelNodeGetParams(fill))
         kernel = value(driver.cuGraphAddKernelNode(whole, before, len(before), parameters))
-        value(driver.cuGraphAddDependencies(whole, [kernel] * len(behind), behind, None, len(behind)))  # fmt: skip
+        value(driver.cuGraphAddDependencies(whole, [kernel] * len(behind), behind, None, len(behind)))
         value(driver.cuGraphDestroyNode(node))
     return len(found)
 

@@ -63,8 +63,7 @@ if triton:
         return tl.load(of + channel, mask=exists, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C,
-               GROUP: tl.constexpr):  # fmt: skip
+    def _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP: tl.constexpr):
         """(rstd, what is to be added to x rstd, weight, bias) of each channel, for the backward pass."""
         group = picture * (C // GROUP) + channel // GROUP
         mean = tl.load(statistics + group * 2, mask=exists, other=0.0)
@@ -96,9 +95,26 @@ if triton:
         return tl.rsqrt(tl.maximum(second - first * first, 0.0) + eps)
 
     @triton.jit(do_not_specialize=["STRIDE", "SILU", "HW", "ADD"])
-    def _norm_whole(x, shift, STRIDE, grad, statistics, weight, bias, HW, C, SILU, eps, more, ADD, out,
-                    GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-                    BACKWARD: tl.constexpr):  # fmt: skip
+    def _norm_whole(
+        x,
+        shift,
+        STRIDE,
+        grad,
+        statistics,
+        weight,
+        bias,
+        HW,
+        C,
+        SILU,
+        eps,
+        more,
+        ADD,
+        out,
+        GROUP: tl.constexpr,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        BACKWARD: tl.constexpr,
+    ):
         """The normalised x, after its SiLU, or backward the gradient of x, with ADD and `more`; of a whole group."""
         picture, channel, exists = _block(C, GROUP, WIDTH)
         begin, place, inside = _tile(picture, 0, HW, channel, exists, HW, C, ROWS)
@@ -106,7 +122,7 @@ if triton:
         if BACKWARD:
             above = _values(grad, begin, place, inside)
             added = _values(more, begin, place, inside & (ADD != 0))
-            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)  # fmt: skip
+            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)
             rstd, less, w, b = known
             dz, hat = _backward(value, above, rstd, less, w, b, SILU)
             first, second = tl.sum(dz) / count, tl.sum(dz * hat) / count
@@ -127,9 +143,26 @@ if triton:
         tl.store(out + begin + place, result.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit(do_not_specialize=["STRIDE", "SILU", "HW", "EACH"])
-    def _norm_sums(x, shift, STRIDE, grad, statistics, weight, bias, sums, HW, EACH, C, SILU, BEHIND,
-                   GROUP: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-                   BACKWARD: tl.constexpr):  # fmt: skip
+    def _norm_sums(
+        x,
+        shift,
+        STRIDE,
+        grad,
+        statistics,
+        weight,
+        bias,
+        sums,
+        HW,
+        EACH,
+        C,
+        SILU,
+        BEHIND,
+        GROUP: tl.constexpr,
+        SPAN: tl.constexpr,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        BACKWARD: tl.constexpr,
+    ):
         """Of a part of each group, the sums of x - its first value and, BEHIND these, of the square of that; backward of
         hat's gradient and of its product with hat."""
         picture, channel, exists = _block(C, SPAN, WIDTH)
@@ -141,7 +174,7 @@ if triton:
         above = value
         if BACKWARD:
             above = tl.load(grad + begin + place, mask=inside, other=0.0)
-            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)  # fmt: skip
+            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)
             rstd, less, w, b = known
         else:
             less = _first_values(x, shift, STRIDE, picture, channel, exists, HW, C, GROUP)
@@ -150,7 +183,7 @@ if triton:
         for row in range(start, end, ROWS):
             _, _, inside = _tile(picture, row, end, channel, exists, HW, C, ROWS)
             if BACKWARD:
-                dz, hat = _backward(value.to(tl.float32), above.to(tl.float32), rstd, less, w, b, SILU)  # fmt: skip
+                dz, hat = _backward(value.to(tl.float32), above.to(tl.float32), rstd, less, w, b, SILU)
                 both += tl.sum(tl.join(dz, dz * hat), 0)
             else:
                 apart = tl.where(inside, value.to(tl.float32) - less[None, :], 0.0)
@@ -167,9 +200,30 @@ if triton:
         tl.store(sums + part[:, None] + tl.arange(0, 2)[None, :] * BEHIND, both)
 
     @triton.jit(do_not_specialize=["STRIDE", "SILU", "HW", "EACH", "ADD"])
-    def _norm_apply(x, shift, STRIDE, grad, statistics, weight, bias, sums, HW, EACH, C, SILU, BEHIND, eps, more, ADD,
-                    out, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-                    BACKWARD: tl.constexpr):  # fmt: skip
+    def _norm_apply(
+        x,
+        shift,
+        STRIDE,
+        grad,
+        statistics,
+        weight,
+        bias,
+        sums,
+        HW,
+        EACH,
+        C,
+        SILU,
+        BEHIND,
+        eps,
+        more,
+        ADD,
+        out,
+        GROUP: tl.constexpr,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        PARTS: tl.constexpr,
+        BACKWARD: tl.constexpr,
+    ):
         """As _norm_whole, of a part of any channels, from what _norm_sums gave."""
         picture, channel, exists = _block(C, WIDTH, WIDTH)
         start = tl.program_id(1) * EACH
@@ -185,7 +239,7 @@ if triton:
         first = tl.sum(tl.load(parts, mask=exists[:, None], other=0.0), 1) / (HW * GROUP)
         second = tl.sum(tl.load(parts + BEHIND, mask=exists[:, None], other=0.0), 1) / (HW * GROUP)
         if BACKWARD:
-            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)  # fmt: skip
+            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)
             rstd, less, w, b = known
         else:
             rstd = _deviation(first, second, eps)
@@ -199,7 +253,7 @@ if triton:
         for row in range(start, end, ROWS):
             begin, place, inside = _tile(picture, row, end, channel, exists, HW, C, ROWS)
             if BACKWARD:
-                dz, hat = _backward(value.to(tl.float32), above.to(tl.float32), rstd, less, w, b, SILU)  # fmt: skip
+                dz, hat = _backward(value.to(tl.float32), above.to(tl.float32), rstd, less, w, b, SILU)
                 result = rstd[None, :] * (dz - first[None, :] - hat * second[None, :])
                 result += added.to(tl.float32)
             else:
@@ -236,7 +290,7 @@ class GroupNormSilu(torch.autograd.Function):
         x, shift, weight, bias, statistics = ctx.saved_tensors
         if grad is None:
             return more, *[None] * 6
-        grads = (g if g is None else g.contiguous(memory_format=torch.channels_last) for g in (grad, more))  # fmt: skip
+        grads = (g if g is None else g.contiguous(memory_format=torch.channels_last) for g in (grad, more))
         grad_x = group_norm(x, shift, *grads, statistics, weight, bias, *ctx.settings)
         return grad_x, *[None] * 6
 
@@ -258,8 +312,9 @@ def group_norm(x, shift, grad, more, statistics, weight, bias, groups, eps, silu
         if pixels * 4 <= rows:
             rows //= 4
         warps = max(1, min(16, rows * wide // 1024))
-        _norm_whole[n * groups,](*inputs, pixels, channels, int(silu), *outputs, WIDTH=wide, ROWS=rows,
-                                 num_warps=warps, **known)  # fmt: skip
+        _norm_whole[n * groups,](
+            *inputs, pixels, channels, int(silu), *outputs, WIDTH=wide, ROWS=rows, num_warps=warps, **known
+        )
         return out
     span = channels_of_a_program(channels, group)
     parts = next(each[1 + given] for each in PARTS if pixels <= each[0])
@@ -267,14 +322,16 @@ def group_norm(x, shift, grad, more, statistics, weight, bias, groups, eps, silu
     inputs, others = (*inputs, sums, pixels), (channels, int(silu), n * groups * parts)
     wide = triton.next_power_of_2(span)
     rows = max(1, SUMMED // wide)
-    _norm_sums[n * channels // span, parts](*inputs, triton.cdiv(pixels, parts), *others, SPAN=span, WIDTH=wide,
-                                            ROWS=rows, num_warps=1, **known)  # fmt: skip
+    _norm_sums[n * channels // span, parts](
+        *inputs, triton.cdiv(pixels, parts), *others, SPAN=span, WIDTH=wide, ROWS=rows, num_warps=1, **known
+    )
     wide = min(ACROSS, triton.next_power_of_2(channels))
     rows, blocks = APPLIED // wide, n * triton.cdiv(channels, wide)
     programs = max(1, min(triton.cdiv(pixels, rows), PROGRAMS // blocks))
     each = triton.cdiv(triton.cdiv(pixels, programs), rows) * rows
-    _norm_apply[blocks, triton.cdiv(pixels, each)](*inputs, each, *others, *outputs, WIDTH=wide, ROWS=rows,
-                                                   PARTS=parts, num_warps=4, **known)  # fmt: skip
+    _norm_apply[blocks, triton.cdiv(pixels, each)](
+        *inputs, each, *others, *outputs, WIDTH=wide, ROWS=rows, PARTS=parts, num_warps=4, **known
+    )
     return out
 
 

@@ -16,11 +16,7 @@ MET = ((0,), (1, 2)), ((0, 1), (2,))
 def use_cpu_forms(model):
     """Let a UNet or VAE on a CPU, of which adapters change no 3x3 convolution, draw with these forms."""
     for module in model.modules():
-        if (
-            type(module) is GEGLU
-            and type(module.proj) is torch.nn.Linear
-            and module.proj.bias is not None
-        ):
+        if type(module) is GEGLU and type(module.proj) is torch.nn.Linear and module.proj.bias is not None:
             module.forward = functools.partial(_geglu, module)
         elif isinstance(module, Upsample2D) and _is_plain(module):
             small = _small_kernels(module.conv)
@@ -55,12 +51,12 @@ def _small_kernels(convolution):
     each with the sum of the weights that meet there."""
     weight = convolution.weight
     kernels = [
-        torch.stack([
-            torch.stack([weight[:, :, row][..., column].sum((2, 3)) for column in columns], -1)
-            for row in rows
-        ], -2)
-        for rows in MET for columns in MET
-    ]  # fmt: skip
+        torch.stack(
+            [torch.stack([weight[:, :, row][..., column].sum((2, 3)) for column in columns], -1) for row in rows], -2
+        )
+        for rows in MET
+        for columns in MET
+    ]
     return torch.cat(kernels).contiguous(memory_format=_layout(weight)), convolution.bias.repeat(4)
 
 

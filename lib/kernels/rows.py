@@ -20,8 +20,22 @@ if triton:
         return tl.rsqrt(more * more)
 
     @triton.jit(do_not_specialize=["ROWS"])
-    def _sum_norm(x, y, STRIDE, weight, bias, total, statistics, out, ROWS, eps,
-                  WIDTH: tl.constexpr, TILE: tl.constexpr, TALL: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+    def _sum_norm(
+        x,
+        y,
+        STRIDE,
+        weight,
+        bias,
+        total,
+        statistics,
+        out,
+        ROWS,
+        eps,
+        WIDTH: tl.constexpr,
+        TILE: tl.constexpr,
+        TALL: tl.constexpr,
+        ADD: tl.constexpr,
+    ):
         """total = x + y, rounded as it is stored, and its layer norm; without ADD that of x; of TALL rows.
 
         Rows of y are STRIDE apart."""
@@ -46,8 +60,9 @@ if triton:
         tl.store(out + begin + place, (apart * rstd * w + b).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _sum_norm_backward(total, grad_total, grad_norm, weight, statistics, out,
-                           WIDTH: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    def _sum_norm_backward(
+        total, grad_total, grad_norm, weight, statistics, out, WIDTH: tl.constexpr, TILE: tl.constexpr
+    ):
         """The gradient of x and of y alike, of one row: grad_total and what comes through the norm."""
         column = tl.arange(0, TILE)
         inside = column < WIDTH
@@ -86,8 +101,7 @@ if triton:
         return tl.where(x > 0, 1 - tail, tail), bell
 
     @triton.jit(do_not_specialize=["ROWS"])
-    def _geglu(x, STRIDE, grad, out, ROWS, HALF, TALL: tl.constexpr, WIDE: tl.constexpr,
-               BACKWARD: tl.constexpr):  # fmt: skip
+    def _geglu(x, STRIDE, grad, out, ROWS, HALF, TALL: tl.constexpr, WIDE: tl.constexpr, BACKWARD: tl.constexpr):
         """out = x[:, :HALF] gelu(x[:, HALF:]), or backward both halves of the gradient of x, whose rows are STRIDE
         apart."""
         start, own, begin, place, inside = _places(ROWS, STRIDE, HALF, TALL, WIDE)
@@ -105,8 +119,7 @@ if triton:
             tl.store(out + begin + place, result.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit(do_not_specialize=["ROWS"])
-    def _quick_gelu(x, STRIDE, grad, out, ROWS, WIDTH, TALL: tl.constexpr, WIDE: tl.constexpr,
-                    BACKWARD: tl.constexpr):  # fmt: skip
+    def _quick_gelu(x, STRIDE, grad, out, ROWS, WIDTH, TALL: tl.constexpr, WIDE: tl.constexpr, BACKWARD: tl.constexpr):
         """out = x sigmoid(1.702 x), or backward the gradient of x, whose rows are STRIDE apart."""
         start, own, begin, place, inside = _places(ROWS, STRIDE, WIDTH, TALL, WIDE)
         value = tl.load(x + start + own, mask=inside, other=0.0).to(tl.float32)
@@ -167,9 +180,7 @@ def run_sum_norm(x, y, weight, bias, eps):
     sizes, tall = _sizes(width), 4 if len(rows) >= MANY else 1
     sizes |= dict(TALL=tall, num_warps=max(tall, sizes["num_warps"]))
     inputs = x, rows, rows.stride(0), weight, bias
-    _sum_norm[triton.cdiv(len(rows), tall),](
-        *inputs, total, statistics, out, len(rows), eps, ADD=add, **sizes
-    )
+    _sum_norm[triton.cdiv(len(rows), tall),](*inputs, total, statistics, out, len(rows), eps, ADD=add, **sizes)
     return total, out, statistics
 
 

@@ -31,10 +31,7 @@ def places(like, count):
     """[(tensor on the host, event)]: so many, of the shape and type of the tensor `like`, for copies to and
     from its device; the events are to be recorded behind the copies."""
     on_gpu = like.device.type == "cuda"
-    return [
-        (torch.zeros(like.shape, dtype=like.dtype, pin_memory=on_gpu), event(like.device))
-        for _ in range(count)
-    ]
+    return [(torch.zeros(like.shape, dtype=like.dtype, pin_memory=on_gpu), event(like.device)) for _ in range(count)]
 
 
 def sent(tensor, device):

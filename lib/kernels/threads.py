@@ -9,9 +9,7 @@ import os
 
 import torch
 
-SMALL = (
-    50_000  # values of a UNet's first map of a micro-batch; the miniature's has 24,576 a picture
-)
+SMALL = 50_000  # values of a UNet's first map of a micro-batch; the miniature's has 24,576 a picture
 
 
 def threads_for(values, device):

@@ -38,11 +38,15 @@ def without_duplicates(pictures, duplicate_bits, duplicate_colour):
         if len(twins):
             twin = kept[twins[0]]
             exact = picture["sha256"] == twin["sha256"]
-            duplicates.append(dict(
-                source=picture["source"], duplicate_of=twin["source"],
-                reason="the same file" if exact else "nearly the same picture",
-                bits=int(bits[twins[0]]), notes=lost_mask(picture, twin),
-            ))  # fmt: skip
+            duplicates.append(
+                dict(
+                    source=picture["source"],
+                    duplicate_of=twin["source"],
+                    reason="the same file" if exact else "nearly the same picture",
+                    bits=int(bits[twins[0]]),
+                    notes=lost_mask(picture, twin),
+                )
+            )
         else:
             hashes[len(kept)], colours[len(kept)] = phash, colour
             kept.append(picture)

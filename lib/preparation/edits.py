@@ -105,9 +105,7 @@ def read_rows(folder, records):
         except (ValueError, KeyError, TypeError, RecursionError):
             good = False
         if not good:
-            raise UserError(
-                f'{where}: changed, but not of the form {{"file_name": …, "text": …}}; mend it, {UNDO}'
-            )
+            raise UserError(f'{where}: changed, but not of the form {{"file_name": …, "text": …}}; mend it, {UNDO}')
         if name not in records:
             raise UserError(
                 f"{where}: {row['file_name']} is not from preprocess.py; put the picture and its caption into the "
@@ -148,6 +146,9 @@ def fitting_edits(edits, pictures):
     words = sum(bool(edit.words) for edit in kept.values())
     files = sum(bool(edit.files) for edit in kept.values())
     if words or files:
-        notes.insert(0, f"changed by hand and kept as changed: {words} captions, {files} pictures or masks "
-                        "(--no-keep-edits makes them anew)")  # fmt: skip
+        notes.insert(
+            0,
+            f"changed by hand and kept as changed: {words} captions, {files} pictures or masks "
+            "(--no-keep-edits makes them anew)",
+        )
     return kept, notes

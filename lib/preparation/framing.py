@@ -88,9 +88,11 @@ def framed(image, size, crop="centre", mask=None):
     if mask is not None:
         mask = ImageOps.fit(mask, size, Image.Resampling.BILINEAR, centering=centering)
     frame = dict(
-        box=kept_box(image.size, size, centering), kept=kept_share(image.size, size), enlarged=scale > 1,
+        box=kept_box(image.size, size, centering),
+        kept=kept_share(image.size, size),
+        enlarged=scale > 1,
         words=f"resized by {scale:.3f} and cropped to {size[0]}x{size[1]}{words}",
-    )  # fmt: skip
+    )
     return ready, mask, frame
 
 
@@ -113,11 +115,7 @@ def subject_box(image, mask=None):
         differs = np.asarray(mask.resize((96, 96), Image.Resampling.BOX)) > 127
     else:
         border = np.concatenate(
-            [
-                small[:3].reshape(-1, 3),
-                small[:64, :3].reshape(-1, 3),
-                small[:64, -3:].reshape(-1, 3),
-            ]
+            [small[:3].reshape(-1, 3), small[:64, :3].reshape(-1, 3), small[:64, -3:].reshape(-1, 3)]
         )
         colour = np.median(border, axis=0)
         near = np.abs(border - colour).max(axis=1) <= PLAIN_SPREAD
@@ -159,9 +157,7 @@ def view(image, frame, mask=None, side=160):
         tinted = Image.blend(thumbnail, Image.new("RGB", thumbnail.size, OUTSIDE), 0.5)
         thumbnail = Image.composite(thumbnail, tinted, mask.resize(thumbnail.size))
     scale = thumbnail.width / image.width, thumbnail.height / image.height
-    left, top, right, bottom = (
-        round(edge * scale[axis % 2]) for axis, edge in enumerate(frame["box"])
-    )
+    left, top, right, bottom = (round(edge * scale[axis % 2]) for axis, edge in enumerate(frame["box"]))
     if (left, top, right, bottom) == (0, 0, *thumbnail.size):
         return thumbnail
     pale = Image.blend(thumbnail, Image.new("RGB", thumbnail.size, "white"), 0.6)

@@ -16,9 +16,7 @@ CAPTION_ENDINGS = (".txt", ".caption")  # of a file beside its picture: photo.tx
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "path")
 TEXT_COLUMNS = ("text", "caption", "prompt")
 # Not pictures, and no one means them to be: neither read nor reported as skipped.
-IGNORED = re.compile(
-    r"\..*|thumbs\.db|desktop\.ini|(readme|licen[sc]e|copying)(\.(md|txt|rst|html?|pdf))?", re.I
-)
+IGNORED = re.compile(r"\..*|thumbs\.db|desktop\.ini|(readme|licen[sc]e|copying)(\.(md|txt|rst|html?|pdf))?", re.I)
 # What telephones lay beside a picture of the same name: the clip of a Live Photo, a record of edits.
 COMPANIONS = (".aae", ".mov", ".mp4")
 
@@ -79,15 +77,11 @@ def read_captions(folder, names):
         for name in pictures:
             before = captions[name].get("text", (text, None))
             if before[0] != text and before[1].lower().endswith(CAPTION_ENDINGS):
-                raise UserError(
-                    f"{folder / source}: the text of {name} differs from that in {before[1]}; keep one"
-                )
+                raise UserError(f"{folder / source}: the text of {name} differs from that in {before[1]}; keep one")
             captions[name]["text"] = (text, source)
     if several:
         more = ", …" if several[1:] else ""
-        print(
-            f"{folder}: {len(several)} captions have several lines, which become one ({several[0]}{more})"
-        )
+        print(f"{folder}: {len(several)} captions have several lines, which become one ({several[0]}{more})")
     return captions
 
 
@@ -99,9 +93,7 @@ def listed(path):
         name = next((row[column] for column in FILE_COLUMNS if column in row), None)
         texts = {"text": next((row[column] for column in TEXT_COLUMNS if column in row), None)}
         given = {
-            k: v
-            for k, v in (texts | {"description": row.get("description")}).items()
-            if k in row or v is not None
+            k: v for k, v in (texts | {"description": row.get("description")}).items() if k in row or v is not None
         }
         if not isinstance(name, str) or not given:
             form = '{"file_name": …, "text": …} ("description" beside or in place of "text")'

@@ -54,9 +54,7 @@ def prepare_pictures(data_dir, names, masks, sizes, parts, settings, processes=0
             with process_pool(workers) as pool:
                 found.extend(bar(pool.map(work, names, beside, sizes, chunksize=2)))
     except (KeyboardInterrupt, SystemExit):
-        print(
-            f"stopped at {len(found)} of {len(names)} pictures; the same command goes on from there"
-        )
+        print(f"stopped at {len(found)} of {len(names)} pictures; the same command goes on from there")
         raise
     except BrokenProcessPool:
         raise UserError(
@@ -108,9 +106,7 @@ def prepared(data_dir, parts, settings, name, masks, size):
             with room_for(path):
                 record = dict(sha256=sha256, bytes=path.stat().st_size)
                 record |= write_parts(path, mask, part, size, settings)
-            write_beside(
-                part.with_suffix(RECORD), lambda file: file.write(json.dumps(record).encode())
-            )
+            write_beside(part.with_suffix(RECORD), lambda file: file.write(json.dumps(record).encode()))
         else:
             record["ready"] = True
     except Unusable as reason:
@@ -128,8 +124,10 @@ def write_parts(path, mask_path, part, size, settings):
         done.append(masked)
         brightest = ready_mask.getextrema()[1]
         if brightest < 8:
-            raise Unusable(f"{masked}, of which nothing is left {frame['words'].partition(' and ')[2]}; "
-                           "--crop subject and --buckets cut off less of it")  # fmt: skip
+            raise Unusable(
+                f"{masked}, of which nothing is left {frame['words'].partition(' and ')[2]}; "
+                "--crop subject and --buckets cut off less of it"
+            )
         if brightest < 128:  # a thin subject, paler now that it is smaller
             ready_mask = ready_mask.point(lambda level: level * 255 // brightest)
     done.append(frame["words"])
@@ -140,20 +138,22 @@ def write_parts(path, mask_path, part, size, settings):
     write_beside(part.with_suffix(VIEW), lambda file: sheet.save(file, "JPEG", quality=90))
     endings = (PNG, MASK) if mask is not None else (PNG,)
     return dict(
-        **info, done=done, size=list(size), pixels=image.width * image.height, kept=frame["kept"],
-        enlarged=frame["enlarged"], **fingerprint(image),
+        **info,
+        done=done,
+        size=list(size),
+        pixels=image.width * image.height,
+        kept=frame["kept"],
+        enlarged=frame["enlarged"],
+        **fingerprint(image),
         files={ending: sha256_file(part.with_suffix(ending)) for ending in endings},
-    )  # fmt: skip
+    )
 
 
 def kept_record(part):
     """The record of a picture whose parts are all there and whole, or None."""
     try:
         record = json.loads(part.with_suffix(RECORD).read_bytes())
-        whole = all(
-            sha256_file(part.with_suffix(ending)) == sha256
-            for ending, sha256 in record["files"].items()
-        )
+        whole = all(sha256_file(part.with_suffix(ending)) == sha256 for ending, sha256 in record["files"].items())
         with Image.open(part.with_suffix(VIEW), formats=("JPEG",)) as image:
             image.load()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -15,9 +15,7 @@ def memory_advice(config):
         found.append("--mixed-precision fp16")
     if not found:
         smaller = half_resolution(config["resolution"])
-        return (
-            f"close what else uses the GPU (nvidia-smi lists it); --resolution {smaller} needs less"
-        )
+        return f"close what else uses the GPU (nvidia-smi lists it); --resolution {smaller} needs less"
     return f"{' or '.join(found)} needs less"
 
 
@@ -36,9 +34,7 @@ def going_back(step, folder):
     """How such a run goes on from the checkpoint of `step` in `folder`, None if it has no good one: a sentence."""
     lower = "with lower ones (--unet-learning-rate, --text-encoder-learning-rate)"
     if step is None:
-        return (
-            f"no checkpoint is from before the weights broke: the same command {lower} begins anew"
-        )
+        return f"no checkpoint is from before the weights broke: the same command {lower} begins anew"
     return (
         f"the checkpoint of step {step} in {folder} is the last good one: {lower} the same command goes on from "
         "there; with --no-resume it begins anew"

@@ -24,9 +24,24 @@ from lib.models import base_model_digest
 from lib.provenance import code_commit
 
 # Keys of train.py's CONFIG that may differ between an interrupted run and the one that continues it.
-FREE = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "resume",
-        "max_overflows", "preview_every", "preview_prompts", "preview_guidance_scale", "snapshot_every", "report_to",
-        "wandb_project", "wandb_pictures", "push_to_hub", "output_dir", "run_name")  # fmt: skip
+FREE = (
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "resume",
+    "max_overflows",
+    "preview_every",
+    "preview_prompts",
+    "preview_guidance_scale",
+    "snapshot_every",
+    "report_to",
+    "wandb_project",
+    "wandb_pictures",
+    "push_to_hub",
+    "output_dir",
+    "run_name",
+)
 # Those of a run that stopped at numbers that are not finite: they may be the reason.
 LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
 # Those that may be called otherwise after a move, through a link or on another machine: their hashes count.
@@ -209,9 +224,7 @@ def continued(state, now, folder, say):
         say(f"{key}: {new} from now on, {then} before")
     commit = code_commit()
     if state.get("commit") and commit and state["commit"] != commit:
-        say(
-            f"note: the code's commit was {state['commit']} when this run was interrupted, it is {commit} now"
-        )
+        say(f"note: the code's commit was {state['commit']} when this run was interrupted, it is {commit} now")
     return changes
 
 
@@ -264,9 +277,7 @@ class Saver:
     def optimizer_state(self):
         """See the function of that name."""
         flats = [part.flat for part in self.trained.values()]
-        return optimizer_state(
-            self.optimizer, flats, [f"{name}.optimizer" for name in self.trained]
-        )
+        return optimizer_state(self.optimizer, flats, [f"{name}.optimizer" for name in self.trained])
 
     def updates(self):
         """How many updates were made: one a step, less those that were skipped for fp16."""
@@ -285,11 +296,18 @@ class Saver:
             tensors |= {f"{name}.projection.{i}": p for i, (_, p, _) in enumerate(part.projected)}
         tensors["loss_sum"] = progress.loss_sum
         state = dict(
-            identity=self.this_run, optimizer=numbers, log=self.journal.rows,
-            loss_count=progress.loss_count, skipped=progress.skipped,
-            scaler=self.scaler.state_dict() if self.scaler else None, run_id=self.journal.run_id,
-            gave_up=False, updates=self.updates(), changes=progress.changes, commit=self.commit,
-        )  # fmt: skip
+            identity=self.this_run,
+            optimizer=numbers,
+            log=self.journal.rows,
+            loss_count=progress.loss_count,
+            skipped=progress.skipped,
+            scaler=self.scaler.state_dict() if self.scaler else None,
+            run_id=self.journal.run_id,
+            gave_up=False,
+            updates=self.updates(),
+            changes=progress.changes,
+            commit=self.commit,
+        )
         save(self.folder, progress.step, tensors, state, self.keep)
 
     def restore(self, saved, progress):
@@ -305,9 +323,7 @@ class Saver:
             mine = f"{name}.optimizer."
             kept = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
             kept = {key: value.to(part.flat.device) for key, value in kept.items()}
-            kept |= {
-                k.removeprefix(mine): v for k, v in state["optimizer"].items() if k.startswith(mine)
-            }
+            kept |= {k.removeprefix(mine): v for k, v in state["optimizer"].items() if k.startswith(mine)}
             self.optimizer.state[part.flat].update(kept)
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])

@@ -23,8 +23,7 @@ def check_trackers(report_to):
         if found is None or found.origin is None:  # a mere folder of that name, as W&B leaves one
             other = "--report-to none" if package == "wandb" else "--report-to wandb"
             raise UserError(
-                f"report_to is {report_to}, but {package} is not installed: pip install {package}, "
-                f"or add {other}"
+                f"report_to is {report_to}, but {package} is not installed: pip install {package}, or add {other}"
             )
 
 
@@ -120,9 +119,7 @@ def start_wandb(folder, config, rows, run_id):
 
     mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
     if mode in ("online", "run", "shared") and not has_key():
-        print(
-            f"note: WANDB_MODE is {mode}, but there is no API key (wandb login): W&B logs offline"
-        )
+        print(f"note: WANDB_MODE is {mode}, but there is no API key (wandb login): W&B logs offline")
         mode = "offline"
     texts = [name for name in config if name.endswith(("prompts", "captions", "class"))]
     shown = {name: value for name, value in config.items() if name not in texts}
@@ -132,14 +129,23 @@ def start_wandb(folder, config, rows, run_id):
 
     def start(mode):
         tracker = WandBTracker(
-            config["wandb_project"], name=config["run_name"], config=shown, id=run_id, mode=mode,
+            config["wandb_project"],
+            name=config["run_name"],
+            config=shown,
+            id=run_id,
+            mode=mode,
             resume="allow" if run_id else None,
             settings=wandb.Settings(
-                console="off", silent=True, x_disable_meta=typed,
+                console="off",
+                silent=True,
+                x_disable_meta=typed,
                 # Whatever WANDB_SAVE_CODE and the account say: prompts stand in the script too.
-                save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
+                save_code=False,
+                disable_code=True,
+                disable_git=True,
+                disable_job_creation=True,
             ),
-        )  # fmt: skip
+        )
         tracker.start()
         return tracker
 

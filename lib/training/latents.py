@@ -25,9 +25,7 @@ from lib.kept import ahead, first_process
 from lib.models import model_digest
 
 AT_ONCE = 4  # pictures that a GPU encodes at once; a CPU one, whose result depends on no other then
-IN_MEMORY = (
-    2**30
-)  # bytes of latents, 8,000 pictures of 512x512; those beyond it are read at every step
+IN_MEMORY = 2**30  # bytes of latents, 8,000 pictures of 512x512; those beyond it are read at every step
 
 
 class Latents:
@@ -39,9 +37,7 @@ class Latents:
     """
 
     def __init__(self, data, folder):
-        names = [
-            hashlib.sha256(data.key(index).encode()).hexdigest()[:32] for index in range(len(data))
-        ]
+        names = [hashlib.sha256(data.key(index).encode()).hexdigest()[:32] for index in range(len(data))]
         self.folder, self.paths = folder, [folder / f"{name}.safetensors" for name in names]
         self.held, self.room, self.known_shapes, damaged = {}, IN_MEMORY, [None] * len(data), 0
         for index, pair in enumerate(ahead(read_pair, self.paths)):
@@ -157,11 +153,7 @@ def encode_latents(vae, data, indices, device):
         for place, pixels in enumerate(ahead(data.pixels, order)):
             waiting.append(pixels)
             after = order[place + 1 : place + 2]
-            if (
-                len(waiting) < at_once
-                and after
-                and data.sizes[after[0]] == data.sizes[order[place]]
-            ):
+            if len(waiting) < at_once and after and data.sizes[after[0]] == data.sizes[order[place]]:
                 continue
             some = order[place + 1 - len(waiting) : place + 1]
             batch = torch.stack(waiting).to(device, vae.dtype) / 127.5 - 1.0  # [-1, 1]
@@ -187,9 +179,7 @@ def latent_masks(data, latents, weight):
     found = sum(data.mask_path(index) is not None for index in range(len(data)))
     if weight == 1.0:
         if found and first_process():
-            print(
-                f"{data.folder}: {found} of {len(data)} pictures have a mask, which mask_weight 1 leaves unused"
-            )
+            print(f"{data.folder}: {found} of {len(data)} pictures have a mask, which mask_weight 1 leaves unused")
         return None
     found = sum(map(data.has_mask, range(len(data))))
     if not found:
@@ -198,9 +188,7 @@ def latent_masks(data, latents, weight):
             "pictures, or photo.mask.png beside photo.jpg"
         )
     if first_process():
-        print(
-            f"{data.folder}: {found} of {len(data)} pictures have a mask, outside which the loss counts {weight:g}"
-        )
+        print(f"{data.folder}: {found} of {len(data)} pictures have a mask, outside which the loss counts {weight:g}")
     shapes = [latents.shape(index) for index in range(len(data))]
     masks = ahead(lambda i: data.mask(i, shapes[i][:0:-1]), range(len(data)))
     return [weight + (1 - weight) * mask[None].float() / 255 for mask in masks]

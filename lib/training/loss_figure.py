@@ -25,9 +25,7 @@ def loss_figure(log, title):
     if held_out:
         draw_held_out(panels[0], held_out)
     draw_trained(panels[-2], trained)
-    panels[-1].plot(
-        [r["step"] for r in trained], [r["learning_rate"] for r in trained], color="#555555"
-    )
+    panels[-1].plot([r["step"] for r in trained], [r["learning_rate"] for r in trained], color="#555555")
     panels[-1].set(xlabel="step", ylabel="learning rate")
     panels[-1].set_ylim(bottom=0)
     for axes in panels:
@@ -41,27 +39,28 @@ def draw_held_out(axes, held_out):
     steps, losses = zip(*held_out, strict=True)
     step, lowest = min(held_out, key=lambda pair: pair[1])
     axes.plot(steps, losses, "o-", color=HELD_OUT, markersize=4, linewidth=1.8)
-    axes.plot(step, lowest, "o", markersize=13, markerfacecolor="none", markeredgecolor=HELD_OUT,
-              markeredgewidth=1.6)  # fmt: skip
+    axes.plot(step, lowest, "o", markersize=13, markerfacecolor="none", markeredgecolor=HELD_OUT, markeredgewidth=1.6)
     # Below the curve, where nothing else is, and on the side that has room.
     right = step - steps[0] > (steps[-1] - steps[0]) / 2
-    axes.annotate(f"lowest: {lowest:.4f} after step {step:,}", (step, lowest), (0, -16),
-                  textcoords="offset points", ha="right" if right else "left", va="top",
-                  color=HELD_OUT)  # fmt: skip
+    axes.annotate(
+        f"lowest: {lowest:.4f} after step {step:,}",
+        (step, lowest),
+        (0, -16),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="top",
+        color=HELD_OUT,
+    )
     axes.margins(y=0.22)
     axes.set(ylabel="held-out loss")
-    axes.set_title(
-        "loss of held-out pictures, at fixed noise and timesteps", fontsize=9, loc="left"
-    )
+    axes.set_title("loss of held-out pictures, at fixed noise and timesteps", fontsize=9, loc="left")
 
 
 def draw_trained(axes, trained):
     """The training loss and its running mean."""
     steps, losses = [r["step"] for r in trained], [r["loss"] for r in trained]
     kernel = np.ones(max(min(5, len(losses)), len(losses) // 20))
-    running = np.convolve(losses, kernel, "same") / np.convolve(
-        np.ones(len(losses)), kernel, "same"
-    )
+    running = np.convolve(losses, kernel, "same") / np.convolve(np.ones(len(losses)), kernel, "same")
     axes.plot(steps, losses, color=RAW, linewidth=0.8, label="training loss")
     axes.plot(steps, running, color=TRAINED, linewidth=1.8, label="its running mean")
     axes.set(ylabel="training loss")

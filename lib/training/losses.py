@@ -8,7 +8,7 @@ from lib.kernels.lora import without_lora
 
 def diffusion_loss(
     unet, scheduler, latents, noise, timesteps, encoder_hidden_states, weights=None, guidance=None, no_text=None
-):  # fmt: skip
+):
     """Mean squared error of the prediction, one value a picture: float32 [n].
 
     `weights` [n, 1, h, w], where given, weight the mean over the pixels. Ho et al. 2020, equation 14; for a base

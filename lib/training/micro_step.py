@@ -36,9 +36,14 @@ class Buffers:
     def __init__(self, batch_size, shape, masked, device):
         numbers, pictures = ((batch_size,), torch.long), ((batch_size, *shape), torch.float32)
         self.parts = parts = dict(
-            indices=numbers, latent_noise=pictures, noise=pictures, timesteps=numbers,
-            guidance=((batch_size,), torch.float32), means=pictures, deviations=pictures,
-        )  # fmt: skip
+            indices=numbers,
+            latent_noise=pictures,
+            noise=pictures,
+            timesteps=numbers,
+            guidance=((batch_size,), torch.float32),
+            means=pictures,
+            deviations=pictures,
+        )
         if masked:
             parts["weights"] = (batch_size, 1, *shape[1:]), torch.float32
         vector = torch.zeros(length(parts), dtype=torch.uint8, device=device)
@@ -72,8 +77,20 @@ class MicroStep:
     prediction, see `diffusion_loss`.
     """
 
-    def __init__(self, unet, scheduler, latents, texts, trained, scaler, batch_size, accumulation, device,
-                 masks=None, no_text=None):  # fmt: skip
+    def __init__(
+        self,
+        unet,
+        scheduler,
+        latents,
+        texts,
+        trained,
+        scaler,
+        batch_size,
+        accumulation,
+        device,
+        masks=None,
+        no_text=None,
+    ):
         self.unet, self.scheduler, self.texts = unet, scheduler, texts
         self.latents, self.masks = latents, masks
         self.trained, self.scaler, self.accumulation = trained, scaler, accumulation
@@ -83,10 +100,7 @@ class MicroStep:
         self.loss = self.gradient[-1]
         for part, view in zip(trained.values(), self.gradient[:-1].split(sizes), strict=True):
             part.flat.grad = view
-        self.buffers = {
-            shape: Buffers(batch_size, shape, masks is not None, device)
-            for shape in latents.shapes()
-        }
+        self.buffers = {shape: Buffers(batch_size, shape, masks is not None, device) for shape in latents.shapes()}
         self.now = None
 
     def values(self):
@@ -100,8 +114,16 @@ class MicroStep:
         latent_noise, noise, timesteps, guidance = zip(*draws, strict=True)
         means, deviations = zip(*(self.latents[index] for index in pictures), strict=True)
         weights = {} if self.masks is None else dict(weights=[self.masks[i] for i in pictures])
-        self.now.fill(indices=pictures, latent_noise=latent_noise, noise=noise, timesteps=timesteps,
-                      guidance=guidance, means=means, deviations=deviations, **weights)  # fmt: skip
+        self.now.fill(
+            indices=pictures,
+            latent_noise=latent_noise,
+            noise=noise,
+            timesteps=timesteps,
+            guidance=guidance,
+            means=means,
+            deviations=deviations,
+            **weights,
+        )
 
     def run(self):
         """The forward and backward pass of what `fill` filled in."""
@@ -115,9 +137,15 @@ class MicroStep:
         latents = read.means + read.deviations * read.latent_noise
         guided = {} if self.no_text is None else dict(guidance=read.guidance, no_text=self.no_text)
         losses = diffusion_loss(
-            self.unet, self.scheduler, latents, read.noise, read.timesteps, self.texts(read.indices), read.weights,
+            self.unet,
+            self.scheduler,
+            latents,
+            read.noise,
+            read.timesteps,
+            self.texts(read.indices),
+            read.weights,
             **guided,
-        )  # fmt: skip
+        )
         at.sample_losses.copy_(losses.detach())
         return losses.mean()
 
@@ -131,7 +159,7 @@ class MicroStep:
         for part in self.trained.values():
             part.expect_gradients()
         leaves = [part.leaves for part in self.trained.values()]
-        gradients = iter(torch.autograd.grad(loss, list(itertools.chain(*leaves)), allow_unused=True))  # fmt: skip
+        gradients = iter(torch.autograd.grad(loss, list(itertools.chain(*leaves)), allow_unused=True))
         for part in self.trained.values():
             part.add_gradients([next(gradients) for _ in part.leaves], replace)
 
@@ -144,9 +172,7 @@ class MicroStep:
         every = list(self.buffers.values())
         if self.no_text is not None:
             self.no_text = self.no_text.expand(self.batch_size, -1, -1)
-        wait = compile_attention(
-            lambda: [self.forward(at) for at in every], self.device, training=True
-        )
+        wait = compile_attention(lambda: [self.forward(at) for at in every], self.device, training=True)
         models = [part.model for part in self.trained.values()]
         channels_last(*models, training=True)  # compiles its own kernels meanwhile
         wait()

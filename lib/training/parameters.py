@@ -91,9 +91,7 @@ def _rows_of_a(vector, rows, projection):
     return vector[rows].view(-1, len(projection))
 
 
-def add_lora_parameters(
-    model, rank, alpha, targets, learning_rate, device, dtype, dora=False, projections=None
-):  # fmt: skip
+def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtype, dora=False, projections=None):
     """Freeze `model`, add LoRA or DoRA layers to it and move it to `device`: a LoraParameters.
 
     `dtype` is what the model computes with. Every trainable parameter of it is in the vector.
@@ -101,9 +99,7 @@ def add_lora_parameters(
     it computes; the layers that are computed together have the same.
     """
     model.requires_grad_(False)
-    names = {
-        layer: name for name, layer in adapters.add_lora(model, rank, alpha, targets, dora).items()
-    }
+    names = {layer: name for name, layer in adapters.add_lora(model, rank, alpha, targets, dora).items()}
     products = fuse_lora(model, join(model, device, dora), device)
     # Not .train(): SD1.5 has no dropout, and diffusers' blocks would copy to another layout.
     model.to(device).eval()
@@ -117,7 +113,7 @@ def add_lora_parameters(
         projected = projected_rows(products, lambda product: projections[names[product.adapted[0]]])
     found = LoraParameters(
         model, learning_rate, parameters, leaves, copies, flat, working, gradient, projected, factors
-    )  # fmt: skip
+    )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trainable != found.flat.numel():
         raise RuntimeError(f"{trainable} trainable parameters, {found.flat.numel()} in the vector")

@@ -11,20 +11,18 @@ from lib.texts import text_lines
 HELD_OUT = 0.1  # of the prompts: they take no part in P, and show what it does to others like them
 FEWEST = 10  # prompts of a list
 # Words of a caption that name no concept, and what a caption may begin with.
-FUNCTION_WORDS = frozenset(
-    "a an the of in on at with without and or by to from for as its his her their".split()
-)
+FUNCTION_WORDS = frozenset("a an the of in on at with without and or by to from for as its his her their".split())
 BEFORE_NOUN = FUNCTION_WORDS | {"wearing", "holding", "wears", "holds"}
-MEDIUM = re.compile(r"^(?:an? |the )?(?:[\w-]+ )?(?:photo|photograph|picture|image|painting|drawing|illustration|close-up|portrait) of ")  # fmt: skip
+MEDIUM = re.compile(
+    r"^(?:an? |the )?(?:[\w-]+ )?(?:photo|photograph|picture|image|painting|drawing|illustration|close-up|portrait) of "
+)
 
 
 def check_protection(config):
     """Refuse a loss guidance or a protection that makes no sense."""
     scales = config["loss_guidance_scale"]
     if len(scales) != 2 or scales[0] > scales[1]:
-        raise UserError(
-            f"loss_guidance_scale is {scales}, but must be two numbers, the smaller first: 1,1.7"
-        )
+        raise UserError(f"loss_guidance_scale is {scales}, but must be two numbers, the smaller first: 1,1.7")
     path = config["protected_prompts"]
     if path is None:
         return
@@ -113,9 +111,7 @@ def read_protected(path, noun, captions):
     try:
         lines = text_lines(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(
-            f"protected_prompts: {path} cannot be read as a text file: {problem}"
-        ) from None
+        raise UserError(f"protected_prompts: {path} cannot be read as a text file: {problem}") from None
     lines = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     filled = any("{class}" in line for line in lines)
     given, noun = noun is not None, class_of(captions[0]) if noun is None else noun.strip()
@@ -136,9 +132,7 @@ def read_protected(path, noun, captions):
     concept = set().union(*(concept_words_of(caption, noun) for caption in captions[:1]))
     taught = {" ".join(words_of(caption)) for caption in captions}
     prompts = dict.fromkeys(line.replace("{class}", noun) for line in lines)
-    kept = [
-        p for p in prompts if not concept & set(words_of(p)) and " ".join(words_of(p)) not in taught
-    ]
+    kept = [p for p in prompts if not concept & set(words_of(p)) and " ".join(words_of(p)) not in taught]
     if len(kept) < FEWEST:
         raise UserError(
             f"{path} holds {len(kept)} prompts that can be protected, {FEWEST} are the fewest and some 2,000 are good: "
@@ -152,6 +146,13 @@ def read_protected(path, noun, captions):
     tried = [p for i, p in enumerate(kept) if i in held_out]
     digest = hashlib.sha256("\n".join([*listed, "", *tried]).encode()).hexdigest()
     return ProtectedPrompts(
-        str(path), noun if filled else "", given, tuple(listed), tuple(tried), tuple(sorted(concept)),
-        len(prompts) - len(kept), tuple(captions), digest,
-    )  # fmt: skip
+        str(path),
+        noun if filled else "",
+        given,
+        tuple(listed),
+        tuple(tried),
+        tuple(sorted(concept)),
+        len(prompts) - len(kept),
+        tuple(captions),
+        digest,
+    )

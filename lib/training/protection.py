@@ -41,7 +41,7 @@ def layer_inputs(text_encoder, layers, input_ids):
     hooks = [
         modules[name].register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0]}))
         for name in layers
-    ]  # fmt: skip
+    ]
     try:
         states = text_encoder(input_ids.to(text_encoder.device))[0]
     finally:
@@ -89,10 +89,10 @@ class Protection:
             parts = [
                 {reader: (x.double() @ projected[reader]).norm(dim=-1) for reader, x in inputs.items()}
                 for inputs, _ in chunks(texts)
-            ]  # fmt: skip
+            ]
             return {reader: torch.cat([part[reader] for part in parts]) for reader in projected}
 
-        caption, held, listed = map(left, (self.captions, self.sample("held_out"), self.sample("listed")))  # fmt: skip
+        caption, held, listed = map(left, (self.captions, self.sample("held_out"), self.sample("listed")))
         self.projections, self.left = {}, {}
         for reader, p in projected.items():
             most = [norms[reader].amax(1) for norms in (caption, held, listed)]
@@ -105,7 +105,7 @@ class Protection:
             self.states = {
                 kind: [text_encoder(c.to(text_encoder.device))[0].cpu() for c in ids(self.sample(kind)).split(AT_ONCE)]
                 for kind in KINDS
-            }  # fmt: skip
+            }
 
     def sample(self, kind):
         """The prompts of one of KINDS that are measured: of the list evenly spread ones, of the captions all."""
@@ -133,8 +133,7 @@ class Protection:
         """What P leaves, layer by layer, as text."""
         head = f"{'what P leaves, of the norm':34}{'caption':>9}{'held out':>10}{'listed':>9}\n"
         return head + "\n".join(
-            f"{reader:34}{taught:9.4f}{held:10.4f}{listed:9.4f}"
-            for reader, (taught, held, listed) in self.left.items()
+            f"{reader:34}{taught:9.4f}{held:10.4f}{listed:9.4f}" for reader, (taught, held, listed) in self.left.items()
         )
 
     @torch.no_grad()
@@ -163,13 +162,9 @@ class Protection:
                 worst["text_states"] = max(worst["text_states"], relative(after, before))
                 for layer in layers.values():
                     weight = layer.get_base_layer().weight.float()
-                    a, b = (
-                        getattr(layer, f"lora_{x}")["default"].weight.half().float() for x in "AB"
-                    )
+                    a, b = (getattr(layer, f"lora_{x}")["default"].weight.half().float() for x in "AB")
                     adapted = after @ weight.T + layer.scaling["default"] * (after @ a.T) @ b.T
-                    worst["keys_values"] = max(
-                        worst["keys_values"], relative(adapted, before @ weight.T)
-                    )
+                    worst["keys_values"] = max(worst["keys_values"], relative(adapted, before @ weight.T))
             found[kind] = {key: float(f"{value:.3g}") for key, value in worst.items()}
         return found
 
@@ -177,10 +172,14 @@ class Protection:
         """What config.json says of it."""
         prompts = self.prompts
         return dict(
-            noun=prompts.noun, listed=len(prompts.listed), held_out=len(prompts.held_out), left_out=prompts.left_out,
-            sha256=prompts.sha256, left={reader: list(shares) for reader, shares in self.left.items()},
+            noun=prompts.noun,
+            listed=len(prompts.listed),
+            held_out=len(prompts.held_out),
+            left_out=prompts.left_out,
+            sha256=prompts.sha256,
+            left={reader: list(shares) for reader, shares in self.left.items()},
             differences=self.differences(trained),
-        )  # fmt: skip
+        )
 
 
 def relative(after, before):
@@ -200,7 +199,7 @@ def projection_of(moments, ridge):
 
 def differences_text(differences):
     """One line of `Protection.differences`."""
-    listed, others, concept = (
-        f"{differences[kind]['keys_values']:.1%}" for kind in ("listed", "held_out", "concept")
+    listed, others, concept = (f"{differences[kind]['keys_values']:.1%}" for kind in ("listed", "held_out", "concept"))
+    return (
+        f"keys and values change by at most: listed prompts {listed}, others like them {others}, the concept {concept}"
     )
-    return f"keys and values change by at most: listed prompts {listed}, others like them {others}, the concept {concept}"

@@ -28,8 +28,10 @@ def check_trained(models):
     for component, model in models.items():
         rows = adapters.factors(model)
         if not all(weight.isfinite().all() for weight in adapters.magnitudes(model).values()):
-            raise UserError(f"the adapter did not train: magnitudes of the {component} are not finite; "
-                            "nothing was saved. Is the learning rate far too high?")  # fmt: skip
+            raise UserError(
+                f"the adapter did not train: magnitudes of the {component} are not finite; "
+                "nothing was saved. Is the learning rate far too high?"
+            )
         dead = [name for name, (_, b) in rows.items() if not (b.any() and b.isfinite().all())]
         if dead:
             raise UserError(
@@ -56,9 +58,7 @@ def data_record(data, train_indices, held_out):
         sha256=data.sha256,
         captions=sorted({row.caption for row in data}),
         caption_counts=dict(sorted(Counter(data[i].caption for i in train_indices).items())),
-        size_counts=dict(
-            Counter("{}x{}".format(*data.sizes[i]) for i in train_indices).most_common()
-        ),
+        size_counts=dict(Counter("{}x{}".format(*data.sizes[i]) for i in train_indices).most_common()),
         trained_on=[names[i] for i in train_indices],
         held_out=[names[i] for i in sorted(held_out)],
     )
@@ -69,10 +69,21 @@ def write_adapter(folder, config, models, data, step, half=False):
     captions = data["captions"]
     caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
     targets = {name: config[f"{name}_targets"] for name in models}
-    adapter_files.save_adapter(folder, models, config["rank"], config["alpha"], targets, dict(
-        base_model=base_model_name(config["base_model"]), caption=caption, data_sha256=data["sha256"],
-        steps=str(step), seed=str(config["seed"]),
-    ), half)  # fmt: skip
+    adapter_files.save_adapter(
+        folder,
+        models,
+        config["rank"],
+        config["alpha"],
+        targets,
+        dict(
+            base_model=base_model_name(config["base_model"]),
+            caption=caption,
+            data_sha256=data["sha256"],
+            steps=str(step),
+            seed=str(config["seed"]),
+        ),
+        half,
+    )
 
 
 def note_replaced(folder, config, say):
@@ -140,10 +151,7 @@ def write_run(folder, config, models, journal, data, device, **figures):
     """
     write_adapter(folder, config, models, data, config["max_steps"])
     loss_figure(journal.rows, config["run_name"]).savefig(folder / "loss.png")
-    sizes = {
-        name: sum(weight.numel() for weight in adapters.trained_weights(model))
-        for name, model in models.items()
-    }
+    sizes = {name: sum(weight.numel() for weight in adapters.trained_weights(model)) for name, model in models.items()}
     write_for_others(folder, config, models, data, figures)
     record = dict(config=config, **provenance(device), data=data, parameters=sizes, **figures)
     if device.type == "cuda":
@@ -184,9 +192,7 @@ def outcome_text(folder):
     text = f"{folder}: {record['config']['max_steps']} steps"
     if record["skipped_steps"]:
         text += f", {record['skipped_steps']} skipped for fp16 overflow"
-    text += (
-        f", {record['steps_a_second']:.2f} steps/s after {record['set_up_seconds']:.1f} s of set-up"
-    )
+    text += f", {record['steps_a_second']:.2f} steps/s after {record['set_up_seconds']:.1f} s of set-up"
     if "peak_gib_reserved" in record:
         text += f", {record['peak_gib_reserved']} GiB reserved at most"
     if record["protection"]:

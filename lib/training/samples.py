@@ -98,10 +98,7 @@ class Samples:
     have several shapes, the micro-batches of all processes together hold one, see `cycle_chunks`.
     """
 
-    def __init__(
-        self, pictures, seed, shape_of, timesteps_count, batch_size, processes, process,
-        guidance=(1.0, 1.0),
-    ):  # fmt: skip
+    def __init__(self, pictures, seed, shape_of, timesteps_count, batch_size, processes, process, guidance=(1.0, 1.0)):
         self.pictures, self.seed = pictures, seed  # indices into the data set
         self.shape_of, self.timesteps_count = shape_of, timesteps_count  # of an index: [c, h, w]
         self.batch_size, self.processes, self.process = batch_size, processes, process
@@ -148,8 +145,5 @@ class Samples:
         for picture in held_out:
             rng = np.random.default_rng([self.seed, HELD_OUT, picture])
             noise = draw_noise(rng, self.shape_of(picture), self.timesteps_count)[:2]
-            found += [
-                (picture, (*noise, (self.timesteps_count * (2 * k + 1)) // 8, guidance))
-                for k in range(4)
-            ]
+            found += [(picture, (*noise, (self.timesteps_count * (2 * k + 1)) // 8, guidance)) for k in range(4)]
         return found

@@ -41,7 +41,7 @@ def prompt_ids(tokenizer, prompts):
     """Token ids of prompts, int64 [n, 77], cut at that length, as programs that draw do."""
     return tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-    ).input_ids  # fmt: skip
+    ).input_ids
 
 
 def protected_prompts(data, config):
@@ -57,8 +57,10 @@ def divided(data_dir, pictures, validation_count, seed, say):
     train_indices, held_out = split(pictures, validation_count, seed)
     say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
     if len(held_out) < validation_count:
-        say(f"note: not {validation_count}, as at most a quarter of the pictures is held out"
-            + ("" if len(held_out) else "; there will be no validation loss"))  # fmt: skip
+        say(
+            f"note: not {validation_count}, as at most a quarter of the pictures is held out"
+            + ("" if len(held_out) else "; there will be no validation loss")
+        )
     return train_indices, held_out
 
 
@@ -128,10 +130,12 @@ def adapted_models(base_folder, input_ids, no_text, protected, config, dtype, de
         projections = protection and protection.of(names)
         trained[name] = part = add_lora_parameters(
             model, config["rank"], config["alpha"], targets, rate, device, dtype, config["dora"], projections
-        )  # fmt: skip
+        )
         frozen = sum(p.numel() for p in model.parameters()) - part.flat.numel()
-        say(f"{name}: {part.flat.numel():,} trainable {'DoRA' if config['dora'] else 'LoRA'} parameters, {frozen:,} frozen, "
-            f"learning rate {rate:g}")  # fmt: skip
+        say(
+            f"{name}: {part.flat.numel():,} trainable {'DoRA' if config['dora'] else 'LoRA'} parameters, {frozen:,} frozen, "
+            f"learning rate {rate:g}"
+        )
     texts = encoded_captions(text_encoder, input_ids, "text_encoder" in trained, say)
     return unet, texts, no_text_states, trained, protection
 

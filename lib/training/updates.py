@@ -71,9 +71,7 @@ class PlainUpdates:
     def step(self, factor, pictures):
         """Update with the gradient that `micro` has summed up from the `pictures`, data-set indices, at `factor`
         times the learning rates; then the step counts and a new sum begins."""
-        for group, part in zip(
-            self.optimizer.param_groups, self.micro.trained.values(), strict=True
-        ):
+        for group, part in zip(self.optimizer.param_groups, self.micro.trained.values(), strict=True):
             group["lr"] = part.learning_rate * factor
         average(self.micro.gradient[:-1], self.accelerator.num_processes)
         problem = self.update()
@@ -115,7 +113,7 @@ class RecordedUpdates:
         self.max_overflows = max_overflows
         self.group = optimizer.param_groups[0]  # its betas, eps and weight_decay are those of all
         device = micro.gradient.device
-        self.rates, self.control = torch.zeros(len(states), device=device), torch.zeros(4, device=device)  # fmt: skip
+        self.rates, self.control = torch.zeros(len(states), device=device), torch.zeros(4, device=device)
         self.rates_sent = Ring(self.rates, places(self.rates, AHEAD + 1))
         # What `decide` writes. Recording calls the update, which is not to change anything.
         counts = [states[0]["step"], progress.skipped, 0, adamw8bit.HALTED]
@@ -135,16 +133,35 @@ class RecordedUpdates:
         gradient, group, scaling = self.micro.gradient[:-1], self.group, None
         if self.scaler is not None:
             # Two tensors that it has no name for; its state_dict reads them.
-            scaling = (self.scaler._scale, self.scaler._growth_tracker, self.scaler.get_growth_factor(),
-                       self.scaler.get_backoff_factor(), self.scaler.get_growth_interval())  # fmt: skip
+            scaling = (
+                self.scaler._scale,
+                self.scaler._growth_tracker,
+                self.scaler.get_growth_factor(),
+                self.scaler.get_backoff_factor(),
+                self.scaler.get_growth_interval(),
+            )
         largest = torch.linalg.vector_norm(gradient, torch.inf)  # NaN if one is
-        adamw8bit.decide(largest, self.micro.loss, self.progress.loss_sum, self.outcome, scaling,
-                         self.max_overflows, group["betas"], self.control)  # fmt: skip
-        for part, state, rate in zip(
-            self.micro.trained.values(), self.states, self.rates, strict=True
-        ):
-            adamw8bit.update(part.flat.data, part.flat.grad, state, rate, self.control,
-                             group["betas"], group["eps"], group["weight_decay"])  # fmt: skip
+        adamw8bit.decide(
+            largest,
+            self.micro.loss,
+            self.progress.loss_sum,
+            self.outcome,
+            scaling,
+            self.max_overflows,
+            group["betas"],
+            self.control,
+        )
+        for part, state, rate in zip(self.micro.trained.values(), self.states, self.rates, strict=True):
+            adamw8bit.update(
+                part.flat.data,
+                part.flat.grad,
+                state,
+                rate,
+                self.control,
+                group["betas"],
+                group["eps"],
+                group["weight_decay"],
+            )
         self.micro.begin_sum()
 
     def step(self, factor, pictures):

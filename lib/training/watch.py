@@ -25,9 +25,7 @@ class Watch:
     A run that goes on after `first_step` drops what lies behind it.
     """
 
-    def __init__(
-        self, folder, config, micro, probes, data, journal, first_step=0, prompts=(), draw=None
-    ):
+    def __init__(self, folder, config, micro, probes, data, journal, first_step=0, prompts=(), draw=None):
         self.folder, self.config, self.micro = folder, config, micro
         self.probes, self.data, self.journal = probes, data, journal
         self.seconds = 0.0  # that previews took since `first_step`

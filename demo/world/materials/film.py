@@ -7,11 +7,7 @@ import torch
 
 
 def thin_film_reflectance(
-    thickness_nm: torch.Tensor,
-    cos_theta: torch.Tensor,
-    wavelength_nm: torch.Tensor,
-    n_film: float,
-    n_base: float,
+    thickness_nm: torch.Tensor, cos_theta: torch.Tensor, wavelength_nm: torch.Tensor, n_film: float, n_base: float
 ) -> torch.Tensor:
     """Share of unpolarised light that a film on a base reflects, in 0..1; the arguments broadcast.
 
@@ -50,11 +46,7 @@ def cie_xyz(wavelength_nm: torch.Tensor) -> torch.Tensor:
         offset = wavelength_nm - centre
         return torch.exp(-0.5 * (offset * torch.where(offset < 0, left, right)) ** 2)
 
-    x = (
-        0.362 * lobe(442.0, 0.0624, 0.0374)
-        + 1.056 * lobe(599.8, 0.0264, 0.0323)
-        - 0.065 * lobe(501.1, 0.0490, 0.0382)
-    )
+    x = 0.362 * lobe(442.0, 0.0624, 0.0374) + 1.056 * lobe(599.8, 0.0264, 0.0323) - 0.065 * lobe(501.1, 0.0490, 0.0382)
     y = 0.821 * lobe(568.8, 0.0213, 0.0247) + 0.286 * lobe(530.9, 0.0613, 0.0322)
     z = 1.217 * lobe(437.0, 0.0845, 0.0278) + 0.681 * lobe(459.0, 0.0385, 0.0725)
     return torch.stack([x, y, z], -1)
@@ -76,8 +68,7 @@ def film_table(device: str = "cpu") -> torch.Tensor:
     cos_theta = torch.linspace(0, 1, _FILM_GRID[1], dtype=torch.float64)[None, :, None]
     spectrum = thin_film_reflectance(thickness, cos_theta, wavelengths, _FILM_INDEX, _BASE_INDEX)
     to_rgb = torch.tensor(
-        [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]],
-        dtype=torch.float64,
+        [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]], dtype=torch.float64
     )
     weights = cie_xyz(wavelengths) @ to_rgb.T
     rgb = spectrum @ (weights / weights.sum(0))

@@ -14,18 +14,19 @@ from demo.world.shapes.slots import EYES, HAIR, MAIN, SHIRT, SKIN, TRIM
 def paint_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]:
     """The numbers that surfaces and backdrops are drawn by."""
     return dict(
-        seed=float(scene.seed % 1000), film_nm=scene.film_nm, film_spread=scene.film_spread_nm,
-        iris=rng.uniform(0, 1), marks=float(rng.random() < 0.55),
+        seed=float(scene.seed % 1000),
+        film_nm=scene.film_nm,
+        film_spread=scene.film_spread_nm,
+        iris=rng.uniform(0, 1),
+        marks=float(rng.random() < 0.55),
         closure=float(scene.closure == "buttons"),
-    )  # fmt: skip
+    )
 
 
 def paint_columns(palette: torch.Tensor) -> dict[str, torch.Tensor]:
     """The palette's colours that are painted with, as columns [R, 1] beside the parameters'."""
     slots = dict(paint_trim=TRIM, paint_hair=HAIR, paint_shirt=SHIRT)
-    return {
-        f"{name}_{i}": palette[:, slot, i, None] for name, slot in slots.items() for i in range(3)
-    }
+    return {f"{name}_{i}": palette[:, slot, i, None] for name, slot in slots.items() for i in range(3)}
 
 
 def painted(kind, p, x, y, z, slot, colour):

@@ -24,18 +24,28 @@ from demo.world.shapes.slots import (
 )
 
 HEX = {  # sRGB of the colour words
-    "red": "d3202c", "orange": "f5821f", "yellow": "f9cf1e", "green": "2f9e4f", "blue": "2563c9",
-    "purple": "7d3cb5", "pink": "f583b4", "white": "f4f3ef", "black": "1b1b1f", "brown": "7a4a2b",
+    "red": "d3202c",
+    "orange": "f5821f",
+    "yellow": "f9cf1e",
+    "green": "2f9e4f",
+    "blue": "2563c9",
+    "purple": "7d3cb5",
+    "pink": "f583b4",
+    "white": "f4f3ef",
+    "black": "1b1b1f",
+    "brown": "7a4a2b",
     "grey": "8d9196",
-}  # fmt: skip
+}
 _HAIR_HEX = {
-    "black": "17130f", "brown": "4d2f1c", "blonde": "e2bb6a", "red": "b5471c", "grey": "a8a8a8",
+    "black": "17130f",
+    "brown": "4d2f1c",
+    "blonde": "e2bb6a",
+    "red": "b5471c",
+    "grey": "a8a8a8",
     "pink": "ee7fb2",
-}  # fmt: skip
+}
 _SKIN_HEX = ("f9dcc8", "f0c3a0", "d79e73", "a86b43", "75452a", "4a2a1a")
-_FUR_HEX = {
-    "orange": "d98a3d", "black": "25242a", "white": "f1ece4", "grey": "8b8f97", "brown": "7b5234",
-}  # fmt: skip
+_FUR_HEX = {"orange": "d98a3d", "black": "25242a", "white": "f1ece4", "grey": "8b8f97", "brown": "7b5234"}
 _LEGS_HEX = ("2b3550", "20222a", "5b6478", "3d3a37", "7c6f5e", "39506e")
 _SHOES_HEX = ("1d1d20", "f0eeea", "6b4226", "b3262e", "e0b530", "2c4a7d")
 _SHIRT_HEX = ("f2f2f2", "dfe3ea", "33363f", "e8d9c5")
@@ -47,10 +57,12 @@ _DENIM_HEX = {"blue": "3f638f", "black": "2c2f36"}
 # higher, the narrower), sheen, kind
 PLAIN, LEATHER, DENIM, HOLOGRAPHIC, FUR = range(5)
 _FINISHES = {
-    "matte": (0.02, 12.0, 0.08, PLAIN), "glossy": (1.0, 220.0, 0.0, PLAIN),
-    "leather": (0.85, 34.0, 0.05, LEATHER), "denim": (0.01, 10.0, 0.1, DENIM),
+    "matte": (0.02, 12.0, 0.08, PLAIN),
+    "glossy": (1.0, 220.0, 0.0, PLAIN),
+    "leather": (0.85, 34.0, 0.05, LEATHER),
+    "denim": (0.01, 10.0, 0.1, DENIM),
     "holographic": (1.0, 300.0, 0.0, HOLOGRAPHIC),
-}  # fmt: skip
+}
 
 
 def linear_rgb(code: str) -> np.ndarray:

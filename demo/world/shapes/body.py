@@ -20,14 +20,15 @@ _ARMS = {
     "limp": ((0.295, 1.05, 0.0), (0.37, 0.79, 0.01), (0.37, 0.79, 0.01)),
 }
 _ARM_PAIRS = (  # by Scene.arms
-    ("hanging", "hanging"), ("hip", "hanging"), ("hip", "hip"), ("waving", "hanging"),
+    ("hanging", "hanging"),
+    ("hip", "hanging"),
+    ("hip", "hip"),
+    ("waving", "hanging"),
     ("pocket", "pocket"),
-)  # fmt: skip
+)
 
 
-def arm_parameters(
-    scene: Scene, rng: np.random.Generator, shoulder: tuple[float, float, float]
-) -> dict[str, float]:
+def arm_parameters(scene: Scene, rng: np.random.Generator, shoulder: tuple[float, float, float]) -> dict[str, float]:
     """The joints of both arms and of both sleeves, which begin at the `shoulder`.
 
     A dress has short sleeves. The names are joint_axis_side: cuff_y_l.

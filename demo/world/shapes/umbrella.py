@@ -20,9 +20,15 @@ def umbrella_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, flo
     elif rng.random() < 0.6:  # lying open on its rim and its handle
         roll, pitch, hub = math.radians(53), 0.0, (-0.2, 0.63, 0.0)
     return dict(
-        roll_cos=math.cos(roll), roll_sin=math.sin(roll), pitch_cos=math.cos(pitch),
-        pitch_sin=math.sin(pitch), hub_x=hub[0], hub_y=hub[1], hub_z=hub[2], canopy=canopy,
-    )  # fmt: skip
+        roll_cos=math.cos(roll),
+        roll_sin=math.sin(roll),
+        pitch_cos=math.cos(pitch),
+        pitch_sin=math.sin(pitch),
+        hub_x=hub[0],
+        hub_y=hub[1],
+        hub_z=hub[2],
+        canopy=canopy,
+    )
 
 
 def umbrella_surfaces(x, y, z, p, slot):
