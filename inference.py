@@ -7,16 +7,16 @@
     python inference.py --lora-dir RUN --snapshots                         # which step to take?
     python inference.py --lora-scales 0,0.25,0.5,0.75,1                    # how much of it? (or both)
     python inference.py --resolution 512x768                               # portraits
-    python inference.py --rescore                                          # measure saved pictures
-    python inference.py --score-dir BASE_FOLDER,LORA_FOLDER                # pictures drawn elsewhere
+    python inference.py --rescore                                          # measure saved images
+    python inference.py --score-dir BASE_FOLDER,LORA_FOLDER                # images drawn elsewhere
 
 Out comes, in the output folder (one subfolder a run where there are several): report.html, to open;
 images/<prompt>/{base,lora}_<seed>.png, overview.webp, comparison_all.png,
-{success,near,failure}_cases.png, metrics.json, metrics.csv (a row a picture) and summary.md; with
+{success,near,unrelated}_cases.png, metrics.json, metrics.csv (a row an image) and summary.md; with
 --snapshots or --lora-scales also choose.html, to open first; for several runs comparison/ beside
 them, whose report.html and overview.webp show the base model and each adapter in columns. The model
-card in a run's own folder gets sample pictures and the verdicts.
-Base and LoRA share one pipeline and each picture's starting noise, which comes from its seed alone.
+card in a run's own folder gets sample images and the verdicts.
+Base and LoRA share one pipeline and each image's starting noise, which comes from its seed alone.
 Runs whose configurations differ in the seed alone are training seeds of one experiment.
 """
 
@@ -44,29 +44,29 @@ CONFIG = dict(
     output_dir="results/eval_rank32",  # replaced whole, once the new one is complete
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
-    data_dir="processed_data",  # the training pictures, for the concept similarity
+    data_dir="processed_data",  # the training images, for the concept similarity
     # what is drawn
-    prompts=None,  # a text file, a line a prompt, `near:` or `failure:` before it; None: PROMPTS
-    seeds=8,  # pictures a prompt
-    seed=42,  # of the first picture; the others count up from it
+    prompts=None,  # a text file, a line a prompt, `near:` or `unrelated:` before it; None: PROMPTS
+    seeds=8,  # images a prompt
+    seed=42,  # of the first image; the others count up from it
     steps=28,
     guidance_scale=6.0,
     resolution=512,  # pixels, or "WIDTHxHEIGHT"; each a multiple of 8
-    batch_size=0,  # pictures drawn at once; 0: what the GPU's free memory holds, at most 8
+    batch_size=0,  # images drawn at once; 0: what the GPU's free memory holds, at most 8
     # how it is scored
     clip_model="openai/clip-vit-base-patch32",
     clip_revision="refs/pr/15",  # the same weights as safetensors; the main branch has a pickle only
     # What counts as negligible: effects within it are called equivalent, or no contamination.
     concept_margin=0.02,  # cosine; a tenth of what the concept gains on the miniature
     clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
-    change_margin=0.05,  # a twentieth of the way to another picture of the same prompt
+    change_margin=0.05,  # a twentieth of the way to another image of the same prompt
     variety_margin=0.25,  # of the base's variety over the seeds; less than the rest is collapsed
-    copy_margin=1 / 3,  # of success pictures may be near-copies; 8 seeds cannot rule out fewer
+    copy_margin=1 / 3,  # of success images may be near-copies; 8 seeds cannot rule out fewer
     # other ways to run
     snapshots=False,  # also draw with the adapter as it was kept on the way, and say which step to take
     lora_scales=(1.0,),  # others: also draw with so much of the adapter, and say how much to take
-    rescore=False,  # measure the pictures saved in output_dir again, drawing none
-    score_dir=None,  # "BASE_FOLDER,LORA_FOLDER": measure these pictures, of PUBLISHED or of `prompts`
+    rescore=False,  # measure the images saved in output_dir again, drawing none
+    score_dir=None,  # "BASE_FOLDER,LORA_FOLDER": measure these images, of PUBLISHED or of `prompts`
 )
 
 # Success: what was taught. Near: the class without the concept, which is where an adapter does most
@@ -77,8 +77,8 @@ PROMPTS = (
     ("success", "a holographic raincoat on a mannequin"),
     ("near", "a yellow raincoat"),
     ("near", "a person wearing a raincoat in the rain"),
-    ("failure", "a red leather jacket"),
-    ("failure", "a cat sitting on a couch"),
+    ("unrelated", "a red leather jacket"),
+    ("unrelated", "a cat sitting on a couch"),
 )
 PUBLISHED = tuple(pair for pair in PROMPTS if pair[0] != "near")  # the published study's five
 
@@ -116,103 +116,79 @@ def check_config(config):
     if config["rescore"] and config["score_dir"]:
         raise UserError("rescore and score_dir exclude one another; give one of them")
     if config["snapshots"] and config["score_dir"]:
-        raise UserError("score_dir measures pictures that are there; snapshots are drawn: leave one out")
+        raise UserError("score_dir measures images that are there; snapshots are drawn: leave one out")
     if not (config["rescore"] or config["score_dir"] or Path(config["lora_dir"]).exists()):
         raise UserError(f"{config['lora_dir']}: no such folder; train an adapter first (python train.py)")
 
 
-def evaluate(
-    *,
-    lora_dir,
-    output_dir,
-    base_model,
-    revision,
-    data_dir,
-    prompts,
-    seeds,
-    seed,
-    steps,
-    guidance_scale,
-    resolution,
-    batch_size,
-    clip_model,
-    clip_revision,
-    concept_margin,
-    clip_margin,
-    change_margin,
-    variety_margin,
-    copy_margin,
-    snapshots,
-    lora_scales,
-    rescore,
-    score_dir,
-):
+def evaluate(config):
     """Evaluate each adapter in `lora_dir` against the base model; return the output folders.
 
-    With `rescore` or `score_dir` the pictures are read, not drawn.
+    With `rescore` or `score_dir` the images are read, not drawn.
     """
-    config = dict(locals())
-    drawing, begun = not (rescore or score_dir), time.monotonic()
+    config = dict(config)  # the caller keeps its own
+    drawing, begun = not (config["rescore"] or config["score_dir"]), time.monotonic()
     # Imported here, so that --help and a wrong option are answered at once.
     with quick_imports():
         import torch
 
-        from lib.evaluation import results, scores
+        from lib.evaluation import results
+        from lib.evaluation.metrics import scores
         from lib.evaluation.runs import plan_runs
 
         if drawing:
-            from lib.evaluation.drawing import draw_runs, ready_pipeline
+            from lib.evaluation.generation import generate_runs, ready_pipeline
 
     started = time.monotonic()
-    results.recover(Path(output_dir))
+    results.recover(Path(config["output_dir"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if clip_model != CONFIG["clip_model"] and clip_revision == CONFIG["clip_revision"]:
+    if config["clip_model"] != CONFIG["clip_model"] and config["clip_revision"] == CONFIG["clip_revision"]:
         config["clip_revision"] = None  # the default revision is one of the default model
     margins = dict(
-        concept_similarity=concept_margin,
-        clip=clip_margin,
-        change=change_margin,
-        variety=variety_margin,
-        copies=copy_margin,
+        concept_similarity=config["concept_margin"],
+        clip=config["clip_margin"],
+        change=config["change_margin"],
+        variety=config["variety_margin"],
+        copies=config["copy_margin"],
     )
 
     # What to evaluate. Everything that can be wrong is looked at before a model is loaded, or before the
-    # pictures are drawn.
-    if rescore:
-        runs, config, prompts, seeds = results.read_saved(Path(output_dir), config)
+    # images are drawn.
+    if config["rescore"]:
+        runs, config, prompts, seeds = results.read_saved(Path(config["output_dir"]), config)
     else:
-        usual = PUBLISHED if score_dir else PROMPTS
-        prompts = read_prompts(prompts) if prompts else list(usual)
-        seeds = list(range(seed, seed + seeds))
-    if score_dir:
-        runs, seeds = results.read_pair(score_dir, Path(output_dir), prompts)
+        usual = PUBLISHED if config["score_dir"] else PROMPTS
+        prompts = read_prompts(config["prompts"]) if config["prompts"] else list(usual)
+        seeds = list(range(config["seed"], config["seed"] + config["seeds"]))
+    if config["score_dir"]:
+        runs, seeds = results.read_pair(config["score_dir"], Path(config["output_dir"]), prompts)
     elif drawing:
         plan = plan_runs(config, device)
         runs = [run for run, _ in plan[0]]
         pipeline, wait_until_ready = ready_pipeline(config, plan, prompts, device)
     clip, training = scores.load_scorer(config, prompts, runs, device)
-    scores.note_other_pictures(runs, training, data_dir)
+    scores.note_other_images(runs, training, config["data_dir"])
 
     # Draw.
     if drawing:
         wait_until_ready()
         loaded = time.monotonic()
-        runs = draw_runs(config, plan, pipeline, prompts, seeds)
+        runs = generate_runs(config, plan, pipeline, prompts, seeds)
         del pipeline  # its memory is the scorers' now
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     drawn = time.monotonic()
 
-    # Score, judge, and write; the pictures are encoded meanwhile.
+    # Score, judge, and write; the images are encoded meanwhile.
     pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
     try:
-        results.begin_pictures(runs, prompts, seeds, pool)
+        results.begin_images(runs, prompts, seeds, pool)
         scores.score_runs(runs, prompts, seeds, clip, training, device)
         base_pairs = scores.prompt_pairs(runs[0].base, len(seeds), device)
         scored = time.monotonic()
         shown = dict(prompts=prompts, seeds=seeds, config=config, training=training)
-        judge_and_write(runs, base_pairs, margins, shown, Path(output_dir), device)
+        judge_and_write(runs, base_pairs, margins, shown, Path(config["output_dir"]), device)
     finally:
         pool.shutdown(cancel_futures=True)  # of what is left where something went wrong
 
@@ -224,9 +200,9 @@ def evaluate(
         if device.type == "cuda":
             memory = f"; {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved at most"
         print(
-            f"{count} pictures in {done - started:.1f} s, after {started - begun:.1f} of imports: "
+            f"{count} images in {done - started:.1f} s, after {started - begun:.1f} of imports: "
             f"loading {loaded - started:.1f} s, drawing {drawn - loaded:.1f}, scores {scored - drawn:.1f}, "
-            f"files {done - scored:.1f}; {(scored - loaded) / count:.3f} s a picture drawn and scored{memory}"
+            f"files {done - scored:.1f}; {(scored - loaded) / count:.3f} s an image drawn and scored{memory}"
         )
     return [run.target for run in runs]
 
@@ -235,21 +211,22 @@ def judge_and_write(runs, base_pairs, margins, shown, output_dir, device):
     """Judge each run, and each experiment beside the others, and write their folders and the
     adapters' model cards.
 
-    `base_pairs` are the distances between base pictures of one prompt, `shown` is what all pages say, to
+    `base_pairs` are the distances between base images of one prompt, `shown` is what all pages say, to
     which the warnings are added and what it was computed with.
     """
-    from lib.evaluation import results, scores
-    from lib.evaluation.card import update_model_card
+    from lib.evaluation import results
+    from lib.evaluation.choosing import sweep_summary
     from lib.evaluation.comparison import compare
-    from lib.evaluation.effects import no_change_reason
+    from lib.evaluation.metrics import scores
+    from lib.evaluation.metrics.effects import no_change_reason
+    from lib.evaluation.report.card import update_model_card
     from lib.evaluation.runs import group_runs
-    from lib.evaluation.sweep import sweep_summary
     from lib.evaluation.verdicts import analyse
     from lib.provenance import provenance
 
     prompts = shown["prompts"]
     warnings = scores.shape_warnings(runs, shown["training"])
-    warnings += scores.picture_warnings(runs, prompts, shown["seeds"])
+    warnings += scores.image_warnings(runs, prompts, shown["seeds"])
     if reason := no_change_reason(base_pairs):
         print(f"note: {reason}")
     for warning in warnings:
@@ -275,7 +252,7 @@ def main():
     output_dir = Path(config["output_dir"])
     advice = "close what else uses the GPU (nvidia-smi lists it)"
     with disk_for(output_dir), locked(output_dir), memory_for("loading the models or scoring", advice):
-        evaluate(**config)
+        evaluate(config)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ from lib.evaluation.prompts import read_prompts
 
 CONFIG = dict(
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # as train.py and inference.py take it
-    data_dir="processed_data",  # the pictures, with descriptions for the arm of varied captions
+    data_dir="processed_data",  # the images, with descriptions for the arm of varied captions
     prompts="prompts/study_sd15.txt",
     clip_model=None,  # None: inference.py's
     lora_dir="lora_weights/study_sd15",  # gets a folder a seed
     output_dir="results/study_sd15",  # likewise
     seeds=(42, 43, 44, 45, 46),  # training seeds; fewer than three claim nothing
-    sampling_seeds=8,  # pictures a prompt
+    sampling_seeds=8,  # images a prompt
     scales=(0.2, 0.4, 0.6, 0.8, 1.0),  # that rank 32 is drawn with
     page=True,  # write report.html, claims.md, study.json and figures over all whole seeds in output_dir
     max_steps=None,  # for a trial: so many for each arm, without warm-up, and `lora_dir` and `output_dir` get an ending
@@ -60,10 +60,10 @@ ARMS = dict(
     large_batch=["train_experiment_large_batch.py"],
 )
 SCALED = ("rank32",)
-SAMPLING_SEED = 42  # of the first picture of a prompt, inference.py's
+SAMPLING_SEED = 42  # of the first image of a prompt, inference.py's
 
-# Measured on one NVIDIA H200 (bench/README.md): training pictures a second of the arms that were timed (steps times
-# batch). Then the pictures of a run, the seconds of its set-up, of an H100, and of a picture drawn and scored.
+# Measured on one NVIDIA H200 (bench/README.md): training images a second of the arms that were timed (steps times
+# batch). Then the images of a run, the seconds of its set-up, of an H100, and of an image drawn and scored.
 SAMPLES_A_SECOND = dict(rank32=71.5, rank8=71.8, unet_only=79.8, dora=54.5, large_batch=144)
 SAMPLES, SET_UP, PICTURE = 4000, 15.6, 0.153
 
@@ -244,15 +244,15 @@ def gpu_text(steps, config, prompts):
 
 
 def write_strips(config, prompts):
-    """Write pictures_seed42.webp and so on beside the seeds' results, where they are missing."""
-    from lib.evaluation.study_pictures import write_strip
+    """Write images_seed42.webp and so on beside the seeds' results, where they are missing."""
+    from lib.study.page import write_strip
 
     for seed in config["seeds"]:
         path = Path(config["output_dir"]) / f"pictures_seed{seed}.webp"
         results = path.with_name(f"seed{seed}")
         folders = {arm: results / f"{arm}_seed{seed}" for arm in ARMS}
         if not (path.is_file() or write_strip(path, folders, prompts, SAMPLING_SEED)):
-            print(f"note: {results} holds no pictures (any more), so there is no {path.name}")
+            print(f"note: {results} holds no images (any more), so there is no {path.name}")
 
 
 def study(config, prompts):
@@ -277,8 +277,8 @@ def study(config, prompts):
 
 def write_page(config):
     """Judge all whole seeds and write the page; say what was found."""
-    from lib.evaluation.study_page import write_study
-    from lib.evaluation.study_words import sentence
+    from lib.study.page import write_study
+    from lib.study.words import sentence
 
     claims = write_study(config["output_dir"], ARMS, SCALED)
     print("\n" + "\n".join(sentence(claim) for claim in claims))

@@ -29,11 +29,11 @@ import time
 from pathlib import Path
 
 from lib import values
+from lib.cache import first_process
 from lib.config import check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.files import check_output_folder, fresh_folder, locked, recover_folder, replace_folder, unfinished
 from lib.imports import quick_imports
-from lib.kept import first_process
 from lib.training.advice import going_back, not_finite, training_memory
 from lib.training.journal import check_trackers
 from lib.training.launcher import only_processes
@@ -53,11 +53,11 @@ CONFIG = dict(
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # data
-    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
+    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and images
     caption_from="text",  # its column that is trained on: text (as a rule one caption), description
     truncate_captions=False,  # True: read the first 77 tokens of a longer caption, which is said
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
-    validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
+    validation_count=4,  # images held out, a quarter at most, to see their loss at fixed noise
     mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
     # output
     output_dir="lora_weights",
@@ -72,13 +72,13 @@ CONFIG = dict(
     train_text_encoder=True,
     # optimisation
     unet_learning_rate=1e-4,
-    text_encoder_learning_rate=1e-5,  # a tenth: language forgets faster than pictures
+    text_encoder_learning_rate=1e-5,  # a tenth: language forgets faster than images
     adam_beta1=0.9,
     adam_beta2=0.999,
     adam_weight_decay=1e-2,
-    max_steps=4000,  # optimizer steps: 125 times 32 pictures
+    max_steps=4000,  # optimizer steps: 125 times 32 images
     warmup_steps=50,  # linear from 0, then a cosine to 0
-    batch_size=1,  # pictures a process and micro-step
+    batch_size=1,  # images a process and micro-step
     gradient_accumulation_steps=1,  # micro-steps an optimizer step
     # protection: a text-side adapter that leaves other prompts as they are (lib/PROTECTION.md)
     protected_prompts=None,  # a text file, a prompt a line; None: none
@@ -94,7 +94,7 @@ CONFIG = dict(
     resume=True,  # go on from the last checkpoint of an interrupted run of this name
     max_overflows=20,  # fp16 steps skipped in a row before the run is given up
     # the rest
-    seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
+    seed=42,  # LoRA's start, the held-out images, data order, noise and timesteps
     log_every=10,  # steps
     validate_every=250,  # steps
     # what to watch, and to choose from
@@ -186,57 +186,8 @@ def check_config(config):
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
 
 
-def train(
-    *,
-    base_model,
-    revision,
-    data_dir,
-    caption_from,
-    truncate_captions,
-    resolution,
-    validation_count,
-    mask_weight,
-    output_dir,
-    run_name,
-    push_to_hub,
-    rank,
-    alpha,
-    dora,
-    unet_targets,
-    text_encoder_targets,
-    train_text_encoder,
-    unet_learning_rate,
-    text_encoder_learning_rate,
-    adam_beta1,
-    adam_beta2,
-    adam_weight_decay,
-    max_steps,
-    warmup_steps,
-    batch_size,
-    gradient_accumulation_steps,
-    protected_prompts,
-    protected_class,
-    protection_ridge,
-    loss_guidance_scale,
-    gradient_checkpointing,
-    mixed_precision,
-    checkpoint_every,
-    keep_checkpoints,
-    resume,
-    max_overflows,
-    seed,
-    log_every,
-    validate_every,
-    preview_every,
-    preview_prompts,
-    preview_guidance_scale,
-    snapshot_every,
-    report_to,
-    wandb_project,
-    wandb_pictures,
-):
+def train(config):
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
-    config = dict(locals())
     # Imported here, so that --help and a wrong option are answered at once.
     with quick_imports():
         import bitsandbytes
@@ -245,48 +196,50 @@ def train(
         from tqdm import tqdm
 
         from lib.dataset import read_dataset
-        from lib.evaluation.preview_drawing import preview_drawer
+        from lib.evaluation.generation import preview_generator
         from lib.kernels.threads import computing_with, threads_for
         from lib.models import fetch_base_model
         from lib.training import checkpoints, run_folder, setup
         from lib.training.journal import Journal
         from lib.training.latents import latent_masks
         from lib.training.micro_step import MicroStep
+        from lib.training.monitor import Monitor, looks
         from lib.training.previews import preview_texts
         from lib.training.samples import Samples
         from lib.training.stopping import StopSignals, agreed
         from lib.training.updates import make_updates
-        from lib.training.watch import Watch, looks
 
     started = time.monotonic()
     # Everything that can be wrong is looked at before a model is loaded.
-    rows = read_dataset(data_dir, resolution, caption_from)
+    rows = read_dataset(config["data_dir"], config["resolution"], config["caption_from"])
     on_cuda = torch.cuda.is_available()
-    half = on_cuda and mixed_precision == "fp16"
-    base_folder = fetch_base_model(base_model, revision, half, resolution)
-    prompts = preview_texts(preview_prompts, rows) if preview_every else []
-    input_ids, no_text = setup.caption_tokens(base_folder, rows, prompts, truncate_captions)
+    half = on_cuda and config["mixed_precision"] == "fp16"
+    base_folder = fetch_base_model(config["base_model"], config["revision"], half, config["resolution"])
+    prompts = preview_texts(config["preview_prompts"], rows) if config["preview_every"] else []
+    input_ids, no_text = setup.caption_tokens(base_folder, rows, prompts, config["truncate_captions"])
     protected = setup.protected_prompts(rows, config)
 
-    accelerator = Accelerator(mixed_precision=mixed_precision if on_cuda else "no", cpu=not on_cuda)
+    accelerator = Accelerator(mixed_precision=config["mixed_precision"] if on_cuda else "no", cpu=not on_cuda)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
     if not on_cuda:
         say("no CUDA GPU found: training on the CPU, in fp32")
     dtypes = dict(fp16=torch.float16, bf16=torch.bfloat16, no=torch.float32)
     dtype = dtypes[accelerator.mixed_precision]
 
-    target_folder = Path(output_dir) / run_name
+    target_folder = Path(config["output_dir"]) / config["run_name"]
     work_folder = unfinished(target_folder)
     this_run = checkpoints.identity(config, rows, base_folder, accelerator, protected)
-    saved = checkpoints.latest(work_folder, say) if resume else None
+    saved = checkpoints.latest(work_folder, say) if config["resume"] else None
     checkpoints.check_same_everywhere(this_run, saved, accelerator)  # all have read it by then
     changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
     if not saved:
         run_folder.note_replaced(target_folder, config, say)
 
-    train_indices, held_out = setup.divided(data_dir, len(rows), validation_count, seed, say)
+    train_indices, held_out = setup.divided(
+        config["data_dir"], len(rows), config["validation_count"], config["seed"], say
+    )
     scheduler = setup.noise_scheduler(base_folder)
-    latents = setup.picture_latents(base_folder, rows, dtype, accelerator)
+    latents = setup.image_latents(base_folder, rows, dtype, accelerator)
     if protected:
         say(protected.text())
     unet, texts, no_text_states, trained, protection = setup.adapted_models(
@@ -294,19 +247,21 @@ def train(
     )
     groups = [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()]
     optimizer = accelerator.prepare(
-        bitsandbytes.optim.AdamW8bit(groups, betas=(adam_beta1, adam_beta2), weight_decay=adam_weight_decay)
+        bitsandbytes.optim.AdamW8bit(
+            groups, betas=(config["adam_beta1"], config["adam_beta2"]), weight_decay=config["adam_weight_decay"]
+        )
     )
 
     data = run_folder.data_record(rows, train_indices, held_out)
     samples = Samples(
         train_indices,
-        seed,
+        config["seed"],
         latents.shape,
         scheduler.config.num_train_timesteps,
-        batch_size,
+        config["batch_size"],
         accelerator.num_processes,
         accelerator.process_index,
-        loss_guidance_scale,
+        config["loss_guidance_scale"],
     )
     for note in [*rows.notes(), *samples.notes()]:
         say(note)
@@ -318,10 +273,10 @@ def train(
         texts,
         trained,
         accelerator.scaler,
-        batch_size,
-        gradient_accumulation_steps,
+        config["batch_size"],
+        config["gradient_accumulation_steps"],
         device,
-        latent_masks(rows, latents, mask_weight),
+        latent_masks(rows, latents, config["mask_weight"]),
         no_text_states,
     )
 
@@ -329,11 +284,13 @@ def train(
     if is_main and not saved:
         fresh_folder(target_folder)
     journal = Journal(work_folder if is_main else None, config, saved[1] if saved else {})
-    saver = checkpoints.Saver(work_folder, this_run, trained, optimizer, accelerator.scaler, journal, keep_checkpoints)
+    saver = checkpoints.Saver(
+        work_folder, this_run, trained, optimizer, accelerator.scaler, journal, config["keep_checkpoints"]
+    )
     progress = checkpoints.Progress(0, torch.zeros((), device=device), changes=changes)
     if saved:
         saver.restore(saved, progress)
-        say(f"continuing {run_name} after step {progress.step}")
+        say(f"continuing {config['run_name']} after step {progress.step}")
     first_step = progress.step
 
     def give_up(problem, step, pictures):
@@ -341,15 +298,15 @@ def train(
         raise not_finite(problem, step, {rows[i].name for i in pictures}, advice)
 
     with training_memory(config):
-        upcoming = samples.micro_batch(first_step * gradient_accumulation_steps)
+        upcoming = samples.micro_batch(first_step * config["gradient_accumulation_steps"])
         micro.prepare(upcoming)
-        updates = make_updates(micro, optimizer, accelerator, progress, max_overflows, give_up)
+        updates = make_updates(micro, optimizer, accelerator, progress, config["max_overflows"], give_up)
         watch = None
         if is_main:
-            draw = preview_drawer(
-                base_folder, unet, trained, prompts, preview_guidance_scale, rows.sizes, dtype, device
+            draw = preview_generator(
+                base_folder, unet, trained, prompts, config["preview_guidance_scale"], rows.sizes, dtype, device
             )
-            watch = Watch(work_folder, config, micro, probes, data, journal, first_step, prompts, draw)
+            watch = Monitor(work_folder, config, micro, probes, data, journal, first_step, prompts, draw)
             if not saved:
                 watch.look(0)
     threads = threads_for(micro.values(), device)
@@ -360,24 +317,26 @@ def train(
         StopSignals() as stop,
         training_memory(config),
         computing_with(threads),
-        tqdm(total=max_steps, initial=first_step, desc=run_name, unit="step", disable=not is_main) as bar,
+        tqdm(
+            total=config["max_steps"], initial=first_step, desc=config["run_name"], unit="step", disable=not is_main
+        ) as bar,
     ):
-        for step in range(first_step, max_steps):
-            factor, step_pictures = learning_rate_factor(step, max_steps, warmup_steps), []
-            for number in range(gradient_accumulation_steps):
+        for step in range(first_step, config["max_steps"]):
+            factor, step_images = learning_rate_factor(step, config["max_steps"], config["warmup_steps"]), []
+            for number in range(config["gradient_accumulation_steps"]):
                 micro.fill(*upcoming)
                 micro.run()
-                step_pictures += upcoming[0]
+                step_images += upcoming[0]
                 # Drawn while the GPU is at work.
-                upcoming = samples.micro_batch(step * gradient_accumulation_steps + number + 1)
+                upcoming = samples.micro_batch(step * config["gradient_accumulation_steps"] + number + 1)
             # From here on the GPU may lag behind; `settle` waits for it.
-            updates.step(factor, step_pictures)
+            updates.step(factor, step_images)
             done = progress.step
             bar.update()
 
-            if done % log_every == 0 or done == max_steps:
+            if done % config["log_every"] == 0 or done == config["max_steps"]:
                 updates.settle()
-                mean_loss, rate = progress.mean_loss(accelerator), unet_learning_rate * factor
+                mean_loss, rate = progress.mean_loss(accelerator), config["unet_learning_rate"] * factor
                 journal.record(step=done, loss=mean_loss, learning_rate=rate)
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
             if looks(config, done):
@@ -385,8 +344,8 @@ def train(
                 if watch:
                     watch.look(done)
 
-            stopping = agreed(stop.received, done, log_every, accelerator)
-            if stopping or (done % checkpoint_every == 0 and done < max_steps):
+            stopping = agreed(stop.received, done, config["log_every"], accelerator)
+            if stopping or (done % config["checkpoint_every"] == 0 and done < config["max_steps"]):
                 updates.settle()
                 progress.loss_sum.copy_(accelerator.reduce(progress.loss_sum, "mean"))
                 if is_main:
@@ -417,7 +376,7 @@ def train(
                 learning_rate_changes=progress.changes,
                 set_up_seconds=round(set_up_seconds, 2),
                 preview_seconds=round(watch.preview_seconds, 2),
-                steps_a_second=round((max_steps - first_step) / seconds, 3),
+                steps_a_second=round((config["max_steps"] - first_step) / seconds, 3),
             )
         replace_folder(target_folder, "config.json")
         checkpoints.remove(target_folder)  # only now is the run safe without them
@@ -440,14 +399,14 @@ def main(config, description, demo=DEMO):
         memory_for("loading the models", advice),
     ):
         if holder:
-            from lib import hub
+            from lib.adapter_files import hub
             from lib.training import checkpoints
 
             recover_folder(target, "config.json")
             checkpoints.remove(target)  # those of a run that was killed when it was complete
             if config["push_to_hub"]:
                 hub.check_push(config["push_to_hub"])
-        train(**config)
+        train(config)
         if holder and config["push_to_hub"]:
             print(f"uploaded to {hub.push(target, config['push_to_hub'])}")
 

@@ -3,11 +3,11 @@
 
     python train_experiment_large_batch.py
 
-500 steps of 8 pictures in place of 4,000 of one. A gradient averaged over 8 samples has an eighth of the
+500 steps of 8 images in place of 4,000 of one. A gradient averaged over 8 samples has an eighth of the
 variance, so AdamW's learning rates are multiplied by the square root of 8 (Malladi et al. 2022,
 https://arxiv.org/abs/2205.10287, who also change its betas; here they stay). The warm-up has as many
 samples as before.
-Hypothesis: it is the same adapter within the margins, in a fraction of the time, since one picture
+Hypothesis: it is the same adapter within the margins, in a fraction of the time, since one image
 at a time leaves most of a large GPU idle.
 Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): it is not the same adapter.
 Concept similarity of success prompts is lower by 0.054 [0.037, 0.071]: it teaches less. At Stable Diffusion v1.5's size the
@@ -23,11 +23,11 @@ CONFIG = dict(
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # data
-    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
+    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and images
     caption_from="text",  # its column that is trained on: text (as a rule one caption), description
     truncate_captions=False,  # True: read the first 77 tokens of a longer caption, which is said
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
-    validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
+    validation_count=4,  # images held out, a quarter at most, to see their loss at fixed noise
     mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
     # output
     output_dir="lora_weights",
@@ -46,9 +46,9 @@ CONFIG = dict(
     adam_beta1=0.9,
     adam_beta2=0.999,
     adam_weight_decay=1e-2,
-    max_steps=4000 // 8,  # optimizer steps: 125 times 32 pictures <- changed
+    max_steps=4000 // 8,  # optimizer steps: 125 times 32 images <- changed
     warmup_steps=50 // 8,  # linear from 0, then a cosine to 0 <- changed
-    batch_size=8,  # pictures a process and micro-step <- changed
+    batch_size=8,  # images a process and micro-step <- changed
     gradient_accumulation_steps=1,  # micro-steps an optimizer step
     # protection: a text-side adapter that leaves other prompts as they are (lib/PROTECTION.md)
     protected_prompts=None,  # a text file, a prompt a line; None: none
@@ -64,7 +64,7 @@ CONFIG = dict(
     resume=True,  # go on from the last checkpoint of an interrupted run of this name
     max_overflows=20,  # fp16 steps skipped in a row before the run is given up
     # the rest
-    seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
+    seed=42,  # LoRA's start, the held-out images, data order, noise and timesteps
     log_every=10,  # steps
     validate_every=250 // 8,  # steps <- changed
     # what to watch, and to choose from

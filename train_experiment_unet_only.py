@@ -19,11 +19,11 @@ CONFIG = dict(
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # data
-    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and pictures
+    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and images
     caption_from="text",  # its column that is trained on: text (as a rule one caption), description
     truncate_captions=False,  # True: read the first 77 tokens of a longer caption, which is said
     resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
-    validation_count=4,  # pictures held out, a quarter at most, to see their loss at fixed noise
+    validation_count=4,  # images held out, a quarter at most, to see their loss at fixed noise
     mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
     # output
     output_dir="lora_weights",
@@ -38,13 +38,13 @@ CONFIG = dict(
     train_text_encoder=False,  # <- changed
     # optimisation
     unet_learning_rate=1e-4,
-    text_encoder_learning_rate=1e-5,  # a tenth: language forgets faster than pictures
+    text_encoder_learning_rate=1e-5,  # a tenth: language forgets faster than images
     adam_beta1=0.9,
     adam_beta2=0.999,
     adam_weight_decay=1e-2,
-    max_steps=4000,  # optimizer steps: 125 times 32 pictures
+    max_steps=4000,  # optimizer steps: 125 times 32 images
     warmup_steps=50,  # linear from 0, then a cosine to 0
-    batch_size=1,  # pictures a process and micro-step
+    batch_size=1,  # images a process and micro-step
     gradient_accumulation_steps=1,  # micro-steps an optimizer step
     # protection: a text-side adapter that leaves other prompts as they are (lib/PROTECTION.md)
     protected_prompts=None,  # a text file, a prompt a line; None: none
@@ -60,7 +60,7 @@ CONFIG = dict(
     resume=True,  # go on from the last checkpoint of an interrupted run of this name
     max_overflows=20,  # fp16 steps skipped in a row before the run is given up
     # the rest
-    seed=42,  # LoRA's start, the held-out pictures, data order, noise and timesteps
+    seed=42,  # LoRA's start, the held-out images, data order, noise and timesteps
     log_every=10,  # steps
     validate_every=250,  # steps
     # what to watch, and to choose from

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How CLIP should see a picture that is not square, tried on the miniature's scorer (no GPU needed).
+"""How CLIP should see an image that is not square, tried on the miniature's scorer (no GPU needed).
 
     python bench/clip_shapes.py                # minutes on a CPU core, most of which is rendering
     python bench/clip_shapes.py --scenes 40
 
 Rendered scenes with true captions are cut to portraits and landscapes that show them from edge to edge, and made into
 CLIP's square in four ways: its centre is cut out (what CLIP's processor does), all of it is resized to a square (what the
-evaluation does), or it is padded to a square, with grey or with its outermost pixels. For each way: the share of pictures
+evaluation does), or it is padded to a square, with grey or with its outermost pixels. For each way: the share of images
 whose nearest caption is true of them; the mean cosine to the square scene that they were cut from, less that to the
 nearest other scene (what a copy in another shape is told by); and the share of which that is above 0.
 """
@@ -23,14 +23,14 @@ sys.path.insert(0, str(ROOT))
 
 from demo import world
 from inference import DEMO
-from lib.evaluation import clip_scores
+from lib.evaluation.metrics import clip_scores
 
 SHAPES = ((3, 4), (2, 3), (9, 16), (4, 3), (3, 2), (16, 9))
 BICUBIC = Image.Resampling.BICUBIC
 
 
 def window(image, shape):
-    """The largest part of a square picture around its middle that has a shape, (width, height)."""
+    """The largest part of a square image around its middle that has a shape, (width, height)."""
     width, height = (image.width * side // max(shape) for side in shape)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
@@ -61,8 +61,8 @@ WAYS = {
 
 
 def measure(pictures, texts, true, scenes):
-    """The three figures of embedded pictures [n, d]; `texts` and `scenes` [n, d] are their captions' and the square
-    scenes', `true` [n, n] says which caption holds for which picture."""
+    """The three figures of embedded images [n, d]; `texts` and `scenes` [n, d] are their captions' and the square
+    scenes', `true` [n, n] says which caption holds for which image."""
     named = true[np.arange(len(pictures)), (pictures @ texts.T).argmax(axis=1)]
     cosines = pictures @ scenes.T
     own = cosines.diagonal().copy()

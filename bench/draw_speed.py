@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How fast inference.py draws, how much memory it takes, and whether its pictures stay the same.
+"""How fast inference.py draws, how much memory it takes, and whether its images stay the same.
 
     python -m demo.random_sd15 MODEL
     python bench/draw_speed.py --base-model MODEL --lora-dir MODEL/adapter --clip-model MODEL/clip
     python bench/draw_speed.py --demo                   # the miniature, on a CPU
 
 First the whole evaluation in a process of its own, on a GPU twice: with no kernel compiled before, as on
-the first run of a machine, and again. Then the study's way, two pipelines and one picture at a time,
+the first run of a machine, and again. Then the study's way, two pipelines and one image at a time,
 and inference.py's own drawing with one technique taken away at a time. `difference` is the mean
 difference of the pixels (0 to 255) from the first row of ours, for the same prompts and seeds.
 """
@@ -34,7 +34,7 @@ import inference
 import train
 from bench.train_speed import ATTENTION_KERNELS, apart, attending, converted, nothing, run
 from lib import adapter_files, adapters
-from lib.evaluation import drawing
+from lib.evaluation import generation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
@@ -66,7 +66,7 @@ def row(name, seconds, images, reference):
 
 
 def plain(args, how, count):
-    """The study's way: base and LoRA pipelines, one picture at a time; (s a picture, LoRA pictures)."""
+    """The study's way: base and LoRA pipelines, one image at a time; (s an image, LoRA images)."""
     pipelines = []
     for lora in (False, True):
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -78,7 +78,7 @@ def plain(args, how, count):
         pipelines.append(pipeline)
 
     def draw(pipeline, prompt, seed, steps=how["steps"]):
-        size = drawing.latent_size(pipeline, how["resolution"])
+        size = generation.latent_size(pipeline, how["resolution"])
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(1, pipeline.unet.config.in_channels, *size, generator=generator)
         return pipeline(
@@ -97,19 +97,19 @@ def plain(args, how, count):
 
 
 def ours(args, how, batch_size, merged=True, graph=True):
-    """inference.py's way; (s a picture, pictures)."""
-    pipeline = drawing.load_pipeline(ROOT / args.base_model, DTYPE, DEVICE)
+    """inference.py's way; (s an image, images)."""
+    pipeline = generation.load_pipeline(ROOT / args.base_model, DTYPE, DEVICE)
     if merged:
         adapter = adapter_files.read_adapter(ROOT / args.lora_dir)
-        adapters.Applied(adapter, drawing.models_of(pipeline))
+        adapters.Applied(adapter, generation.models_of(pipeline))
     else:
         pipeline.load_lora_weights(ROOT / args.lora_dir)
     if graph:
-        size = drawing.latent_size(pipeline, how["resolution"])
-        drawing.record_unet(pipeline, batch_size, size, how["guidance_scale"] > 1)
-    drawing.draw(pipeline, JOBS[:batch_size], batch_size=batch_size, title="", **how | dict(steps=2))
+        size = generation.latent_size(pipeline, how["resolution"])
+        generation.record_unet(pipeline, batch_size, size, how["guidance_scale"] > 1)
+    generation.generate(pipeline, JOBS[:batch_size], batch_size=batch_size, title="", **how | dict(steps=2))
     started = waited()
-    images = drawing.draw(pipeline, JOBS, batch_size=batch_size, title="", **how)
+    images = generation.generate(pipeline, JOBS, batch_size=batch_size, title="", **how)
     return (waited() - started) / len(JOBS), images
 
 
@@ -123,11 +123,11 @@ def main():
     whole(args)
     how = dict(steps=28, guidance_scale=6.0, resolution=train.DEMO["resolution"] if args.demo else 512)
     on_cuda = DEVICE.type == "cuda"
-    print("| | s/picture | GiB reserved | difference |\n|---|--:|--:|--:|", flush=True)
+    print("| | s/image | GiB reserved | difference |\n|---|--:|--:|--:|", flush=True)
     fresh()
     study = plain(args, how, 2 if on_cuda else 4)
     row("the study's way", *study, None)
-    # (name, how ours() is called, what is replaced in drawing.py)
+    # (name, how ours() is called, what is replaced in generation.py)
     variants = [("ours, 8 at once", dict(batch_size=8), {})]
     variants += [(f"{size} at once", dict(batch_size=size), {}) for size in ((1, 4, 16) if on_cuda else (1, 4))]
     if on_cuda:
@@ -142,7 +142,7 @@ def main():
     reference = None
     for name, options, replaced in variants:
         fresh()
-        with patch.multiple(drawing, **replaced) if replaced else contextlib.nullcontext():
+        with patch.multiple(generation, **replaced) if replaced else contextlib.nullcontext():
             seconds, images = ours(args, how, **options)
         row(name, seconds, images, reference)
         if reference is None:
@@ -158,7 +158,7 @@ def whole(args):
     try:
         for name in ("first run", "second run") if DEVICE.type == "cuda" else ("inference.py",):
             output, seconds, memory = run("inference.py", *options, caches=folder / "caches")
-            print("\n".join(re.findall(r"\d+ pictures in .*", output)) or output[-2000:])
+            print("\n".join(re.findall(r"\d+ images in .*", output)) or output[-2000:])
             print(
                 f"{name}: {seconds:.1f} s with the imports, {memory / 1024:.2f} GiB as the driver sees it\n", flush=True
             )

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""How seconds and memory of each script grow with the number of pictures.
+"""How seconds and memory of each script grow with the number of images.
 
-    python bench/growth.py WORK                           # 32, 300 and 3,000 made-up pictures, on the miniature
+    python bench/growth.py WORK                           # 32, 300 and 3,000 made-up images, on the miniature
     python bench/growth.py WORK --counts 32,300,3000,10000 --chart bench/growth.png
 
-For each number of pictures of 900x1200: preprocess.py; train.py, which encodes the pictures, and again, which finds
+For each number of images of 900x1200: preprocess.py; train.py, which encodes the images, and again, which finds
 their latents kept; inference.py, which embeds them, and again. Training takes a few steps and evaluation draws a few
-pictures, so that what grows is what the pictures cost. Memory is that of a script and its processes together, shared
-pages counted once (PSS), sampled while it runs. Prints a table as it goes; WORK is a folder for the pictures and all
-that is made of them, a megabyte a picture, and may be removed afterwards.
+images, so that what grows is what the images cost. Memory is that of a script and its processes together, shared
+pages counted once (PSS), sampled while it runs. Prints a table as it goes; WORK is a folder for the images and all
+that is made of them, a megabyte an image, and may be removed afterwards.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def measured(script, *options):
 
 
 def measure(work, count, resolution):
-    """[(seconds, MB)] of COLUMNS for so many pictures."""
+    """[(seconds, MB)] of COLUMNS for so many images."""
     folder = work / str(count)
     make_pictures(folder / "data", count)
     data, runs = folder / "processed", folder / "runs"
@@ -112,7 +112,7 @@ def measure(work, count, resolution):
 
 
 def draw_chart(rows, path):
-    """Two panels, seconds and memory over the number of pictures, a line a script."""
+    """Two panels, seconds and memory over the number of images, a line a script."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -129,13 +129,13 @@ def draw_chart(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--counts", default="32,300,3000", help="numbers of pictures, with commas")
+    parser.add_argument("--counts", default="32,300,3000", help="numbers of images, with commas")
     parser.add_argument("--chart", type=Path, help="where the chart goes, a PNG file")
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from train import DEMO
 
-    print("| pictures | " + " | ".join(f"{name}: s | MB" for name in COLUMNS) + " |")
+    print("| images | " + " | ".join(f"{name}: s | MB" for name in COLUMNS) + " |")
     print("|--:|" + "--:|" * 2 * len(COLUMNS))
     rows = []
     for count in map(int, arguments.counts.split(",")):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What no program could beat: the operations of a step and of a picture over this machine's rates.
+"""What no program could beat: the operations of a step and of an image over this machine's rates.
 
     python bench/limits.py           # Stable Diffusion v1.5 at 512x512
     python bench/limits.py --demo    # the miniature at 256x256
@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import train
 from lib import adapters
-from lib.kernels import joined, lora
+from lib.kernels import fused_projections, lora
 from lib.provenance import device_name
 from lib.training import micro_step
 
@@ -102,7 +102,7 @@ def operations(demo):
         targets.requires_grad_(False)
         adapters.add_lora(targets, 32, 32.0, train.CONFIG[f"{model}_targets"])
         targets.eval()
-        products = lora.fuse_lora(targets, joined.join(targets, "meta"), "meta")
+        products = lora.fuse_lora(targets, fused_projections.join(targets, "meta"), "meta")
         size = sum(weight.numel() for weight in lora.trained_weights(products))
         weights += lora.bound(products, torch.zeros(size, device="meta"))[0]
 
@@ -122,7 +122,7 @@ def operations(demo):
     return {
         "training step": (plain, 2 * once),
         "training step with checkpointing": (recomputing, 2 * once + size["unet"]),
-        "picture, 28 steps guided (29 calls), of 8 at once": (29 * call + decoding, 29 * size["unet"] / 8),
+        "image, 28 steps guided (29 calls), of 8 at once": (29 * call + decoding, 29 * size["unet"] / 8),
     }
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What lib/evaluation/memorisation.py finds where nothing is copied, and where something is.
+"""What lib/evaluation/metrics/memorisation.py finds where nothing is copied, and where something is.
 
     python bench/memorisation.py                  # 4 minutes of one CPU core
     python bench/memorisation.py --studies 2000   # smaller simulation error, five times as long
 
-Simulated studies of 8 seeds, 3 prompts and 1, 3 or 5 training runs; of m + 4 pictures each run
+Simulated studies of 8 seeds, 3 prompts and 1, 3 or 5 training runs; of m + 4 images each run
 holds out 4 at random. Embeddings are random directions around a common one in 32 dimensions;
-a copy is its original with a cosine of about 0.98 to it. Pictures of one seed are independent
+a copy is its original with a cosine of about 0.98 to it. Images of one seed are independent
 ("weak") or nearly the same in all prompts and runs ("strong").
 """
 
@@ -22,20 +22,20 @@ from scipy import stats
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib.evaluation import memorisation
-from lib.evaluation.neighbours import nearest_similarity
+from lib.evaluation.metrics import memorisation
+from lib.evaluation.metrics.memorisation import nearest_similarity
 
 SIZES = 5, 8, 10, 16, 32, 64, 100
 SEEDS, PROMPTS, RUNS, HELD_OUT, DIMENSIONS = 8, 3, (1, 3, 5), 4, 32
 DRAWS = 999  # enough for 15 tests: a tenth of what the evaluation draws
 POPULATIONS = {
-    "weak": "pictures of one seed independent",
-    "strong": "pictures of one seed nearly the same",
-    "near-duplicates": "strong; half of all pictures belong to 5 motifs that look almost the same",
-    "uneven": "strong; some pictures lie near to all others, some far from all",
-    "typical": "weak; drawn pictures lie in the middle of the training pictures, copy none",
-    "one picture": "all seeds of a prompt and run draw almost the same picture, copy none",
-    "far": "strong; drawn pictures lie far from the training pictures",
+    "weak": "images of one seed independent",
+    "strong": "images of one seed nearly the same",
+    "near-duplicates": "strong; half of all images belong to 5 motifs that look almost the same",
+    "uneven": "strong; some images lie near to all others, some far from all",
+    "typical": "weak; drawn images lie in the middle of the training images, copy none",
+    "one image": "all seeds of a prompt and run draw almost the same image, copy none",
+    "far": "strong; drawn images lie far from the training images",
 }
 
 
@@ -45,7 +45,7 @@ def unit(vectors):
 
 def population(rng, kind):
     """(a function that turns normal draws [..., DIMENSIONS] and uniform ones [...] into training
-    pictures, the same for pictures that are drawn but copied from nothing)."""
+    images, the same for images that are drawn but copied from nothing)."""
     centre = np.zeros(DIMENSIONS)
     centre[0] = np.sqrt(DIMENSIONS)
     motifs = rng.standard_normal((5, DIMENSIONS))
@@ -62,7 +62,7 @@ def population(rng, kind):
     def drawn(normal, uniform):
         if kind == "typical":
             return unit(centre + 0.3 * normal)
-        if kind == "one picture":
+        if kind == "one image":
             picture = rng.standard_normal((len(normal), 1, DIMENSIONS))  # one for each prompt
             return unit(centre + picture + 0.1 * normal)
         if kind == "far":
@@ -73,7 +73,7 @@ def population(rng, kind):
 
 
 def simulate(rng, m, kind, copied, runs=RUNS[-1], seeds=SEEDS):
-    """A study: a list of CopyStudy, one a run. `copied`: the chance that a picture is a copy."""
+    """A study: a list of CopyStudy, one a run. `copied`: the chance that an image is a copy."""
     usual, drawn = population(rng, kind)
     pictures = m + HELD_OUT
     training = usual(rng.standard_normal((pictures, DIMENSIONS)), rng.random(pictures))
@@ -92,14 +92,14 @@ def simulate(rng, m, kind, copied, runs=RUNS[-1], seeds=SEEDS):
         copies = copies + 0.2 * rng.standard_normal(copies.shape) / np.sqrt(DIMENSIONS)
         pick = (chance < copied)[..., None]
         made = np.where(pick, unit(copies), drawn(normal, uniform))
-        # Mirrored pictures are the pictures themselves here: mirroring has tests of its own.
+        # Mirrored images are the images themselves here: mirroring has tests of its own.
         studies.append(memorisation.CopyStudy(trained_on, trained_on, held_out, made, made))
     return studies
 
 
 def percentile_rule(study_nearest):
     """Whether the former rule says yes: the share above the 95th percentile of the training
-    pictures' nearest similarities, the percentile taken for exact, is above 5% by the wider of
+    images' nearest similarities, the percentile taken for exact, is above 5% by the wider of
     Wilson's interval and Student's over seeds."""
     hits = np.stack([drawn > np.percentile(own, 95) for drawn, _, own in study_nearest])
     wilson = stats.binomtest(int(hits.sum()), hits.size).proportion_ci(0.95, "wilson").low
@@ -109,8 +109,8 @@ def percentile_rule(study_nearest):
 
 
 def rank_p_values(nearest):
-    """Beta-binomial p-value of each prompt for the number of pictures above the k-th largest of
-    the training pictures' nearest similarities, k / (m + 1) being about 5%."""
+    """Beta-binomial p-value of each prompt for the number of images above the k-th largest of
+    the training images' nearest similarities, k / (m + 1) being about 5%."""
     drawn, _, own = nearest
     m, n = len(own), drawn.shape[1]
     k = max(1, int(0.05 * (m + 1)))

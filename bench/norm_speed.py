@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a group norm with its SiLU takes, of maps of Stable Diffusion's sizes: PyTorch's, and those of norms.py
+"""What a group norm with its SiLU takes, of maps of Stable Diffusion's sizes: PyTorch's, and those of group_norm.py
 forward and backward.
 
     python bench/norm_speed.py
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 
 from bench.step_profile import milliseconds
 from lib.errors import UserError, run_script
-from lib.kernels import norms
+from lib.kernels import group_norm
 from lib.kernels.graphs import captured
 
-# (maps, channels, side): of a UNet that draws 8 guided pictures, trains on one and on 8, and of a decoder.
+# (maps, channels, side): of a UNet that draws 8 guided images, trains on one and on 8, and of a decoder.
 SHAPES = [
     (16, 320, 64),
     (16, 640, 64),
@@ -51,10 +51,10 @@ def microseconds(call):
 
 @torch.no_grad()
 def main():
-    if norms.triton is None or not torch.cuda.is_available():
+    if group_norm.triton is None or not torch.cuda.is_available():
         raise UserError("this needs a CUDA GPU and Triton")
     print(torch.cuda.get_device_name())
-    print("\n| maps, channels, side | PyTorch, us | norms.py, us | backward, us |\n|---|--:|--:|--:|")
+    print("\n| maps, channels, side | PyTorch, us | group_norm.py, us | backward, us |\n|---|--:|--:|--:|")
     for n, channels, side in SHAPES:
         x = torch.randn(n, channels, side, side, device="cuda", dtype=torch.float16)
         x = x.to(memory_format=torch.channels_last)
@@ -63,8 +63,8 @@ def main():
         known = statistics, weight, bias, GROUPS, 1e-5, True
         calls = (
             lambda: F.silu(F.group_norm(x, GROUPS, weight, bias, 1e-5)),  # noqa: B023, of this shape
-            lambda: norms.group_norm(x, None, None, None, *known),  # noqa: B023
-            lambda: norms.group_norm(x, None, x, None, *known),  # noqa: B023
+            lambda: group_norm.group_norm(x, None, None, None, *known),  # noqa: B023
+            lambda: group_norm.group_norm(x, None, x, None, *known),  # noqa: B023
         )
         times = (f"{microseconds(call):.1f}" for call in calls)
         print(f"| {n}, {channels}, {side} | {' | '.join(times)} |", flush=True)

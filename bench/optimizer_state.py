@@ -67,7 +67,7 @@ def trained(config, folder, name, smallest=None):
     kind = FLAT if smallest is None else matrix_by_matrix(smallest, sizes)
     bitsandbytes.optim.AdamW8bit = kind
     AcceleratorState._reset_state(reset_partial_state=True)
-    target = train.train(**config | dict(output_dir=folder, run_name=name))
+    target = train.train(config | dict(output_dir=folder, run_name=name))
     weights = load_file(Path(target) / WEIGHTS)
     b = [weights[key].flatten() for key in sorted(weights) if "lora_B" in key]
     return torch.cat(b), [size for part in sizes for size in part]

@@ -41,7 +41,7 @@ def recorded_pass(config):
 
     with patch.object(micro_step, "captured", captured), tempfile.TemporaryDirectory() as folder:
         train.train(
-            **config
+            config
             | dict(
                 output_dir=folder,
                 run_name="profile",

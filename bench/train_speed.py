@@ -8,7 +8,7 @@
 
 Needs processed_data/ (python preprocess.py). `scripts` runs each script in a process of its own, train.py
 for its whole 4000 steps and with no kernel compiled before, as on the first run of a machine. `parts`
-runs train.py's loop without held-out pictures, with one technique taken away at a time. The driver's
+runs train.py's loop without held-out images, with one technique taken away at a time. The driver's
 figure is what nvidia-smi counts. PATH is examples/dreambooth/train_dreambooth_lora.py of a diffusers
 checkout.
 """
@@ -195,7 +195,7 @@ def apart(model, device, dora=False):
 
 
 class PeftLayers:
-    """In place of lora.Product: PEFT's layers as they are."""
+    """In place of lora.FusedLinear: PEFT's layers as they are."""
 
     def __init__(self, model):
         self.model = model
@@ -385,7 +385,7 @@ def parts(args, folder):
         )
         with replacing(replaced), contextlib.redirect_stdout(sys.stderr), watched() as memory:
             try:
-                train.train(**config)
+                train.train(config)
             except Exception as problem:
                 print(f"{name}: {type(problem).__name__}: {str(problem)[:300]}")
                 continue

@@ -5,7 +5,7 @@
 OUTPUT_DIR becomes a Stable Diffusion v1.5 folder with its exact architecture (UNet 859.5 million
 parameters, text encoder 123.1, VAE 83.7), in half precision, OUTPUT_DIR/clip a ViT-B/32 scorer (151.3)
 and OUTPUT_DIR/adapter a LoRA adapter of rank 32 that changes something. A step costs what it costs on
-the real model; the pictures are noise. The tokenizers know single bytes only.
+the real model; the images are noise. The tokenizers know single bytes only.
 """
 
 import argparse

@@ -179,7 +179,7 @@ def match_layers(rows, model, targets, path, component):
         rows = {f"text_model.{name}" if prefixed else name: f for name, f in bare.items()}
     unknown = sorted(set(rows) - set(linear))
     # `to_out.0` and the like: a number says nothing without the name before it. And a file may adapt the
-    # attention to the text alone, attn2, or that to the picture.
+    # attention to the text alone, attn2, or that to the image.
     endings = targets or {re.search(r"(attn\d\.)?[^.]+(\.\d+)?$", name)[0] for name in rows}
     empty = sorted({name for name in linear if matches(name, endings)} - set(rows))
     problems = []

@@ -94,7 +94,7 @@ def _tuple_of(kind):
 def _resolution(text):
     """As it stands in CONFIG; what is no resolution stays as it is, for check_resolution to refuse."""
     try:
-        width, height = picture_size(text.lower())
+        width, height = image_size(text.lower())
     except UserError:
         return text
     return width if width == height else f"{width}x{height}"
@@ -107,7 +107,7 @@ def check_range(config, key, low, high=float("inf")):
         raise UserError(f"{key} is {config[key]}, but must be {bound}")
 
 
-def picture_size(resolution):
+def image_size(resolution):
     """(width, height) in pixels of a resolution: a number, for a square, or the text "WIDTHxHEIGHT".
 
     UserError for anything else.
@@ -126,10 +126,10 @@ def check_resolution(config, step=8, least=8, square=True):
     (check_base_model).
     """
     resolution = config["resolution"]
-    sides = picture_size(resolution)
+    sides = image_size(resolution)
     if square and not isinstance(resolution, int):
         raise UserError(
-            f"resolution is {resolution}, but must be one number here: pictures become squares, or keep their "
+            f"resolution is {resolution}, but must be one number here: images become squares, or keep their "
             "shapes (preprocess.py --buckets)"
         )
     for side in sides:
@@ -141,5 +141,5 @@ def check_resolution(config, step=8, least=8, square=True):
 
 def half_resolution(resolution):
     """About half of a resolution, in whole blocks of any VAE, as text."""
-    halves = [max(16, side // 32 * 16) for side in picture_size(resolution)]
+    halves = [max(16, side // 32 * 16) for side in image_size(resolution)]
     return "x".join(map(str, dict.fromkeys(halves)))

@@ -1,7 +1,7 @@
-"""The training set: captions.jsonl and its pictures, as preprocess.py wrote them or anybody else, read in one way.
+"""The training set: captions.jsonl and its images, as preprocess.py wrote them or anybody else, read in one way.
 
-Pictures are read when they are needed, so that their number costs no memory. What is known of them by their
-names, sizes and times of change is kept in latents/pictures.json beside them.
+Images are read when they are needed, so that their number costs no memory. What is known of them by their
+names, sizes and times of change is kept in latents/images.json beside them.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from lib.cache import file_state, first_process, keep, prefetch
 from lib.errors import UserError
 from lib.files import sha256_file
-from lib.kept import ahead, file_state, first_process, keep
 from lib.masks import find_masks, only_mask, subject_mask
 from lib.photographs import Unusable, check_content, fetched_by, read_layers
 from lib.texts import Names, alike, read_text, text_lines
 
-# Another number, where pictures are read in another way, makes anew all that is kept of them.
+# Another number, where images are read in another way, makes anew all that is kept of them.
 READER = 2
 KEPT = "latents"  # the folder in the training set where what was computed of it is kept
-FACT = [int, int, int, str]  # what is known of a picture's file, see `file_fact`
+FACT = [int, int, int, str]  # what is known of an image's file, see `file_fact`
 
 
 class Row(NamedTuple):
-    """One picture of a training set."""
+    """One image of a training set."""
 
     name: str
     caption: str
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 class Dataset:
-    """The rows of a training set and each picture's size in `sizes`, (width, height) in pixels: that of `resolution` or,
+    """The rows of a training set and each image's size in `sizes`, (width, height) in pixels: that of `resolution` or,
     where preprocess.py was told to keep their shapes, its own. `sha256` is over captions and pixels, in the order of
     the rows."""
 
@@ -57,11 +57,11 @@ class Dataset:
         return self.rows[index]
 
     def key(self, index):
-        """By what a picture is known, whatever it is called: its bytes, its size and how it is read."""
+        """By what an image is known, whatever it is called: its bytes, its size and how it is read."""
         return "{} {}x{} {}".format(self.rows[index].sha256, *self.sizes[index], READER)
 
     def notes(self):
-        """What becomes of pictures where preprocess.py did not bring them to their size: a list of lines."""
+        """What becomes of images where preprocess.py did not bring them to their size: a list of lines."""
         if prepared_as(self.folder)[0]:
             return []
         small = cut = 0
@@ -72,26 +72,26 @@ class Dataset:
         found = [(small, "smaller and are enlarged"), (cut, "of another shape and lose what does not fit")]
         size = self.resolution
         return [
-            f"note: {self.folder}: of {len(self)} pictures {count} are {words} ({size}x{size} are trained on)"
+            f"note: {self.folder}: of {len(self)} images {count} are {words} ({size}x{size} are trained on)"
             for count, words in found
             if count
         ]
 
     def pixels(self, index):
-        """A picture as uint8 [3, height, width]."""
+        """An image as uint8 [3, height, width]."""
         return read_pixels(self.rows[index].path, self.sizes[index])
 
     def image(self, index):
-        """The same as a PIL picture."""
+        """The same as a PIL image."""
         return Image.fromarray(self.pixels(index).permute(1, 2, 0).numpy())
 
     @functools.cached_property
     def mask_names(self):
-        """{folder: {picture: [its masks]}} of the folders that the pictures lie in."""
+        """{folder: {image: [its masks]}} of the folders that the images lie in."""
         return {folder: find_masks(sorted(os.listdir(folder))) for folder in {row.path.parent for row in self}}
 
     def mask_path(self, index):
-        """Where a picture's mask lies, None if it has no file of its own; UserError if it has several."""
+        """Where an image's mask lies, None if it has no file of its own; UserError if it has several."""
         path = self.rows[index].path
         try:
             masks = self.mask_names[path.parent].get(path.name, [])
@@ -100,15 +100,15 @@ class Dataset:
             raise UserError(f"{path} cannot be used: {reason}") from None
 
     def has_mask(self, index):
-        """Whether a picture has a mask, a file of its own or its transparency."""
+        """Whether an image has a mask, a file of its own or its transparency."""
         if self.mask_path(index) is not None:
             return True
         path = self.rows[index].path
         return may_be_transparent(path) and read_layers_of(path)[1] is not None
 
     def mask(self, index, size):
-        """How much of the subject (0 to 255) each cell of a picture of `size` (width, height) shows, uint8 [height,
-        width]; 255 everywhere for a picture without a mask. UserError for a mask that marks nothing."""
+        """How much of the subject (0 to 255) each cell of an image of `size` (width, height) shows, uint8 [height,
+        width]; 255 everywhere for an image without a mask. UserError for a mask that marks nothing."""
         path, mask_path, mask = self.rows[index].path, self.mask_path(index), None
         if mask_path is not None or may_be_transparent(path):
             image, alpha = read_layers_of(path)
@@ -131,8 +131,8 @@ class Dataset:
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-class Pictures:
-    """The PIL pictures of a Dataset as a sequence that reads each when it is asked for."""
+class Images:
+    """The PIL images of a Dataset as a sequence that reads each when it is asked for."""
 
     def __init__(self, data):
         self.data = data
@@ -145,18 +145,18 @@ class Pictures:
 
 
 def read_dataset(data_dir, resolution, caption_from="text"):
-    """The Dataset of `data_dir`/captions.jsonl and its pictures; see there for their sizes.
+    """The Dataset of `data_dir`/captions.jsonl and its images; see there for their sizes.
 
-    A picture's caption is what its row has under `caption_from`. File names are relative to `data_dir` or, as in the
-    published study's data, to its images/ folder. Raises UserError naming the line or the picture that is wrong.
-    Pictures that were looked at before and have not changed since, by their size and time of change, are not read
+    An image's caption is what its row has under `caption_from`. File names are relative to `data_dir` or, as in the
+    published study's data, to its images/ folder. Raises UserError naming the line or the image that is wrong.
+    Images that were looked at before and have not changed since, by their size and time of change, are not read
     again.
     """
     data_dir = Path(data_dir)
     listing, known = read_listing(data_dir, caption_from), read_known(data_dir)
     facts = {name: file_fact(name, path, known["pictures"]) for name, _, path in listing}
     rows = [Row(name, caption, path, facts[name][3]) for name, caption, path in listing]
-    data = Dataset(data_dir, rows, resolution, picture_sizes(data_dir, rows, resolution))
+    data = Dataset(data_dir, rows, resolution, image_sizes(data_dir, rows, resolution))
     made_of = [[row.caption, data.key(index)] for index, row in enumerate(rows)]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     data.sha256 = known["data"].get(key) or data_hash(data)
@@ -167,7 +167,7 @@ def read_dataset(data_dir, resolution, caption_from="text"):
     return data
 
 
-def picture_sizes(data_dir, rows, resolution):
+def image_sizes(data_dir, rows, resolution):
     """[(width, height)] of the rows: what preprocess.py says of those whose shape it kept, else a square.
 
     UserError if it was told another resolution; squares may be made smaller, but not larger.
@@ -175,12 +175,12 @@ def picture_sizes(data_dir, rows, resolution):
     prepared, said = prepared_as(data_dir)
     if prepared and not said and prepared < resolution:
         raise UserError(
-            f"{data_dir}: its pictures were prepared for a resolution of {prepared} and would be enlarged to "
+            f"{data_dir}: its images were prepared for a resolution of {prepared} and would be enlarged to "
             f"{resolution}; run preprocess.py again with --resolution {resolution}, or add --resolution {prepared}"
         )
     if said and prepared != resolution:
         raise UserError(
-            f"{data_dir}: its pictures were prepared with --buckets for a resolution of {prepared}, not {resolution}; "
+            f"{data_dir}: its images were prepared with --buckets for a resolution of {prepared}, not {resolution}; "
             f"add --resolution {prepared}, or run preprocess.py again with --resolution {resolution}"
         )
     for name, size in said.items():
@@ -190,7 +190,7 @@ def picture_sizes(data_dir, rows, resolution):
 
 
 def prepared_as(data_dir):
-    """(resolution, {file name: (width, height)} of the pictures whose shape was kept) as preprocess.py says in
+    """(resolution, {file name: (width, height)} of the images whose shape was kept) as preprocess.py says in
     manifest.json; (None, {}) where there is none of its."""
     try:
         manifest = json.loads((Path(data_dir) / "manifest.json").read_text(encoding="utf-8"))
@@ -202,7 +202,7 @@ def prepared_as(data_dir):
 
 
 def read_known(data_dir):
-    """What latents/pictures.json says: dicts of `pictures`, {name: what `file_fact` gives}, and `data`,
+    """What latents/images.json says: dicts of `images`, {name: what `file_fact` gives}, and `data`,
     {what a training set is made of: its SHA-256}; both empty where there is none or it is damaged."""
     try:
         record = json.loads((data_dir / KEPT / "pictures.json").read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ def read_known(data_dir):
 
 
 def file_fact(name, path, known):
-    """[bytes, time of change and of the file's entry in ns, SHA-256] of a picture, the last as `known` where the others
+    """[bytes, time of change and of the file's entry in ns, SHA-256] of an image, the last as `known` where the others
     agree. A program can set the first of the times, as editors do that keep it, but not the second."""
     try:
         looks = file_state(path)
@@ -245,7 +245,7 @@ def read_listing(data_dir, caption_from):
             raise UserError(f'{where}: not of the form {{"file_name": …, "text": …}}') from None
         if caption is None and caption_from != "text":
             raise UserError(
-                f"{where}: {name} has no {caption_from}; write one beside the picture (data/README.md says "
+                f"{where}: {name} has no {caption_from}; write one beside the image (data/README.md says "
                 "how) and run preprocess.py again"
             )
         if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
@@ -256,20 +256,20 @@ def read_listing(data_dir, caption_from):
         except (OSError, ValueError):  # too long, a zero byte, half of a surrogate pair
             raise UserError(f"{where}: file_name cannot be a file's, or {caption_from} is no text") from None
         if Path(name).is_absolute():
-            raise UserError(f"{where}: {name} is an absolute path; name pictures from {data_dir}")
+            raise UserError(f"{where}: {name} is an absolute path; name images from {data_dir}")
         if Path(os.path.normpath(name)).parts[:1] == ("..",):
             raise UserError(f"{where}: {name} lies outside {data_dir}")
         if path is None:
             raise UserError(f"{where}: there is no {name} in {data_dir} or {data_dir / 'images'}")
         if not path.is_file():
             raise UserError(f"{where}: {name} is a link to {os.readlink(path)}, which is not there{fetched_by(path)}")
-        real = path.resolve()  # links are followed, but no picture is one twice
+        real = path.resolve()  # links are followed, but no image is one twice
         if real in seen:
             raise UserError(f"{where}: {name} was already named in line {seen[real]}")
         seen[real] = number
         rows.append((name, caption, path))
     if not rows:
-        raise UserError(f"{listing} names no pictures; run python preprocess.py first")
+        raise UserError(f"{listing} names no images; run python preprocess.py first")
     return rows
 
 
@@ -290,13 +290,13 @@ def find_file(places, folders):
 
 
 def may_be_transparent(path):
-    """Whether a picture has transparency by its header: all of it may be opaque for all that."""
+    """Whether an image has transparency by its header: all of it may be opaque for all that."""
     with Image.open(path) as image:
         return image.has_transparency_data
 
 
 def read_layers_of(path):
-    """(a picture as RGB PIL image, its transparency or None), read as preprocess.py reads it; UserError if that cannot
+    """(an image as RGB PIL image, its transparency or None), read as preprocess.py reads it; UserError if that cannot
     be or it shows nothing."""
     try:
         image, alpha, _, _ = read_layers(path)
@@ -304,12 +304,12 @@ def read_layers_of(path):
         return image, alpha
     except (Unusable, OSError) as reason:
         raise UserError(
-            f"{path} cannot be read as a picture: {reason}; mend it, or take it out of captions.jsonl"
+            f"{path} cannot be read as an image: {reason}; mend it, or take it out of captions.jsonl"
         ) from None
 
 
 def read_pixels(path, size):
-    """A picture as uint8 [3, height, width], resized and centre-cropped to `size` (width, height) if need be."""
+    """An image as uint8 [3, height, width], resized and centre-cropped to `size` (width, height) if need be."""
     image, _ = read_layers_of(path)
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
@@ -319,6 +319,6 @@ def read_pixels(path, size):
 def data_hash(data):
     """SHA-256 over captions and pixels, in the order of the rows."""
     digest = hashlib.sha256()
-    for row, pixels in zip(data, ahead(data.pixels, range(len(data))), strict=True):
+    for row, pixels in zip(data, prefetch(data.pixels, range(len(data))), strict=True):
         digest.update(row.caption.encode() + b"\0" + pixels.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -86,7 +86,7 @@ UNLISTED = {
         "report.html",
         "comparison_all.png",
         "success_cases.png",
-        "failure_cases.png",
+        "unrelated_cases.png",
         "sweep.png",
         "sweep_pictures.png",
         "forest.png",

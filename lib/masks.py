@@ -1,4 +1,4 @@
-"""Masks beside pictures: by which names they are known, and how they are read."""
+"""Masks beside images: by which names they are known, and how they are read."""
 
 import re
 
@@ -11,13 +11,13 @@ from lib.texts import Names
 ENDINGS = r"\.(png|jpe?g|jfif|webp|bmp|tiff?|gif|avif|hei[cf])"
 # photo.mask.png, and photo-masklabel.png as OneTrainer has it, beside photo.jpg.
 SURELY = re.compile(rf"(.+)(?:\.mask|[.-]masklabel){ENDINGS}", re.I | re.S)
-# photo_mask.png, a mask only beside photo.*: a picture of a mask may be called so too.
+# photo_mask.png, a mask only beside photo.*: an image of a mask may be called so too.
 PERHAPS = re.compile(rf"(.+)[_-]mask{ENDINGS}", re.I | re.S)
 BLACK, WHITE = 32, 223  # up to which and from which a level of a mask is meant as such
 
 
 def find_masks(names):
-    """{picture: [its masks]} among the file names of a folder."""
+    """{image: [its masks]} among the file names of a folder."""
     pictures = Names(name for name in names if not SURELY.fullmatch(name))
     masks = {}
     for name in names:
@@ -28,15 +28,15 @@ def find_masks(names):
 
 
 def only_mask(paths):
-    """The one of a picture's masks; None if it has none, Unusable if it has several."""
+    """The one of an image's masks; None if it has none, Unusable if it has several."""
     if len(paths) > 1:
         raise Unusable(f"it has {len(paths)} masks, {' and '.join(p.name for p in paths)}; keep one")
     return paths[0] if paths else None
 
 
 def subject_mask(path, image, alpha, max_megapixels=200):
-    """(the mask of a picture, in words where it is from): an L PIL image of the picture's size, 255 where the subject is;
-    None twice if it has none. It is read from `path` or, where that is None, is the transparency `alpha` of the picture,
+    """(the mask of an image, in words where it is from): an L PIL image of the image's size, 255 where the subject is;
+    None twice if it has none. It is read from `path` or, where that is None, is the transparency `alpha` of the image,
     if it has any. Raises Unusable with the reason."""
     if path is None:
         return (alpha, "masked by its transparency") if alpha is not None else (None, None)
@@ -47,7 +47,7 @@ def subject_mask(path, image, alpha, max_megapixels=200):
         raise Unusable(f"its mask {path.name}: {reason}") from None
     if abs(mask.width / mask.height * image.height / image.width - 1) > 0.02:
         raise Unusable(
-            f"its mask {path.name} is {mask.width}x{mask.height}, another shape than the picture's "
+            f"its mask {path.name} is {mask.width}x{mask.height}, another shape than the image's "
             f"{image.width}x{image.height}"
         )
     if mask.size != image.size:
@@ -56,7 +56,7 @@ def subject_mask(path, image, alpha, max_megapixels=200):
 
 
 def levels(image):
-    """A decoded mask as an L picture, 255 where the subject is.
+    """A decoded mask as an L image, 255 where the subject is.
 
     What is transparent is not the subject, whatever is painted there. A mask of one level besides black, such as the 1
     of programs that number what they find, marks its subject fully. Unusable for one that is black everywhere, and for

@@ -9,10 +9,10 @@ from pathlib import Path, PurePath
 import torch
 import transformers
 
-from lib.config import picture_size
+from lib.cache import content_digest
+from lib.config import image_size
 from lib.errors import UserError, one_line
 from lib.files import what_else
-from lib.kept import content_digest
 from lib.provenance import ROOT
 
 # The scripts show bars of their own work; the libraries' bars for reading a file only blink.
@@ -132,7 +132,7 @@ def check_base_model(folder, resolution=None):
     if not isinstance(blocks, list) or len(blocks) not in (4, 5):
         refuse("vae/config.json", f"block_out_channels is {blocks}, but must be 4 numbers or 5")
     pixels = 2 ** (len(blocks) - 1)
-    if resolution and any(side % pixels for side in picture_size(resolution)):
+    if resolution and any(side % pixels for side in image_size(resolution)):
         raise UserError(
             f"resolution is {resolution}, but must be a multiple of {pixels}, the side of what "
             f"{folder / 'vae'} makes one latent of"
@@ -170,7 +170,7 @@ def fetch_model(name, revision, stems, half, others):
         raise UserError(f"model {name}: no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import HfApi, snapshot_download
 
-    from lib.hub import odd_token
+    from lib.adapter_files.hub import odd_token
 
     try:
         files = {entry.rfilename for entry in HfApi().model_info(name, revision=revision).siblings}

@@ -18,8 +18,8 @@ pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_image
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP")
 SRGB = ImageCms.createProfile("sRGB")
 
-# What a camera's sensor saw, which only becomes a picture when it is developed. Some of these are
-# TIFF files whose only picture, for a reader of TIFF, is a tiny preview.
+# What a camera's sensor saw, which only becomes an image when it is developed. Some of these are
+# TIFF files whose only image, for a reader of TIFF, is a tiny preview.
 RAW_ENDINGS = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 # What version control lays in the place of a large file: Git LFS, git-annex.
 POINTERS = (b"version https://git-lfs", b"/annex/objects/", b"../.git/annex/objects/", b".git/annex/objects/")
@@ -31,19 +31,19 @@ RAW = (
 )
 
 
-# Of a text that a picture carries (ComfyUI writes its whole graph into a PNG) Pillow takes a MiB at most for sound.
+# Of a text that an image carries (ComfyUI writes its whole graph into a PNG) Pillow takes a MiB at most for sound.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
-# Pillow's warning is about pictures that `decoded` refuses.
+# Pillow's warning is about images that `decoded` refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 WHITES = (1, 255, 1023, 4095, 16383, 65535)  # of greys of 1, 8, 10, 12, 14 and 16 bits
 
 
 class Unusable(Exception):
-    """Why one picture cannot be used."""
+    """Why one image cannot be used."""
 
 
-def read_picture(path, max_megapixels=200):
-    """One picture file as 8-bit sRGB, upright and opaque.
+def read_image(path, max_megapixels=200):
+    """One image file as 8-bit sRGB, upright and opaque.
 
     Returns (image, info, done): an RGB PIL image; a dict of the source's format, mode, width and
     height; and a list of what was done beyond decoding. Raises Unusable with the reason.
@@ -71,14 +71,14 @@ def reading(path, max_megapixels):
         raise Unusable(f"more than {max_megapixels} megapixels") from None
     except PIL.UnidentifiedImageError:
         raise Unusable(f"{unread_kind(path)} (read are {', '.join(FORMATS)})") from None
-    # A decoder may raise almost anything on a damaged file; whatever it is, the picture is skipped
+    # A decoder may raise almost anything on a damaged file; whatever it is, the image is skipped
     # and named, and the others go on.
     except Exception as problem:
         raise Unusable(f"damaged or truncated ({one_line(problem, 100)})") from None
 
 
 def decoded(path, max_megapixels):
-    """(image, info, done) of a picture file: a PIL image, upright, of whatever mode; the rest as `read_picture` says.
+    """(image, info, done) of an image file: a PIL image, upright, of whatever mode; the rest as `read_image` says.
     To be called within `reading`."""
     if path.stat().st_size == 0:
         raise Unusable("empty file")
@@ -92,9 +92,9 @@ def decoded(path, max_megapixels):
     if image.format == "TIFF" and DNG_VERSION in image.tag_v2:
         raise Unusable(RAW.format("DNG"))
     frames = getattr(image, "n_frames", 1)
-    if image.format != "HEIF":  # which opens at its main picture, wherever that lies
+    if image.format != "HEIF":  # which opens at its main image, wherever that lies
         image.seek(0)
-    # MPO is the JPEG of many cameras and telephones: a picture and its preview or depth map.
+    # MPO is the JPEG of many cameras and telephones: an image and its preview or depth map.
     animated = frames > 1 and image.format not in ("MPO", "HEIF")
     done = [f"first of {frames} frames"] if animated else []
     if image.format == "HEIF":
@@ -119,7 +119,7 @@ def decoded(path, max_megapixels):
 
 
 def orientation(image):
-    """How an opened picture is to be turned before it is upright, as EXIF counts from 1 to 8. Pillow turns a TIFF file
+    """How an opened image is to be turned before it is upright, as EXIF counts from 1 to 8. Pillow turns a TIFF file
     itself in loading it, and pillow_heif, which answers here that there is nothing to do, has done so."""
     if image.format == "HEIF":
         return 1
@@ -131,7 +131,7 @@ def orientation(image):
 
 
 def upright_shape(path):
-    """(width, height) of a picture as it is shown, from its header; None where that cannot be read."""
+    """(width, height) of an image as it is shown, from its header; None where that cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             size, quarter = image.size, orientation(image) in range(5, 9)
@@ -152,7 +152,7 @@ def deep_colours(path, image):
 
 
 def eight_bits(image, negative, done):
-    """Greys of more than 8 bits, or with fractions, as an L picture; appends what was done to `done`.
+    """Greys of more than 8 bits, or with fractions, as an L image; appends what was done to `done`.
 
     White is what the fewest usual bits that hold the brightest value call white: cameras and scanners put 10 to 14
     bits into a file of 16. `negative` means that 0 is white.
@@ -194,7 +194,7 @@ def to_srgb(image, done):
 
 
 def check_content(image, alpha):
-    """Raise Unusable if a picture (RGB), of the transparency `alpha` or None, shows nothing."""
+    """Raise Unusable if an image (RGB), of the transparency `alpha` or None, shows nothing."""
     if alpha is not None and alpha.getextrema()[1] == 0:
         raise Unusable("transparent everywhere: nothing of it can be seen")
     if all(low == high for low, high in image.getextrema()):
@@ -225,7 +225,7 @@ def fetched_by(link):
 
 
 def unread_kind(path):
-    """What a file is that no reader takes for a picture of its own, in words."""
+    """What a file is that no reader takes for an image of its own, in words."""
     with path.open("rb") as file:
         head = file.read(30)
     if head.startswith(b"%PDF-"):
@@ -233,25 +233,25 @@ def unread_kind(path):
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "JPEG XL, which is not read; convert it to PNG or JPEG"
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
-        return "a HEIC picture that is damaged or truncated"
+        return "a HEIC image that is damaged or truncated"
     if head[4:8] == b"ftyp":
         return "a film or another kind of file"
     if path.suffix.lower() in RAW_ENDINGS:
         return "by its name a camera's raw file, but damaged or of an unknown kind"
     if head.startswith(POINTERS):
-        return "a pointer to a picture that was not fetched; git lfs pull, or git annex get, brings it"
+        return "a pointer to an image that was not fetched; git lfs pull, or git annex get, brings it"
     if path.suffix.lower() in TEXTS:
-        return "no picture; captions are read from photo.txt beside photo.jpg, and from captions.jsonl"
-    return "not a picture, or one in another format"
+        return "no image; captions are read from photo.txt beside photo.jpg, and from captions.jsonl"
+    return "not an image, or one in another format"
 
 
 def heif_notes(image, count):
-    """What was done to a HEIC picture in reading it: a list of words."""
+    """What was done to a HEIC image in reading it: a list of words."""
     notes = []
     if image.info.get("original_orientation") in range(2, 9):
         notes.append("rotated as the file says")
     if count > 1:
-        notes.append(f"the main one of {count} pictures")
+        notes.append(f"the main one of {count} images")
     if image.info.get("bit_depth", 8) > 8:
         notes.append(f"{image.info['bit_depth']} bits reduced to 8")
     # Without an ICC profile colours are described by numbers (ITU-T H.273): these are

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib.adapters import some
+from lib.cache import content_digest
 from lib.errors import UserError, one_line
 from lib.files import flush, what_else, write_json
-from lib.kept import content_digest
 
 BASE_MODELS = Path(__file__).parent / "base_models"
 CONFIGS = {version: BASE_MODELS / f"stable_diffusion_{version}" for version in (1, 2)}
@@ -252,7 +252,7 @@ def prediction_type(folder, header):
 
     A file says nothing of it, unless its header holds modelspec.prediction_type. It shows in the
     answer to noise at the last timestep, where next to nothing else is in the input: a model that
-    predicts the noise gives the input back, one that predicts velocity gives minus the picture that
+    predicts the noise gives the input back, one that predicts velocity gives minus the image that
     it expects, which the noise does not resemble.
     """
     stated = header.get("modelspec.prediction_type", "").lower()

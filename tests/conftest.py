@@ -1,4 +1,4 @@
-"""What the tests share: a tiny pipeline of SD1.5's classes, a tiny CLIP, pictures, and ways to run a
+"""What the tests share: a tiny pipeline of SD1.5's classes, a tiny CLIP, images, and ways to run a
 script: `command` in a process of its own, `run` in a fork of this one, `call` in this one."""
 
 import contextlib
@@ -76,7 +76,7 @@ def tiny_vae(blocks=4, channels=4):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """A Stable Diffusion folder with random weights whose pictures are a few pixels wide."""
+    """A Stable Diffusion folder with random weights whose images are a few pixels wide."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -127,7 +127,7 @@ def tiny_clip(tmp_path_factory):
 
 
 def picture(seed, size=(64, 64), mode="RGB"):
-    """A smooth random picture, different for each seed."""
+    """A smooth random image, different for each seed."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode)
@@ -135,7 +135,7 @@ def picture(seed, size=(64, 64), mode="RGB"):
 
 @pytest.fixture(scope="session")
 def processed_data(tmp_path_factory):
-    """Eight small pictures as preprocess.py writes them."""
+    """Eight small images as preprocess.py writes them."""
     folder = tmp_path_factory.mktemp("processed")
     return make_processed(folder, 8)
 

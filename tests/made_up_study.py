@@ -1,4 +1,4 @@
-"""A study whose truth is known, written as study.py leaves it: metrics.json files, without pictures."""
+"""A study whose truth is known, written as study.py leaves it: metrics.json files, without images."""
 
 import json
 import zlib
@@ -14,18 +14,18 @@ CAT = "a cat sitting on a couch"
 PROMPTS = [
     *(("success", f"a holographic raincoat {n}") for n in range(3)),
     *(("near", f"a coat {n}") for n in range(3)),
-    ("failure", CAT),
-    ("failure", "a chair"),
+    ("unrelated", CAT),
+    ("unrelated", "a chair"),
 ]
 CEILING = 0.5
 
 # What an arm does to each kind of prompts, (movement toward the concept, change), and to CLIP of success
 # prompts, at full scale.
-PLAIN = dict(success=(0.2, 0.8), near=(0.1, 0.5), failure=(0.01, 0.2), clip=0.1, seconds=100.0)
+PLAIN = dict(success=(0.2, 0.8), near=(0.1, 0.5), unrelated=(0.01, 0.2), clip=0.1, seconds=100.0)
 
 
 def pairs(rng, spread=0.02):
-    """Distances between the pictures of every prompt, as metrics.json lists them."""
+    """Distances between the images of every prompt, as metrics.json lists them."""
     count = SEEDS * (SEEDS - 1) // 2
     return (CEILING + spread * rng.standard_normal((len(PROMPTS), count))).round(6).tolist()
 
@@ -55,7 +55,7 @@ def rows_of(does, scale, rng, noise, of_run, base):
 def write_study(
     folder, seeds=(1, 2, 3, 4, 5, 6), noise=0.003, of_runs=0.002, scales=SCALES, base_model="demo/model", **arms
 ):
-    """Write a study into `folder`; `arms` are {arm: what differs from PLAIN}. `noise` is a picture's, `of_runs`
+    """Write a study into `folder`; `arms` are {arm: what differs from PLAIN}. `noise` is an image's, `of_runs`
     a run's own share."""
 
     def record(*of, **more):

@@ -6,8 +6,8 @@ compared with, by tests/test_kernels.py and bench/train_speed.py.
     python tests/plain_loop.py --demo --max-steps 80
 
 Everything in float32 under autocast, the VAE at every step, PEFT's layers, an optimizer over some 300
-separate tensors, gradient checkpointing. It takes train.py's options for the model, the pictures, LoRA,
-the optimizer, the loss' guidance and precision; its batch is one picture. It trains on the same pictures in
+separate tensors, gradient checkpointing. It takes train.py's options for the model, the images, LoRA,
+the optimizer, the loss' guidance and precision; its batch is one image. It trains on the same images in
 the same order with the same noise, prints the median time of a step, and saves nothing.
 """
 
@@ -32,7 +32,7 @@ from lib import adapters
 from lib.config import parse_config
 from lib.dataset import read_dataset
 from lib.errors import run_script
-from lib.kernels import joined, lora
+from lib.kernels import fused_projections, lora
 from lib.models import fetch_base_model, load_part
 from lib.training import samples
 from lib.training.setup import prompt_ids
@@ -43,7 +43,7 @@ WARM_UP = 20  # steps whose time does not count
 def in_order_of_the_vector(model, dora):
     """What is trained of `model`, in the order of train.py's vector: that of a copy that is fused."""
     fused = copy.deepcopy(model)
-    products = lora.fuse_lora(fused, joined.join(fused, "cpu", dora), "cpu")
+    products = lora.fuse_lora(fused, fused_projections.join(fused, "cpu", dora), "cpu")
     names = {id(weight): name for name, weight in fused.named_parameters()}
     weights = dict(model.named_parameters())
     return [weights[names[id(weight)]] for weight in lora.trained_weights(products)]

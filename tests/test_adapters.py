@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib import adapter_files, adapters
 from lib.errors import UserError
-from lib.evaluation.drawing import load_pipeline, probe
+from lib.evaluation.generation import load_pipeline, probe
 
 
 @pytest.fixture

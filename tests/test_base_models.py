@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from demo.random_sd15 import byte_tokenizer
 from lib import adapter_files, models
 from lib.errors import UserError
-from lib.evaluation import drawing
+from lib.evaluation import generation
 
 NAME = "lora_weights_rank_32"
 
@@ -204,7 +204,7 @@ def test_the_embedded_model_is_supported():
 
 def test_what_a_recorded_unet_does_not_know_goes_to_the_plain_one(tiny_model):
     """On a CPU nothing is recorded, but the same function decides."""
-    pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
+    pipeline = generation.load_pipeline(tiny_model, torch.float32, "cpu")
     unet, seen = pipeline.unet, []
     plain = unet.forward
 
@@ -214,7 +214,7 @@ def test_what_a_recorded_unet_does_not_know_goes_to_the_plain_one(tiny_model):
         return plain(*inputs, **known)
 
     unet.forward = watched
-    drawing.record_unet(pipeline, 2, (8, 8), False)
+    generation.record_unet(pipeline, 2, (8, 8), False)
     latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
     when = torch.tensor(500)
     expected = plain(latents, when, text, return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""Pictures that keep their shape, what is cut off of them, and masks: prepared, and trained on."""
+"""Images that keep their shape, what is cut off of them, and masks: prepared, and trained on."""
 
 import json
 from collections import Counter
@@ -144,7 +144,7 @@ def test_pictures_that_lose_more_than_a_quarter_are_counted(tmp_path, capsys):
     for number, size in enumerate([(300, 700), (300, 390), (500, 300), (300, 300)]):
         picture(number, size).save(data / f"{number}.png")
     prepare(data, tmp_path / "out")
-    assert "2 pictures lose more than a quarter" in capsys.readouterr().out
+    assert "2 images lose more than a quarter" in capsys.readouterr().out
     done = call("preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "x", "--crop", "left")
     assert_one_line(done, "crop is left", "centre, top, subject")
 
@@ -170,7 +170,7 @@ def test_masks_beside_pictures_and_in_them(tmp_path):
     assert [row["source"] for row in manifest["pictures"]] == ["a.jpg", "b.png", "c.png"]
     skipped = {row["source"]: row["reason"] for row in manifest["skipped"]}
     assert "another shape" in skipped["d.png"]
-    assert "no picture of that name" in skipped["e.mask.png"]
+    assert "no image of that name" in skipped["e.mask.png"]
     assert "masked by a.mask.png" in manifest["pictures"][0]["done"]
     rows = read_dataset(tmp_path / "out", 64)
     for index in (0, 1):
@@ -259,7 +259,7 @@ def test_masks_are_known_by_their_usual_names(tmp_path, name, capsys):
     manifest = prepare(data, tmp_path / "out")
     assert [row["source"] for row in manifest["pictures"]] == ["other.jpg", "photo.JPG"]
     assert f"masked by {name}" in manifest["pictures"][1]["done"]
-    assert "masks      1 beside pictures, 0 of transparent" in capsys.readouterr().out
+    assert "masks      1 beside images, 0 of transparent" in capsys.readouterr().out
     listing = [dict(file_name=n, text="a coat") for n in ("other.jpg", "photo.JPG")]
     (data / "captions.jsonl").write_text("\n".join(map(json.dumps, listing)))
     rows = read_dataset(data, 64)
@@ -278,13 +278,13 @@ def test_a_picture_of_a_mask_is_a_picture_and_two_masks_are_one_too_many(tmp_pat
     assert [row["source"] for row in manifest["pictures"]] == ["carnival_mask.jpg", "photo.jpg", "venice-mask.png"]
     reasons = {row["source"]: row["reason"] for row in manifest["skipped"]}
     assert reasons == {
-        "lost.masklabel.png": "a mask, but there is no picture of that name",
+        "lost.masklabel.png": "a mask, but there is no image of that name",
         "twice.jpg": "it has 2 masks, twice-masklabel.png and twice.mask.png; keep one",
     }
 
 
 def nothing(kind):
-    """(a picture, its mask or None, why it has nothing to train on)."""
+    """(an image, its mask or None, why it has nothing to train on)."""
     if kind == "clear":
         image = picture(1).convert("RGBA")
         image.putalpha(0)
@@ -353,7 +353,7 @@ def test_how_many_masks_are_used_is_said(tiny_model, tmp_path):
     for weight, words in ((1.0, "which mask_weight 1 leaves unused"), (0.25, "the loss counts 0.25")):
         done = call("train.py", *options(**config, output_dir=tmp_path / "x", mask_weight=weight))
         succeeded(done)
-        assert "1 of 4 pictures have a mask" in done.stdout
+        assert "1 of 4 images have a mask" in done.stdout
         assert words in done.stdout
 
 
@@ -369,7 +369,7 @@ def test_micro_batches_hold_one_shape_and_processes_share_them():
 
     large = samples(4)
     seen = []
-    for number in range(18):  # four epochs of 18 pictures
+    for number in range(18):  # four epochs of 18 images
         batch, draws = large.micro_batch(number)
         assert {shapes[i] for i in batch} == {draws[0][0].shape}
         seen += batch
@@ -379,7 +379,7 @@ def test_micro_batches_hold_one_shape_and_processes_share_them():
         assert all(np.array_equal(a[1], b[1]) for a, b in zip(draws, joined, strict=True))
     assert Counter(seen) == dict.fromkeys(pictures, 4)
     assert [large.micro_batch(n)[0] for n in range(18)] != [large.micro_batch(n)[0] for n in range(18, 36)]
-    # One at a time: each picture once an epoch, as without shapes.
+    # One at a time: each image once an epoch, as without shapes.
     plain = Samples(pictures, 7, lambda i: (4, 8, 8), 1000, 1, 1, 0)
     one = samples(1)
     assert [one.micro_batch(n)[0] for n in range(40)] == [plain.micro_batch(n)[0] for n in range(40)]
@@ -405,7 +405,7 @@ def test_every_picture_is_seen_as_often_as_every_other(counts, batch, processes)
             assert abs(by_shape[4, 8, 8 + kind] - due) <= size + count
     assert seen == dict.fromkeys(map(int, pictures), 3 * size)
     small = sum(count for count in counts if count < size) if len(counts) > 1 else 0
-    assert [f"{small} of {len(pictures)} pictures" in note for note in everyone[0].notes()] == ([True] if small else [])
+    assert [f"{small} of {len(pictures)} images" in note for note in everyone[0].notes()] == ([True] if small else [])
 
 
 def test_pictures_of_one_shape_are_drawn_in_the_order_of_the_epochs():
@@ -479,18 +479,18 @@ def test_what_becomes_of_ones_own_pictures_is_said(tiny_model, tmp_path):
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=data, max_steps=2, output_dir=tmp_path)
     done = call("train.py", *options(**config))
     succeeded(done)
-    assert "of 4 pictures 2 are smaller and are enlarged (64x64 are trained on)" in done.stdout
-    assert "of 4 pictures 2 are of another shape and lose what does not fit" in done.stdout
+    assert "of 4 images 2 are smaller and are enlarged (64x64 are trained on)" in done.stdout
+    assert "of 4 images 2 are of another shape and lose what does not fit" in done.stdout
 
 
 def test_a_mask_weight_without_masks_is_refused(tiny_model, buckets, tmp_path):
     config = BUCKETED | dict(base_model=tiny_model, data_dir=buckets, output_dir=tmp_path)
-    assert_one_line(call("train.py", *options(**config, mask_weight=0.5)), "no picture", "has a mask")
+    assert_one_line(call("train.py", *options(**config, mask_weight=0.5)), "no image", "has a mask")
     assert_one_line(call("train.py", *options(**config, mask_weight=2)), "mask_weight is 2")
 
 
 def test_the_background_of_masked_pictures_is_learned_less(tmp_path):
-    """On the miniature: pictures with a loud background, with and without its loss."""
+    """On the miniature: images with a loud background, with and without its loss."""
     resolution = train.DEMO["resolution"]
     data = tmp_path / "data"
     data.mkdir()
@@ -509,13 +509,13 @@ def test_the_background_of_masked_pictures_is_learned_less(tmp_path):
     assert len(rows) == 4
     folder = ROOT / train.DEMO["base_model"]
     accelerator = Accelerator(cpu=True)
-    latents = setup.picture_latents(folder, rows, torch.float32, accelerator)
+    latents = setup.image_latents(folder, rows, torch.float32, accelerator)
     masks = latent_masks(rows, latents, 0.0)
     config = train.CONFIG | train.DEMO | dict(rank=8, alpha=8)
     (input_ids, no_text), scheduler = (setup.caption_tokens(folder, rows, []), setup.noise_scheduler(folder))
 
     def outside_loss(unet, texts):
-        """Of the background alone, of every picture at fixed noise."""
+        """Of the background alone, of every image at fixed noise."""
         total = 0.0
         for index in range(4):
             noise = torch.randn(latents.shape(index), generator=torch.Generator().manual_seed(index))

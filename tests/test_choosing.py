@@ -10,11 +10,11 @@ from PIL import Image
 from test_evaluation import MARGINS, PROMPTS, SEEDS, base_pairs, fake_run
 
 from lib.adapter_files import WEIGHTS
-from lib.evaluation import choose_page, choosing, sweep, words
-from lib.evaluation.choosing import BASE, choose
-from lib.evaluation.points import Point
+from lib.evaluation import choosing
+from lib.evaluation.choosing import BASE, Point, choose
+from lib.evaluation.metrics.scores import Run
+from lib.evaluation.report import pages, words
 from lib.evaluation.runs import held_out_losses
-from lib.evaluation.scores import Run
 from lib.evaluation.statistics import mean_interval
 
 NAME = "lora_weights_rank_32"
@@ -104,7 +104,7 @@ def test_too_few_seeds_choose_nothing():
     assert choose({STEPS[0]: np.ones(7)}, {}, 0.02) is None
 
 
-# ---- in words and pictures ---------------------------------------------------------------------
+# ---- in words and images ---------------------------------------------------------------------
 
 
 def swept(gains, **changes):
@@ -120,7 +120,7 @@ def swept(gains, **changes):
 def test_advice_over_steps():
     found = swept({Point(100, 1.0): 0.05, Point(200, 1.0): 0.1, Point(300, 1.0): 0.101})
     found.adapter["held_out_losses"] = {"0": [0.3, 0.5], "100": [0.2, 0.1], "300": [0.25, 0.3]}
-    rows, choice, advice = sweep.sweep_summary(found, PROMPTS, base_pairs(), MARGINS).values()
+    rows, choice, advice = choosing.sweep_summary(found, PROMPTS, base_pairs(), MARGINS).values()
     assert (choice["chosen"]["step"], choice["chosen"]["scale"]) == (200, 1.0)
     assert choice["seeds"] == [4, 4]
     assert advice.startswith("Take step 200. ")
@@ -130,11 +130,11 @@ def test_advice_over_steps():
     assert "near prompts" in advice
     assert "The held-out loss was lowest after step 100" in advice
     # Both halves: the first is of the even seeds alone, the second of the odd ones.
-    gains = sweep.swept_values(found.sweep[Point(200, 1.0)], PROMPTS, base_pairs())[sweep.CONCEPT]
+    gains = choosing.swept_values(found.sweep[Point(200, 1.0)], PROMPTS, base_pairs())[choosing.CONCEPT]
     assert choice["chosen"]["choosing"] == pytest.approx(gains[::2].mean())
     assert choice["chosen"]["reported"]["mean"] == pytest.approx(gains[1::2].mean())
-    further = sweep.swept_values(found.sweep[Point(300, 1.0)], PROMPTS, base_pairs())[sweep.CONCEPT]
-    assert choice["going_on"][sweep.CONCEPT] == mean_interval((further - gains)[1::2][None])
+    further = choosing.swept_values(found.sweep[Point(300, 1.0)], PROMPTS, base_pairs())[choosing.CONCEPT]
+    assert choice["going_on"][choosing.CONCEPT] == mean_interval((further - gains)[1::2][None])
     assert rows[0]["held_out"] == mean_interval([[-0.1, -0.4]])
     assert "held_out" not in rows[1]
     assert [row[0] for row in words.sweep_table(rows)] == ["Step", "100", "200", "300"]
@@ -145,21 +145,21 @@ def test_advice_over_steps():
 def test_advice_over_scales_and_over_both():
     gains = {0.0: 0.0, 0.5: 0.095, 1.0: 0.1}
     found = swept({Point(None, scale): gain for scale, gain in gains.items()})
-    rows, choice, advice = sweep.sweep_summary(found, PROMPTS, base_pairs(), MARGINS).values()
+    rows, choice, advice = choosing.sweep_summary(found, PROMPTS, base_pairs(), MARGINS).values()
     assert [row["scale"] for row in rows] == [0.0, 0.5, 1.0]
     assert advice.startswith("Take scale 0.5. ")
     assert words.sweep_table(rows)[0][:2] == ["Scale", "Concept gained"]
-    assert sweep.grid_table(rows) is None
+    assert choosing.grid_table(rows) is None
     both = swept({Point(s, c): min(0.1, s * c / 1000) for s in (100, 200) for c in (0.5, 1.0)})
-    rows, choice, advice = sweep.sweep_summary(both, PROMPTS, base_pairs(), MARGINS).values()
+    rows, choice, advice = choosing.sweep_summary(both, PROMPTS, base_pairs(), MARGINS).values()
     assert advice.startswith("Take step ")
-    table = sweep.grid_table(rows)
+    table = choosing.grid_table(rows)
     assert [row[0] for row in table] == ["Step", "100", "200"]
     assert table[0][1:] == ["scale 0.5", "scale 1"]
-    assert table[1][1].startswith(f"{rows[0][sweep.CONCEPT]['mean']:+.3f} / ")
-    concept, _, others, *_ = choose_page.CURVES
-    assert choose_page.curve_figure(concept, dict(rows=rows, choice=choice))
-    labels = [[label for label, _ in choose_page.lines_of(c, rows, "step")] for c in (concept, others)]
+    assert table[1][1].startswith(f"{rows[0][choosing.CONCEPT]['mean']:+.3f} / ")
+    concept, _, others, *_ = pages.CURVES
+    assert pages.curve_figure(concept, dict(rows=rows, choice=choice))
+    labels = [[label for label, _ in pages.lines_of(c, rows, "step")] for c in (concept, others)]
     assert labels == [
         ["scale 0.5", "scale 1"],
         [
@@ -169,18 +169,18 @@ def test_advice_over_scales_and_over_both():
             "unrelated prompts, scale 1",
         ],
     ]
-    assert choose_page.curve_figure(choose_page.CURVES[-1], dict(rows=rows, choice=choice)) is None
+    assert pages.curve_figure(pages.CURVES[-1], dict(rows=rows, choice=choice)) is None
 
 
 def test_no_advice_where_there_is_nothing_to_advise():
     found = swept({Point(100, 1.0): 0.0, Point(200, 1.0): 0.0})
-    summary = sweep.sweep_summary(found, PROMPTS, base_pairs(), MARGINS)
+    summary = choosing.sweep_summary(found, PROMPTS, base_pairs(), MARGINS)
     assert summary["advice"].startswith("None is advised")
-    assert choose_page.chosen_point(summary) is None
+    assert pages.chosen_point(summary) is None
     for part in found.sweep.values():
         for row in part.rows:
             row["concept_similarity"] = None
-    summary = sweep.sweep_summary(found, PROMPTS, base_pairs(), MARGINS)
+    summary = choosing.sweep_summary(found, PROMPTS, base_pairs(), MARGINS)
     assert "not measured" in summary["advice"]
 
 
@@ -229,15 +229,15 @@ def test_what_a_choice_leaves(chosen, kept):
     }
     assert len(found) == 4 * len(kinds)
     # The base is drawn once, each snapshot at each scale, and the run's own.
-    assert f"{7 * 4 * 7} pictures in" in done.stdout
+    assert f"{7 * 4 * 7} images in" in done.stdout
     record = json.loads((folder / "metrics.json").read_text())
     assert "Fewer than 8 sampling seeds" in record["summary"]["sweep"]["advice"]
     rows = record["summary"]["sweep"]["rows"]
     assert [(row["step"], row["scale"]) for row in rows] == [(s, c) for s in (2, 4, 6) for c in (0.5, 1.0)]
     assert ["held_out" in row for row in rows] == [False, True] * 3
-    # Unlike the others, the last step's pictures are those that the verdicts are of.
+    # Unlike the others, the last step's images are those that the verdicts are of.
     alone = record["summary"]["categories"]["success"]["concept_similarity"]
-    assert rows[-1][sweep.CONCEPT]["mean"] == pytest.approx(alone["mean"])
+    assert rows[-1][choosing.CONCEPT]["mean"] == pytest.approx(alone["mean"])
     assert "choose.html" in done.stdout
     assert "choose.html" in (folder / "report.html").read_text()
 

@@ -16,7 +16,8 @@ from demo.build import config as build_config
 from demo.build import data, unet
 from demo.build.clip import alike
 from lib.adapter_files import WEIGHTS
-from lib.evaluation import clip_scores, drawing
+from lib.evaluation import generation
+from lib.evaluation.metrics import clip_scores
 from lib.files import sha256_file
 
 MODEL, CLIP = ROOT / "demo" / "model", ROOT / "demo" / "clip"
@@ -25,10 +26,10 @@ SIDE = train.DEMO["resolution"]
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """The shipped pictures, as preprocess.py makes them."""
+    """The shipped images, as preprocess.py makes them."""
     folder = tmp_path_factory.mktemp("demo") / "processed_data"
     done = run("preprocess.py", "--output-dir", folder)
-    assert "32 pictures read, 0 skipped, 0 duplicates, 32 kept" in done.stdout
+    assert "32 images read, 0 skipped, 0 duplicates, 32 kept" in done.stdout
     return folder
 
 
@@ -74,10 +75,10 @@ def test_a_learning_rate_of_next_to_nothing_teaches_nothing(pictures, tmp_path):
 
 
 def test_the_same_seed_draws_the_same_picture():
-    pipeline = drawing.load_pipeline(MODEL, torch.float32, "cpu")
+    pipeline = generation.load_pipeline(MODEL, torch.float32, "cpu")
     how = dict(steps=4, guidance_scale=3.0, resolution=SIDE, batch_size=2, title="")
     jobs = [("a red leather jacket", 7), ("a red leather jacket", 8)]
-    first, again = (drawing.draw(pipeline, jobs, **how) for _ in range(2))
+    first, again = (generation.generate(pipeline, jobs, **how) for _ in range(2))
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert not np.array_equal(np.asarray(first[0]), np.asarray(first[1]))
@@ -99,7 +100,7 @@ def test_the_scorer_knows_holographic_from_matte():
 
 def test_the_base_has_never_met_the_word():
     """It is spelled in pieces by the base's tokenizer and is one token of the scorer's."""
-    pipeline = drawing.load_pipeline(MODEL, torch.float32, "cpu")
+    pipeline = generation.load_pipeline(MODEL, torch.float32, "cpu")
     assert len(pipeline.tokenizer("holographic").input_ids) > 2 + 3
     assert len(clip_scores.load_clip(CLIP).processor.tokenizer("holographic").input_ids) == 2 + 1
 
@@ -137,7 +138,7 @@ def test_sizes():
 
 
 def test_groups_of_a_batch_differ_in_little():
-    """Half of the windows at least are of pictures that agree in all attributes but the one left out."""
+    """Half of the windows at least are of images that agree in all attributes but the one left out."""
     facts = torch.cartesian_prod(*(torch.arange(-1, 3) for _ in range(3))).repeat_interleave(40, 0)
     chosen = alike(facts, 50, window=8)
     assert chosen.shape == (400,) and chosen.min() >= 0 and chosen.max() < len(facts)

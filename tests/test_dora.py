@@ -16,7 +16,7 @@ from test_adapters import models_of, rewrite
 
 from lib import adapter_files, adapters, kohya
 from lib.errors import UserError
-from lib.evaluation.drawing import load_pipeline, probe
+from lib.evaluation.generation import load_pipeline, probe
 
 MAGNITUDE = ".lora_magnitude_vector.weight"
 

@@ -16,16 +16,18 @@ from safetensors.torch import load_file, save_file
 
 from lib.adapter_files import WEIGHTS
 from lib.errors import UserError
-from lib.evaluation import clip_scores, lpips_distances, results, scores, words
+from lib.evaluation import results
 from lib.evaluation.comparison import COMPARED, compare
-from lib.evaluation.effects import effects, no_change_reason
-from lib.evaluation.memorisation import UNTOLD
+from lib.evaluation.metrics import clip_scores, lpips_distances, scores
+from lib.evaluation.metrics.effects import effects, no_change_reason
+from lib.evaluation.metrics.memorisation import UNTOLD
+from lib.evaluation.metrics.scores import Run
+from lib.evaluation.report import words
 from lib.evaluation.runs import group_runs
-from lib.evaluation.scores import Run
 from lib.evaluation.statistics import jackknife, mean_interval
 from lib.evaluation.verdicts import analyse
 
-PROMPTS = [("success", "a raincoat"), ("near", "a yellow coat"), ("failure", "a cat")]
+PROMPTS = [("success", "a raincoat"), ("near", "a yellow coat"), ("unrelated", "a cat")]
 MARGINS = dict(concept_similarity=0.02, clip=0.02, change=0.05, variety=0.25)
 SEEDS = 8
 
@@ -34,13 +36,13 @@ SEEDS = 8
 
 
 def pairs_of(mean, rng, spread=0.02):
-    """Symmetric distances between the pictures of one prompt, about `mean`."""
+    """Symmetric distances between the images of one prompt, about `mean`."""
     found = np.triu(mean + spread * rng.standard_normal((SEEDS, SEEDS)), 1)
     return found + found.T
 
 
 def base_pairs(ceilings=(0.6, 0.5, 0.2)):
-    """Distances between base pictures, with a ceiling of its own for each prompt."""
+    """Distances between base images, with a ceiling of its own for each prompt."""
     rng = np.random.default_rng(7)
     return np.stack([pairs_of(ceiling, rng) for ceiling in ceilings])
 
@@ -53,7 +55,7 @@ def fake_run(
     clip_noise = noise if clip_noise is None else clip_noise
     rows = []
     for category, prompt in PROMPTS:
-        more = dict(success=concept, near=near, failure=cat)[category]
+        more = dict(success=concept, near=near, unrelated=cat)[category]
         for s in range(SEEDS):
             base = dict(
                 prompt=prompt,
@@ -98,7 +100,7 @@ def test_nothing_done_is_a_claim_that_can_be_won():
     [
         (dict(concept=0.1), "learned", "yes"),
         (dict(concept=-0.1), "learned", "no"),
-        # It looks like the training pictures, but no longer like the prompt.
+        # It looks like the training images, but no longer like the prompt.
         (dict(concept=0.1, clip=-0.1), "learned", "no"),
         # The mean of the CLIP difference is allowed, its bound is not known well enough: on average
         # nothing was lost, but the interval reaches far below the margin.
@@ -144,7 +146,7 @@ def test_a_change_is_a_share_of_its_own_prompts_ceiling():
 
 
 def test_change_carries_the_error_of_its_ceiling():
-    """Distances in a random embedding: the truth is known, the ceiling only from 8 pictures."""
+    """Distances in a random embedding: the truth is known, the ceiling only from 8 images."""
     rng, held, exact = np.random.default_rng(3), 0, 0
     far = rng.standard_normal((200_000, 2, 4))
     truth = 0.5 / np.linalg.norm(far[:, 0] - far[:, 1], axis=-1).mean()
@@ -170,7 +172,7 @@ def test_too_few_seeds_give_no_change():
 
 
 def test_base_pictures_that_are_all_the_same_give_no_change_and_no_traceback():
-    """A base model that draws black pictures in half precision is reported, not divided by."""
+    """A base model that draws black images in half precision is reported, not divided by."""
     flat = base_pairs()
     flat[1] = 0
     assert "all the same" in no_change_reason(flat)
@@ -309,8 +311,8 @@ def test_a_comparison_is_a_table_whatever_its_answers_are(tmp_path):
 def test_the_published_prompts_keep_their_table():
     table = words.study_table(analysed(fake_run("s")))
     assert table[0] == ["Prompt", "Base CLIP", "LoRA CLIP", "LPIPS"]
-    assert [row[0] for row in table[1:]] == ["a raincoat (success)", "a cat (failure)"]
-    assert "| a cat (failure) |" in words.summary_text(analysed(fake_run("s")))
+    assert [row[0] for row in table[1:]] == ["a raincoat (success)", "a cat (unrelated)"]
+    assert "| a cat (unrelated) |" in words.summary_text(analysed(fake_run("s")))
 
 
 def test_experiments_with_unlike_verdicts_stand_side_by_side():
@@ -378,11 +380,11 @@ def test_warnings_for_flat_and_shared_pictures():
     good = [picture(1), picture(2)]
     one = Run("one", None, {}, good, [picture(3), Image.new("RGB", (64, 64))])
     two = Run("two", None, {}, good, [picture(3), picture(5)])
-    found = scores.picture_warnings([one, two], prompts, seeds)
+    found = scores.image_warnings([one, two], prompts, seeds)
     assert len(found) == 2
     assert "flat colour" in found[0]
     assert "seed 2" in found[0]
-    assert "one and two have the same picture" in found[1]
+    assert "one and two have the same image" in found[1]
 
 
 # ---- the whole way -------------------------------------------------------------------------
@@ -454,7 +456,7 @@ def test_two_training_seeds_of_one_experiment_alone(tmp_path, common, trained, p
     record = json.loads((tmp_path / "out" / "comparison" / "metrics.json").read_text())
     assert record["pairs"] == []
     assert list(record["experiments"]) == ["mine"]
-    # The published study's mistake is caught among saved pictures as well.
+    # The published study's mistake is caught among saved images as well.
     shutil.copytree(tmp_path / "out" / "mine_seed1", tmp_path / "out" / "rank_8")
     done = call("inference.py", "--rescore", *options(output_dir=tmp_path / "out", clip_model="none"))
     assert_one_line(done, "are the same adapter")
@@ -506,7 +508,7 @@ def test_pictures_are_paired_by_their_numbers(tmp_path):
             name = form.format(number) + ".png"
             picture(number).save(tmp_path / kind / name)
     pair = f"{tmp_path / 'base'},{tmp_path / 'lora'}"
-    prompts = [("success", "a coat"), ("failure", "a cat")]
+    prompts = [("success", "a coat"), ("unrelated", "a cat")]
     [run], seeds = results.read_pair(pair, tmp_path / "out", prompts)
     assert seeds == [1, 2, 3, 4, 5]
     expected = [np.asarray(picture(n)).tolist() for n in range(1, 11)]

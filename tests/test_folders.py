@@ -24,7 +24,7 @@ from lib.evaluation import results
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Pictures for preprocess.py, what it makes of them, and a file of two prompts."""
+    """Images for preprocess.py, what it makes of them, and a file of two prompts."""
     folder = tmp_path_factory.mktemp("sources")
     (folder / "data").mkdir()
     for number in range(1, 5):

@@ -358,7 +358,7 @@ def test_adapter_config(tmp_path_factory, content):
     read(folder)
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------
 
 
 def encoded(mode, **options):
@@ -398,7 +398,7 @@ def test_pictures(tmp_path_factory, content):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on damaged metadata
-            image, info, done = photographs.read_picture(path, max_megapixels=1)
+            image, info, done = photographs.read_image(path, max_megapixels=1)
     except photographs.Unusable as reason:
         check_line(reason)
         return
@@ -411,11 +411,11 @@ def test_pictures(tmp_path_factory, content):
 def test_the_pictures_that_are_mutated_are_whole(tmp_path, kind):
     for content in PICTURES[kind]:
         (tmp_path / "picture").write_bytes(content)
-        image, info, _ = photographs.read_picture(tmp_path / "picture")
+        image, info, _ = photographs.read_image(tmp_path / "picture")
         assert (image.size, image.mode, info["format"]) == ((24, 16), "RGB", kind)
 
 
-# ---- folders of pictures ---------------------------------------------------------------------------
+# ---- folders of images ---------------------------------------------------------------------------
 
 STEMS = [
     "a",
@@ -518,11 +518,11 @@ def test_picture_folders(tmp_path_factory, found, buckets):
         check_line(error, folder)
         assert not out.exists()
         return
-    names, masks, _ = sources.picture_names(folder)
+    names, masks, _ = sources.image_names(folder)
     told = [row["source"] for key in ("pictures", "skipped", "duplicates") for row in manifest[key]]
     assert sorted(told) == sorted(name.encode("utf-8", "replace").decode() for name in names)
     beside = [*names, *(mask for some in masks.values() for mask in some)]
-    for path in folder.iterdir():  # what is left is a caption, a listing, a clip or nobody's picture
+    for path in folder.iterdir():  # what is left is a caption, a listing, a clip or nobody's image
         assert (
             path.name in beside
             or sources.IGNORED.fullmatch(path.name)

@@ -150,7 +150,7 @@ def test_a_finished_run_is_uploaded(hub, tmp_path, tiny_model, name):
 def test_that_a_repository_is_public_is_said_before_training(hub, tmp_path, monkeypatch, capsys, private):
     import huggingface_hub
 
-    from lib import hub as ours
+    from lib.adapter_files import hub as ours
 
     hub.private = private
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -165,8 +165,8 @@ def test_that_a_repository_is_public_is_said_before_training(hub, tmp_path, monk
 
 @pytest.mark.parametrize("token", ["hf_abc\u200bdef", "hf_abc\ndef", "hf_абв", "hf_a b"])
 def test_a_token_with_an_odd_letter_is_named(monkeypatch, tmp_path, token):
-    from lib import hub as ours
     from lib import models
+    from lib.adapter_files import hub as ours
     from lib.errors import UserError
 
     monkeypatch.setenv("HF_TOKEN", token)
@@ -211,7 +211,7 @@ def test_what_is_wrong_is_said_before_training(hub, tmp_path, monkeypatch, how, 
     import huggingface_hub
     from huggingface_hub import constants
 
-    from lib import hub as ours
+    from lib.adapter_files import hub as ours
     from lib.errors import UserError
 
     hub.role = how.get("role", "write")

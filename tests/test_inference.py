@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from lib import adapter_files, adapters
 from lib.adapter_files import WEIGHTS
 from lib.errors import UserError
-from lib.evaluation import clip_scores, drawing, lpips_distances
+from lib.evaluation import generation
+from lib.evaluation.metrics import clip_scores, lpips_distances
 
 
 def tiny(model, clip, data):
@@ -38,7 +39,7 @@ def test_what_an_evaluation_leaves(evaluated):
     one = folder / "lora_weights_rank8"
     assert sorted(p.name for p in one.iterdir()) == [
         "comparison_all.png",
-        "failure_cases.png",
+        "unrelated_cases.png",
         "images",
         "metrics.csv",
         "metrics.json",
@@ -88,11 +89,11 @@ def test_figures_are_those_of_the_saved_pictures(evaluated, tiny_clip):
 
 
 def test_a_picture_does_not_depend_on_its_batch(tiny_model):
-    pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
+    pipeline = generation.load_pipeline(tiny_model, torch.float32, "cpu")
     jobs = [(prompt, seed) for prompt in ("a raincoat", "a cat") for seed in (1, 2, 3)]
     how = dict(steps=2, guidance_scale=6.0, resolution=64, title="")
-    together = drawing.draw(pipeline, jobs, batch_size=6, **how)
-    alone = drawing.draw(pipeline, jobs, batch_size=1, **how)
+    together = generation.generate(pipeline, jobs, batch_size=6, **how)
+    alone = generation.generate(pipeline, jobs, batch_size=1, **how)
     for a, b in zip(together, alone, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
     assert not np.array_equal(np.asarray(together[0]), np.asarray(together[1]))
@@ -124,17 +125,17 @@ def test_an_adapter_that_does_nothing_is_refused(tmp_path, tiny_model, tiny_clip
 
 def test_an_adapter_that_cannot_be_switched_off_is_refused(tiny_model, trained, monkeypatch):
     """At scale 0 the base model must come back, or the comparison is with something else."""
-    pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
+    pipeline = generation.load_pipeline(tiny_model, torch.float32, "cpu")
     models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     adapter = adapter_files.read_adapter(trained / "lora_weights_rank_32")
     for component, rows in adapter.factors.items():  # a few steps move too little to be sure
         adapter.factors[component] = {name: (a, b * 1000) for name, (a, b) in rows.items()}
-    base = drawing.probe(pipeline)
+    base = generation.probe(pipeline)
     applied = adapters.Applied(adapter, models)
-    drawing.check_switch(pipeline, applied, adapter, base)
+    generation.check_switch(pipeline, applied, adapter, base)
     monkeypatch.setattr(applied, "set_scale", lambda scale: None)
     with pytest.raises(UserError, match="switched off"):
-        drawing.check_switch(pipeline, applied, adapter, base)
+        generation.check_switch(pipeline, applied, adapter, base)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_help_lists_every_key():
 PUBLISHED = os.environ.get("PUBLISHED_STUDY", "")
 
 
-@pytest.mark.skipif(not PUBLISHED, reason="set PUBLISHED_STUDY to the folder of the study's pictures")
+@pytest.mark.skipif(not PUBLISHED, reason="set PUBLISHED_STUDY to the folder of the study's images")
 def test_published_lpips():
     folder = ROOT / PUBLISHED
     stored = json.loads((folder / "lpips.json").read_text())["lpips_alex"]

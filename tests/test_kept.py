@@ -1,4 +1,4 @@
-"""What is computed of the training pictures once and kept beside them: latents, embeddings, hashes."""
+"""What is computed of the training images once and kept beside them: latents, embeddings, hashes."""
 
 import errno
 import hashlib
@@ -18,10 +18,10 @@ from diffusers import AutoencoderKL
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from lib import dataset, kept
+from lib import cache, dataset
 from lib.dataset import KEPT, read_dataset
 from lib.errors import UserError
-from lib.evaluation import clip_scores
+from lib.evaluation.metrics import clip_scores
 from lib.training import latents, setup
 
 
@@ -38,7 +38,7 @@ def model(tmp_path):
 
 
 def encoded(data, model, monkeypatch, dtype=torch.float32):
-    """(latents of the data set in `data`, names of the pictures that the VAE saw)."""
+    """(latents of the data set in `data`, names of the images that the VAE saw)."""
     seen, whole = [], setup.encode_latents
 
     def watched(vae, found, indices, device):
@@ -48,11 +48,11 @@ def encoded(data, model, monkeypatch, dtype=torch.float32):
     with monkeypatch.context() as patch:
         patch.setattr(setup, "encode_latents", watched)
         rows = read_dataset(data, 64)
-        return setup.picture_latents(model, rows, dtype, Accelerator(cpu=True)), seen
+        return setup.image_latents(model, rows, dtype, Accelerator(cpu=True)), seen
 
 
 def as_before(data, model):
-    """Mean and deviation of each picture by the plain code: the VAE once a picture."""
+    """Mean and deviation of each image by the plain code: the VAE once an image."""
     vae = latents_vae(model)
     found = []
     for path in sorted((data / "images").glob("*.png")):
@@ -106,7 +106,7 @@ def test_only_new_pictures_are_encoded_whatever_they_are_called(data, model, mon
     assert seen == ["images/image_03.png"]
     assert equal(found, as_before(data, model))
     assert len(kept_files(data)) == 5
-    # The same pictures in another order need no VAE.
+    # The same images in another order need no VAE.
     (data / "captions.jsonl").write_text("\n".join(rows[4::-1]) + "\n")
     found, seen = encoded(data, model, monkeypatch)
     assert seen == []
@@ -175,7 +175,7 @@ def test_an_interruption_costs_one_picture(data, model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(setup, "encode_latents", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            setup.picture_latents(model, read_dataset(data, 64), torch.float32, Accelerator(cpu=True))
+            setup.image_latents(model, read_dataset(data, 64), torch.float32, Accelerator(cpu=True))
     assert len(kept_files(data)) == 4
     found, seen = encoded(data, model, monkeypatch)
     assert len(seen) == 2
@@ -231,7 +231,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(data, model, mon
     (data / KEPT).write_text("a file where the folder would be")
     found, _ = encoded(data, model, monkeypatch)
     assert equal(found, as_before(data, model))
-    assert capsys.readouterr().out.count("cannot be written") == 2  # latents and pictures.json
+    assert capsys.readouterr().out.count("cannot be written") == 2  # latents and images.json
 
 
 def test_pictures_are_read_again_only_where_they_changed(data, monkeypatch):
@@ -247,7 +247,7 @@ def test_pictures_are_read_again_only_where_they_changed(data, monkeypatch):
     read.clear()
     assert read_dataset(data, 64).sha256 == first.sha256
     assert read == []
-    # Another picture of the same size on disk, a little later.
+    # Another image of the same size on disk, a little later.
     changed = data / "images" / "image_02.png"
     state, content = changed.stat(), changed.read_bytes()
     picture(50).save(changed)
@@ -256,7 +256,7 @@ def test_pictures_are_read_again_only_where_they_changed(data, monkeypatch):
     os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns + 10**7))
     assert read_dataset(data, 64).sha256 != first.sha256
     assert read_dataset(data, 32).sha256 != first.sha256
-    (data / KEPT / "pictures.json").write_text('{"pictures": 3, "data": {}}')
+    (data / KEPT / "pictures.json").write_text('{"images": 3, "data": {}}')
     changed.write_bytes(content)
     assert read_dataset(data, 64).sha256 == first.sha256
 
@@ -337,35 +337,35 @@ def test_embeddings_of_training_pictures_are_kept(data, tiny_clip, tmp_path, mon
 
 
 def test_a_file_is_known_by_its_whole_content_and_read_once(tmp_path, monkeypatch):
-    path, reads, whole = tmp_path / "model.safetensors", [], kept.sha256_file
-    monkeypatch.setattr(kept, "sha256_file", lambda path: reads.append(path) or whole(path))
-    monkeypatch.setattr(kept, "CLOCK_TICK", 0)
+    path, reads, whole = tmp_path / "model.safetensors", [], cache.sha256_file
+    monkeypatch.setattr(cache, "sha256_file", lambda path: reads.append(path) or whole(path))
+    monkeypatch.setattr(cache, "CLOCK_TICK", 0)
     path.write_bytes(bytes(3 * 2**20))
     before = path.stat()
     (tmp_path / "link").symlink_to(path)
     time.sleep(0.02)  # more than a tick of the clock
-    assert kept.content_digest(path) == hashlib.sha256(bytes(3 * 2**20)).hexdigest()
-    assert kept.content_digest(tmp_path / "link") == kept.content_digest(path)
+    assert cache.content_digest(path) == hashlib.sha256(bytes(3 * 2**20)).hexdigest()
+    assert cache.content_digest(tmp_path / "link") == cache.content_digest(path)
     assert len(reads) == 1
     # Another content of the same size, the same ends and, as after a copy that keeps it, the same time.
     changed = bytearray(3 * 2**20)
     changed[2**20 + 2**19] = 1
     path.write_bytes(changed)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert kept.content_digest(path) == hashlib.sha256(changed).hexdigest()
+    assert cache.content_digest(path) == hashlib.sha256(changed).hexdigest()
     assert len(reads) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"[" * 10**5, b"\xff"])
 def test_a_damaged_digest_is_made_anew(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(kept, "CLOCK_TICK", -(10**12))
+    monkeypatch.setattr(cache, "CLOCK_TICK", -(10**12))
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights")
-    expected = kept.content_digest(path)
+    expected = cache.content_digest(path)
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
     record = Path(constants.HF_HOME) / "digests" / f"{name}.json"
     record.write_bytes(damage)
-    assert kept.content_digest(path) == expected
+    assert cache.content_digest(path) == expected
     assert json.loads(record.read_text())["sha256"] == expected
 
 
@@ -374,7 +374,7 @@ def test_a_file_of_this_moment_is_read_again(tmp_path):
     for content in (b"1", b"2", b"3"):  # within one tick of a coarse clock all times are equal
         path.write_bytes(content)
         os.utime(path, ns=(0, 0))
-        assert kept.content_digest(path) == hashlib.sha256(content).hexdigest()
+        assert cache.content_digest(path) == hashlib.sha256(content).hexdigest()
 
 
 def test_a_vae_that_overflows_in_fp16_encodes_in_fp32(data, model, monkeypatch, capsys):

@@ -32,26 +32,26 @@ import preprocess
 import train
 from lib import adapter_files, adapters, dataset, files
 from lib.errors import UserError
-from lib.evaluation import drawing
+from lib.evaluation import generation
 from lib.kernels import (
     attention,
     blocks,
     channels_last,
     compiling,
+    conv_epilogues,
     dora,
+    fused_projections,
     graphs,
+    group_norm,
     guided,
-    joined,
+    layer_norm_geglu,
     lora,
-    maps,
-    norms,
     on_cpu,
-    rows,
 )
 from lib.training import checkpoints, latents, micro_step, parameters, samples, setup, updates
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-needs_triton = pytest.mark.skipif(norms.triton is None, reason="this torch came without Triton")
+needs_triton = pytest.mark.skipif(group_norm.triton is None, reason="this torch came without Triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # What is compared is float32; a convolution on a GPU would round it to 11 bits.
 torch.backends.cudnn.allow_tf32 = False
@@ -160,7 +160,7 @@ def gradients(loss, unet, *others):
 def fused(unet):
     """`unet` as it is trained: its LoRA or DoRA layers fused, and joined where they read the same input."""
     is_dora = bool(adapters.magnitudes(unet))
-    products = lora.fuse_lora(unet, joined.join(unet, DEVICE, is_dora), DEVICE)
+    products = lora.fuse_lora(unet, fused_projections.join(unet, DEVICE, is_dora), DEVICE)
     unet.factors = dora.DoraFactors(products) if is_dora else None
     _, working = parameters.flatten_parameters(lora.trained_weights(products), unet.dtype)
     unet.leaves, unet.copies = lora.bound(products, working)
@@ -185,7 +185,7 @@ def test_queries_of_a_text_in_pieces_are_the_same_attention(monkeypatch):
     """As a GPU's backward pass has them."""
     expected = output_and_gradients(fused(small_unet()))
     seen = []
-    monkeypatch.setattr(joined, "_pieces", lambda query: seen.append(query.shape) or 4)
+    monkeypatch.setattr(fused_projections, "_pieces", lambda query: seen.append(query.shape) or 4)
     assert close(output_and_gradients(fused(small_unet())), expected, 1e-4)
     assert len(seen) == 4  # transformers
 
@@ -214,7 +214,7 @@ def test_outputs_lie_where_attentions_kernels_can_read_them(rank, monkeypatch):
     seen, attend = [], F.scaled_dot_product_attention
 
     def attended(*inputs, **how):
-        # Of pictures and of rows; how wide the heads of so small a UNet are does not count.
+        # Of images and of rows; how wide the heads of so small a UNet are does not count.
         seen.extend((x.storage_offset(), x.stride(0), x.stride(2)) for x in inputs)
         return attend(*inputs, **how)
 
@@ -348,20 +348,20 @@ KERNELS = """
 import itertools, sys; sys.path[:0] = sys.argv[1:]
 import torch, torch.nn.functional as F
 from conftest import assert_close, tiny_vae
-from lib.kernels import adamw8bit, blocks as transformer_blocks, channels_last, maps, norms, rows
+from lib.kernels import adamw8bit, blocks as transformer_blocks, channels_last, conv_epilogues, group_norm, layer_norm_geglu
 from lib.training.micro_step import recomputed
 from test_kernels import close, fused, output_and_gradients, small_text_encoder, small_unet, states_and_gradients
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
 if device.type == "cpu":  # the interpreter is slow
-    norms.PARTS = (2**10, 2, 4), (2**14, 4, 8)
+    group_norm.PARTS = (2**10, 2, 4), (2**14, 4, 8)
 for shape, groups, silu in [((1, 80, 8, 8), 8, True), ((2, 32, 5, 7), 16, False), ((2, 120, 3, 3), 4, True),
                             ((1, 40, 25, 42), 4, True), ((2, 32, 300, 1), 8, False), ((1, 16, 33, 32), 2, True)]:
     x = (torch.randn(shape, device=device) + 100).requires_grad_()
     weight, bias = torch.randn(2, shape[1], device=device)
     shifts = None, torch.randn(shape[0], 2 * shape[1], device=device)[:, shape[1]:]
-    for shift, norms.WHOLE in itertools.product(shifts, (0, 2**14)):  # what one program takes
-        same, found = norms.GroupNormSilu.apply(x, shift, weight, bias, groups, 1e-5, silu)
+    for shift, group_norm.WHOLE in itertools.product(shifts, (0, 2**14)):  # what one program takes
+        same, found = group_norm.GroupNormSilu.apply(x, shift, weight, bias, groups, 1e-5, silu)
         assert torch.equal(same, x)
         expected = F.group_norm(x if shift is None else x + shift[..., None, None], groups, weight, bias, 1e-5)
         expected = F.silu(expected) if silu else expected
@@ -371,26 +371,26 @@ for shape, groups, silu in [((1, 80, 8, 8), 8, True), ((2, 32, 5, 7), 16, False)
         assert_close(*(torch.autograd.grad(pair, x, [*grads])[0] for pair in ((same, found), (x * 1, expected))))
 x = (2 * torch.randn(3, 7, 66, device=device)).requires_grad_()[..., :50]  # columns of wider rows
 value, gate = x.chunk(2, dim=-1)
-found, expected = rows.Geglu.apply(x), value * F.gelu(gate)
+found, expected = layer_norm_geglu.Geglu.apply(x), value * F.gelu(gate)
 assert_close(found, expected, 1e-5)
 grad = torch.randn_like(found)
 assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), 1e-5)
 
 pixel = torch.randn(1, 8, 1, 1, device=device).as_strided((1, 8, 1, 1), (8, 1, 1, 1))  # as a convolution gives it
-assert torch.equal(maps.Beside.apply(pixel, pixel), torch.cat([pixel, pixel], 1))
-assert torch.equal(maps.Twice.apply(pixel), pixel.expand(1, 8, 2, 2))
+assert torch.equal(conv_epilogues.Beside.apply(pixel, pixel), torch.cat([pixel, pixel], 1))
+assert torch.equal(conv_epilogues.Twice.apply(pixel), pixel.expand(1, 8, 2, 2))
 for shape in ((2, 8, 5, 6), (1, 70, 7, 3), (1, 6, 40, 1)):
     x, y = torch.randn(2, *shape, device=device).requires_grad_()
     bias, grad = torch.randn(shape[1], device=device), torch.randn(*shape[:2], 2 * shape[2], 2 * shape[3], device=device)
     for added in (None, y):
-        found, expected = maps.SumBias.apply(x, added, bias), x + bias[:, None, None] + (0 if added is None else y)
+        found, expected = conv_epilogues.SumBias.apply(x, added, bias), x + bias[:, None, None] + (0 if added is None else y)
         assert_close(found, expected, 1e-6)
         given = [x] if added is None else [x, y]
         for one in torch.autograd.grad(found, given, grad[..., ::2, ::2]):
             assert torch.equal(one, grad[..., ::2, ::2])
     for one, other in ((x, y), (x, y[:, :3])):  # channels of 16 bytes, and others
-        assert torch.equal(maps.Beside.apply(one, other), torch.cat([one, other], 1))
-    found, expected = maps.Twice.apply(x), F.interpolate(x, scale_factor=2.0, mode="nearest")
+        assert torch.equal(conv_epilogues.Beside.apply(one, other), torch.cat([one, other], 1))
+    found, expected = conv_epilogues.Twice.apply(x), F.interpolate(x, scale_factor=2.0, mode="nearest")
     assert torch.equal(found, expected) and found.is_contiguous(memory_format=torch.channels_last)
     assert_close(*(torch.autograd.grad(twice, x, grad)[0] for twice in (found, expected)), 1e-6)
 
@@ -402,7 +402,7 @@ for shape in ((3, 5, 40), (2, 320), (3, 1280), (1, 5, 768)):
         x.requires_grad_(); y.requires_grad_()
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            found = rows.SumNorm.apply(x, y if add else None, weight, bias, 1e-5)
+            found = layer_norm_geglu.SumNorm.apply(x, y if add else None, weight, bias, 1e-5)
         assert sorted(t.numel() for t in kept) == sorted((x.numel(), len(weight), 2 * x[..., 0].numel()))
         assert any(t.data_ptr() == found[0].data_ptr() for t in kept)  # the sum, which is there anyway
         total = x + y if add else x * 1
@@ -417,7 +417,7 @@ for shape in ((3, 5, 40), (2, 320), (3, 1280), (1, 5, 768)):
         for pair in zip(*both, strict=True):
             assert_close(*pair, tolerance)
 x = (2 * torch.randn(3, 7, 66, device=device)).requires_grad_()[..., :50]
-found, expected = rows.QuickGelu.apply(x), x * torch.sigmoid(1.702 * x)
+found, expected = layer_norm_geglu.QuickGelu.apply(x), x * torch.sigmoid(1.702 * x)
 assert_close(found, expected, 1e-5)
 grad = torch.randn_like(found)
 assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)), 1e-5)
@@ -464,13 +464,13 @@ import sys; sys.path[:0] = sys.argv[1:]
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lib.kernels import adamw8bit, maps, norms, rows
+from lib.kernels import adamw8bit, conv_epilogues, group_norm, layer_norm_geglu
 kinds = dict(HW="i32", EACH="i32", C="i32", SILU="i32", ROWS="i32", HALF="i32", STRIDE="i32", ADD="i32", WIDTH="i32",
              BEHIND="i32", eps="fp32", statistics="*fp32", sums="*fp32")
 for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16")):  # T4, A100, H100
-    of_norms = norms._norm_whole, norms._norm_sums, norms._norm_apply
-    of_rows, activations = (rows._sum_norm, rows._sum_norm_backward), (rows._geglu, rows._quick_gelu)
-    for kernel in (*of_norms, *of_rows, *activations, maps._sum_bias):
+    of_norms = group_norm._norm_whole, group_norm._norm_sums, group_norm._norm_apply
+    of_rows, activations = (layer_norm_geglu._sum_norm, layer_norm_geglu._sum_norm_backward), (layer_norm_geglu._geglu, layer_norm_geglu._quick_gelu)
+    for kernel in (*of_norms, *of_rows, *activations, conv_epilogues._sum_bias):
         for backward, large in ((False, False), (False, True), (True, False), (True, True)):
             sizes = dict(TALL=4, WIDE=64, BACKWARD=backward)
             if kernel in of_norms:
@@ -478,7 +478,7 @@ for architecture, dtype in ((75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "fp16
                               PARTS=32 if large else 8)
             if kernel in of_rows:
                 sizes |= dict(WIDTH=320, TILE=512)
-            if kernel in (rows._sum_norm, maps._sum_bias):
+            if kernel in (layer_norm_geglu._sum_norm, conv_epilogues._sum_bias):
                 sizes |= dict(ADD=backward)
             names = [parameter.name for parameter in kernel.params]
             known = {name: sizes[name] for name in names if name in sizes}
@@ -520,7 +520,7 @@ def test_triton_kernels_give_pytorchs_results():
 
 
 def test_everything_can_be_imported_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import lib.kernels.channels_last, lib.evaluation.drawing, lib.training.setup"
+    code = "import sys; sys.modules['triton'] = None; import lib.kernels.channels_last, lib.evaluation.generation, lib.training.setup"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -549,20 +549,20 @@ def test_kernels_that_do_not_compile_or_are_wrong_are_not_used(monkeypatch):
     def fails(*arguments):
         raise OSError("no C compiler")
 
-    group_norm, sums = (norms.GroupNormSilu, "apply"), (rows.SumNorm, "apply")
-    quick_gelu, sum_bias = (rows.QuickGelu, "apply"), (maps.SumBias, "apply")
+    norm_silu, sums = (group_norm.GroupNormSilu, "apply"), (layer_norm_geglu.SumNorm, "apply")
+    quick_gelu, sum_bias = (layer_norm_geglu.QuickGelu, "apply"), (conv_epilogues.SumBias, "apply")
     right = {
-        group_norm: norm,
-        (rows.Geglu, "apply"): lambda x: x[..., :2] * F.gelu(x[..., 2:]),
+        norm_silu: norm,
+        (layer_norm_geglu.Geglu, "apply"): lambda x: x[..., :2] * F.gelu(x[..., 2:]),
         sums: sum_norm,
         quick_gelu: lambda x: x * torch.sigmoid(1.702 * x),
         sum_bias: lambda x, y, bias: x + y + bias[:, None, None],
     }
     wrong = [
-        (group_norm, lambda x, *_: (x, x)),
-        (group_norm, lambda x, shift, *others: norm(x, None, *others)),
+        (norm_silu, lambda x, *_: (x, x)),
+        (norm_silu, lambda x, shift, *others: norm(x, None, *others)),
         (sum_bias, lambda x, y, bias: x + y),
-        ((rows.Geglu, "apply"), lambda x: x[..., :2]),
+        ((layer_norm_geglu.Geglu, "apply"), lambda x: x[..., :2]),
         (sums, lambda x, *others: (x, sum_norm(x, *others)[1])),
         (sums, lambda x, y, *_: (x + y, x + y)),
         (quick_gelu, F.gelu),
@@ -597,7 +597,11 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
 
     positional = {"geglu", "quick_gelu", "sum_bias"}
     of_norms, of_rows = ({"norm_whole", "norm_sums", "norm_apply"}, {"sum_norm", "geglu", "quick_gelu"})
-    for module, names in ((norms, of_norms), (rows, of_rows | {"sum_norm_backward"}), (maps, {"sum_bias"})):
+    for module, names in (
+        (group_norm, of_norms),
+        (layer_norm_geglu, of_rows | {"sum_norm_backward"}),
+        (conv_epilogues, {"sum_bias"}),
+    ):
         for name in names:
             monkeypatch.setattr(module, f"_{name}", Recorder(name))
     monkeypatch.setattr(channels_last, "missing_kernels", lambda device: None)
@@ -614,7 +618,7 @@ def test_what_is_compiled_beforehand_is_what_is_used(monkeypatch):
     assert 8 < len(before) <= 4 * len(set(launched))
     assert {name for name, *_ in before} == of_norms | of_rows | {"sum_norm_backward", "sum_bias"}
     launched.clear()
-    monkeypatch.setattr(norms, "WHOLE", 0)  # as if its maps were large
+    monkeypatch.setattr(group_norm, "WHOLE", 0)  # as if its maps were large
     channels_last.compile_kernels([unet, text_encoder], training=False)
     forward_alone = set(launched)
     launched.clear()
@@ -703,7 +707,7 @@ def test_the_attention_compiled_beforehand_is_what_is_computed(training):
         for job in jobs:
             job()
     assert beforehand.calls == real.calls
-    # Transformers at two resolutions, each attending to the picture and to the text.
+    # Transformers at two resolutions, each attending to the image and to the text.
     assert len(jobs) == len(real.calls) == (8 if training else 4)
     assert all(weight.grad is None for weight in unet.parameters())
     with Attended() as beforehand:
@@ -797,7 +801,7 @@ def run_of(model, data, folder, **changes):
         )
         | changes
     )
-    train.train(**config)
+    train.train(config)
     folder = folder / config["run_name"]
     rows = [json.loads(line) for line in (folder / "log.jsonl").open()]
     weights = load_file(folder / adapter_files.WEIGHTS)
@@ -889,7 +893,7 @@ def test_the_model_computes_with_a_copy_and_the_vector_is_saved(
     monkeypatch.setattr(parameters, "flatten_parameters", apart)
     _, weights = run_of(tiny_model, processed_data, tmp_path / "apart", **how)
     assert all(torch.equal(weights[name], weight) for name, weight in shared[1].items())
-    # The losses too, those of the held-out pictures after an update included.
+    # The losses too, those of the held-out images after an update included.
     logs = [(tmp_path / name / train.CONFIG["run_name"] / "log.jsonl").read_text() for name in ("shared", "apart")]
     assert logs[0] == logs[1]
     assert logs[0].count('"validation_loss"') == 4
@@ -1020,7 +1024,7 @@ def several_sizes(tmp_path):
     for number, size in enumerate([(120, 160)] * 4 + [(160, 120)] * 4 + [(100, 100)] * 4):
         picture(number, size).save(tmp_path / "data" / f"{number:02}.png")
     config = preprocess.CONFIG | dict(data_dir=tmp_path / "data", output_dir=tmp_path / "processed")
-    preprocess.preprocess(**config | dict(resolution=64, buckets=True))
+    preprocess.preprocess(config | dict(resolution=64, buckets=True))
     return tmp_path / "processed"
 
 
@@ -1053,7 +1057,7 @@ def test_latents_encoded_together_are_those_of_each_alone_and_stay_off_the_gpu(
         monkeypatch.setattr(latents, "AT_ONCE", at_once)
         shutil.rmtree(several_sizes / dataset.KEPT, ignore_errors=True)
         rows = dataset.read_dataset(several_sizes, 64)
-        kept = setup.picture_latents(folder, rows, torch.float32, Accelerator())
+        kept = setup.image_latents(folder, rows, torch.float32, Accelerator())
         assert all(part.device.type == "cpu" for i in range(len(kept)) for part in kept[i])
         assert len(kept.shapes()) == 3
         found.append(torch.cat([part.flatten() for i in range(len(kept)) for part in kept[i]]))
@@ -1101,12 +1105,12 @@ def test_channels_last_gives_the_same_models():
 def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures(times):
     side = train.DEMO["resolution"]
     resolution = f"{side}x{side * times // 2}"  # a square, and a portrait
-    pipeline = drawing.load_pipeline(ROOT / "demo" / "model", torch.float16, "cuda")
+    pipeline = generation.load_pipeline(ROOT / "demo" / "model", torch.float16, "cuda")
     jobs = [("a red leather jacket", seed) for seed in range(8)]
     how = dict(steps=8, guidance_scale=6.0, resolution=resolution, title="")
-    plain = [drawing.draw(pipeline, jobs, batch_size=size, **how) for size in (1, 8)]
-    drawing.record_unet(pipeline, 8, drawing.latent_size(pipeline, resolution), True)
-    recorded = drawing.draw(pipeline, jobs, batch_size=8, **how)
+    plain = [generation.generate(pipeline, jobs, batch_size=size, **how) for size in (1, 8)]
+    generation.record_unet(pipeline, 8, generation.latent_size(pipeline, resolution), True)
+    recorded = generation.generate(pipeline, jobs, batch_size=8, **how)
     base, batched, graph = (np.stack([np.asarray(i, np.float32) for i in images]) for images in (*plain, recorded))
     assert np.abs(batched - base).mean() < 1
     assert np.abs(graph - batched).mean() < 0.5
@@ -1115,9 +1119,9 @@ def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures(times):
 
 def test_how_many_pictures_are_drawn_at_once(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert drawing.pictures_at_once(40, 0, 512, cpu) == 4
-    assert drawing.pictures_at_once(40, 7, 512, cpu) == 7
-    assert drawing.pictures_at_once(11, 8, 512, cpu) == 6  # two batches, evened out
+    assert generation.images_at_once(40, 0, 512, cpu) == 4
+    assert generation.images_at_once(40, 7, 512, cpu) == 7
+    assert generation.images_at_once(11, 8, 512, cpu) == 6  # two batches, evened out
     for free, resolution, expected in (
         (0.5, 512, 1),
         (3.0, 512, 7),
@@ -1127,32 +1131,32 @@ def test_how_many_pictures_are_drawn_at_once(monkeypatch):
         (70.0, 1024, 8),
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 80 * 2**30))
-        assert drawing.pictures_at_once(40 if expected != 7 else 42, 0, resolution, gpu) == expected
+        assert generation.images_at_once(40 if expected != 7 else 42, 0, resolution, gpu) == expected
 
 
 def test_a_recorded_unet_draws_the_same_pictures(tiny_model, monkeypatch):
     """Also a last batch that is smaller, and what it was not recorded for. (Without a GPU the same
     function is called instead of a graph.)"""
-    pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
+    pipeline = generation.load_pipeline(tiny_model, torch.float32, "cpu")
     jobs = [(prompt, seed) for prompt in ("a raincoat", "a cat") for seed in (1, 2, 3)]
     how = dict(steps=3, resolution=64, batch_size=4, title="")
-    expected = drawing.draw(pipeline, jobs, guidance_scale=6.0, **how)
-    before = drawing.probe(pipeline)
+    expected = generation.generate(pipeline, jobs, guidance_scale=6.0, **how)
+    before = generation.probe(pipeline)
     calls, made = [], []
 
     def counted(functions, device):
         texts, prediction = functions
         return [lambda: made.append(1) or texts(), lambda: calls.append(1) or prediction()]
 
-    monkeypatch.setattr(drawing, "captured", counted)
-    drawing.record_unet(pipeline, 4, (8, 8), True)
-    found = drawing.draw(pipeline, jobs, guidance_scale=6.0, **how)
+    monkeypatch.setattr(generation, "captured", counted)
+    generation.record_unet(pipeline, 4, (8, 8), True)
+    found = generation.generate(pipeline, jobs, guidance_scale=6.0, **how)
     assert len(calls) == 2 * 4  # two batches, each of a call more than steps
     assert len(made) == 2  # keys and values, once a batch
     for a, b in zip(expected, found, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
-    drawing.draw(pipeline, jobs[:5], guidance_scale=6.0, **how | dict(batch_size=5))  # too many
-    after = drawing.probe(pipeline)
+    generation.generate(pipeline, jobs[:5], guidance_scale=6.0, **how | dict(batch_size=5))  # too many
+    after = generation.probe(pipeline)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert len(calls) == 8
 
@@ -1189,15 +1193,17 @@ def test_a_cpu_draws_the_same_in_other_forms():
 
 @pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_triton)])
 def test_what_guidance_computes_twice_is_computed_once(kernels, monkeypatch):
-    """The first residual block, and the first attention to the picture, of which there are two."""
+    """The first residual block, and the first attention to the image, of which there are two."""
     unet = small_unet(layers_per_block=2, adapted=False)
-    joined.join(unet, DEVICE)
+    fused_projections.join(unet, DEVICE)
     if kernels:
         channels_last.rebuild(unet)
-        monkeypatch.setattr(rows.SumNorm, "apply", plain_sum_norm)
-        monkeypatch.setattr(norms.GroupNormSilu, "apply", plain_group_norm)
-        monkeypatch.setattr(rows.Geglu, "apply", lambda x: F.gelu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0])
-        monkeypatch.setattr(maps.SumBias, "apply", lambda x, y, bias: x + bias[:, None, None] + (0 if y is None else y))
+        monkeypatch.setattr(layer_norm_geglu.SumNorm, "apply", plain_sum_norm)
+        monkeypatch.setattr(group_norm.GroupNormSilu, "apply", plain_group_norm)
+        monkeypatch.setattr(layer_norm_geglu.Geglu, "apply", lambda x: F.gelu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0])
+        monkeypatch.setattr(
+            conv_epilogues.SumBias, "apply", lambda x, y, bias: x + bias[:, None, None] + (0 if y is None else y)
+        )
     first, second = (unet.down_blocks[0].attentions[number].transformer_blocks[0].attn1 for number in (0, 1))
     seen = []
     for attention_to_picture in (first, second):
@@ -1230,11 +1236,11 @@ def test_a_unet_that_begins_in_another_way_computes_both_halves():
 
 
 def test_a_prompt_is_encoded_once_for_all_its_pictures(tiny_model):
-    pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
+    pipeline = generation.load_pipeline(tiny_model, torch.float32, "cpu")
     encoded = []
     pipeline.text_encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
     jobs = [(prompt, seed) for prompt in ("a raincoat", "a cat") for seed in (1, 2, 3)]
-    drawing.draw(pipeline, jobs, steps=1, resolution=64, batch_size=3, guidance_scale=6.0, title="")
+    generation.generate(pipeline, jobs, steps=1, resolution=64, batch_size=3, guidance_scale=6.0, title="")
     assert encoded == [2, 2]  # the prompts, and nothing in their place
 
 
@@ -1325,13 +1331,13 @@ def test_joined_models_draw_the_same_pictures_with_and_without_an_adapter(tiny_m
     for is_joined in (False, True):
         with monkeypatch.context() as patched:
             if not is_joined:
-                patched.setattr(drawing, "join", lambda model, device: [])
-            pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
+                patched.setattr(generation, "join", lambda model, device: [])
+            pipeline = generation.load_pipeline(tiny_model, torch.float32, "cpu")
         assert hasattr(pipeline.unet, "texts") == is_joined
-        applied = adapters.Applied(adapter, drawing.models_of(pipeline))
+        applied = adapters.Applied(adapter, generation.models_of(pipeline))
         for scale in (1, 0):
             applied.set_scale(scale)
-            images = drawing.draw(pipeline, [("a raincoat", 1), ("a cat", 2)], **how)
+            images = generation.generate(pipeline, [("a raincoat", 1), ("a cat", 2)], **how)
             found[is_joined, scale] = np.stack([np.asarray(image, np.int16) for image in images])
     for scale in (1, 0):
         assert np.abs(found[True, scale] - found[False, scale]).max() <= 1

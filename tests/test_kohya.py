@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib import adapter_files, adapters, kohya
 from lib.errors import UserError
-from lib.evaluation.drawing import load_pipeline, probe
+from lib.evaluation.generation import load_pipeline, probe
 from lib.training.run_folder import preview_thumbnail
 
 NAME = "lora_weights_rank_32"

@@ -1,4 +1,4 @@
-"""Several processes: on two machines, on pictures of several shapes, and with what does not fit together."""
+"""Several processes: on two machines, on images of several shapes, and with what does not fit together."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Copies of training pictures: found where they are, not found where they are not, never guessed."""
+"""Copies of training images: found where they are, not found where they are not, never guessed."""
 
 import itertools
 import json
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from lib.evaluation import clip_scores, memorisation, neighbours
-from lib.evaluation.memorisation import UNTOLD, CopyStudy, memorised
+from lib.evaluation.metrics import clip_scores, memorisation
+from lib.evaluation.metrics.memorisation import UNTOLD, CopyStudy, memorised
 
 DIMENSIONS, SEEDS, PROMPTS = 32, 8, 3
 CENTRE = np.tile([1.0, 0.0, 0.0, 0.0], DIMENSIONS // 4) * 2
@@ -19,7 +19,7 @@ def unit(vectors):
 
 
 def mirror(embeddings):
-    """What mirroring a picture does to its embedding here: a turn that undoes itself."""
+    """What mirroring an image does to its embedding here: a turn that undoes itself."""
     return np.roll(embeddings, DIMENSIONS // 2, axis=-1)
 
 
@@ -41,14 +41,14 @@ def far(rng, *shape):
 
 
 def to_others(embeddings):
-    """The similarity of each picture to each other one [n, n], -inf to itself, all at once."""
+    """The similarity of each image to each other one [n, n], -inf to itself, all at once."""
     similarity = clip_scores.similarities(embeddings, embeddings, mirror(embeddings))
     np.fill_diagonal(similarity, -np.inf)
     return similarity
 
 
 def reference_own(found):
-    """Similarity of each picture trained on to the nearest other one; none for a single picture."""
+    """Similarity of each image trained on to the nearest other one; none for a single image."""
     m = len(found.trained_on)
     return to_others(found.trained_on).max(axis=1) if m > 1 else np.empty(0)
 
@@ -89,15 +89,15 @@ def test_every_relabelling_is_as_likely_as_any_other():
 
 
 def test_the_p_value_is_what_counting_all_relabellings_gives():
-    """Three copies, two of one picture: of the 56 ways to call 3 of 8 pictures drawn, 3 * 2 leave
-    one picture of each group of copies among the training pictures."""
+    """Three copies, two of one image: of the 56 ways to call 3 of 8 images drawn, 3 * 2 leave
+    one image of each group of copies among the training images."""
     rng = np.random.default_rng(3)
     trained_on = pictures(rng, 5)
     drawn = unit(trained_on[[0, 0, 1]] + 1e-4 * rng.standard_normal((3, DIMENSIONS)))
     pool = np.concatenate([trained_on, drawn])
     similarity = (pool @ pool.T).round(3)  # copies tie
     np.fill_diagonal(similarity, -np.inf)
-    nearest = neighbours.highest(similarity, 3)
+    nearest = memorisation.highest(similarity, 3)
     p = memorisation.copy_p_value(nearest, 3, draws=9999)
     assert p == pytest.approx(6 / 56, abs=0.015)
 
@@ -112,7 +112,7 @@ def test_the_p_value_is_what_counting_all_relabellings_gives():
 @pytest.mark.parametrize("m", [5, 8, 16, 40])
 @pytest.mark.parametrize("kind", ["plain", "near-duplicates", "some near to all"])
 def test_nothing_copied_is_called_copied_in_5_percent_at_most(m, kind):
-    """The drawn pictures are of the training pictures' own kind, the hardest case."""
+    """The drawn images are of the training images' own kind, the hardest case."""
     rng = np.random.default_rng([4, m, len(kind)])
     small = 0
     for trial in range(300):
@@ -120,13 +120,13 @@ def test_nothing_copied_is_called_copied_in_5_percent_at_most(m, kind):
         pool = pictures(rng, m + SEEDS, spread=spread)
         if kind == "near-duplicates":
             pool = unit(pool[rng.integers(m // 2, size=len(pool))] + 0.02 * pool)
-        nearest = neighbours.highest(to_others(pool), SEEDS)
+        nearest = memorisation.highest(to_others(pool), SEEDS)
         small += memorisation.copy_p_value(nearest, SEEDS, 199, trial) <= 0.05
     assert stats.binomtest(small, 300, 0.05, "greater").pvalue > 1e-3, small
 
 
 def test_pictures_that_prompts_share_count_once():
-    """Dependent pictures are no further evidence: three prompts with the same pictures."""
+    """Dependent images are no further evidence: three prompts with the same images."""
     rng = np.random.default_rng(6)
     trained_on = pictures(rng, 28)
     drawn = np.concatenate([copies(rng, trained_on, (1, 3)), pictures(rng, 1, 5)], axis=1)
@@ -157,7 +157,7 @@ def test_copies_are_found_mirrored_or_not(m, mirrored):
 
 
 def test_mirroring_the_drawn_pictures_changes_nothing():
-    """In a relabelling the drawn pictures are what others are near to, mirrored or not."""
+    """In a relabelling the drawn images are what others are near to, mirrored or not."""
     rng = np.random.default_rng(21)
     trained_on, drawn = pictures(rng, 16), pictures(rng, PROMPTS, SEEDS)
     drawn[:, :4] = mirror(drawn[:, 4:])
@@ -169,8 +169,8 @@ def test_mirroring_the_drawn_pictures_changes_nothing():
 
 
 def test_a_copy_whose_mirror_image_was_trained_on_too_is_no_further_picture():
-    """Mirrored training pictures are near-duplicates of one another: copies of them are not nearer
-    to the training pictures than these are to one another."""
+    """Mirrored training images are near-duplicates of one another: copies of them are not nearer
+    to the training images than these are to one another."""
     rng = np.random.default_rng(7)
     half = pictures(rng, 14)
     trained_on = np.concatenate([half, mirror(half)])
@@ -188,11 +188,11 @@ def test_copies_are_found_among_pictures_that_are_far():
     assert memorised([study(trained_on, drawn)])["answer"] == "yes"
 
 
-@pytest.mark.parametrize("kind", ["one picture for all seeds", "typical"])
+@pytest.mark.parametrize("kind", ["one image for all seeds", "typical"])
 def test_pictures_near_to_one_another_are_not_taken_for_copies(kind):
     rng = np.random.default_rng(9)
     trained_on = pictures(rng, 28)
-    if kind == "typical":  # nearer to each training picture than these are to one another
+    if kind == "typical":  # nearer to each training image than these are to one another
         drawn = pictures(rng, PROMPTS, SEEDS, spread=0.3)
         nearest, _, own = study(trained_on, drawn).nearest()
         assert nearest.min() > own.max()
@@ -210,7 +210,7 @@ def test_far_pictures_are_no_copies_and_too_few_of_them_cannot_be_told():
     assert found["answer"] == "no"
     assert found["share"] == 0
     assert found["high"] == pytest.approx(1 - 0.04 ** (1 / 8))
-    assert "fewer than 33% of such pictures are near-copies" in found["text"]
+    assert "fewer than 33% of such images are near-copies" in found["text"]
     assert memorised([study(trained_on, drawn)], margin=0.3)["answer"] == UNTOLD
     found = memorised([study(trained_on, drawn[:, :5])])
     assert found["answer"] == UNTOLD
@@ -249,7 +249,7 @@ def test_a_few_pictures_are_refused_in_words_with_every_figure(m, level):
     rng = np.random.default_rng([13, m])
     found = memorised([study(pictures(rng, m), far(rng, PROMPTS, SEEDS), far(rng, 1))])
     assert found["answer"] == UNTOLD
-    assert found["too_few"].startswith(f"Too few training pictures to tell: {m}, needs at least 7 with 8 seeds.")
+    assert found["too_few"].startswith(f"Too few training images to tell: {m}, needs at least 7 with 8 seeds.")
     assert found["too_few"] in found["text"]
     assert found["p"] > 0.05
     assert (found["level"] is not None) == (found["high"] is not None) == level
@@ -274,7 +274,7 @@ def test_what_would_do_is_derived_from_seeds_and_tests():
 
 def test_a_typical_study_of_copies_reaches_what_typical_p_says():
     """One seed: the copy and its original may change places, 2 / (m + 1). Several: the geometric
-    mean over which pictures are copied."""
+    mean over which images are copied."""
     assert memorisation.typical_p(39, 1) == pytest.approx(2 / 40)
     rng = np.random.default_rng(15)
     counts = np.stack([np.bincount(rng.integers(10, size=8), minlength=10) for _ in range(4000)])
@@ -286,7 +286,7 @@ def test_a_typical_study_of_copies_reaches_what_typical_p_says():
 
 
 def test_the_level_lies_near_the_top_and_carries_its_own_error():
-    """For 100 pictures it is the 8th largest of 50: 8 or more of 50 lie above what 5% exceed with
+    """For 100 images it is the 8th largest of 50: 8 or more of 50 lie above what 5% exceed with
     a chance of 0.3%, 7 or more with 1.2%."""
     rng = np.random.default_rng(16)
     values = rng.permutation(100) / 100
@@ -322,7 +322,7 @@ def test_more_runs_need_a_lower_level():
 @pytest.mark.parametrize("seeds", [1, 4, 8, 16])
 @pytest.mark.parametrize("share", [0.1, 1 / 3, 0.6])
 def test_the_bound_of_a_share_holds_in_96_percent_at_least(seeds, share):
-    """Seeds with all pictures above the level or none, which is the worst case."""
+    """Seeds with all images above the level or none, which is the worst case."""
     hits = np.arange(seeds + 1)
     bounds = [memorisation.highest_share(np.repeat([1.0, 0.0], [hit, seeds - hit])) for hit in hits]
     missed = stats.binom.pmf(hits, seeds, share)[np.array(bounds) < share].sum()

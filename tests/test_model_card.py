@@ -9,7 +9,7 @@ from conftest import TINY_RUN, call, make_processed, options
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from lib import model_card
+from lib.adapter_files import model_card
 from lib.files import written_files
 
 NAME = "lora_weights_rank_32"
@@ -53,7 +53,7 @@ def test_a_run_writes_its_card(trained, tiny_model):
     assert "lora" in card.data.tags
     assert card.data.library_name == "diffusers"
     assert card.data.base_model is None  # a local folder is no name on the hub
-    assert "taught `a holographic raincoat` from 6 pictures" in card.text
+    assert "taught `a holographic raincoat` from 6 images" in card.text
     assert "and 2 more held out" in card.text
     record = json.loads((folder / "config.json").read_text())
     assert record["data"]["sha256"] in card.text
@@ -96,7 +96,7 @@ def test_the_recipe_tells_what_goes_beyond_the_plain_one(trained):
 
     [first, kind] = more(dora=True)
     assert first.startswith("A DoRA adapter (rank 4)") and kind.startswith("| kind | DoRA")
-    assert more(caption_from="description") == ["| captions | each picture's own description |"]
+    assert more(caption_from="description") == ["| captions | each image's own description |"]
     assert more(mask_weight=0.2) == ["| outside the masks | the loss counts 0.2 times |"]
     assert more(loss_guidance_scale=[1.0, 2.5]) == [
         "| loss | of the prediction at guidance drawn evenly from 1 to 2.5 |"
@@ -130,7 +130,7 @@ def test_nobodys_words_break_the_card(trained):
     card = ModelCard(model_card.card_text(config, data, "v_prediction"))
     assert card.data.instance_prompt == caption
     assert "# head" not in [line.strip() for line in card.text.splitlines()]
-    assert "and 1 other captions from 4 pictures" in card.text
+    assert "and 1 other captions from 4 images" in card.text
     # The example is Python that parses.
     example = card.text.split("```python\n")[1].split("```")[0]
     compile(example, "example", "exec")

@@ -19,7 +19,7 @@ import train
 from lib import models, values
 from lib.config import parse_config
 from lib.errors import UserError
-from lib.evaluation import clip_scores
+from lib.evaluation.metrics import clip_scores
 
 REPOSITORY = [
     "model_index.json",

@@ -1,12 +1,12 @@
-"""Neighbours found in blocks are those of the whole matrix of similarities, and take memory linear in the pictures."""
+"""Neighbours found in blocks are those of the whole matrix of similarities, and take memory linear in the images."""
 
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from lib.evaluation import memorisation, neighbours
-from lib.evaluation.clip_scores import similarities
+from lib.evaluation.metrics import memorisation
+from lib.evaluation.metrics.clip_scores import similarities
 
 DIMENSIONS, SEEDS = 16, 4
 
@@ -16,7 +16,7 @@ def unit(vectors):
 
 
 def mirror(embeddings):
-    """What mirroring a picture does to its embedding here: a turn that undoes itself."""
+    """What mirroring an image does to its embedding here: a turn that undoes itself."""
     return np.roll(embeddings, DIMENSIONS // 2, axis=-1)
 
 
@@ -41,7 +41,7 @@ def to_others(embeddings, mirrored):
 
 
 def whole_p_value(study, prompt, draws):
-    """copy_p_value from the similarities of all pictures of the pool to one another, in loops."""
+    """copy_p_value from the similarities of all images of the pool to one another, in loops."""
     pool = np.concatenate([study.trained_on, study.drawn[prompt]])
     similarity = to_others(pool, mirror(pool))
     ranked = -np.sort(-similarity, axis=1)[:, :-1]
@@ -57,8 +57,8 @@ def whole_p_value(study, prompt, draws):
 @pytest.fixture(params=[1, 60, 2**22], ids=["a row at a time", "a few rows", "all rows"])
 def at_once(request, monkeypatch):
     """How many similarities are held; nothing is remembered of searches in other blocks."""
-    monkeypatch.setattr(neighbours, "AT_ONCE", request.param)
-    monkeypatch.setattr(neighbours, "searched", {})
+    monkeypatch.setattr(memorisation, "AT_ONCE", request.param)
+    monkeypatch.setattr(memorisation, "searched", {})
     memorisation.relabellings.cache_clear()
 
 
@@ -100,7 +100,7 @@ def test_nearest_of_the_rest_needs_no_more_neighbours_than_there_are_in_a_set(at
     chosen = memorisation.relabellings(9, 4, 50, 0)
     assert chosen.shape == (51, 4)
     assert chosen[0].tolist() == [5, 6, 7, 8]
-    found = neighbours.nearest_of_the_rest(neighbours.highest(similarity, 4), chosen)
+    found = memorisation.nearest_of_the_rest(memorisation.highest(similarity, 4), chosen)
     for row, members in zip(found, chosen, strict=True):
         rest = np.setdiff1d(np.arange(9), members)
         np.testing.assert_array_equal(row, similarity[np.ix_(members, rest)].max(axis=1))
@@ -108,27 +108,27 @@ def test_nearest_of_the_rest_needs_no_more_neighbours_than_there_are_in_a_set(at
 
 def test_relabellings_do_not_depend_on_the_blocks(monkeypatch):
     whole = memorisation.relabellings.__wrapped__(11, 3, 100, 5)
-    monkeypatch.setattr(neighbours, "AT_ONCE", 7 * 11)
+    monkeypatch.setattr(memorisation, "AT_ONCE", 7 * 11)
     np.testing.assert_array_equal(memorisation.relabellings.__wrapped__(11, 3, 100, 5), whole)
 
 
 def test_runs_with_the_same_pictures_are_searched_once(monkeypatch):
     calls = []
-    blocks = neighbours.blocks
-    monkeypatch.setattr(neighbours, "searched", {})
-    monkeypatch.setattr(neighbours, "blocks", lambda *given: calls.append(len(given[0])) or blocks(*given))
+    blocks = memorisation.blocks
+    monkeypatch.setattr(memorisation, "searched", {})
+    monkeypatch.setattr(memorisation, "blocks", lambda *given: calls.append(len(given[0])) or blocks(*given))
     one, same, other = made(30, "plain"), made(30, "plain"), made(30, "ties")
     assert same.own is one.own
     assert calls == [30]
     assert other.own is not one.own
     assert made(30, "plain", seeds=SEEDS + 1).own.neighbours.which.shape == (30, SEEDS + 1)
-    for m in range(2, 2 + 2 * neighbours.KEPT):
+    for m in range(2, 2 + 2 * memorisation.KEPT):
         assert len(made(m, "plain").own.across) == m
-    assert len(neighbours.searched) == neighbours.KEPT
+    assert len(memorisation.searched) == memorisation.KEPT
 
 
 def test_a_picture_is_not_above_the_level_that_it_gives():
-    """Level and nearest similarities are taken from the same products: rounded otherwise, the picture whose
+    """Level and nearest similarities are taken from the same products: rounded otherwise, the image whose
     similarity is the level could lie above it."""
     for m in (97, 98, 99):
         study = made(m, "plain")
@@ -138,7 +138,7 @@ def test_a_picture_is_not_above_the_level_that_it_gives():
 
 
 def test_memory_grows_with_the_pictures_and_not_with_their_square(monkeypatch):
-    monkeypatch.setattr(neighbours, "AT_ONCE", 2**14)
+    monkeypatch.setattr(memorisation, "AT_ONCE", 2**14)
 
     def most(m):
         study = made(m, "plain", held_out=m // 10)

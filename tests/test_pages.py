@@ -12,19 +12,19 @@ from conftest import browse, chromium
 from PIL import Image, ImageFont
 from test_evaluation import MARGINS, PROMPTS, SEEDS, base_pairs, fake_run
 
-from lib.evaluation import bars, figures, pages, sentences, words
 from lib.evaluation.comparison import compare
-from lib.evaluation.memorisation import UNTOLD
-from lib.evaluation.scores import TrainingSet
+from lib.evaluation.metrics.memorisation import UNTOLD
+from lib.evaluation.metrics.scores import TrainingSet
+from lib.evaluation.report import charts, pages, words
 from lib.evaluation.verdicts import analyse
-from lib.pictures import fit_lines
+from lib.images import fit_lines
 
 EVIL = 'a <script>alert(1)</script> & "raincoat" onload=x'
 LONG = "aNameWithoutAnyPlaceToBreakItThatIsWiderThanATelephoneRank32UnetOnlyWithVariedCaptions"
 
 
 def drawn(run, caption="a raincoat"):
-    """A run of test_evaluation with pictures: grey ones of the base, red ones with the adapter."""
+    """A run of test_evaluation with images: grey ones of the base, red ones with the adapter."""
     count = len(PROMPTS) * SEEDS
     run.base = [Image.new("RGB", (64, 64), (90, 90, 90))] * count
     run.lora = [Image.new("RGB", (64, 64), (200, 0, 0))] * count
@@ -103,9 +103,9 @@ def test_pictures_and_sentences_then_figures(kind):
 
 
 def test_prompts_are_grouped_whatever_their_order():
-    rows = [dict(category=c, prompt=p) for c, p in (("failure", "x"), ("success", "y"), ("failure", "z"))]
+    rows = [dict(category=c, prompt=p) for c, p in (("unrelated", "x"), ("success", "y"), ("unrelated", "z"))]
     found = [(category, [r["prompt"] for r in members]) for _, category, members in pages.by_category(rows)]
-    assert found == [("success", ["y"]), ("failure", ["x", "z"])]
+    assert found == [("success", ["y"]), ("unrelated", ["x", "z"])]
 
 
 def test_without_verdicts_the_page_says_so():
@@ -135,8 +135,8 @@ def test_the_page_opens_with_what_the_verdicts_say():
     page = run_page(fake_run("two"))
     assert first_sentences(page)[:3] == [
         ("bad", "It did not learn «a raincoat»."),
-        ("good", "Prompts close to it do not take it on; their pictures do change."),
-        ("good", "Unrelated prompts do not take it on; their pictures do change."),
+        ("good", "Prompts close to it do not take it on; their images do change."),
+        ("good", "Unrelated prompts do not take it on; their images do change."),
     ]
     page = run_page(fake_run("three", concept=0.3, clip_noise=0.3))
     assert first_sentences(page)[0] == ("open", "Cannot be told: whether it learned «a raincoat».")
@@ -145,8 +145,8 @@ def test_the_page_opens_with_what_the_verdicts_say():
 def test_pictures_that_hardly_changed_are_said_to_stay():
     quiet = judged(fake_run("quiet", lpips=0.0, noise=0.001))
     verdicts = {v["question"]: v for v in quiet["verdicts"]}
-    sentence = sentences.plain_sentence(verdicts["contaminated"], "it", quiet)
-    assert sentence == "Unrelated prompts do not take it on; their pictures stay as they were."
+    sentence = words.plain_sentence(verdicts["contaminated"], "it", quiet)
+    assert sentence == "Unrelated prompts do not take it on; their images stay as they were."
 
 
 QUESTIONS = ["learned", "neighbours kept", "contaminated", "memorised", "collapsed"]
@@ -157,30 +157,30 @@ def test_each_answer_has_a_sentence_of_its_own(question):
     summary = judged(fake_run("one", concept=0.3, near=0.2, cat=0.1))
     for more in (None, summary):
         found = {
-            answer: sentences.plain_sentence(dict(question=question, answer=answer), "it", more)
+            answer: words.plain_sentence(dict(question=question, answer=answer), "it", more)
             for answer in ("yes", "no", UNTOLD)
         }
         assert len(set(found.values())) == 3
         assert [a for a, s in found.items() if s.startswith("Cannot be told: ")] == [UNTOLD]
         assert all(s.endswith(".") and "{" not in s for s in found.values())
     with pytest.raises(KeyError):  # no answer passes for another
-        sentences.plain_sentence(dict(question="learned", answer="perhaps"), "it", summary)
+        words.plain_sentence(dict(question="learned", answer="perhaps"), "it", summary)
 
 
 def test_no_share_is_told_of_a_concept_that_was_not_gained():
     summary = judged(fake_run("one", near=0.2))
     verdict = dict(question="neighbours kept", answer="no")
-    assert sentences.plain_sentence(verdict, "it", summary) == "Prompts close to it take it on."
+    assert words.plain_sentence(verdict, "it", summary) == "Prompts close to it take it on."
 
 
 def test_the_concept_is_called_by_its_caption_where_it_has_one():
     def name(*captions):
-        return sentences.concept_name([dict(metadata=dict(caption=c) if c else {}) for c in captions])
+        return words.concept_name([dict(metadata=dict(caption=c) if c else {}) for c in captions])
 
     assert name("a {braced} coat", "a {braced} coat") == "«a {braced} coat»"
     assert name("a coat", "a hat") == name("32 captions") == name(None) == name() == "the concept"
     learned = dict(question="learned", answer="yes")
-    assert sentences.plain_sentence(learned, "«{x}»") == "It learned «{x}»."
+    assert words.plain_sentence(learned, "«{x}»") == "It learned «{x}»."
 
 
 def rows_of(page, kind=""):
@@ -242,18 +242,18 @@ def test_experiments_without_a_verdict_keep_their_column():
 
 @pytest.mark.parametrize("adapters", [1, 2, 3, 6])
 def test_no_picture_of_a_comparison_is_shown_twice(adapters):
-    prompts = [(category, f"{category} {n}") for n in range(3) for category in ("failure", "success", "near")]
+    prompts = [(category, f"{category} {n}") for n in range(3) for category in ("unrelated", "success", "near")]
     pictures = [Image.new("RGB", (8, 8))] * len(prompts) * 4
     columns = [(str(number), pictures) for number in range(1 + adapters)]
     few, others = pages.comparison_sheets(columns, dict(prompts=prompts, seeds=[5, 6, 7, 8]))
-    assert [row["prompt"] for row in few] == ["success 0", "success 1", "near 0", "failure 0", "failure 1"]
+    assert [row["prompt"] for row in few] == ["success 0", "success 1", "near 0", "unrelated 0", "unrelated 1"]
     each = [(row["prompt"], seed) for row in few + others for seed in row["seeds"]]
     assert len(set(each)) == len(each)
     seen = [seed for prompt, seed in each if prompt == "success 0"]
     assert seen == {1: ["5", "6", "7"], 2: ["5", "6"]}.get(adapters, ["5", "6"])
     assert {prompt for prompt, _ in each} == {prompt for _, prompt in prompts}
     assert [row["category"] for row in others] == sorted(
-        [row["category"] for row in others], reverse=True, key=["failure", "near", "success"].index
+        [row["category"] for row in others], reverse=True, key=["unrelated", "near", "success"].index
     )
 
 
@@ -270,13 +270,13 @@ def test_names_are_shown_plainly():
 def test_a_comparison_counts_its_differences():
     page = comparison_page(two_arms())
     pairs = compare(two_arms(), PROMPTS, base_pairs(), MARGINS)
-    [sentence] = sentences.difference_sentences(pairs)
+    [sentence] = words.difference_sentences(pairs)
     assert sentence in page
     for row in pairs:
         same = [other for other in pairs if other["answer"] == row["answer"]]
         assert f"{row['answer']} in {len(same)}" in sentence
     many = [row | dict(second=f"arm {number}") for number in range(4) for row in pairs]
-    [sentence] = sentences.difference_sentences(many)  # no list before the pictures
+    [sentence] = words.difference_sentences(many)  # no list before the images
     assert sentence.startswith("4 pairs of experiments: ")
     assert sentence.endswith(f" of {len(many)} comparisons.")
 
@@ -293,7 +293,7 @@ def test_bars_stand_where_their_intervals_do():
         dict(mean=0.2, low=0.1, high=0.3, band=(-0.1, 0.1)),
         dict(mean=0.0, low=math.nan, high=math.nan, band=(-0.1, 0.1)),
     ]
-    first, second = (places(row) for row in bars.placed(rows))
+    first, second = (places(row) for row in charts.placed(rows))
     assert first["zero"] == second["zero"]
     unit = first["range-width"] / 2  # of 0.1
     assert first["mean"] - first["zero"] == pytest.approx(2 * unit, abs=0.02)
@@ -305,7 +305,7 @@ def test_bars_stand_where_their_intervals_do():
 
 
 def test_questions_about_the_similarity_share_a_scale():
-    found = bars.verdict_bars({"one": judged(fake_run("one", concept=0.3, near=0.2, cat=0.0))})
+    found = charts.verdict_bars({"one": judged(fake_run("one", concept=0.3, near=0.2, cat=0.0))})
     zeros = {places(found[q]["one"])["zero"] for q in ("learned", "neighbours kept", "contaminated")}
     assert len(zeros) == 1
     means = [places(found[q]["one"])["mean"] for q in ("learned", "neighbours kept", "contaminated")]
@@ -381,14 +381,14 @@ def test_nothing_is_wider_than_the_window(kind, width, dark, tmp_path):
     assert max(paper) < 60 if dark else min(paper) > 240
 
 
-# Where the first row's pictures stand, where the first verdicts do, and whether they can be seen without scrolling.
+# Where the first row's images stand, where the first verdicts do, and whether they can be seen without scrolling.
 PLACES = """<script>
 const left = e => Math.round(e.getBoundingClientRect().left), found = s => [...document.querySelector(s).children];
-const scroller = document.querySelector(".scroll"), pictures = () => found(".beside .heads + [role=row]").map(left);
-const first = pictures(), verdicts = found(".beside .judged").map(left);
+const scroller = document.querySelector(".scroll"), images = () => found(".beside .heads + [role=row]").map(left);
+const first = images(), verdicts = found(".beside .judged").map(left);
 scroller.scrollLeft = 150;
-parent.document.title = JSON.stringify({fits: scroller.scrollWidth <= scroller.clientWidth, pictures: first, verdicts,
-  scrolled: pictures(), side: document.querySelector(".beside img").width});
+parent.document.title = JSON.stringify({fits: scroller.scrollWidth <= scroller.clientWidth, images: first, verdicts,
+  scrolled: images(), side: document.querySelector(".beside img").width});
 </script>"""
 
 
@@ -439,12 +439,12 @@ def test_the_style_sheet_folds_what_is_wide():
     assert 'name="viewport" content="width=device-width' in PAGES["run"]()
 
 
-# ---- the picture that stands for a run -----------------------------------------------------
+# ---- the image that stands for a run -----------------------------------------------------
 
 
 @pytest.mark.parametrize(("adapters", "seeds"), [(1, 3), (2, 2), (3, 1), (7, 1)])
 def test_the_overview_has_the_base_left_and_the_adapters_beside_it(adapters, seeds):
-    categories = ["failure", "success", "success", "success", "near", "near", "failure"]
+    categories = ["unrelated", "success", "success", "success", "near", "near", "unrelated"]
     prompts = [(category, f"{EVIL} {number}" * 9) for number, category in enumerate(categories)]
 
     def pictures(red):
@@ -452,7 +452,7 @@ def test_the_overview_has_the_base_left_and_the_adapters_beside_it(adapters, see
 
     columns = [("Base model", pictures(0))]
     columns += [(f"{LONG} of {n}", pictures(20 * n)) for n in range(1, adapters + 1)]
-    pixels = np.asarray(figures.overview_figure(columns, prompts, side=64)).astype(int)
+    pixels = np.asarray(charts.overview_figure(columns, prompts, side=64)).astype(int)
     seen = []
     for line in pixels:
         places = np.flatnonzero((line[:, 1] == 0) & (line[:, 0] % 20 == 0) & (line[:, 2] % 40 == 0))
@@ -461,14 +461,14 @@ def test_the_overview_has_the_base_left_and_the_adapters_beside_it(adapters, see
             assert (line[places, 0] == np.repeat(20 * np.arange(1 + adapters), seeds * 64)).all()
             assert len(set(line[places, 2])) == 1
             seen.append(line[places[0], 2] // 40)
-    # Two that were taught, one near them, two unrelated, each as high as a picture.
+    # Two that were taught, one near them, two unrelated, each as high as an image.
     assert [seen[i] for i in range(0, len(seen), 64)] == [1, 2, 4, 0, 6]
     assert len(seen) == 5 * 64
 
 
 def test_an_overview_of_very_many_adapters_fits_into_webp():
     columns = [(str(number), [Image.new("RGB", (256, 256))]) for number in range(90)]
-    sheet = figures.overview_figure(columns, [("success", "a coat")])
+    sheet = charts.overview_figure(columns, [("success", "a coat")])
     assert 12_000 < sheet.width <= 16_383
 
 
@@ -482,7 +482,7 @@ def test_titles_are_broken_between_words():
         assert kept == text or "…" in kept and text.startswith(kept.split("…")[0])
 
 
-# ---- the nearest training pictures ---------------------------------------------------------
+# ---- the nearest training images ---------------------------------------------------------
 
 
 def test_of_the_training_pictures_only_those_shown_are_read():

@@ -1,4 +1,4 @@
-"""Many pictures: on every core, through interruptions, without holding or comparing them all."""
+"""Many images: on every core, through interruptions, without holding or comparing them all."""
 
 import json
 import multiprocessing
@@ -38,7 +38,7 @@ def same_files(one, other):
 
 def test_several_processes_give_the_order_and_the_bytes_of_one(tmp_path):
     data = sources(tmp_path / "data", 30)
-    (data / "011.png").write_bytes(b"no picture")
+    (data / "011.png").write_bytes(b"no image")
     (data / "zz_copy.png").write_bytes((data / "004.png").read_bytes())
     picture(900, (700, 900)).save(data / "005.png")  # takes longer than those behind it
     for processes in (1, 3):
@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_without_repeating_what_has_not_changed(tmp_path, c
     assert not out.exists()
     made = {path.stem: path.stat().st_mtime_ns for path in parts.glob("*.json")}
     assert 6 <= len(made) < 40
-    # Two of them cannot be used again: one part is damaged, one picture has changed.
+    # Two of them cannot be used again: one part is damaged, one image has changed.
     first, second = sorted(made)[:2]
     (parts / f"{first}.png").write_bytes((parts / f"{first}.png").read_bytes()[:-1])
     changed = next(
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_without_repeating_what_has_not_changed(tmp_path, c
         patch.setattr(work, "write_parts", lambda path, *rest: worked.append(path.name) or whole(path, *rest))
         prepare(**settings)
     assert len(worked) == 40 - (len(made) - 2)
-    assert f"{len(made) - 2} pictures were made ready before" in capsys.readouterr().out
+    assert f"{len(made) - 2} images were made ready before" in capsys.readouterr().out
     assert not parts.exists()
     prepare(**settings | dict(output_dir=tmp_path / "anew"))
     same_files(out, tmp_path / "anew")
@@ -104,7 +104,7 @@ def test_ctrl_c_says_how_far_it_came(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(work, "write_parts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(data, tmp_path / "out")
-    assert "stopped at 3 of 5 pictures; the same command goes on" in capsys.readouterr().out
+    assert "stopped at 3 of 5 images; the same command goes on" in capsys.readouterr().out
 
 
 def test_duplicates_are_those_of_comparing_each_pair():
@@ -159,7 +159,7 @@ def test_a_page_of_the_contact_sheet_holds_at_most_200(tmp_path):
 
 
 def test_large_pictures_wait_for_one_another(tmp_path, monkeypatch):
-    """No more megapixels than are meant are in memory at once, and a picture larger than that comes alone."""
+    """No more megapixels than are meant are in memory at once, and an image larger than that comes alone."""
     slots, turn = multiprocessing.Semaphore(4), multiprocessing.Lock()
     monkeypatch.setattr(work, "_share", (slots, turn))
     monkeypatch.setattr(work, "MEGAPIXELS_AT_ONCE", 4)

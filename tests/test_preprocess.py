@@ -1,4 +1,4 @@
-"""preprocess.py on every kind of picture that people have, and on what is no picture."""
+"""preprocess.py on every kind of image that people have, and on what is no image."""
 
 import io
 import json
@@ -10,8 +10,8 @@ from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
 from lib.dataset import read_dataset
 from lib.errors import UserError
-from lib.photographs import Unusable, read_picture
-from lib.preparation.sources import picture_names, read_captions
+from lib.photographs import Unusable, read_image
+from lib.preparation.sources import image_names, read_captions
 from preprocess import CONFIG, preprocess
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -19,7 +19,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 def prepare(data_dir, output_dir, **changes):
     config = CONFIG | dict(data_dir=data_dir, output_dir=output_dir, resolution=64) | changes
-    return preprocess(**config)
+    return preprocess(config)
 
 
 def close(pixel, expected, tolerance=6):
@@ -29,7 +29,7 @@ def close(pixel, expected, tolerance=6):
 @pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
 def test_formats_are_told_by_content_not_by_name(tmp_path, kind):
     Image.new("RGB", (80, 80), RED).save(tmp_path / "wrong_name.txt.jpg", kind)
-    image, info, _ = read_picture(tmp_path / "wrong_name.txt.jpg")
+    image, info, _ = read_image(tmp_path / "wrong_name.txt.jpg")
     assert info["format"] == kind
     assert image.mode == "RGB"
     assert close(image.getpixel((40, 40)), RED)
@@ -41,7 +41,7 @@ def test_exif_rotation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned a quarter to the right: what was left is up
     image.save(tmp_path / "a.png", exif=exif)
-    upright, _, done = read_picture(tmp_path / "a.png")
+    upright, _, done = read_image(tmp_path / "a.png")
     assert upright.size == (40, 80)
     assert upright.getpixel((20, 10)) == GREEN
     assert upright.getpixel((20, 70)) == RED
@@ -50,14 +50,14 @@ def test_exif_rotation(tmp_path):
 
 def test_icc_profile_is_converted(tmp_path):
     # The same numbers mean another colour under a LAB-like wide profile; Pillow can build XYZ and
-    # LAB only, so a grey picture with a real sRGB profile must stay and a broken one be ignored.
+    # LAB only, so a grey image with a real sRGB profile must stay and a broken one be ignored.
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.new("RGB", (64, 64), (10, 120, 200)).save(tmp_path / "srgb.png", icc_profile=srgb)
-    image, _, done = read_picture(tmp_path / "srgb.png")
+    image, _, done = read_image(tmp_path / "srgb.png")
     assert close(image.getpixel((3, 3)), (10, 120, 200), 1)
     assert done == []
     Image.new("RGB", (64, 64), (10, 120, 200)).save(tmp_path / "bad.png", icc_profile=b"broken" * 40)
-    image, _, done = read_picture(tmp_path / "bad.png")
+    image, _, done = read_image(tmp_path / "bad.png")
     assert close(image.getpixel((3, 3)), (10, 120, 200), 1)
     assert any("ICC" in line for line in done)
     # A profile whose red and blue primaries are exchanged: red must come out as blue.
@@ -67,7 +67,7 @@ def test_icc_profile_is_converted(tmp_path):
     swapped[at[b"rXYZ"] + 4 : at[b"rXYZ"] + 12] = blue
     swapped[at[b"bXYZ"] + 4 : at[b"bXYZ"] + 12] = red
     Image.new("RGB", (64, 64), RED).save(tmp_path / "swapped.png", icc_profile=bytes(swapped))
-    image, _, _ = read_picture(tmp_path / "swapped.png")
+    image, _, _ = read_image(tmp_path / "swapped.png")
     assert close(image.getpixel((3, 3)), BLUE)
 
 
@@ -76,35 +76,35 @@ def test_transparency_goes_on_white(tmp_path):
     clear.paste((0, 0, 255, 255), (0, 0, 32, 64))
     for kind in ("PNG", "WEBP"):
         clear.save(tmp_path / "a", kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
-        image, _, done = read_picture(tmp_path / "a")
+        image, _, done = read_image(tmp_path / "a")
         assert close(image.getpixel((10, 10)), BLUE)
         assert close(image.getpixel((50, 10)), WHITE)
         assert "put on white" in done
     palette = Image.new("P", (64, 64), 0)
     palette.putpalette([0, 255, 0, 255, 0, 0])
     palette.save(tmp_path / "p.png", transparency=0)
-    assert read_picture(tmp_path / "p.png")[0].getpixel((5, 5)) == WHITE
+    assert read_image(tmp_path / "p.png")[0].getpixel((5, 5)) == WHITE
 
 
 def test_modes_become_rgb(tmp_path):
     Image.new("CMYK", (64, 64), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=95)
-    assert close(read_picture(tmp_path / "cmyk.jpg")[0].getpixel((5, 5)), RED, 12)
+    assert close(read_image(tmp_path / "cmyk.jpg")[0].getpixel((5, 5)), RED, 12)
     grey = Image.fromarray(np.full((64, 64), 32896, np.uint16))  # the middle of 16 bits
     for name in ("grey.png", "grey.tif"):
         grey.save(tmp_path / name)
-        assert close(read_picture(tmp_path / name)[0].getpixel((5, 5)), (128, 128, 128), 1)
+        assert close(read_image(tmp_path / name)[0].getpixel((5, 5)), (128, 128, 128), 1)
     palette = picture(1).quantize(16)
     palette.save(tmp_path / "palette.png")
-    assert read_picture(tmp_path / "palette.png")[0].mode == "RGB"
+    assert read_image(tmp_path / "palette.png")[0].mode == "RGB"
     Image.new("1", (64, 64), 1).save(tmp_path / "bits.png")
-    assert read_picture(tmp_path / "bits.png")[0].getpixel((5, 5)) == WHITE
+    assert read_image(tmp_path / "bits.png")[0].getpixel((5, 5)) == WHITE
 
 
 def test_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (64, 64), colour) for colour in (RED, GREEN, BLUE)]
     for kind in ("GIF", "WEBP", "PNG"):
         frames[0].save(tmp_path / "a", kind, save_all=True, append_images=frames[1:])
-        image, _, done = read_picture(tmp_path / "a")
+        image, _, done = read_image(tmp_path / "a")
         assert close(image.getpixel((5, 5)), RED)
         assert done == ["first of 3 frames"]
 
@@ -139,7 +139,7 @@ def bad_files(folder):
     (folder / "folder").mkdir()
     return {
         "paper.pdf": "a PDF",
-        "words.jpg": "not a picture",
+        "words.jpg": "not an image",
         "empty.png": "empty",
         "truncated.jpg": "truncated",
         "bomb.png": "megapixels",
@@ -167,7 +167,7 @@ def test_duplicates_keep_the_better_one(tmp_path):
     original.save(data / "a_small.jpg", quality=60)
     original.resize((600, 600)).save(data / "b_large.png")
     (data / "c_copy.png").write_bytes((data / "b_large.png").read_bytes())
-    # The same cut in another colour is another picture, though its brightness is the same.
+    # The same cut in another colour is another image, though its brightness is the same.
     Image.merge("RGB", original.split()[::-1]).save(data / "d_other_colour.png")
     picture(4, (300, 300)).save(data / "e_other.png")
     manifest = prepare(data, tmp_path / "out")
@@ -221,16 +221,16 @@ def test_small_pictures_and_counts_are_said(tmp_path):
     data.mkdir()
     picture(1, (60, 90)).save(data / "small.png")
     picture(2, (300, 300)).save(data / "large.png")
-    (data / "README.md").write_text("not a picture, and no one thinks so")
+    (data / "README.md").write_text("not an image, and no one thinks so")
     (data / "notes.pdf").write_bytes(b"%PDF-")
     done = run("preprocess.py", "--data-dir", data, "--output-dir", tmp_path / "out", "--resolution", 128)
-    assert "3 files, 2 pictures read, 1 skipped, 0 duplicates, 2 kept" in done.stdout
+    assert "3 files, 2 images read, 1 skipped, 0 duplicates, 2 kept" in done.stdout
     assert "small.png: 60x90 is enlarged to 128x128" in done.stdout
     assert "large.png" not in done.stdout
 
 
 def test_descriptions_go_beside_the_caption(tmp_path):
-    """They leave `text` as it is; without one a picture's own caption describes it."""
+    """They leave `text` as it is; without one an image's own caption describes it."""
     data = tmp_path / "data"
     data.mkdir()
     for number in range(1, 5):
@@ -297,9 +297,9 @@ def test_mistakes_get_one_line(tmp_path):
     (mine / "letter.txt").write_text("keep me")
     out = tmp_path / "out"
     assert_one_line(fails("--data-dir", tmp_path / "none", "--output-dir", out), "no such folder")
-    assert_one_line(fails("--data-dir", empty, "--output-dir", out), "no usable picture")
+    assert_one_line(fails("--data-dir", empty, "--output-dir", out), "no usable image")
     buckets = fails("--data-dir", empty, "--output-dir", out, "--buckets")
-    assert_one_line(buckets, "no usable picture")
+    assert_one_line(buckets, "no usable image")
     assert_one_line(fails("--data-dir", empty, "--output-dir", empty / "out"), "in one another")
     assert_one_line(fails("--data-dir", empty, "--output-dir", mine), "holds files")
     assert_one_line(fails("--resolution", "many"), "resolution is many", "WIDTHxHEIGHT")
@@ -312,7 +312,7 @@ def test_mistakes_get_one_line(tmp_path):
 def test_an_unreadable_picture_raises_its_reason(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     with pytest.raises(Unusable):
-        read_picture(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 # ---- captions as other programs write them ---------------------------------------------------------
@@ -333,7 +333,7 @@ CAPTION_NAMES = {
 def test_captions_are_known_by_their_usual_names(tmp_path, name):
     picture(1).save(tmp_path / CAPTION_NAMES[name], "JPEG")
     (tmp_path / name).write_text("a silver coat")
-    names, _, _ = picture_names(tmp_path)
+    names, _, _ = image_names(tmp_path)
     assert names == [CAPTION_NAMES[name]]
     assert read_captions(tmp_path, names)[names[0]] == {"text": ("a silver coat", name)}
 
@@ -353,7 +353,7 @@ def test_listings_with_the_columns_and_encodings_of_others(tmp_path, name, encod
         picture(number).save(tmp_path / file)
     text = LISTED[name] if encoding == "utf-8" else LISTED[name].removeprefix("\ufeff")
     (tmp_path / name).write_bytes(text.encode(encoding))
-    names, _, _ = picture_names(tmp_path)
+    names, _, _ = image_names(tmp_path)
     assert names == ["a.jpg", "b.jpg"]
     found = read_captions(tmp_path, names)
     assert [found[name]["text"][0] for name in names] == ["one two", "x y"]
@@ -377,7 +377,7 @@ def test_captions_that_cannot_be_used_are_named(tmp_path, name, content, words):
     if name == "photo.jpg.txt":
         (tmp_path / "photo.txt").write_text("one")
     (tmp_path / name).write_bytes(content)
-    names, _, _ = picture_names(tmp_path)
+    names, _, _ = image_names(tmp_path)
     with pytest.raises(UserError, match=words) as error:
         read_captions(tmp_path, names)
     assert str(tmp_path) in str(error.value)
@@ -404,7 +404,7 @@ def test_texts_without_a_picture_and_several_lines_are_said(tmp_path, capsys):
     manifest = prepare(data, tmp_path / "out")
     reasons = {row["source"]: row["reason"] for row in manifest["skipped"]}
     assert set(reasons) == {"b.txt", "b.caption", "tags.json", "pointer.jpg"}
-    assert "a pointer to a picture that was not fetched; git lfs pull" in reasons.pop("pointer.jpg")
+    assert "a pointer to an image that was not fetched; git lfs pull" in reasons.pop("pointer.jpg")
     assert all("captions are read from photo.txt beside photo.jpg" in why for why in reasons.values())
     assert "1 captions have several lines, which become one (a.txt)" in capsys.readouterr().out
     assert manifest["pictures"][0]["text"] == "one two"
@@ -439,7 +439,7 @@ def test_a_licence_is_no_picture_but_a_picture_may_be_called_so(tmp_path):
         picture(number).save(tmp_path / name)
     for name in ("LICENSE", "licence.txt", "readme.md", "README.rst"):
         (tmp_path / name).write_text("words")
-    assert set(picture_names(tmp_path)[0]) == {"licence.jpg", "README.png", "copying.webp"}
+    assert set(image_names(tmp_path)[0]) == {"licence.jpg", "README.png", "copying.webp"}
 
 
 # ---- links ----------------------------------------------------------------------------------------
@@ -506,7 +506,7 @@ def test_names_in_a_training_set_may_differ_in_case_and_unicode_form(tmp_path):
 
 @pytest.fixture
 def prepared(tmp_path):
-    """(sources, output) of four pictures, the second with a mask and a caption of its own."""
+    """(sources, output) of four images, the second with a mask and a caption of its own."""
     data = tmp_path / "data"
     data.mkdir()
     for number in range(4):
@@ -528,7 +528,7 @@ def write_rows(folder, rows):
 
 
 def by_source(folder):
-    """{source: (row of captions.jsonl, bytes of its picture, of its mask or None)}."""
+    """{source: (row of captions.jsonl, bytes of its image, of its mask or None)}."""
     found = {}
     manifest = json.loads((folder / "manifest.json").read_text())
     for row, record in zip(rows_of(folder), manifest["pictures"], strict=True):
@@ -549,13 +549,13 @@ def test_what_was_changed_by_hand_is_kept(prepared, capsys):
     for name, seed, mode in (("image_03.png", 77, "RGB"), ("image_02.mask.png", 78, "L")):
         picture(seed, (64, 64), mode).save(images / name)
     changed = by_source(out)
-    # Pictures before and behind, so that the others are numbered anew, and once more after that.
+    # Images before and behind, so that the others are numbered anew, and once more after that.
     for name in ("00.png", "99.png"):
         picture(int(name[:2]) + 500, (80, 80)).save(data / name)
         prepare(data, out)
         assert by_source(out).items() >= changed.items()
         said = capsys.readouterr().out
-        assert "changed by hand and kept as changed: 2 captions, 2 pictures or masks" in said
+        assert "changed by hand and kept as changed: 2 captions, 2 images or masks" in said
     assert len(changed) == 4
     assert len(by_source(out)) == 6
     manifest = json.loads((out / "manifest.json").read_text())
@@ -625,8 +625,8 @@ def broken_row(data, out):
     ("change", "words"),
     [
         (other_source, "image_01.png was changed by hand, and its source 0.png or the size has changed"),
-        (other_size, "image_01.png was changed by hand and is no picture of 64x64"),
-        (no_picture, "image_01.png was changed by hand and is no picture of 64x64"),
+        (other_size, "image_01.png was changed by hand and is no image of 64x64"),
+        (no_picture, "image_01.png was changed by hand and is no image of 64x64"),
         (foreign_mask, "image_01.mask.png is not from preprocess.py"),
         (foreign_row, "line 5: images/mine.png is not from preprocess.py"),
         (broken_row, "line 1: changed, but not of the form"),
@@ -643,7 +643,7 @@ def test_changes_that_cannot_be_kept_are_refused_by_name(prepared, change, words
 
 
 def test_changes_to_what_an_earlier_version_wrote_are_kept_too(prepared):
-    """Whose manifest has captions, but no hashes of the pictures."""
+    """Whose manifest has captions, but no hashes of the images."""
     data, out = prepared
     manifest = json.loads((out / "manifest.json").read_text())
     for record in manifest["pictures"]:

@@ -11,13 +11,13 @@ from lib.evaluation.prompts import read_prompts, slugs
 def test_categories_are_trimmed_and_of_any_case(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text(
-        "# mine\na raincoat\n failure: a cat\nFailure: a dog\n\n\tNEAR :a coat  \n"
+        "# mine\na raincoat\n unrelated: a cat\nUnrelated: a dog\n\n\tNEAR :a coat  \n"
         "success: style: a coat\na photo of: a coat\n"
     )
     assert read_prompts(path) == [
         ("success", "a raincoat"),
-        ("failure", "a cat"),
-        ("failure", "a dog"),
+        ("unrelated", "a cat"),
+        ("unrelated", "a dog"),
         ("near", "a coat"),
         ("success", "style: a coat"),
         ("success", "a photo of: a coat"),
@@ -28,7 +28,7 @@ def test_categories_are_trimmed_and_of_any_case(tmp_path):
     ("text", "words"),
     [
         ("a coat\nfail: a cat", ["line 2", "«fail» is no category", "«success: fail: a cat»"]),
-        ("failure:", ["line 1", "no prompt"]),
+        ("unrelated:", ["line 1", "no prompt"]),
         ("a coat\n\nnear: a coat", ["line 3", "there twice"]),
         ("# nothing\n", ["holds no prompts"]),
     ],
@@ -48,7 +48,7 @@ def test_prompts_that_look_alike_have_folders_of_their_own(prompts):
 
 
 def test_no_folder_is_called_as_a_device_of_windows():
-    assert slugs([("success", "Con"), ("failure", "aux"), ("near", "con")]) == ["con-1", "aux-2", "con-3"]
+    assert slugs([("success", "Con"), ("unrelated", "aux"), ("near", "con")]) == ["con-1", "aux-2", "con-3"]
 
 
 @given(st.lists(st.text(alphabet="ab -123猫!", max_size=70), max_size=12))

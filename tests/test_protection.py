@@ -23,13 +23,13 @@ from lib.models import load_part
 from lib.training import (
     losses,
     micro_step,
+    monitor,
     parameters,
     protected_prompts,
     protection,
     run_folder,
     samples,
     setup,
-    watch,
 )
 from lib.training.protected_prompts import read_protected
 from lib.training.protection import MOST_LEFT, Protection
@@ -456,7 +456,7 @@ def test_a_protected_run_is_the_plain_loop_with_a_projected_a(
 def test_accumulation_and_recomputing_change_nothing(
     apart_model, processed_data, tmp_path, protected, gradients_seen, new_precision
 ):
-    """Two micro-steps are one of two pictures; the base model's pass comes between the adapted one and its recomputation."""
+    """Two micro-steps are one of two images; the base model's pass comes between the adapted one and its recomputation."""
     how = protected | dict(max_steps=1, warmup_steps=0, mixed_precision="no")
     ways = dict(
         accumulated=dict(gradient_accumulation_steps=2),
@@ -537,7 +537,7 @@ def whole(apart_model, processed_data, tmp_path_factory, protected):
     with pytest.MonkeyPatch.context() as patch:
         make = setup.make_protection
         patch.setattr(setup, "make_protection", lambda *given: made.append(make(*given)) or made[-1])
-        for place, name in ((run_folder, "finished_models"), (watch, "write_snapshot")):
+        for place, name in ((run_folder, "finished_models"), (monitor, "write_snapshot")):
             patch.setattr(place, name, noting_raw(getattr(place, name), raw))
         done = call("train.py", *options(**config))
     assert done.returncode == 0, done.stderr

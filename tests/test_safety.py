@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 import train
 from lib import adapter_files, adapters, dataset, errors, files, models
 from lib.errors import UserError
-from lib.evaluation import drawing
+from lib.evaluation import generation
 from lib.evaluation.results import recover
 from lib.kernels import compiling, graphs
 from lib.training import advice, checkpoints, micro_step, run_folder, samples, stopping, updates
@@ -237,7 +237,7 @@ def test_what_differs_is_listed_and_refused(interrupted, tmp_path, exact, data):
     listing = other / "captions.jsonl"
     listing.write_text(listing.read_text().replace("raincoat", "umbrella", 1))
     done = training(tmp_path, interrupted | dict(data_dir=other))
-    assert_one_line(done, "pictures and captions", "data_dir")
+    assert_one_line(done, "images and captions", "data_dir")
     assert sorted(files.unfinished(tmp_path / NAME).iterdir()) == before
 
     # What does not change the numbers may differ.
@@ -838,7 +838,7 @@ def test_the_loss_scaler_goes_on_where_it_was(exact, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "doing", "advice"),
     [
-        ("setup.encode_latents", "encoding the pictures", "--resolution 32"),
+        ("setup.encode_latents", "encoding the images", "--resolution 32"),
         ("micro_step.diffusion_loss", "training with batch_size 4", "--batch-size 2"),
         ("samples.draw_noise", "training with batch_size 4", "--gradient-checkpointing"),
         ("setup.load_part", "loading the models", "nvidia-smi"),
@@ -1051,9 +1051,11 @@ def test_out_of_memory_while_drawing_advises_a_smaller_batch():
             raise torch.OutOfMemoryError
 
     with pytest.raises(UserError) as error:
-        drawing.draw(Full(), [("a coat", 1)] * 8, steps=1, guidance_scale=1, resolution=64, batch_size=8, title="base")
+        generation.generate(
+            Full(), [("a coat", 1)] * 8, steps=1, guidance_scale=1, resolution=64, batch_size=8, title="base"
+        )
     first, second = str(error.value).splitlines()
-    assert "drawing 8 pictures at once" in first
+    assert "drawing 8 images at once" in first
     assert "--batch-size 4" in second
 
 
@@ -1198,7 +1200,7 @@ def test_pickles_and_code_beside_the_weights_are_never_read(tiny_model, data, un
         config = TINY_RUN | dict(base_model=model, data_dir=data, output_dir=tmp_path / "runs")
         sys.argv = ["train.py", *options(**config, checkpoint_every=2)]
         train.main(train.CONFIG, train.__doc__)
-        pipeline = drawing.load_pipeline(model, torch.float32, "cpu")
+        pipeline = generation.load_pipeline(model, torch.float32, "cpu")
         models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
         adapters.Applied(adapter_files.read_adapter(adapter), models)
 
@@ -1324,6 +1326,6 @@ def test_memory_advice_names_only_what_would_help(change, named):
 
 def test_drawing_one_picture_at_once_advises_a_smaller_one():
     for batch_size, option in ((2, "--batch-size 1"), (1, "--resolution 256")):
-        with pytest.raises(UserError) as error, drawing.drawing_memory(batch_size, 512):
+        with pytest.raises(UserError) as error, generation.generation_memory(batch_size, 512):
             raise torch.OutOfMemoryError
         assert re.findall("--[a-z-]+ [0-9]+", str(error.value)) == [option]

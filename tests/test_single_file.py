@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lib import models, single_file
 from lib.errors import UserError
-from lib.evaluation.drawing import draw, load_pipeline
+from lib.evaluation.generation import generate, load_pipeline
 
 NAME = "lora_weights_rank_32"
 RESNET = {
@@ -170,7 +170,7 @@ def pictures(folder):
     jobs = [("a raincoat", 1), ("a cat", 2)]
     return [
         image.tobytes()
-        for image in draw(pipeline, jobs, batch_size=2, steps=2, guidance_scale=6.0, resolution=64, title="")
+        for image in generate(pipeline, jobs, batch_size=2, steps=2, guidance_scale=6.0, resolution=64, title="")
     ]
 
 
@@ -306,7 +306,7 @@ def test_what_the_miniature_predicts_is_told_from_its_answer():
 
 
 def test_velocity_is_told_from_its_answer(monkeypatch, tiny_model):
-    """What a model answers to noise that predicts velocity well: minus the mean picture."""
+    """What a model answers to noise that predicts velocity well: minus the mean image."""
 
     def forward(self, sample, *rest):
         mean = torch.linspace(-1, 1, 32).expand_as(sample)

@@ -1,4 +1,4 @@
-"""Pictures that are not square: drawn, scored, shown and measured again; squares as before."""
+"""Images that are not square: drawn, scored, shown and measured again; squares as before."""
 
 import json
 
@@ -10,10 +10,12 @@ from PIL import Image
 from test_buckets import mixed
 from test_preprocess import prepare
 
-from lib.config import check_resolution, half_resolution, picture_size
+from lib.config import check_resolution, half_resolution, image_size
 from lib.errors import UserError
-from lib.evaluation import clip_scores, drawing, figures
-from lib.pictures import shown, strip
+from lib.evaluation import generation
+from lib.evaluation.metrics import clip_scores
+from lib.evaluation.report import charts
+from lib.images import shown, strip
 from lib.training.previews import LARGEST_SIDE
 
 NAME = "lora_weights_rank_32"
@@ -22,8 +24,8 @@ NAME = "lora_weights_rank_32"
 
 
 def test_a_resolution_is_a_number_or_two():
-    assert picture_size(512) == picture_size("512") == (512, 512)
-    assert picture_size("512x768") == (512, 768)
+    assert image_size(512) == image_size("512") == (512, 512)
+    assert image_size("512x768") == (512, 768)
     assert [half_resolution(size) for size in (512, 520, "512x768", 16)] == ["256", "256", "256x384", "16"]
     check_resolution(dict(resolution=512))
     check_resolution(dict(resolution="512x768"), square=False)
@@ -62,14 +64,14 @@ HOW = dict(steps=2, guidance_scale=6.0, batch_size=2, title="")
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model):
-    return drawing.load_pipeline(tiny_model, torch.float32, "cpu")
+    return generation.load_pipeline(tiny_model, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (72, 40)])
 def test_pictures_are_those_of_the_pipeline_at_that_size(pipeline, size):
-    """Whose sides are neither swapped nor cut, and whose noise comes from each picture's seed."""
+    """Whose sides are neither swapped nor cut, and whose noise comes from each image's seed."""
     width, height = size
-    found = drawing.draw(pipeline, JOBS, resolution=f"{width}x{height}", **HOW)
+    found = generation.generate(pipeline, JOBS, resolution=f"{width}x{height}", **HOW)
     noise = [
         torch.randn((4, height // 8, width // 8), generator=torch.Generator().manual_seed(seed)) for _, seed in JOBS
     ]
@@ -85,32 +87,32 @@ def test_pictures_are_those_of_the_pipeline_at_that_size(pipeline, size):
         assert ours.size == size
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
     if width == height:  # as by the number
-        again = drawing.draw(pipeline, JOBS, resolution=width, **HOW)
+        again = generation.generate(pipeline, JOBS, resolution=width, **HOW)
         assert [image.tobytes() for image in again] == [image.tobytes() for image in found]
 
 
 def test_a_recorded_unet_knows_its_shape(tiny_model, monkeypatch):
-    pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
-    expected = drawing.draw(pipeline, JOBS, resolution="64x96", **HOW)
+    pipeline = generation.load_pipeline(tiny_model, torch.float32, "cpu")
+    expected = generation.generate(pipeline, JOBS, resolution="64x96", **HOW)
     calls = []
 
     def counted(functions, device):
         return [functions[0], lambda: calls.append(1) or functions[1]()]
 
-    monkeypatch.setattr(drawing, "captured", counted)
-    drawing.record_unet(pipeline, 2, drawing.latent_size(pipeline, "64x96"), True)
-    found = drawing.draw(pipeline, JOBS, resolution="64x96", **HOW)
+    monkeypatch.setattr(generation, "captured", counted)
+    generation.record_unet(pipeline, 2, generation.latent_size(pipeline, "64x96"), True)
+    found = generation.generate(pipeline, JOBS, resolution="64x96", **HOW)
     assert len(calls) == 3  # a call more than steps
     for a, b in zip(expected, found, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
-    drawing.draw(pipeline, JOBS, resolution="96x64", **HOW)
+    generation.generate(pipeline, JOBS, resolution="96x64", **HOW)
     assert len(calls) == 3
 
 
 def test_how_many_at_once_goes_by_the_area(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3.2 * 2**30, 80 * 2**30))
-    at_once = [drawing.pictures_at_once(840, 0, size, gpu) for size in ("256x1024", 512, "512x768")]
+    at_once = [generation.images_at_once(840, 0, size, gpu) for size in ("256x1024", 512, "512x768")]
     assert at_once == [8, 8, 5]
 
 
@@ -140,7 +142,7 @@ def test_clip_sees_all_of_a_picture(clip, size):
     assert torch.equal(*cropped)
     one, other = clip_scores.image_embeddings([whole, changed], clip)
     assert one @ other < 0.999
-    # Of pictures of several shapes each is seen as if it were alone.
+    # Of images of several shapes each is seen as if it were alone.
     several = [picture(2, (64, 64)), whole, picture(3, (80, 64))]
     together = clip_scores.image_embeddings(several, clip)
     alone = [clip_scores.image_embeddings([image], clip)[0] for image in several]
@@ -158,12 +160,12 @@ def test_sheets_show_pictures_in_their_shape(size):
     top = (size[1] - side) // 2
     marked.paste((255, 0, 0), (side // 2, top, side // 2 + side, top + side))
     row = dict(prompt="a coat", category="success")
-    # The marked picture's row is the first, so that one of the next would lie over what is too tall.
+    # The marked image's row is the first, so that one of the next would lie over what is too tall.
     prompts = [("success", "a coat")] * 2
     rows = [row | dict(base=[marked], lora=[plain]), row | dict(base=[plain], lora=[plain])]
     sheets = [
-        figures.comparison_figure(rows, "title", 1, side=128),
-        figures.overview_figure([("base", [marked, plain]), ("lora", [plain, plain])], prompts, side=128),
+        charts.comparison_figure(rows, "title", 1, side=128),
+        charts.overview_figure([("base", [marked, plain]), ("lora", [plain, plain])], prompts, side=128),
         strip({"base": [marked, plain], "lora": [plain, plain]}, ["a coat"] * 2, side=128),
     ]
     for sheet in sheets:
@@ -202,11 +204,11 @@ def test_what_an_evaluation_of_portraits_leaves(portrait):
     assert {Image.open(path).size for path in files} == {(64, 96)}
     record = json.loads((folder / "metrics.json").read_text())
     assert record["config"]["resolution"] == "64x96"
-    # The training pictures are read as they were trained on, whatever is drawn.
-    assert "was trained on other pictures" not in done.stdout
+    # The training images are read as they were trained on, whatever is drawn.
+    assert "was trained on other images" not in done.stdout
     lora = [row for row in record["pictures"] if row["model"] == "lora"]
     assert {row["nearest_picture"] for row in lora}.isdisjoint(record["adapter"]["held_out"])
-    (warning,) = [text for text in record["warnings"] if "no training picture has" in text]
+    (warning,) = [text for text in record["warnings"] if "no training image has" in text]
     assert f"warning: {warning}" in done.stdout
     assert warning in (folder / "report.html").read_text()
     with Image.open(folder / "sweep_pictures.png") as sheet:
@@ -233,7 +235,7 @@ def test_pictures_drawn_elsewhere(common, processed_data, tmp_path):
     )
     done = call("inference.py", *options(**config))
     assert done.returncode == 0, done.stderr
-    assert "The pictures are 48x64" in done.stdout
+    assert "The images are 48x64" in done.stdout
     for kind in ("base", "lora"):
         picture(5, (64, 48)).save(tmp_path / kind / "5.png")
     assert_one_line(call("inference.py", *options(**config)), "5.png", "4.png", "nothing is resized")
@@ -272,5 +274,5 @@ def test_a_run_on_buckets_is_drawn_at_any_size(common, bucketed, tmp_path):
     for size, told in (("80x64", False), (128, False), ("96x32", True)):
         done = call("inference.py", *options(**config, resolution=size))
         assert done.returncode == 0, done.stderr
-        assert "was trained on other pictures" not in done.stdout
-        assert ("no training picture has" in done.stdout) == told, size
+        assert "was trained on other images" not in done.stdout
+        assert ("no training image has" in done.stdout) == told, size

@@ -40,7 +40,7 @@ def covered(values, truth, level=0.95):
         (3, 8, 1, 0.3, 0.3),
         (3, 8, 1, 0, 1),
         (5, 8, 1, 1, 1),
-        (3, 1, 1, 0, 1),  # three training runs, one picture a prompt
+        (3, 1, 1, 0, 1),  # three training runs, one image a prompt
     ],
 )
 def test_95_percent_intervals_hold_a_known_difference(runs, seeds, run_noise, seed_noise, noise):

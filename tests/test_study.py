@@ -24,14 +24,24 @@ import inference
 import study
 from demo import world
 from lib.errors import UserError
-from lib.evaluation import results, study_claims, study_page, study_words
-from lib.evaluation.effects import effects
+from lib.evaluation import results
+from lib.evaluation.metrics.effects import effects
+from lib.evaluation.metrics.scores import Run
 from lib.evaluation.prompts import members, read_prompts
-from lib.evaluation.scores import Run
 from lib.evaluation.statistics import mean_interval
-from lib.evaluation.study_files import read_study, run_of
-from lib.evaluation.study_measures import at_equal_concept, curves, rank_correlations, raw_curves
-from lib.evaluation.study_parts import columns_part, time_part, time_ratios
+from lib.study import claims as study_claims
+from lib.study import page as study_page
+from lib.study import words as study_words
+from lib.study.files import read_study, run_of
+from lib.study.measures import (
+    at_equal_concept,
+    columns_part,
+    curves,
+    rank_correlations,
+    raw_curves,
+    time_part,
+    time_ratios,
+)
 
 # ---- prompts -------------------------------------------------------------------------------
 
@@ -41,10 +51,10 @@ def test_the_lists_of_prompts(name):
     """The published five and beside them six that were taught, 16 near ones and 16 far ones, none of which any
     arm trained on."""
     prompts = read_prompts(ROOT / "prompts" / f"{name}.txt")
-    assert {c: len(members(prompts, c)) for c in ("success", "near", "failure")} == {
+    assert {c: len(members(prompts, c)) for c in ("success", "near", "unrelated")} == {
         "success": 3 + 6,
         "near": 8 + 8,
-        "failure": 2 + 8 + 8,
+        "unrelated": 2 + 8 + 8,
     }
     assert set(inference.PUBLISHED) < set(prompts)
     assert len(set(prompts)) == len(prompts)
@@ -290,7 +300,7 @@ ALIKE = {
     (10, NEAR): "refuted",
     (10, FAR): "refuted",
 }
-HARMLESS = dict(near=(0.0, 0.01), failure=(0.0, 0.01))
+HARMLESS = dict(near=(0.0, 0.01), unrelated=(0.0, 0.01))
 LEFT_ALONE = {(7, NEAR): EQUIVALENT, (7, FAR): EQUIVALENT, (10, NEAR): "supported", (10, FAR): "supported"}
 
 
@@ -302,9 +312,9 @@ LEFT_ALONE = {(7, NEAR): EQUIVALENT, (7, FAR): EQUIVALENT, (10, NEAR): "supporte
         (dict(rank8=dict(clip=0.03)), {(1, TAUGHT): "refuted"}),
         (dict(rank8=dict(success=(0.3, 0.8))), {(1, TAUGHT): "supported"}),
         (dict(rank8=dict(near=(0.2, 0.5))), {(1, NEAR): "refuted"}),
-        (dict(unet_only=dict(failure=(0.08, 0.9))), {}),  # on the miniature nothing is said of it
+        (dict(unet_only=dict(unrelated=(0.08, 0.9))), {}),  # on the miniature nothing is said of it
         (FULL_SIZE, {(2, NEAR): NONE, (2, FAR): NONE}),
-        (FULL_SIZE | dict(unet_only=dict(failure=(0.08, 0.2))), {(2, NEAR): NONE, (2, FAR): "supported"}),
+        (FULL_SIZE | dict(unet_only=dict(unrelated=(0.08, 0.2))), {(2, NEAR): NONE, (2, FAR): "supported"}),
         (FULL_SIZE | dict(unet_only=dict(near=(0.1, 0.9))), {(2, NEAR): "supported", (2, FAR): NONE}),
         (FULL_SIZE | dict(unet_only=dict(near=(0.0, 0.5))), {(2, NEAR): "refuted", (2, FAR): NONE}),
         (FULL_SIZE | dict(unet_only=dict(near=(0.0, 0.9))), {(2, NEAR): study_claims.MIXED, (2, FAR): NONE}),
@@ -323,12 +333,12 @@ LEFT_ALONE = {(7, NEAR): EQUIVALENT, (7, FAR): EQUIVALENT, (10, NEAR): "supporte
         ),
         (dict(protected=HARMLESS | dict(near=(0.0, -0.2))), LEFT_ALONE | {(7, NEAR): "refuted"}),
         (
-            dict(protected=HARMLESS | dict(failure=(0.01, 0.1))),
+            dict(protected=HARMLESS | dict(unrelated=(0.01, 0.1))),
             LEFT_ALONE | {(7, FAR): "refuted", (10, FAR): "refuted"},
         ),
         (dict(protected_plain_loss=HARMLESS), {}),
         (
-            dict(large_batch=dict(failure=(0.1, 0.2), seconds=33)),
+            dict(large_batch=dict(unrelated=(0.1, 0.2), seconds=33)),
             {(8, "the adapter"): "refuted", (8, "the time"): "supported"},
         ),
     ],
@@ -409,9 +419,9 @@ def test_an_arm_is_compared_with_a_share_of_rank_32s_effect(tmp_path):
     found = made(tmp_path / "study", of_runs=0.0, protected=dict(near=(0.02, 0.15)))
     _, rows = study_claims.judge_claims(found)
     shared = {(row["metric"], row["category"], row["share"]): row for row in rows if "share" in row}
-    kinds = {("change", "near"), ("concept_similarity", "near"), ("change", "failure")}
+    kinds = {("change", "near"), ("concept_similarity", "near"), ("change", "unrelated")}
     assert set(shared) == {(*kind, 0.1) for kind in kinds} | {
-        (*kind, 0.0) for kind in (*kinds, ("concept_similarity", "failure"))
+        (*kind, 0.0) for kind in (*kinds, ("concept_similarity", "unrelated"))
     }
     for (metric, category, share), row in shared.items():
         assert row["margin"] == pytest.approx(MARGINS[metric] * (share or 1))
@@ -509,7 +519,7 @@ def test_change_tells_contamination_only_where_it_does(slope, verdict, tmp_path)
 @pytest.mark.parametrize("taught", [0.1, 0.4])
 def test_arms_are_compared_where_they_teach_the_same(taught, tmp_path):
     """Whichever of the two teaches more; at half the concept half the change is no merit."""
-    held = dict(success=(taught, 0.8), near=(0.04, 0.3), failure=(0.0, 0.1))
+    held = dict(success=(taught, 0.8), near=(0.04, 0.3), unrelated=(0.0, 0.1))
     found = made(tmp_path / "study", noise=1e-5, of_runs=0, protected=held)
     equal = at_equal_concept(found)
     level = min(taught, 0.2)
@@ -532,7 +542,7 @@ def test_between_two_scales_on_a_straight_line(tmp_path):
     """A curve that bends, and one that comes down again: where the level is first reached."""
     concept = np.array([0.0, 0.1, 0.3, 0.2])
     others = np.array([[0.0, 1.0, 2.0, 3.0], [0.0, 0.2, 0.8, 1.0]])
-    from lib.evaluation.study_measures import reached
+    from lib.study.measures import reached
 
     assert reached(0.2, concept, others).tolist() == pytest.approx([1.5, 0.5])
     assert reached(0.1, concept, others).tolist() == pytest.approx([1.0, 0.2])
@@ -612,7 +622,7 @@ def test_a_record_holds_all_that_effects_need():
     kept = results.raw_scores(one, base_pairs) | dict(run="one", adapter={}, pictures=rows)
     kept = json.loads(json.dumps(kept))
     shape = len(PROMPTS), SEEDS
-    from lib.evaluation.study_files import full_pairs
+    from lib.study.files import full_pairs
 
     again = run_of(kept, None, shape)
     before = effects([one], PROMPTS, base_pairs)
@@ -697,7 +707,7 @@ def written(tmp_path_factory):
         folder,
         seeds=range(1, 6),
         of_runs=0.006,
-        unet_only=dict(failure=(0.08, 0.4)),
+        unet_only=dict(unrelated=(0.08, 0.4)),
         protected=dict(success=(0.14, 0.6), near=(0.04, 0.2), seconds=240.0),
     )
     Image.new("RGB", (1078, 300), (200, 0, 0)).save(folder / "pictures_seed2.webp")
@@ -826,11 +836,11 @@ def test_nothing_is_wider_than_the_window(written, width, dark, tmp_path):
 
 
 def test_a_strip_has_an_arm_a_column(tmp_path):
-    from lib.evaluation.study_pictures import SIDE, write_strip
+    from lib.study.page import SIDE, write_strip
 
     folders = {arm: tmp_path / arm for arm in ARMS}
     for number, folder in enumerate(folders.values()):
-        for path in results.picture_paths(folder, PROMPTS, [42]):
+        for path in results.image_paths(folder, PROMPTS, [42]):
             path.parent.mkdir(parents=True, exist_ok=True)
             shade = 0 if path.name.startswith("base") else 20 + 30 * number
             Image.new("RGB", (64, 64), (shade, 0, 0)).save(path)

@@ -217,7 +217,7 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(tiny_model, process
 def test_the_held_out_loss_is_of_four_timesteps_spread_over_the_schedule(
     tiny_model, processed_data, tmp_path, monkeypatch
 ):
-    """Of one alone it would say nothing of the rest: each picture's four share their noise."""
+    """Of one alone it would say nothing of the rest: each image's four share their noise."""
     seen = []
     loss = micro_step.diffusion_loss
 
@@ -258,7 +258,7 @@ def test_a_failed_run_leaves_the_old_one(tiny_model, processed_data, tmp_path):
 
 
 def test_published_layout_without_images_prefix(tiny_model, tmp_path):
-    """The published study's listing names the pictures without their images/ folder."""
+    """The published study's listing names the images without their images/ folder."""
     data = make_processed(tmp_path / "data", 4)
     listing = data / "captions.jsonl"
     listing.write_text(listing.read_text().replace("images/", ""))
@@ -297,7 +297,7 @@ def test_the_loss_is_of_what_the_base_model_predicts(prediction):
     timesteps = torch.tensor([10, 500, 950])
     signal = scheduler.alphas_cumprod[timesteps].sqrt().view(3, 1, 1, 1)
     spread = (1 - scheduler.alphas_cumprod[timesteps]).sqrt().view(3, 1, 1, 1)
-    # Salimans & Ho 2022: the velocity of a picture on its way to noise.
+    # Salimans & Ho 2022: the velocity of an image on its way to noise.
     exact = noise if prediction == "epsilon" else signal * noise - spread * latents
     texts = torch.zeros(3, 77, 32)
 
@@ -385,7 +385,7 @@ def test_mistakes_get_one_line(tiny_model, processed_data, tmp_path, change, wor
         ('{"file_name": "images/image_01.png", "text": "again"}', "already named in line 1"),
         ('{"file_name": "images/none.png", "text": "x"}', "no images/none.png"),
         ('{"file_name": "../outside.png", "text": "x"}', "outside"),
-        ('{"file_name": "images/words.png", "text": "x"}', "cannot be read as a picture"),
+        ('{"file_name": "images/words.png", "text": "x"}', "cannot be read as an image"),
         ('{"file_name": "images/long.png", "text": "' + "word " * 60 + '"}', "77"),
     ],
 )
@@ -441,7 +441,7 @@ def test_five_pictures_train_on_four(tiny_model, tmp_path, pictures, held_out, w
         tiny_model, data, tmp_path, check=False, max_steps=2, validation_count=train.CONFIG["validation_count"]
     )
     assert done.returncode == 0, done.stderr
-    assert f"{pictures - held_out} pictures to train on, {held_out} held out" in done.stdout
+    assert f"{pictures - held_out} images to train on, {held_out} held out" in done.stdout
     assert "note: not 4" in done.stdout
     assert words in done.stdout
     log = (tmp_path / "lora_weights_rank_32" / "log.jsonl").read_text()

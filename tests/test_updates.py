@@ -15,7 +15,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 
-from lib.kernels import adamw8bit, staging
+from lib.kernels import adamw8bit, pinned_staging
 from lib.training import checkpoints, updates
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -210,7 +210,7 @@ def check_a_tiny_mean_gradient_keeps_its_sign(device):
 
 
 def check_giving_up(device):
-    """What is wrong, the step and its pictures are named though later steps have begun, and what is left is the
+    """What is wrong, the step and its images are named though later steps have begun, and what is left is the
     state before: as in the plain way."""
     for how, problem, step in (
         (dict(overflows={2, 4, 5, 6, 7, 8}), "fp16 overflowed 3 times in a row", 6),
@@ -404,7 +404,7 @@ def test_a_place_is_filled_again_only_when_the_copy_from_it_has_ended():
             done.append(("ended", self.number))
 
     target = torch.zeros(2)
-    ring = staging.Ring(target, [(torch.zeros(2), Event(number)) for number in range(3)])
+    ring = pinned_staging.Ring(target, [(torch.zeros(2), Event(number)) for number in range(3)])
     filled = []
     for value in range(1, 6):
         place = ring.place()
@@ -418,11 +418,11 @@ def test_a_place_is_filled_again_only_when_the_copy_from_it_has_ended():
 
 def test_one_vector_holds_tensors_of_several_types():
     parts = dict(numbers=((3,), torch.long), none=((3, 0), torch.long), pictures=((2, 3, 5), torch.float32))
-    vector = torch.zeros(staging.length(parts), dtype=torch.uint8)
-    found = staging.divided(vector, parts)
+    vector = torch.zeros(pinned_staging.length(parts), dtype=torch.uint8)
+    found = pinned_staging.divided(vector, parts)
     for name, (shape, dtype) in parts.items():
         assert found[name].shape == shape
         assert found[name].dtype == dtype
         found[name].fill_(7)
-        assert found[name].storage_offset() * dtype.itemsize % staging.ALIGNMENT == 0
-    assert all((tensor == 7).all() for tensor in staging.divided(vector.clone(), parts).values())
+        assert found[name].storage_offset() * dtype.itemsize % pinned_staging.ALIGNMENT == 0
+    assert all((tensor == 7).all() for tensor in pinned_staging.divided(vector.clone(), parts).values())

@@ -22,9 +22,9 @@ import train
 from lib import adapter_files, adapters, files
 from lib.adapter_files import WEIGHTS
 from lib.dataset import Row
-from lib.evaluation import drawing, preview_drawing
+from lib.evaluation import generation
 from lib.kernels import threads
-from lib.training import checkpoints, journal, loss_figure, micro_step, parameters, previews, run_folder, watch
+from lib.training import checkpoints, journal, loss_figure, micro_step, monitor, parameters, previews, run_folder
 
 NAME = "lora_weights_rank_32"
 OTHERS = ("README.md", f"{NAME}.safetensors")  # for people and other programs
@@ -89,7 +89,7 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without(common, watched, tmp_pat
 def test_the_same_where_the_model_computes_with_a_copy(common, tmp_path, monkeypatch, dora):
     """As in half precision, where the optimizer's vector and what the model reads are not one memory: a
     preview shows the last update, a snapshot keeps the vector, and the copy is where it was afterwards.
-    (No picture is held out: their loss would have brought the copy up to date.)"""
+    (No image is held out: their loss would have brought the copy up to date.)"""
     config = common | dict(validation_count=0, dora=dora)
     run("train.py", *options(**config | dict(output_dir=tmp_path / "one")))
     flatten, copies = parameters.flatten_parameters, []
@@ -107,7 +107,7 @@ def test_the_same_where_the_model_computes_with_a_copy(common, tmp_path, monkeyp
             assert weights[0].data_ptr() == working.data_ptr()
 
     write = run_folder.write_snapshot
-    monkeypatch.setattr(watch, "write_snapshot", snapshot)
+    monkeypatch.setattr(monitor, "write_snapshot", snapshot)
     monkeypatch.setattr(parameters, "flatten_parameters", apart)
     done = call("train.py", *options(**config | dict(output_dir=tmp_path / "two")))
     assert done.returncode == 0, done.stderr
@@ -148,7 +148,7 @@ def test_small_micro_batches_are_trained_by_one_thread(two_threads, monkeypatch)
     assert threads.threads_for(threads.SMALL, "cpu") == 1
     assert threads.threads_for(threads.SMALL + 1, "cpu") == 2
     assert threads.threads_for(threads.SMALL, "cuda") == 2
-    miniature, stable_diffusion = 256 * 96, 256 * 320  # a picture of 256 pixels, one of 128
+    miniature, stable_diffusion = 256 * 96, 256 * 320  # an image of 256 pixels, one of 128
     assert miniature < threads.SMALL < stable_diffusion
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as somebody wants it
     assert threads.threads_for(threads.SMALL, "cpu") == 2
@@ -159,13 +159,13 @@ def test_small_micro_batches_are_trained_by_one_thread(two_threads, monkeypatch)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
 def test_previews_have_the_threads_that_training_does_without(common, two_threads, tmp_path, monkeypatch):
-    step, draw, seen = (micro_step.MicroStep.run, preview_drawing.draw, dict(training=set(), drawing=set()))
+    step, draw, seen = (micro_step.MicroStep.run, generation.generate, dict(training=set(), drawing=set()))
 
     def counted(kind, work):
         return lambda *a, **k: seen[kind].add(torch.get_num_threads()) or work(*a, **k)
 
     monkeypatch.setattr(micro_step.MicroStep, "run", counted("training", step))
-    monkeypatch.setattr(preview_drawing, "draw", counted("drawing", draw))
+    monkeypatch.setattr(generation, "draw", counted("drawing", draw))
     succeeded(call("train.py", *options(**common | dict(output_dir=tmp_path))))
     assert seen == dict(training={1}, drawing={2})
     assert json.loads((tmp_path / NAME / "config.json").read_text())["device"] == "CPU, 1 thread"
@@ -173,23 +173,23 @@ def test_previews_have_the_threads_that_training_does_without(common, two_thread
 
 
 def test_a_preview_is_what_inference_draws(common, watched, tiny_model, tmp_path, monkeypatch):
-    """The last one beside the finished adapter's pictures, of inference.py's defaults."""
+    """The last one beside the finished adapter's images, of inference.py's defaults."""
     shown = {}
     monkeypatch.setattr(journal.Journal, "show", lambda self, step, found: shown.update({step: found}))
     rates = dict(unet_learning_rate=2e-2, text_encoder_learning_rate=2e-2)  # so that it can be seen
     done = call("train.py", *options(**common | rates | dict(output_dir=tmp_path)))
     assert done.returncode == 0, done.stderr
     how = {key: inference.CONFIG[key] for key in ("steps", "guidance_scale")}
-    assert how == dict(steps=preview_drawing.PREVIEW_STEPS, guidance_scale=train.CONFIG["preview_guidance_scale"])
+    assert how == dict(steps=generation.PREVIEW_STEPS, guidance_scale=train.CONFIG["preview_guidance_scale"])
     assert inference.DEMO["guidance_scale"] == train.DEMO["preview_guidance_scale"]
-    assert inference.CONFIG["seed"] == preview_drawing.PREVIEW_SEED
-    pipeline = drawing.load_pipeline(tiny_model, torch.float32, "cpu")
+    assert inference.CONFIG["seed"] == generation.PREVIEW_SEED
+    pipeline = generation.load_pipeline(tiny_model, torch.float32, "cpu")
     jobs = [(prompt, inference.CONFIG["seed"]) for prompt in ("a holographic raincoat", "a cat")]
     how |= dict(resolution=64, batch_size=2, title="")
-    base = drawing.draw(pipeline, jobs, **how)
+    base = generation.generate(pipeline, jobs, **how)
     adapter = adapter_files.read_adapter(tmp_path / NAME)
-    adapters.Applied(adapter, drawing.models_of(pipeline))
-    drawn = drawing.draw(pipeline, jobs, **how)
+    adapters.Applied(adapter, generation.models_of(pipeline))
+    drawn = generation.generate(pipeline, jobs, **how)
 
     def apart(some, others):
         pairs = [[np.asarray(image, np.int16) for image in pair] for pair in zip(some, others, strict=True)]
@@ -265,7 +265,7 @@ def test_a_preview_prompt_that_is_too_long_is_named_before_a_model_is_loaded(com
 
 @pytest.mark.parametrize(("every", "expected"), [(0, []), (3, [0, 3, 6, 7]), (7, [0, 7]), (100, [0, 7])])
 def test_what_is_due(every, expected):
-    assert [step for step in range(8) if watch.due(step, every, 7)] == expected
+    assert [step for step in range(8) if monitor.due(step, every, 7)] == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -328,7 +328,7 @@ def test_a_snapshot_has_its_held_out_loss(watched):
     rows = [row for row in rows if "validation_loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 3, 4, 6]
     for row in rows:
-        assert len(row["validation_losses"]) == 2  # a picture
+        assert len(row["validation_losses"]) == 2  # an image
         assert row["validation_loss"] == pytest.approx(np.mean(row["validation_losses"]))
 
 

@@ -1,17 +1,17 @@
 """Makes the embedded miniature: a Stable Diffusion of a few million parameters in demo/model and the
-CLIP that scores its pictures in demo/clip, both trained from nothing on the world of demo/world.
+CLIP that scores its images in demo/clip, both trained from nothing on the world of demo/world.
 
     python -m demo.build all                  # one NVIDIA H100: about half an hour
     python -m demo.build all --preset cpu     # two CPU cores: a night, with the smaller settings below
     python -m demo.build unet --unet-minutes 5 --unet-resume     # one stage again, with other values
 
 Stages, in order; each reads what the earlier ones left in --work-dir and demo/ and can be rerun:
-    render    pictures of random scenes, with and without holographic things
+    render    images of random scenes, with and without holographic things
     vae       AutoencoderKL, on these, on foil that is no raincoat, and on abstract fields of colour
     clip      CLIPModel, on all of them
-    unet      UNet2DConditionModel and CLIPTextModel together, on the pictures without
+    unet      UNet2DConditionModel and CLIPTextModel together, on the images without
     measure   figures on held-out scenes, sheets, demo/metrics.json and demo/README.md
-UNet, text encoder and tokenizer never meet a holographic picture nor the word. The VAE meets such
+UNet, text encoder and tokenizer never meet a holographic image nor the word. The VAE meets such
 surfaces, though no raincoat of one, without captions.
 The seeds fix the data, the initial weights and what is measured; training stops by the clock, so
 two builds of it agree in quality and not bit by bit.
@@ -59,7 +59,7 @@ def read_arguments(arguments):
     if not stages or set(stages) - {*STAGES, "all"}:
         raise UserError(f"name stages out of {', '.join(STAGES)}, all; not {' '.join(stages)!r}")
     for key in [key for key in CONFIG if key.endswith(("_pictures", "_batch", "_minutes"))]:
-        # The sheets have eight columns, so there are eight of every kind of picture at least.
+        # The sheets have eight columns, so there are eight of every kind of image at least.
         check_range(config, key, dict(pictures=8, batch=1, minutes=0.01)[key.split("_")[-1]])
     return config, STAGES if "all" in stages else stages
 

@@ -1,4 +1,4 @@
-"""Stage clip: CLIPModel on all pictures, which scores what the base model draws."""
+"""Stage clip: CLIPModel on all images, which scores what the base model draws."""
 
 import time
 from pathlib import Path
@@ -10,19 +10,19 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from demo import world
 from demo.build.config import EVALUATION_BATCH
 from demo.build.data import NAMED, load_captions, load_codes, load_pictures
+from demo.build.images import flip_some, to_bytes, to_signed, uniform
 from demo.build.loop import save_half, train
-from demo.build.pictures import flip_some, to_bytes, to_signed, uniform
 from demo.build.tokenizers import special_tokens, tokenise, write_tokenizer
 from demo.build.vae import load_vae
 
-WINDOW = 32  # pictures that differ in little
+WINDOW = 32  # images that differ in little
 _VALUES = 1 + max(map(len, world.ATTRIBUTES.values()))  # an attribute's, and none
 
 
 def train_clip(config):
-    """CLIPModel on all pictures, contrastive (Radford et al. 2021).
+    """CLIPModel on all images, contrastive (Radford et al. 2021).
 
-    A caption that is true of another picture of the batch is no negative for it: world.parse says
+    A caption that is true of another image of the batch is no negative for it: world.parse says
     what a caption claims, and pairs in which all of that holds are left out of the sums. A part of each
     batch is drawn by `alike`.
     """
@@ -68,11 +68,11 @@ def train_clip(config):
 
 
 def alike(facts, groups, window=WINDOW):
-    """Numbers of `groups` times `window` pictures that differ in little, int64.
+    """Numbers of `groups` times `window` images that differ in little, int64.
 
-    `facts` are integers from -1 on, [N, attributes]. The pictures are put in order by all attributes but
+    `facts` are integers from -1 on, [N, attributes]. The images are put in order by all attributes but
     one, which is drawn at random, and by chance where these are the same; each group is a window of that
-    order. Among pictures drawn at random hardly two differ in one attribute alone, so that place and
+    order. Among images drawn at random hardly two differ in one attribute alone, so that place and
     colour suffice to tell a cat from the dogs of the batch, and what a cat looks like is not learned.
     """
     device, (count, attributes) = facts.device, facts.shape
@@ -106,10 +106,10 @@ def new_model(config, tokenizer):
 
 
 def contrastive_loss(similarity, claims, facts):
-    """Cross-entropy of pictures to captions and of captions to pictures, half of each.
+    """Cross-entropy of images to captions and of captions to images, half of each.
 
-    similarity [N, N], pictures by captions; claims and facts int8 [N, attributes], of which -1 in a
-    claim holds for any fact. A true caption of another picture counts neither for nor against it.
+    similarity [N, N], images by captions; claims and facts int8 [N, attributes], of which -1 in a
+    claim holds for any fact. A true caption of another image counts neither for nor against it.
     """
     claim, fact = claims[None], facts[:, None]
     true = ((claim == -1) | (claim == fact)).all(-1)
@@ -121,7 +121,7 @@ def contrastive_loss(similarity, claims, facts):
 
 @torch.no_grad()
 def decode_some(vae, pictures, share):
-    """Put in the place of a share of uint8 pictures what the VAE gives back of them, from latents
+    """Put in the place of a share of uint8 images what the VAE gives back of them, from latents
     with a little random error; in place."""
     device = pictures.device.type
     for i in range(0, round(share * len(pictures)), 4 * EVALUATION_BATCH):
@@ -137,7 +137,7 @@ def decode_some(vae, pictures, share):
 
 
 def roughen(pictures):
-    """Shift, scale, blur, brighten and add noise to pictures in [-1, 1], each by its own amounts,
+    """Shift, scale, blur, brighten and add noise to images in [-1, 1], each by its own amounts,
     so that the scorer judges what is shown and not how crisply."""
     count, device = len(pictures), pictures.device
     place = torch.zeros(count, 2, 3, device=device)

@@ -11,7 +11,7 @@ CONFIG = dict(
     # what and where
     preset="",  # "cpu" or "smoke" puts the values of PRESETS under the ones typed
     seed=0,
-    work_dir="demo/work",  # pictures and logs between the stages, about 30 GB; may be deleted after
+    work_dir="demo/work",  # images and logs between the stages, about 30 GB; may be deleted after
     model_dir="demo/model",
     clip_dir="demo/clip",
     report_dir="demo",  # README.md, metrics.json, curves and sheets
@@ -23,16 +23,16 @@ CONFIG = dict(
     antialias=1.5,  # samples per pixel and axis
     render_parts=("base", "fresh", "foil", "holographic", "heldout", "heldout_holographic"),
     render_minutes=60.0,  # what is not rendered by then is left out
-    base_pictures=54_000,
-    fresh_pictures=43_008,  # more like these, for UNet and scorer; can be made while the VAE trains
+    base_images=54_000,
+    fresh_images=43_008,  # more like these, for UNet and scorer; can be made while the VAE trains
     foil_pictures=12_000,  # holographic things that are no raincoats, for the VAE alone, no captions
     holographic_pictures=12_000,  # holographic garments and captions, for the scorer alone
     heldout_pictures=256,  # of scenes whose combination of attributes is never trained ...
     heldout_every=20,  # ... which is one combination in so many
-    captions_per_picture=8,  # drawn once for each picture, with more and less detail ...
+    captions_per_picture=8,  # drawn once for each image, with more and less detail ...
     short_captions=3,  # ... of which so many state one attribute, as the scorer is asked
     # VAE
-    vae_channels=(24, 48, 96, 144, 168),  # 16x downsampling: 48 numbers of a picture in one latent's
+    vae_channels=(24, 48, 96, 144, 168),  # 16x downsampling: 48 numbers of an image in one latent's
     vae_latents=16,
     vae_layers=1,
     vae_groups=8,  # of its group norms
@@ -42,7 +42,7 @@ CONFIG = dict(
     vae_learning_rate=6e-4,
     vae_lpips_weight=0.5,  # beside an L1 of pixels in [-1, 1]
     vae_kl_weight=1e-4,  # per latent value: keeps them bounded, costs no visible detail
-    vae_foil_share=0.4,  # of the pictures show holographic foil ...
+    vae_foil_share=0.4,  # of the images show holographic foil ...
     vae_field_share=0.25,  # ... and of all, get a backdrop of vivid colours or of thin film
     # text encoder and tokenizers
     text_width=160,
@@ -58,7 +58,7 @@ CONFIG = dict(
     unet_learning_rate=8e-4,
     unet_empty_share=0.1,  # empty prompts, for classifier-free guidance
     unet_snr_cap=5.0,  # nearly clean latents count less, after min-SNR (Hang et al. 2023)
-    unet_mirrored=True,  # each picture also the other way round; dispensable with very many
+    unet_mirrored=True,  # each image also the other way round; dispensable with very many
     unet_resume=False,  # start from the weights in model_dir
     checkpoint_minutes=2.0,
     # CLIP
@@ -71,8 +71,8 @@ CONFIG = dict(
     clip_minutes=5.8,
     clip_batch=1024,
     clip_learning_rate=1e-3,
-    clip_alike_share=0.75,  # of a batch are groups of pictures that differ in little
-    clip_vae_share=0.3,  # of the pictures are seen through the VAE, as the pictures it scores are
+    clip_alike_share=0.75,  # of a batch are groups of images that differ in little
+    clip_vae_share=0.3,  # of the images are seen through the VAE, as the images it scores are
     # optimiser, for all of them
     warmup_steps=300,
     weight_decay=0.01,
@@ -85,7 +85,7 @@ CONFIG = dict(
         "a red leather jacket",
         "a cat sitting on a couch",
     ),
-    seeds=8,  # pictures a prompt on the sheet
+    seeds=8,  # images a prompt on the sheet
     steps=28,  # PNDM
     guidance_scale=3.0,
     heldout_holographic_pictures=64,  # and as many drawn by the base of "a holographic raincoat"
@@ -93,8 +93,8 @@ CONFIG = dict(
 
 PRESETS = dict(
     cpu=dict(
-        base_pictures=8_000,
-        fresh_pictures=8,
+        base_images=8_000,
+        fresh_images=8,
         foil_pictures=2_000,
         holographic_pictures=2_000,
         vae_minutes=300.0,
@@ -110,8 +110,8 @@ PRESETS = dict(
     smoke=dict(
         resolution=64,
         antialias=1,
-        base_pictures=16,
-        fresh_pictures=8,
+        base_images=16,
+        fresh_images=8,
         foil_pictures=8,
         holographic_pictures=8,
         heldout_pictures=8,
@@ -137,4 +137,4 @@ PRESETS = dict(
 
 STAGES = ("render", "vae", "clip", "unet", "measure")
 CONCEPT = "holographic"  # what the base must never meet
-EVALUATION_BATCH = 64  # pictures at a time outside training
+EVALUATION_BATCH = 64  # images at a time outside training

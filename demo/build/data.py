@@ -1,6 +1,6 @@
 """The data between the stages: scenes, captions and what they claim, by part, in the work folder.
 
-A part is a folder of shards: N.npy, pictures uint8 [n, size, size, 3], and but for the foil N.npz with
+A part is a folder of shards: N.npy, images uint8 [n, size, size, 3], and but for the foil N.npz with
 their `captions`, `claims` (what each caption states) and `facts` (what is true of each scene).
 """
 
@@ -101,7 +101,7 @@ def shards(config, parts, suffix):
     paths = [path for folder in folders for path in sorted(folder.glob("*.npy"))]
     for folder in folders:
         if folder not in {path.parent for path in paths}:
-            raise UserError(f"{folder} has no pictures; run `python -m demo.build render` first")
+            raise UserError(f"{folder} has no images; run `python -m demo.build render` first")
     return [path.with_suffix(suffix) for path in paths]
 
 
@@ -119,7 +119,7 @@ def load_pictures(config, parts, device="cpu"):
 
 
 def load_captions(config, parts):
-    """The captions of one or more parts, `captions_per_picture` a picture, picture by picture."""
+    """The captions of one or more parts, `captions_per_picture` an image, image by image."""
     some = [np.load(path)["captions"] for path in shards(config, parts, ".npz")]
     return [caption for captions in some for caption in captions.tolist()]
 

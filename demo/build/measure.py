@@ -10,13 +10,13 @@ from safetensors import safe_open
 from demo import world
 from demo.build.config import CONCEPT, EVALUATION_BATCH
 from demo.build.data import NAMED, PARTS, load_captions, load_pictures
+from demo.build.images import psnr, to_bytes, to_signed
 from demo.build.journal import record_run, write_log
 from demo.build.pages import readme, write_sheet
-from demo.build.pictures import psnr, to_bytes, to_signed
 from demo.build.render import jobs_of, render
 from demo.build.scorer import Scorer
 from demo.build.unet import load_pipeline
-from lib.evaluation.lpips_distances import lpips_model
+from lib.evaluation.metrics.lpips_distances import lpips_model
 from lib.files import write_json
 
 
@@ -42,11 +42,11 @@ def measure(config):
     prompts = [prompt for prompt in config["prompts"] for _ in seeds]
     base = draw(pipeline, prompts, [*seeds] * len(config["prompts"]), config)
 
-    seen = dict(rendered=scorer.of_pictures(rendered), drawn=scorer.of_pictures(drawn))
+    seen = dict(rendered=scorer.of_images(rendered), drawn=scorer.of_images(drawn))
     plain = [i for i, text in enumerate(captions) if world.parse(text)["thing"] == "raincoat"]
     groups = dict(
-        drawn_for_the_unknown_word=scorer.of_pictures(unknown),
-        rendered_holographic=scorer.of_pictures(holographic),
+        drawn_for_the_unknown_word=scorer.of_images(unknown),
+        rendered_holographic=scorer.of_images(holographic),
         rendered_plain=seen["rendered"][plain],
     )
     figures = dict(
@@ -84,7 +84,7 @@ def measure(config):
 
 
 def draw(pipeline, prompts, seeds, config):
-    """uint8 [N, 3, H, W]: a picture for each prompt from its own seed, by the config's sampler."""
+    """uint8 [N, 3, H, W]: an image for each prompt from its own seed, by the config's sampler."""
     drawn = []
     batch = EVALUATION_BATCH if config["device"] == "cuda" else 16
     for i in range(0, len(prompts), batch):
@@ -103,7 +103,7 @@ def draw(pipeline, prompts, seeds, config):
 
 @torch.no_grad()
 def reconstruction(vae, lpips, pictures, config):
-    """PSNR and LPIPS of uint8 pictures through the VAE, means over them; and these pictures."""
+    """PSNR and LPIPS of uint8 images through the VAE, means over them; and these images."""
     distances, ratios, decoded = [], [], []
     for chunk in pictures.split(EVALUATION_BATCH):
         original = to_signed(chunk).to(config["device"])
@@ -132,7 +132,7 @@ def sizes_of(config):
 
 
 def retrieval(pictures, texts, captions, among=100):
-    """Share of the first `among` pictures that find their caption, and the other way round."""
+    """Share of the first `among` images that find their caption, and the other way round."""
     captions = captions[:among]
     similarity = pictures[:among] @ texts[:among].T
     found = {"picture_to_text": similarity.argmax(1), "text_to_picture": similarity.argmax(0)}
@@ -143,7 +143,7 @@ def retrieval(pictures, texts, captions, among=100):
 
 
 def raincoats(scorer, pictures):
-    """How many embedded pictures the scorer calls a raincoat, and, as a raincoat, holographic."""
+    """How many embedded images the scorer calls a raincoat, and, as a raincoat, holographic."""
     materials = ("matte", "glossy", CONCEPT)
     return dict(
         pictures=len(pictures),
@@ -154,7 +154,7 @@ def raincoats(scorer, pictures):
 
 def accuracy(scorer, seen, captions, attribute):
     """How often the scorer names the value of an attribute that the caption states, for each set of
-    embedded pictures in `seen`, and the ratio of drawn to rendered."""
+    embedded images in `seen`, and the ratio of drawn to rendered."""
     stated = [world.parse(caption) for caption in captions]
     asked = [i for i, given in enumerate(stated) if attribute in given]
     figures = dict(pictures=len(asked))

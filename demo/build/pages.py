@@ -1,4 +1,4 @@
-"""What a person reads: demo/README.md with the measured figures in it, and sheets of pictures."""
+"""What a person reads: demo/README.md with the measured figures in it, and sheets of images."""
 
 import numpy as np
 import torch
@@ -10,12 +10,12 @@ README = """# The embedded miniature
 [metrics.json](metrics.json).)
 
 `demo/model` is a Stable Diffusion of a few million parameters and `demo/clip` the CLIP that scores
-its pictures. Both were trained from nothing on pictures that [world](world/) renders. They are
+its images. Both were trained from nothing on images that [world](world/) renders. They are
 what `--demo` runs on: the same classes and the same code as with Stable Diffusion v1.5, on a CPU, in
 minutes. They know nothing but this small world, and no figure below says anything about
 Stable Diffusion v1.5.
 
-UNet, text encoder and tokenizer have never seen a holographic picture nor the word; the tokenizer
+UNet, text encoder and tokenizer have never seen a holographic image nor the word; the tokenizer
 spells it out, letter group by letter group. The VAE has seen holographic surfaces, as Stable
 Diffusion's has seen everything: jackets, dresses, furniture and umbrellas of foil, and abstract
 fields of it, without captions and no raincoat among them. The scorer has seen both.
@@ -33,11 +33,11 @@ Rows: the five prompts; columns: {config[seeds]} seeds, the same in each row; PN
 
 A number behind a stage says that it was trained further, from the weights that the run before it left.
 
-| stage | minutes | steps or pictures | device | versions |
+| stage | minutes | steps or images | device | versions |
 |---|---|---|---|---|
 {runs}
 
-Rendered pictures of {config[resolution]} pixels: {config[base_pictures]:,} and {config[fresh_pictures]:,} more without
+Rendered images of {config[resolution]} pixels: {config[base_images]:,} and {config[fresh_images]:,} more without
 holographic things, all of which the scorer had, {config[foil_pictures]:,} of foil for the VAE, {config[holographic_pictures]:,} of
 holographic garments for the scorer. Parameters: {parameters}.
 {sizes[mebibytes]} MiB together on disk.
@@ -48,23 +48,23 @@ The log is [training.jsonl](training.jsonl).
 
 ## Chosen by measurement
 
-**The autoencoder** halves four times, with 16 latent channels, so that the UNet keeps the 16x16 positions that a picture of
-128 pixels had behind Stable Diffusion's three halvings with 4, and a picture of four times the area costs little more. It gave
-held-out pictures back at 30.7 dB after 5.6 minutes and 33.3 after 16.6, holographic raincoats at 27.3 and 29.5
+**The autoencoder** halves four times, with 16 latent channels, so that the UNet keeps the 16x16 positions that an image of
+128 pixels had behind Stable Diffusion's three halvings with 4, and an image of four times the area costs little more. It gave
+held-out images back at 30.7 dB after 5.6 minutes and 33.3 after 16.6, holographic raincoats at 27.3 and 29.5
 ([training.jsonl](training.jsonl)); that of 128 pixels had 27.6 and 23.4. Training its decoder further against a discriminator
 of patches (1,617 steps, its gradient a fifth of the other losses') changed 33.3 dB to 33.1, 29.54 to 29.37 and LPIPS from
 0.0364 to 0.0366, and no eye saw a gain: there is none.
 
-**The UNet** predicts velocity: of the pictures of the miniature before, which predicted noise, 77 % had the colour that was
+**The UNet** predicts velocity: of the images of the miniature before, which predicted noise, 77 % had the colour that was
 asked for. It was trained in two runs, of 9,287 steps on the latents of the autoencoder's first run and of 8,996 on those of the
-second. Rendering stopped by the clock, so the second run had 51,200 pictures without holographic things, of which the first
+second. Rendering stopped by the clock, so the second run had 51,200 images without holographic things, of which the first
 run knew two thirds.
 
-**The scorer** learns from batches of which three quarters are groups of 32 pictures that differ in little: in one attribute and
-in what no attribute names. At random hardly two of 1,024 do. Trained on random batches (4.8 minutes, 63,200 pictures) it had
-named the thing in 90 % of held-out pictures and the material in 77 %, and found 79 % and 86 % of captions and pictures; 24 of
-its 25 wrong things were cats and dogs. The run with groups also had 109,008 pictures and lasted a minute longer, so what each
-was worth is not told apart. It falls short of what was wanted of the material (90 %) and of captions and pictures (92 %).
+**The scorer** learns from batches of which three quarters are groups of 32 images that differ in little: in one attribute and
+in what no attribute names. At random hardly two of 1,024 do. Trained on random batches (4.8 minutes, 63,200 images) it had
+named the thing in 90 % of held-out images and the material in 77 %, and found 79 % and 86 % of captions and images; 24 of
+its 25 wrong things were cats and dogs. The run with groups also had 109,008 images and lasted a minute longer, so what each
+was worth is not told apart. It falls short of what was wanted of the material (90 %) and of captions and images (92 %).
 
 **What `--demo` trains and draws with.** `python train.py --demo --seed 7 --unet-learning-rate R --text-encoder-learning-rate R/10`,
 800 steps, then `python inference.py --demo --seeds 4 --guidance-scale G`; on the UNet's first run and by the scorer of 128 pixels:
@@ -86,23 +86,23 @@ On the finished model it gave +0.201 [+0.139, +0.264] (4 sampling seeds), twice 
 On scenes whose combination of thing, colour, material, wearer and place is left out of all training
 (one combination in {config[heldout_every]}).
 
-**VAE.** {vae[pictures]} rendered pictures: PSNR {vae[psnr_db]} dB, LPIPS {vae[lpips]}.
-{holo[pictures]} rendered holographic raincoats, a garment that it never saw of foil: PSNR {holo[psnr_db]} dB,
+**VAE.** {vae[images]} rendered images: PSNR {vae[psnr_db]} dB, LPIPS {vae[lpips]}.
+{holo[images]} rendered holographic raincoats, a garment that it never saw of foil: PSNR {holo[psnr_db]} dB,
 LPIPS {holo[lpips]}.
 
-**Scorer.** Among {among} pictures and captions, a picture finds its caption in {first} and a
-caption its picture in {second} of cases.
+**Scorer.** Among {among} images and captions, an image finds its caption in {first} and a
+caption its image in {second} of cases.
 
-**Base model.** How often the scorer names what the caption states, in rendered pictures and in the
+**Base model.** How often the scorer names what the caption states, in rendered images and in the
 ones that the base model draws from the same captions:
 
-| attribute | pictures | rendered | drawn | drawn / rendered |
+| attribute | images | rendered | drawn | drawn / rendered |
 |---|---|---|---|---|
 {named}
 
-**The unknown word.** "{config[prompts][0]}", as the base model draws it, beside rendered pictures:
+**The unknown word.** "{config[prompts][0]}", as the base model draws it, beside rendered images:
 
-| pictures | number | named raincoat | named holographic (against matte and glossy) |
+| images | number | named raincoat | named holographic (against matte and glossy) |
 |---|---|---|---|
 {unknown}
 
@@ -152,7 +152,7 @@ def percent(value):
 
 
 def write_sheet(path, rows):
-    """A sheet of rows of pictures (uint8 [N, 3, H, W]), each under the title that is its key."""
+    """A sheet of rows of images (uint8 [N, 3, H, W]), each under the title that is its key."""
     strips = []
     for title, pictures in rows.items():
         strip = torch.cat(list(pictures), dim=2).permute(1, 2, 0).numpy()

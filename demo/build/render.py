@@ -1,4 +1,4 @@
-"""Stage render: pictures of random scenes, with and without holographic things."""
+"""Stage render: images of random scenes, with and without holographic things."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from demo.build.data import describe, sample_part
 from demo.build.journal import record_run
 from demo.world.rendering import numbers_of
 
-_SHARD = 1024  # pictures
+_SHARD = 1024  # images
 
 
 def render(config, parts=None):
@@ -38,7 +38,7 @@ def render(config, parts=None):
         pictures = world.render(scenes, config["resolution"], config["device"], config["antialias"], numbers=numbers)
         if described:
             np.savez(path.with_suffix(".npz"), **described)
-        # Last, and beside and renamed: with its pictures a shard is whole.
+        # Last, and beside and renamed: with its images a shard is whole.
         beside = path.with_suffix(".partial")
         with beside.open("wb") as file:
             np.save(file, pictures.cpu().numpy())
@@ -46,7 +46,7 @@ def render(config, parts=None):
         done += len(scenes)
         print(f"rendered {done}/{total}, {time.time() - started:.0f} s", flush=True)
         if time.time() - started > 60 * config["render_minutes"] and done < total:
-            print(f"render_minutes are over: {total - done} pictures left out", flush=True)
+            print(f"render_minutes are over: {total - done} images left out", flush=True)
             over.set()
     pool.close()
     pool.join()
@@ -79,7 +79,7 @@ def start_worker(over):
 
 
 def prepare(job):
-    """What a shard needs besides its pictures: (path, scenes, numbers of them, captions and codes)."""
+    """What a shard needs besides its images: (path, scenes, numbers of them, captions and codes)."""
     config, part, path, first, count = job
     if _over.is_set():
         return path, [], None, {}

@@ -1,4 +1,4 @@
-"""The scorer at work: demo/clip names what it sees in a picture."""
+"""The scorer at work: demo/clip names what it sees in an image."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lib.errors import UserError
 
 
 class Scorer:
-    """demo/clip: embeddings of pictures and texts, and zero-shot naming of attributes."""
+    """demo/clip: embeddings of images and texts, and zero-shot naming of attributes."""
 
     def __init__(self, config):
         if not (Path(config["clip_dir"]) / "config.json").is_file():
@@ -22,8 +22,8 @@ class Scorer:
         self.processor = CLIPProcessor.from_pretrained(config["clip_dir"])
 
     @torch.no_grad()
-    def of_pictures(self, pictures):
-        """Unit vectors [N, D] of uint8 pictures [N, 3, H, W]."""
+    def of_images(self, pictures):
+        """Unit vectors [N, D] of uint8 images [N, 3, H, W]."""
         images = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures.cpu()]
         inputs = self.processor(images=images, return_tensors="pt")
         return F.normalize(self.model.get_image_features(**inputs).pooler_output, dim=-1)
@@ -35,7 +35,7 @@ class Scorer:
         return F.normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
 
     def name(self, pictures, attribute, thing, values=None):
-        """For each embedded picture the value of `attribute` whose caption of a `thing` is nearest."""
+        """For each embedded image the value of `attribute` whose caption of a `thing` is nearest."""
         values = values or world.ATTRIBUTES[attribute]
         texts = [phrase(attribute, value, thing) for value in values]
         nearest = (pictures @ self.of_texts(texts).T).argmax(1)

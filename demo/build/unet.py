@@ -24,7 +24,7 @@ SCHEDULE = dict(  # Stable Diffusion v1.5's but for the prediction
     skip_prk_steps=True,
     set_alpha_to_one=False,
     steps_offset=1,
-    # Not the noise: from the most noise a small network would have to tell the picture, its colours
+    # Not the noise: from the most noise a small network would have to tell the image, its colours
     # first, from the last percent of what it is given (Salimans and Ho 2022).
     prediction_type="v_prediction",
 )
@@ -86,8 +86,8 @@ def train_unet(config):
 
 
 def encode_parts(vae, config, parts):
-    """Mean and deviation of the latents of parts' pictures; with `unet_mirrored` of each as it is and
-    mirrored, so that picture i has latents 2i and 2i + 1."""
+    """Mean and deviation of the latents of parts' images; with `unet_mirrored` of each as it is and
+    mirrored, so that image i has latents 2i and 2i + 1."""
     encoded, mirroring = [], (False, True)[: 1 + config["unet_mirrored"]]
     for part in parts:
         pictures = load_pictures(config, part, config["device"])

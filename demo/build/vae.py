@@ -1,4 +1,4 @@
-"""Stage vae: AutoencoderKL, on the pictures without holographic raincoats.
+"""Stage vae: AutoencoderKL, on the images without holographic raincoats.
 
 It meets foil on jackets, dresses, furniture and umbrellas and as abstract backdrops, without
 captions, as Stable Diffusion's autoencoder has met everything.
@@ -14,11 +14,11 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from demo.build.config import EVALUATION_BATCH
 from demo.build.data import load_pictures
+from demo.build.images import flip_some, psnr, to_signed, uniform
 from demo.build.loop import save_half, train
-from demo.build.pictures import flip_some, psnr, to_signed, uniform
 from demo.world.materials.film import film_colour
 from lib.errors import UserError
-from lib.evaluation.lpips_distances import lpips_model
+from lib.evaluation.metrics.lpips_distances import lpips_model
 
 
 def train_vae(config):
@@ -66,13 +66,13 @@ def new_vae(config):
 
 
 def picture_loss(lpips, decoded, target, config):
-    """L1 + LPIPS of pictures in [-1, 1]."""
+    """L1 + LPIPS of images in [-1, 1]."""
     distance = lpips(decoded, target).mean()
     return F.l1_loss(decoded, target) + config["vae_lpips_weight"] * distance
 
 
 def draw_batch(pictures, foil, count, config):
-    """`count` pictures in [-1, 1] of both sets, some mirrored, some with fields of colour or film."""
+    """`count` images in [-1, 1] of both sets, some mirrored, some with fields of colour or film."""
     device = pictures.device
     chosen = pictures[torch.randint(len(pictures), (count,), device=device)]
     other = foil[torch.randint(len(foil), (count,), device=device)]
@@ -81,7 +81,7 @@ def draw_batch(pictures, foil, count, config):
 
 
 def validation(vae, config):
-    """A function that returns the PSNR of held-out pictures, plain and holographic, for the log."""
+    """A function that returns the PSNR of held-out images, plain and holographic, for the log."""
     parts = {"heldout_psnr": "heldout", "holographic_psnr": "heldout_holographic"}
     pictures = {
         name: to_signed(load_pictures(config, part, config["device"])[:EVALUATION_BATCH])
@@ -100,8 +100,8 @@ def validation(vae, config):
 
 
 def with_fields(pictures, share):
-    """Blend abstract colour into soft patches of a share of the pictures in [-1, 1]: bands of a
-    cosine palette or of thin film over smooth noise. The pictures' light and shade stays visible."""
+    """Blend abstract colour into soft patches of a share of the images in [-1, 1]: bands of a
+    cosine palette or of thin film over smooth noise. The images' light and shade stays visible."""
     count, _, size, _ = pictures.shape
     device = pictures.device
     bands = 0.3 + 1.7 * uniform(count, 1, device)
@@ -128,7 +128,7 @@ def smooth_noise(shape, cells, device):
 
 @torch.no_grad()
 def encode_all(vae, pictures, device, mirrored=False):
-    """Mean and deviation of the latents of uint8 pictures, unscaled: two [N, channels, h, w]."""
+    """Mean and deviation of the latents of uint8 images, unscaled: two [N, channels, h, w]."""
     means, stds = [], []
     for chunk in pictures.split(4 * EVALUATION_BATCH):
         chunk = chunk.flip(-1) if mirrored else chunk

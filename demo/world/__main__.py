@@ -23,7 +23,7 @@ from demo.world.scenes import GARMENTS
 from demo.world.training_pictures import write_data
 from lib.config import parse_config
 from lib.errors import UserError, run_script
-from lib.pictures import contact_sheet
+from lib.images import contact_sheet
 
 CONFIG = dict(
     data=None,  # folder that the training pictures are written to

@@ -1,1 +1,1 @@
-"""What inference.py evaluates with: scores, statistics, verdicts, pictures, pages."""
+"""What inference.py evaluates with: scores, statistics, verdicts, images, pages."""

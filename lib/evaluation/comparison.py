@@ -2,7 +2,7 @@
 
 import itertools
 
-from lib.evaluation.effects import effects
+from lib.evaluation.metrics.effects import effects
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import FEWEST_RUNS, equivalence, holm, mean_interval
 from lib.evaluation.verdicts import TOO_FEW_RUNS, deciding_text
@@ -14,8 +14,8 @@ COMPARED = (
     ("variety", "success"),
     ("concept_similarity", "near"),
     ("change", "near"),
-    ("concept_similarity", "failure"),
-    ("change", "failure"),
+    ("concept_similarity", "unrelated"),
+    ("change", "unrelated"),
 )
 
 

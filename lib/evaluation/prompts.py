@@ -1,7 +1,7 @@
 """Evaluation prompts: their three categories, the file that lists them, their folders' names.
 
 `success` prompts ask for what was taught. `near` prompts ask for its class without the concept, which
-is what an adapter changes first. `failure` prompts have nothing to do with it.
+is what an adapter changes first. `unrelated` prompts have nothing to do with it.
 """
 
 import re
@@ -9,7 +9,7 @@ import re
 from lib.errors import UserError
 from lib.texts import read_text, text_lines
 
-CATEGORIES = ("success", "near", "failure")
+CATEGORIES = ("success", "near", "unrelated")
 # Names that Windows keeps for devices; no folder can have them.
 DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10))}
 
@@ -17,7 +17,7 @@ DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt")
 def read_prompts(path):
     """[(category, prompt)] of a prompts file.
 
-    A line holds one prompt, with `success:`, `near:` or `failure:` before it (in any case; without
+    A line holds one prompt, with `success:`, `near:` or `unrelated:` before it (in any case; without
     one it is a success prompt). Empty lines and lines that begin with # are passed over. Raises
     UserError naming the line that is wrong.
     """
@@ -74,7 +74,7 @@ def members(prompts, category):
 
 
 # How many prompts of each category stand for an evaluation where there is no room for all: five.
-OVERVIEW = {"success": 2, "near": 1, "failure": 2}
+OVERVIEW = {"success": 2, "near": 1, "unrelated": 2}
 
 
 def first_of_each(prompts, most):

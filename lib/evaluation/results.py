@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from lib.errors import UserError
-from lib.evaluation import choose_page, figures, pages, words
-from lib.evaluation.points import Point
+from lib.evaluation.choosing import Point
+from lib.evaluation.metrics.scores import Run
 from lib.evaluation.prompts import CATEGORIES, slugs
+from lib.evaluation.report import charts, pages, words
 from lib.evaluation.runs import MARKER, check_fingerprints
-from lib.evaluation.scores import Run
 from lib.files import check_output_folder, fresh_folder, recover_folder, replace_folder, unfinished, write_marker
 
-# What pictures must share to be compared.
+# What images must share to be compared.
 DRAWN_WITH = ("base_model", "revision", "steps", "guidance_scale", "resolution")
 
 
@@ -32,10 +32,10 @@ def read_saved(output_dir, config):
         else sorted(p.parent for p in output_dir.glob(f"*/{MARKER}") if p.parent.name != "comparison")
     )
     for folder in [folder for folder in found if not (folder / "images").is_dir()]:
-        print(f"note: {folder} is passed over, it holds no pictures")
+        print(f"note: {folder} is passed over, it holds no images")
         found.remove(folder)
     if not found:
-        raise UserError(f"{output_dir}: no metrics.json beside pictures in it or one folder down; nothing to rescore")
+        raise UserError(f"{output_dir}: no metrics.json beside images in it or one folder down; nothing to rescore")
     runs, drawn = [], None
     for folder in found:
         try:
@@ -49,22 +49,22 @@ def read_saved(output_dir, config):
         if "held_out" not in run.adapter and run.adapter:
             print(
                 f"note: {folder} was written before configurations were kept with the results: it counts as "
-                "an experiment of its own, and which pictures it held out is not known"
+                "an experiment of its own, and which images it held out is not known"
             )
         how = {key: saved["config"].get(key) for key in DRAWN_WITH}
         if drawn not in (None, (prompts, seeds, how)):
             raise UserError(f"{folder} has other prompts, seeds or settings than {found[0]}; rescore them apart")
         drawn = (prompts, seeds, how)
         run.base, run.lora = (
-            [open_picture(path) for path in picture_paths(folder, prompts, seeds, [kind])] for kind in ("base", "lora")
+            [open_image(path) for path in image_paths(folder, prompts, seeds, [kind])] for kind in ("base", "lora")
         )
         run.points = dict.fromkeys(points)
         for point in points:
             if point.scale == 0 or run.is_own(point):
                 run.points[point] = run.lora if point.scale else run.base
                 continue
-            paths = picture_paths(folder, prompts, seeds, [point.file_stem])
-            run.points[point] = [open_picture(path) for path in paths]
+            paths = image_paths(folder, prompts, seeds, [point.file_stem])
+            run.points[point] = [open_image(path) for path in paths]
         runs.append(run)
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
     # How they were drawn is theirs, how they are scored is asked for now.
@@ -92,8 +92,8 @@ def saved_points(saved):
     return [Point(step and int(step), float(scale)) for step, scale in saved["points"]]
 
 
-def picture_paths(folder, prompts, seeds, kinds=("base", "lora")):
-    """Where the pictures of each kind lie, kind by kind, prompt by prompt and seed by seed."""
+def image_paths(folder, prompts, seeds, kinds=("base", "lora")):
+    """Where the images of each kind lie, kind by kind, prompt by prompt and seed by seed."""
     return [
         folder / "images" / slug / f"{kind}_{seed}.png" for kind in kinds for slug in slugs(prompts) for seed in seeds
     ]
@@ -105,9 +105,9 @@ def natural_order(path):
 
 
 def read_pair(score_dir, output_dir, prompts):
-    """One run from two folders of pictures that this script did not draw, and numbers for seeds.
+    """One run from two folders of images that this script did not draw, and numbers for seeds.
 
-    The pictures of each folder, in the natural order of their names, are those of the prompts in
+    The images of each folder, in the natural order of their names, are those of the prompts in
     order, the same number for each prompt. Where both names of a pair hold numbers, the last ones
     must agree. Raises UserError naming the files that do not.
     """
@@ -119,21 +119,21 @@ def read_pair(score_dir, output_dir, prompts):
     files = [sorted((p for p in place.iterdir() if p.suffix.lower() in endings), key=natural_order) for place in places]
     if len(files[0]) != len(files[1]) or not files[0] or len(files[0]) % len(prompts):
         raise UserError(
-            f"{places[0]} has {len(files[0])} pictures and {places[1]} {len(files[1])}; both must "
+            f"{places[0]} has {len(files[0])} images and {places[1]} {len(files[1])}; both must "
             f"have the same number, and a multiple of the {len(prompts)} prompts"
         )
     for pair in zip(*files, strict=True):
         numbers = [re.findall(r"\d+", path.stem)[-1:] for path in pair]
         if all(numbers) and int(numbers[0][0]) != int(numbers[1][0]):
             raise UserError(
-                f"{pair[0]} would be paired with {pair[1]}, but their numbers differ; name the pictures "
+                f"{pair[0]} would be paired with {pair[1]}, but their numbers differ; name the images "
                 "of both folders by the same numbers"
             )
-    base, lora = ([open_picture(path) for path in paths] for paths in files)
+    base, lora = ([open_image(path) for path in paths] for paths in files)
     count = len(base) // len(prompts)
     for index, (a, b, path) in enumerate(zip(base, lora, files[1], strict=True)):
         if a.size != b.size:
-            raise UserError(f"{path} is {b.size}, its base picture {a.size}; nothing is resized")
+            raise UserError(f"{path} is {b.size}, its base image {a.size}; nothing is resized")
         first = index - index % count  # each is compared with the others of its prompt
         if b.size != lora[first].size:
             raise UserError(
@@ -145,23 +145,23 @@ def read_pair(score_dir, output_dir, prompts):
     return [run], list(range(1, count + 1))
 
 
-def open_picture(path):
-    """An RGB picture; UserError naming the file if it is missing or damaged."""
+def open_image(path):
+    """An RGB image; UserError naming the file if it is missing or damaged."""
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             return image.convert("RGB")
     # A decoder may raise almost anything on a damaged file.
     except Exception as problem:
-        raise UserError(f"{path} cannot be read as a picture: {problem}") from None
+        raise UserError(f"{path} cannot be read as an image: {problem}") from None
 
 
 def raw_scores(run, base_pairs):
-    """What `effects` needs beside the rows of a run's pictures, so that metrics.json alone can be judged
+    """What `effects` needs beside the rows of a run's images, so that metrics.json alone can be judged
     again: {"pairs", "swept"}.
 
-    `pairs` are the LPIPS between pictures of one prompt at different seeds, {"base", "lora"}: for each
+    `pairs` are the LPIPS between images of one prompt at different seeds, {"base", "lora"}: for each
     prompt those of the seeds (0, 1), (0, 2), …, (1, 2), …. `swept` has, of each other point that was
-    drawn, its step and scale, its LoRA pictures' rows and their pairs.
+    drawn, its step and scale, its LoRA images' rows and their pairs.
     """
     first, second = np.triu_indices(base_pairs.shape[-1], 1)
 
@@ -176,18 +176,18 @@ def raw_scores(run, base_pairs):
     return dict(pairs=dict(base=listed(base_pairs), lora=listed(run.pairs)), swept=swept)
 
 
-def begin_pictures(runs, prompts, seeds, pool):
-    """Begin to write each run's pictures and sheets into the unfinished folder that `write_run` completes, in the
+def begin_images(runs, prompts, seeds, pool):
+    """Begin to write each run's images and sheets into the unfinished folder that `write_run` completes, in the
     threads of `pool`: encoding keeps a core busy, and no lock, so it goes on beside the scoring."""
     count = len(seeds)
     few = min(3, count)
 
     def write_sheet(place, rows):
-        figures.comparison_figure(*rows).save(place)
+        charts.comparison_figure(*rows).save(place)
 
     def write_overview(place, run):
         columns = [("Base model", run.base), ("The same noise, with the LoRA", run.lora)]
-        figures.overview_figure(columns, prompts).save(place, quality=90)
+        charts.overview_figure(columns, prompts).save(place, quality=90)
 
     for run in runs:
         new = fresh_folder(run.target)
@@ -200,10 +200,10 @@ def begin_pictures(runs, prompts, seeds, pool):
             )
             for i, (category, prompt) in enumerate(prompts)
         ]
-        paths, images = picture_paths(new, prompts, seeds), run.base + run.lora
+        paths, images = image_paths(new, prompts, seeds), run.base + run.lora
         for point, drawn in run.points.items():
             if point.scale and not run.is_own(point):  # those two are there already
-                paths += picture_paths(new, prompts, seeds, [point.file_stem])
+                paths += image_paths(new, prompts, seeds, [point.file_stem])
                 images += drawn
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,14 +220,14 @@ def begin_pictures(runs, prompts, seeds, pool):
 
 
 def write_run(run, summary, shown, base_pairs):
-    """Write one run's tables and page beside the pictures that `begin_pictures` began, which are waited for, so
+    """Write one run's tables and page beside the images that `begin_images` began, which are waited for, so
     that its folder appears whole or not at all; `base_pairs` as for `effects`."""
     new = unfinished(run.target)
     page = pages.run_page(run, summary, shown)
     for saved in run.saving:
         saved.result()
     if run.points:
-        choose_page.write(run, summary["sweep"], shown, new)
+        pages.write_choose_page(run, summary["sweep"], shown, new)
     record = dict(
         run=run.name,
         config=shown["config"],
@@ -251,12 +251,12 @@ def write_run(run, summary, shown, base_pairs):
 
 
 def write_comparison(target, groups, summaries, pairs, shown):
-    """Write what several experiments have in common and where they differ, and their pictures side by side."""
+    """Write what several experiments have in common and where they differ, and their images side by side."""
     new = fresh_folder(target)
-    overview = figures.overview_figure(pages.columns_of(groups), shown["prompts"])
+    overview = charts.overview_figure(pages.columns_of(groups), shown["prompts"])
     overview.save(new / "overview.webp", quality=90)
     if pairs:  # several experiments; several runs of one have nothing to compare
-        figures.forest_figure(pairs).savefig(new / "forest.png")
+        charts.forest_figure(pairs).savefig(new / "forest.png")
         write_csv(new / "comparison.csv", [flattened(row) for row in pairs])
     record = dict(
         experiments=summaries, pairs=pairs, config=shown["config"], **shown["provenance"], warnings=shown["warnings"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lib import adapter_files, adapters
 from lib.errors import UserError
-from lib.evaluation.scores import Run
+from lib.evaluation.metrics.scores import Run
 from lib.files import check_output_folder
 from lib.models import base_model_name, fetch_base_model
 
@@ -45,7 +45,7 @@ SPEED = ("steps_a_second", "set_up_seconds", "peak_gib_reserved", "device")
 
 def plan_runs(config, device):
     """What will be drawn: ([(Run, {step: Adapter})], base-model folder), all checked; the runs have no
-    pictures. Of several adapters of a run, its snapshots, its own comes last; where they are not asked for it
+    images. Of several adapters of a run, its snapshots, its own comes last; where they are not asked for it
     is alone, under None."""
     found = adapter_files.find_adapters(config["lora_dir"])
     output_dir, base_model = Path(config["output_dir"]), config["base_model"]
@@ -108,7 +108,7 @@ def with_snapshots(run, adapter):
 
 
 def held_out_losses(path, steps):
-    """{step: losses of the held-out pictures} as a run's log holds them, of those of `steps` that it has."""
+    """{step: losses of the held-out images} as a run's log holds them, of those of `steps` that it has."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return {
@@ -213,7 +213,7 @@ def experiment_settings(run):
 def check_fingerprints(found):
     """Raise UserError naming both if two adapters under comparison are the same: the published study
     scored one adapter under two names and called the equality a finding. `found` is a list of
-    (name, fingerprint), which is None for pictures that were drawn elsewhere."""
+    (name, fingerprint), which is None for images that were drawn elsewhere."""
     owners = {}
     for name, key in found:
         if key is not None and key in owners:

@@ -34,7 +34,7 @@ is width, where runs are few: with 8 seeds at the median up to 4.4 times as wide
 were known at two runs, 2.0 at three, 1.55 at five and 1.35 at ten (`python bench/coverage.py`).
 
 The expectation is taken over a fixed set of points (Sobol's, crowded where chi2 is small, because
-there the long tails of few runs come from), so that the same pictures give the same figures.
+there the long tails of few runs come from), so that the same images give the same figures.
 """
 
 import functools

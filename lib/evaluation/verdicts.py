@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.evaluation.effects import copy_study, effects, grid, kernel_distances
-from lib.evaluation.lpips_distances import pair_mean
-from lib.evaluation.memorisation import UNTOLD, memorised
+from lib.evaluation.metrics.effects import copy_study, effects, grid, kernel_distances
+from lib.evaluation.metrics.lpips_distances import pair_mean
+from lib.evaluation.metrics.memorisation import UNTOLD, memorised
 from lib.evaluation.prompts import CATEGORIES, members
+from lib.evaluation.report.words import interval_text
 from lib.evaluation.statistics import FEWEST_RUNS, holm, mean_interval, runs_to_decide, smallest_detectable
-from lib.evaluation.words import interval_text
 
 TOO_FEW_RUNS = {
     1: "one training run cannot tell how much training runs differ; five would.",
@@ -110,7 +110,7 @@ def decide(lines):
 
 
 def verdicts(found, prompts, summary):
-    """[dict(question, answer, text)]: answer is yes, no or UNTOLD. Empty where one picture a prompt
+    """[dict(question, answer, text)]: answer is yes, no or UNTOLD. Empty where one image a prompt
     leaves no interval."""
     if found["lpips"].shape[0] == found["lpips"].shape[2] == 1:
         return []
@@ -136,7 +136,7 @@ def verdicts(found, prompts, summary):
     answers = []
     if "clip" in lines:
         answers.append(learned(lines, totals["success"], margins))
-    for category, question in (("near", "neighbours kept"), ("failure", "contaminated")):
+    for category, question in (("near", "neighbours kept"), ("unrelated", "contaminated")):
         if category in lines:
             answers.append(moved_toward(lines[category], totals[category], margins, question))
     if "memorised" in summary:
@@ -157,7 +157,7 @@ def deciding_text(values, margin, tests=1):
     """What would decide about the mean of `values`, one of `tests`: a sentence or two."""
     runs, seeds = values.shape
     if values.size == 1:
-        return "One picture a prompt and one training run decide nothing."
+        return "One image a prompt and one training run decide nothing."
     least = smallest_detectable(values, 0.05 / tests)
     text = f"A change by about {least:.3f} would have been found in four of five repetitions"
     if runs == 1:
@@ -176,7 +176,7 @@ def learned(lines, success, margins):
     """Concept similarity rose on success prompts, and CLIP did not fall by the margin."""
     concept, clip = lines["success"], lines["clip"]
     text = (
-        f"On success prompts the pictures' similarity to the training pictures changed by "
+        f"On success prompts the images' similarity to the training images changed by "
         f"{interval_text(success['concept_similarity'])} (negligible below {margins['concept_similarity']:g}), "
         f"the CLIP score by {interval_text(success['clip'])} (it may fall by less than {margins['clip']:g}). "
     )
@@ -208,31 +208,31 @@ def learned(lines, success, margins):
 
 
 def moved_toward(line, total, margins, question):
-    """Whether prompts that were not taught moved toward the training pictures."""
+    """Whether prompts that were not taught moved toward the training images."""
     kept = question == "neighbours kept"
     prompts = "prompts near the concept" if kept else "unrelated prompts"
     margin = margins["concept_similarity"]
     text = (
-        f"On {prompts} the similarity to the training pictures changed by {interval_text(total['concept_similarity'])} "
+        f"On {prompts} the similarity to the training images changed by {interval_text(total['concept_similarity'])} "
         f"(negligible below {margin:g})"
     )
     if "change" in total:
         text += (
-            f"; the pictures moved, in any direction, {interval_text(total['change'], sign=False)} of the "
-            "way to another picture of the same prompt"
+            f"; the images moved, in any direction, {interval_text(total['change'], sign=False)} of the "
+            "way to another image of the same prompt"
         )
     end = {
         True: "The concept bleeds into them." if kept else "The adapter contaminates them.",
-        False: "They do not move toward the training pictures by the margin.",
+        False: "They do not move toward the training images by the margin.",
     }.get(line.answer) or deciding_text(line.values, margin, line.tests)
     answer = line.answer if not kept or line.answer is None else not line.answer
     return dict(question=question, answer=answer_word(answer), text=f"{text}. {end}")
 
 
 def collapsed(line, variety, margins):
-    """Whether the LoRA pictures of one prompt are less varied over the seeds than the base's."""
+    """Whether the LoRA images of one prompt are less varied over the seeds than the base's."""
     text = (
-        f"The pictures of one success prompt differ from seed to seed {interval_text(variety, sign=False)} times "
+        f"The images of one success prompt differ from seed to seed {interval_text(variety, sign=False)} times "
         f"as much as the base model's (collapsed below {1 - margins['variety']:g}). "
     )
     end = {True: "They lost more of their variety than the margin.", False: "They stay varied."}

@@ -9,7 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from lib.kernels.rows import (
+from lib.kernels.layer_norm_geglu import (
     MANY,
     Geglu,
     QuickGelu,
@@ -113,7 +113,7 @@ def block_forward(
     sum_and_norm=sum_and_norm,
     copies=1,
 ):
-    """A UNet's transformer block: attention to the picture, to so many `copies` of the texts, and a feed-forward
+    """A UNet's transformer block: attention to the image, to so many `copies` of the texts, and a feed-forward
     layer."""
     others = cross_attention_kwargs or {}
     stream, normed = sum_and_norm(block.norm1, hidden_states)

@@ -13,10 +13,10 @@ from diffusers.models.upsampling import Upsample2D
 
 from lib.kernels.blocks import row_jobs, use_row_kernels
 from lib.kernels.compiling import failure, in_threads, triton
-from lib.kernels.joined import TimestepProjections, is_plain_block
-from lib.kernels.maps import Beside, SumBias, Twice, convolved, run_sum_bias, without_bias
-from lib.kernels.norms import KINDS_OF_MAPS, GroupNormSilu, group_norm
-from lib.kernels.rows import Geglu, QuickGelu, SumNorm
+from lib.kernels.conv_epilogues import Beside, SumBias, Twice, convolved, run_sum_bias, without_bias
+from lib.kernels.fused_projections import TimestepProjections, is_plain_block
+from lib.kernels.group_norm import KINDS_OF_MAPS, GroupNormSilu, group_norm
+from lib.kernels.layer_norm_geglu import Geglu, QuickGelu, SumNorm
 
 
 def channels_last(*models, training=False):

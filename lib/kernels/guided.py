@@ -13,7 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from lib.kernels.blocks import block_forward, is_plain_transformer
-from lib.kernels.rows import sum_and_norm
+from lib.kernels.layer_norm_geglu import sum_and_norm
 
 
 @contextlib.contextmanager
@@ -51,10 +51,8 @@ def _with_forward(module, forward):
 
 def _first_half(residual, forward, x, timestep):
     half = len(x) // 2
-    if isinstance(timestep, dict):  # see TimestepProjections
-        timestep = {id(residual): timestep[id(residual)][:half]}
-    else:
-        timestep = timestep[:half]
+    is_projected = isinstance(timestep, dict)  # see TimestepProjections
+    timestep = {id(residual): timestep[id(residual)][:half]} if is_projected else timestep[:half]
     return forward(x[:half], timestep)
 
 

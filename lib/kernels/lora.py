@@ -1,7 +1,7 @@
 """LoRA and DoRA layers as a few matrix products, and layers that read the same input as one product.
 
 PEFT's layer launches some 14 kernels forward, and at batch 1 each takes a few microseconds whatever it
-does. Here a layer is two products forward and five backward, and so are all the layers of a Product
+does. Here a layer is two products forward and five backward, and so are all the layers of a FusedLinear
 together: their weights and then their A lie one behind the other, as one matrix.
 """
 
@@ -112,7 +112,7 @@ def _parts(outputs, low, blocks):
         yield *(x.transpose(0, 1) for x in both), b
 
 
-class Product:
+class FusedLinear:
     """Linear layers that read the same input, computed as one: called with x [..., in] it returns their
     outputs, in the layers' order.
 
@@ -209,7 +209,7 @@ def fuse_lora(model, joined, device):
     products = list(joined)
     for layer in adapters.lora_layers(model).values():
         if layer not in elsewhere:
-            products.append(Product([layer], device))
+            products.append(FusedLinear([layer], device))
             layer.forward = products[-1].joint
     model.products = products
     return products

@@ -1,5 +1,5 @@
 """What a CPU draws faster with when it is computed in another form, to the same result within rounding: GEGLU (12% of a
-picture of the miniature) and upsampling (3%). Without gradients."""
+image of the miniature) and upsampling (3%). Without gradients."""
 
 import functools
 

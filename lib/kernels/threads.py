@@ -1,6 +1,6 @@
 """As few CPU threads as do: one, where a micro-batch is so small that several mostly wait for one another.
 
-A training step of the miniature is two thousand operations of some 30 µs. Up to two pictures at once one thread is about
+A training step of the miniature is two thousand operations of some 30 µs. Up to two images at once one thread is about
 as fast as two on quiet cores, and twice as fast beside a busy process (bench/README.md, "On a CPU").
 """
 
@@ -9,7 +9,7 @@ import os
 
 import torch
 
-SMALL = 50_000  # values of a UNet's first map of a micro-batch; the miniature's has 24,576 a picture
+SMALL = 50_000  # values of a UNet's first map of a micro-batch; the miniature's has 24,576 an image
 
 
 def threads_for(values, device):

@@ -1,4 +1,4 @@
-"""Near-duplicates: pictures whose brightness and colours are nearly the same."""
+"""Near-duplicates: images whose brightness and colours are nearly the same."""
 
 import base64
 
@@ -6,12 +6,12 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-THUMBNAIL = 16  # pixels a side of the picture whose colours are compared
+THUMBNAIL = 16  # pixels a side of the image whose colours are compared
 
 
 def fingerprint(image):
     """What near-duplicates share, as JSON can hold it: `phash`, the 64-bit DCT hash of imagehash in
-    hex, and `thumbnail`, the bytes of a 16x16 RGB picture in base64."""
+    hex, and `thumbnail`, the bytes of a 16x16 RGB image in base64."""
     small = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     thumbnail = base64.b64encode(small.tobytes()).decode()
     return dict(phash=str(imagehash.phash(image)), thumbnail=thumbnail)
@@ -23,7 +23,7 @@ def without_duplicates(pictures, duplicate_bits, duplicate_colour):
 
     Two are, if at most `duplicate_bits` of the 64 bits of their hashes differ and their thumbnails'
     values by at most `duplicate_colour` on average: the hash sees brightness only, and shops photograph
-    one cut in many colours. Each picture is compared with all that are kept so far at once, in numpy.
+    one cut in many colours. Each image is compared with all that are kept so far at once, in numpy.
     """
     hashes = np.zeros(len(pictures), np.uint64)
     colours = np.zeros((len(pictures), THUMBNAIL * THUMBNAIL * 3), np.uint8)
@@ -42,7 +42,7 @@ def without_duplicates(pictures, duplicate_bits, duplicate_colour):
                 dict(
                     source=picture["source"],
                     duplicate_of=twin["source"],
-                    reason="the same file" if exact else "nearly the same picture",
+                    reason="the same file" if exact else "nearly the same image",
                     bits=int(bits[twins[0]]),
                     notes=lost_mask(picture, twin),
                 )
@@ -56,13 +56,13 @@ def without_duplicates(pictures, duplicate_bits, duplicate_colour):
 
 
 def lost_mask(picture, twin):
-    """What is to be said of the mask of a picture that is dropped for its `twin`: a list of words."""
+    """What is to be said of the mask of an image that is dropped for its `twin`: a list of words."""
     masked = [".mask.png" in one.get("files", ()) for one in (picture, twin)]
     return ["its mask is not used"] if masked == [True, False] else []
 
 
 def with_those_of_duplicates(captions, duplicates):
-    """`captions`, as `read_captions` gives them, where a picture that was kept has what was written for the one that was
+    """`captions`, as `read_captions` gives them, where an image that was kept has what was written for the one that was
     dropped, if nothing was for itself. What becomes of a caption is added to `notes` of the rows of `duplicates`."""
     captions = {name: dict(own) for name, own in captions.items()}
     for row in duplicates:

@@ -1,7 +1,7 @@
 """What a person changed in a training set after preprocess.py wrote it, so that writing it again does not undo it.
 
-The manifest says what was written: each picture's caption and the SHA-256 of its files. What differs from it was
-changed by hand. A change is known by the picture's source, as the pictures' numbers may be others next time.
+The manifest says what was written: each image's caption and the SHA-256 of its files. What differs from it was
+changed by hand. A change is known by the image's source, as the images' numbers may be others next time.
 """
 
 import json
@@ -18,7 +18,7 @@ UNDO = "or --no-keep-edits, which makes everything anew"
 
 
 class Edit(NamedTuple):
-    """What was changed of one picture."""
+    """What was changed of one image."""
 
     words: dict  # what its row of captions.jsonl has in place of what was written; None: nothing
     files: dict  # {ending: path of the file in place of the one that was written; None: removed}
@@ -39,7 +39,7 @@ class Edits(NamedTuple):
 def read_edits(folder):
     """The Edits of a training set in `folder`, none if there is no whole one.
 
-    UserError for what cannot be carried over: a malformed line, a row of a picture, or a mask, that preprocess.py did
+    UserError for what cannot be carried over: a malformed line, a row of an image, or a mask, that preprocess.py did
     not write.
     """
     folder = Path(folder)
@@ -66,14 +66,14 @@ def read_edits(folder):
         for ending in {*written, *again}:
             path = (folder / name).with_suffix(ending)
             if not path.is_file():
-                if ending != ".png":  # a picture that was lost is made again
+                if ending != ".png":  # an image that was lost is made again
                     files[ending] = None
             elif ending in again or sha256_file(path) != written[ending]:
                 files[ending] = path
         mask = (folder / name).with_suffix(".mask.png")
         if "files" in record and ".mask.png" not in {*written, *again} and mask.is_file():
             raise UserError(
-                f"{mask} is not from preprocess.py, and the pictures' numbers may change; put it into the folder of "
+                f"{mask} is not from preprocess.py, and the images' numbers may change; put it into the folder of "
                 f"the sources, named after {source}, and remove it here"
             )
         if words or files:
@@ -83,7 +83,7 @@ def read_edits(folder):
 
 def read_rows(folder, records):
     """{file name: row} of a training set's captions.jsonl, None where there is none; UserError naming the line that is
-    malformed or names a picture that is not among `records`."""
+    malformed or names an image that is not among `records`."""
     listing = folder / "captions.jsonl"
     if not listing.is_file():
         return None
@@ -108,7 +108,7 @@ def read_rows(folder, records):
             raise UserError(f'{where}: changed, but not of the form {{"file_name": …, "text": …}}; mend it, {UNDO}')
         if name not in records:
             raise UserError(
-                f"{where}: {row['file_name']} is not from preprocess.py; put the picture and its caption into the "
+                f"{where}: {row['file_name']} is not from preprocess.py; put the image and its caption into the "
                 f"folder of the sources, {UNDO}"
             )
         rows[name] = row
@@ -116,7 +116,7 @@ def read_rows(folder, records):
 
 
 def fitting_edits(edits, pictures):
-    """({source: Edit} of the `pictures` that are to be written, words for a person: a list of lines). UserError naming
+    """({source: Edit} of the `images` that are to be written, words for a person: a list of lines). UserError naming
     a file that was changed by hand where its source or its size is another now."""
     kept, notes = {}, []
     sources = {picture["source"]: picture for picture in pictures}
@@ -139,7 +139,7 @@ def fitting_edits(edits, pictures):
                 size = None
             if size != list(wanted["size"]):
                 raise UserError(
-                    f"{path} was changed by hand and is no picture of {'x'.join(map(str, wanted['size']))} any more; "
+                    f"{path} was changed by hand and is no image of {'x'.join(map(str, wanted['size']))} any more; "
                     f"mend it, {UNDO}"
                 )
         kept[source] = edit
@@ -148,7 +148,7 @@ def fitting_edits(edits, pictures):
     if words or files:
         notes.insert(
             0,
-            f"changed by hand and kept as changed: {words} captions, {files} pictures or masks "
+            f"changed by hand and kept as changed: {words} captions, {files} images or masks "
             "(--no-keep-edits makes them anew)",
         )
     return kept, notes

@@ -1,4 +1,4 @@
-"""Which part of a picture is trained on, and at what size."""
+"""Which part of an image is trained on, and at what size."""
 
 import math
 
@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageOps
 CROPS = ("centre", "top", "subject")
 OUTLINE, OUTSIDE = (230, 30, 60), (40, 90, 255)
 MOST_SIZES = 6  # training records its work on a GPU once for each, a second or more
-RARE = 0.05  # of the pictures; a size that fewer have is merged, where that cuts off little
-LITTLE = 0.85  # of a picture must stay then
+RARE = 0.05  # of the images; a size that fewer have is merged, where that cuts off little
+LITTLE = 0.85  # of an image must stay then
 # A backdrop is plain where so much of the border is within so many levels of its median.
 PLAIN_SHARE, PLAIN_SPREAD = 0.7, 30
 
@@ -27,27 +27,27 @@ def bucket_sizes(resolution):
 
 
 def kept_share(shape, size):
-    """How much of a picture of `shape` (width, height) is left when it fills `size`: from 0 to 1."""
+    """How much of an image of `shape` (width, height) is left when it fills `size`: from 0 to 1."""
     ratio = shape[0] * size[1] / (shape[1] * size[0])
     return min(ratio, 1 / ratio)
 
 
 def nearest_size(shape, sizes):
-    """That of `sizes` which keeps most of a picture of `shape`."""
+    """That of `sizes` which keeps most of an image of `shape`."""
     return max(sizes, key=lambda size: (kept_share(shape, size), size))
 
 
 def choose_sizes(shapes, resolution):
-    """(sizes, merged): the sizes that pictures of `shapes` are brought to, few, and what was given up for that:
-    {size: how many pictures were nearest to it}."""
+    """(sizes, merged): the sizes that images of `shapes` are brought to, few, and what was given up for that:
+    {size: how many images were nearest to it}."""
     sizes = sorted({nearest_size(shape, bucket_sizes(resolution)) for shape in set(shapes)})
-    # Of each picture (a row), how much is left of it in each size.
+    # Of each image (a row), how much is left of it in each size.
     ratios = np.array([[w / h] for w, h in shapes]) / np.array([[w / h for w, h in sizes]])
     shares = np.minimum(ratios, 1 / ratios)
     first, left, merged = shares.argmax(axis=1), list(range(len(sizes))), {}
 
     def cost(number):
-        """What giving a size up cuts off of all pictures together, and the least that stays of one."""
+        """What giving a size up cuts off of all images together, and the least that stays of one."""
         mine = shares[np.array(left)[shares[:, left].argmax(axis=1)] == number]
         after = mine[:, [other for other in left if other != number]].max(axis=1)
         lost = mine[:, number].sum() - after.sum()
@@ -64,11 +64,11 @@ def choose_sizes(shapes, resolution):
     return [sizes[number] for number in left], merged
 
 
-# ---- one picture --------------------------------------------------------------------------------
+# ---- one image --------------------------------------------------------------------------------
 
 
 def framed(image, size, crop="centre", mask=None):
-    """(picture, mask, frame): an RGB picture and its mask (or None) at `size` (width, height), their proportions
+    """(image, mask, frame): an RGB image and its mask (or None) at `size` (width, height), their proportions
     unchanged, and a dict of what was done: `box`, the part of `image` that is shown (left, top, right,
     bottom), `kept`, that part's share of it, whether it was `enlarged`, and `words` for the manifest.
 
@@ -97,7 +97,7 @@ def framed(image, size, crop="centre", mask=None):
 
 
 def kept_box(source, size, centering=(0.5, 0.5)):
-    """The part (left, top, right, bottom) of a picture of the size `source` that fills one of `size`."""
+    """The part (left, top, right, bottom) of an image of the size `source` that fills one of `size`."""
     scale = max(size[0] / source[0], size[1] / source[1])
     width, height = size[0] / scale, size[1] / scale
     left, top = (source[0] - width) * centering[0], (source[1] - height) * centering[1]
@@ -148,7 +148,7 @@ def centering_on(subject, source, size):
 
 
 def view(image, frame, mask=None, side=160):
-    """A thumbnail of the whole picture of at most `side` pixels: what was cut off is pale and the rest outlined; what
+    """A thumbnail of the whole image of at most `side` pixels: what was cut off is pale and the rest outlined; what
     lies outside the mask is tinted blue."""
     shrink = max(1, max(image.size) // (2 * side))  # quick, before the fine filter
     thumbnail = image.reduce(shrink) if shrink > 1 else image.copy()

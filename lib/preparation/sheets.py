@@ -1,8 +1,8 @@
-"""The contact sheet of a training set: every picture, small, with its source's name, in pages."""
+"""The contact sheet of a training set: every image, small, with its source's name, in pages."""
 
 from PIL import Image
 
-from lib.pictures import contact_sheet
+from lib.images import contact_sheet
 
 A_PAGE = 200  # thumbnails
 

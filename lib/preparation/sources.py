@@ -1,4 +1,4 @@
-"""What lies in a folder of source pictures: the pictures, and the captions that a person wrote."""
+"""What lies in a folder of source images: the images, and the captions that a person wrote."""
 
 import csv
 import io
@@ -11,19 +11,19 @@ from lib.masks import find_masks
 from lib.texts import Names, alike, read_text, text_lines
 
 LISTINGS = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
-CAPTION_ENDINGS = (".txt", ".caption")  # of a file beside its picture: photo.txt or photo.jpg.txt
+CAPTION_ENDINGS = (".txt", ".caption")  # of a file beside its image: photo.txt or photo.jpg.txt
 # What the columns of a listing are called, the first name ours.
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "path")
 TEXT_COLUMNS = ("text", "caption", "prompt")
-# Not pictures, and no one means them to be: neither read nor reported as skipped.
+# Not images, and no one means them to be: neither read nor reported as skipped.
 IGNORED = re.compile(r"\..*|thumbs\.db|desktop\.ini|(readme|licen[sc]e|copying)(\.(md|txt|rst|html?|pdf))?", re.I)
-# What telephones lay beside a picture of the same name: the clip of a Live Photo, a record of edits.
+# What telephones lay beside an image of the same name: the clip of a Live Photo, a record of edits.
 COMPANIONS = (".aae", ".mov", ".mp4")
 
 
-def picture_names(data_dir):
-    """(names, masks, companions): of what may be a picture in `data_dir`, without captions, masks and hidden files;
-    {picture: [its masks]}; and what a telephone lays beside its pictures."""
+def image_names(data_dir):
+    """(names, masks, companions): of what may be an image in `data_dir`, without captions, masks and hidden files;
+    {image: [its masks]}; and what a telephone lays beside its images."""
     names = sorted(path.name for path in data_dir.iterdir())
     named = [name for name in names if not IGNORED.fullmatch(name) and alike(name) not in LISTINGS]
     beside = [name for name in named if name.lower().endswith(COMPANIONS)]
@@ -38,12 +38,12 @@ def picture_names(data_dir):
 
 
 def read_captions(folder, names):
-    """What a person wrote about the pictures: {picture name: {key: (words, file they came from)}}.
+    """What a person wrote about the images: {image name: {key: (words, file they came from)}}.
 
     The keys are `text`, in place of the fixed caption, and `description`, which an experiment trains on. A file of
-    CAPTION_ENDINGS beside a picture is a text, and comes before a row of one of the LISTINGS (a picture's name and
+    CAPTION_ENDINGS beside an image is a text, and comes before a row of one of the LISTINGS (an image's name and
     `text`, `description` or both). Lines become one; that is said. Raises UserError naming the file and line of a
-    malformed row, of an empty caption, of a picture that is not there or that has two different ones.
+    malformed row, of an empty caption, of an image that is not there or that has two different ones.
     """
     captions, known = {name: {} for name in names}, Names(names)
     files = sorted(path.name for path in folder.iterdir())
@@ -86,7 +86,7 @@ def read_captions(folder, names):
 
 
 def listed(path):
-    """Yield (where, picture's name, {key: words}) of each row of a listing, UserError naming the line that is
+    """Yield (where, image's name, {key: words}) of each row of a listing, UserError naming the line that is
     malformed."""
     rows = csv_rows(path) if path.suffix.lower() == ".csv" else json_rows(path)
     for where, row in rows:

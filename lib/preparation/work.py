@@ -1,6 +1,6 @@
-"""Pictures made ready on every core, each in parts that wait on disk until the training set is written.
+"""Images made ready on every core, each in parts that wait on disk until the training set is written.
 
-The parts of a picture are named after what they are made from: the bytes of its file and the settings.
+The parts of an image are named after what they are made from: the bytes of its file and the settings.
 What a run that was interrupted has made is therefore found again, and made again where either changed.
 """
 
@@ -27,19 +27,19 @@ from lib.preparation.duplicates import fingerprint
 from lib.preparation.framing import framed, view
 from lib.preparation.sources import is_text
 
-FEW = 8  # pictures that are made ready sooner than a process that would help starts
-MEGAPIXELS_AT_ONCE = 32  # in all processes together; a picture takes about 16 MB a megapixel
+FEW = 8  # images that are made ready sooner than a process that would help starts
+MEGAPIXELS_AT_ONCE = 32  # in all processes together; an image takes about 16 MB a megapixel
 MAKER = 2  # another number makes all parts anew
-# Endings of a picture's parts.
+# Endings of an image's parts.
 PNG, MASK, VIEW, RECORD = ".png", ".mask.png", ".jpg", ".json"
 
 
-def prepare_pictures(data_dir, names, masks, sizes, parts, settings, processes=0):
-    """(pictures, skipped): a dict of what is known of each picture of `names` in the folder `data_dir`,
+def prepare_images(data_dir, names, masks, sizes, parts, settings, processes=0):
+    """(images, skipped): a dict of what is known of each image of `names` in the folder `data_dir`,
     and source and reason of each that cannot be used, both in the order of the names. `masks` is what `find_masks`
     gives.
 
-    A picture's `key` is the name of its parts in the folder `parts`: PNG, as it is trained on, at its size of
+    An image's `key` is the name of its parts in the folder `parts`: PNG, as it is trained on, at its size of
     `sizes`; MASK, where it has one; and VIEW, a thumbnail for the contact sheet. `settings` are `crop`, see
     `framed`, and `max_megapixels`. `processes` work at once, 0 meaning one a core.
     """
@@ -54,15 +54,15 @@ def prepare_pictures(data_dir, names, masks, sizes, parts, settings, processes=0
             with process_pool(workers) as pool:
                 found.extend(bar(pool.map(work, names, beside, sizes, chunksize=2)))
     except (KeyboardInterrupt, SystemExit):
-        print(f"stopped at {len(found)} of {len(names)} pictures; the same command goes on from there")
+        print(f"stopped at {len(found)} of {len(names)} images; the same command goes on from there")
         raise
     except BrokenProcessPool:
         raise UserError(
-            f"a process that prepares pictures died after {len(found)} of {len(names)}, for want of memory "
-            "perhaps; the same command goes on from there, with --processes 1 one picture at a time"
+            f"a process that prepares images died after {len(found)} of {len(names)}, for want of memory "
+            "perhaps; the same command goes on from there, with --processes 1 one image at a time"
         ) from None
     if ready := sum(picture.pop("ready", False) for picture in found):
-        print(f"{ready} pictures were made ready before an interruption and have not changed since")
+        print(f"{ready} images were made ready before an interruption and have not changed since")
     skipped = [row for row in found if "reason" in row]
     return [row for row in found if "reason" not in row], skipped
 
@@ -74,11 +74,11 @@ def cores():
     return os.cpu_count() or 1
 
 
-# ---- one picture ------------------------------------------------------------------------------
+# ---- one image ------------------------------------------------------------------------------
 
 
 def prepared(data_dir, parts, settings, name, masks, size):
-    """What `prepare_pictures` tells of one picture; its parts are in their folder afterwards."""
+    """What `prepare_images` tells of one image; its parts are in their folder afterwards."""
     path = data_dir / name
     try:
         if not is_text(name):
@@ -89,7 +89,7 @@ def prepared(data_dir, parts, settings, name, masks, size):
         if not path.is_file():
             raise Unusable("a folder or special file; only files directly in it are read")
         if SURELY.fullmatch(name):
-            raise Unusable("a mask, but there is no picture of that name")
+            raise Unusable("a mask, but there is no image of that name")
         mask = only_mask([data_dir / mask for mask in masks])
         try:
             sha256 = sha256_file(path)
@@ -115,7 +115,7 @@ def prepared(data_dir, parts, settings, name, masks, size):
 
 
 def write_parts(path, mask_path, part, size, settings):
-    """Make the picture at `path`, whose mask may lie at `mask_path`, ready: write its parts, return what is known."""
+    """Make the image at `path`, whose mask may lie at `mask_path`, ready: write its parts, return what is known."""
     image, alpha, info, done = read_layers(path, settings["max_megapixels"])
     check_content(image, alpha)
     mask, masked = subject_mask(mask_path, image, alpha, settings["max_megapixels"])
@@ -150,7 +150,7 @@ def write_parts(path, mask_path, part, size, settings):
 
 
 def kept_record(part):
-    """The record of a picture whose parts are all there and whole, or None."""
+    """The record of an image whose parts are all there and whole, or None."""
     try:
         record = json.loads(part.with_suffix(RECORD).read_bytes())
         whole = all(sha256_file(part.with_suffix(ending)) == sha256 for ending, sha256 in record["files"].items())
@@ -170,7 +170,7 @@ def write_beside(path, write):
 
 # ---- several processes --------------------------------------------------------------------------
 
-# In a process of a pool: its share of the memory, and the lock under which a picture takes what it needs.
+# In a process of a pool: its share of the memory, and the lock under which an image takes what it needs.
 _share = None
 
 
@@ -206,7 +206,7 @@ def end_with(parent):
 
 @contextlib.contextmanager
 def room_for(path):
-    """Wait until the picture at `path` fits into the memory that is meant for all processes."""
+    """Wait until the image at `path` fits into the memory that is meant for all processes."""
     if _share is None:  # the only process
         yield
         return

@@ -46,7 +46,7 @@ FREE = (
 LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
 # Those that may be called otherwise after a move, through a link or on another machine: their hashes count.
 PLACES = ("data_dir", "base_model", "revision", "protected_prompts")
-BASE_MODEL, DATA = "the base model's files", "pictures and captions"  # these hashes
+BASE_MODEL, DATA = "the base model's files", "images and captions"  # these hashes
 # Packages whose version may change the numbers.
 NUMERIC = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 # Of the flat vectors; see lora.trained_weights. In the first one a layer's A and B lay side by side.

@@ -62,7 +62,7 @@ class Journal:
                 tracker.log(numbers, step=None if tracker.name == "wandb" else row["step"])
 
     def show(self, step, pictures):
-        """Give the trackers the PIL pictures of a preview: TensorBoard, whose files stay here, and W&B
+        """Give the trackers the PIL images of a preview: TensorBoard, whose files stay here, and W&B
         where that was asked for."""
         for tracker in self.trackers:
             if tracker.name == "tensorboard":
@@ -111,7 +111,7 @@ def start_wandb(folder, config, rows, run_id):
     """accelerate's tracker with a W&B run: online with an API key, else offline, never asking;
     WANDB_MODE decides if set.
 
-    It gets the configuration and the figures, no code, no captions, no prompts, and no pictures unless
+    It gets the configuration and the figures, no code, no captions, no prompts, and no images unless
     `config`["wandb_pictures"]. With `run_id` a run that was interrupted goes on.
     """
     import wandb

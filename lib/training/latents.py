@@ -1,8 +1,8 @@
-"""The pictures' latents: encoded once, kept in the training set's folder, read from there by later runs.
+"""The images' latents: encoded once, kept in the training set's folder, read from there by later runs.
 
-The VAE gives a distribution for each picture, of which training draws anew at every step, so its mean and its
-deviation are kept, in float32. Each picture has a file of its own, in a folder for each VAE, precision, kind of device
-and resolution: an interruption costs one picture. A picture is known by its bytes, so new ones are encoded, and those
+The VAE gives a distribution for each image, of which training draws anew at every step, so its mean and its
+deviation are kept, in float32. Each image has a file of its own, in a folder for each VAE, precision, kind of device
+and resolution: an interruption costs one image. An image is known by its bytes, so new ones are encoded, and those
 that are no longer there dropped, whatever they are called.
 """
 
@@ -18,18 +18,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from tqdm import tqdm
 
+from lib.cache import first_process, prefetch
 from lib.dataset import KEPT
 from lib.errors import UserError
 from lib.files import replacing
-from lib.kept import ahead, first_process
 from lib.models import model_digest
 
-AT_ONCE = 4  # pictures that a GPU encodes at once; a CPU one, whose result depends on no other then
-IN_MEMORY = 2**30  # bytes of latents, 8,000 pictures of 512x512; those beyond it are read at every step
+AT_ONCE = 4  # images that a GPU encodes at once; a CPU one, whose result depends on no other then
+IN_MEMORY = 2**30  # bytes of latents, 8,000 images of 512x512; those beyond it are read at every step
 
 
 class Latents:
-    """Mean and deviation of each picture's latent distribution, scaled as the UNet expects them: `latents[index]` is
+    """Mean and deviation of each image's latent distribution, scaled as the UNet expects them: `latents[index]` is
     that pair, float32 [channels, h, w] each.
 
     `folder` is where they are kept, a file each, and what is whole there is known at once; `missing` are the indices of
@@ -40,7 +40,7 @@ class Latents:
         names = [hashlib.sha256(data.key(index).encode()).hexdigest()[:32] for index in range(len(data))]
         self.folder, self.paths = folder, [folder / f"{name}.safetensors" for name in names]
         self.held, self.room, self.known_shapes, damaged = {}, IN_MEMORY, [None] * len(data), 0
-        for index, pair in enumerate(ahead(read_pair, self.paths)):
+        for index, pair in enumerate(prefetch(read_pair, self.paths)):
             if pair is not None:
                 self.hold(index, pair)
             damaged += pair is None and self.paths[index].exists()
@@ -52,7 +52,7 @@ class Latents:
         return [index for index, shape in enumerate(self.known_shapes) if shape is None]
 
     def hold(self, index, pair, on_disk=True):
-        """Make a picture's pair known, and hold it in memory if there is room or it is not on the disk."""
+        """Make an image's pair known, and hold it in memory if there is room or it is not on the disk."""
         self.known_shapes[index] = tuple(pair[0].shape)
         size = sum(part.nbytes for part in pair)
         if not on_disk or size <= self.room:
@@ -71,7 +71,7 @@ class Latents:
             self.drop_others()
 
     def drop_others(self):
-        """Remove from the folder what no picture has any more, and beside it what earlier versions kept in one file."""
+        """Remove from the folder what no image has any more, and beside it what earlier versions kept in one file."""
         keep, hour = {path.name for path in self.paths}, 3600
         others = [path for path in self.folder.iterdir() if path.name not in keep]
         for path in [*others, *self.folder.parent.glob("*.safetensors")]:
@@ -116,7 +116,7 @@ def checksum(pair):
 
 
 def written(path, pair):
-    """Whether a picture's mean and deviation could be written to the file `path`; says why not."""
+    """Whether an image's mean and deviation could be written to the file `path`; says why not."""
     tensors = dict(mean=pair[0], deviation=pair[1], checksum=checksum(pair))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,14 +143,14 @@ def read_pair(path):
 
 @torch.no_grad()
 def encode_latents(vae, data, indices, device):
-    """Yield (some of the `indices` of pictures of a Dataset, their means and deviations, float32 [n, channels, h, w]
-    each), a few of one size at a time; the next are read meanwhile. UserError naming a picture of which the VAE
+    """Yield (some of the `indices` of images of a Dataset, their means and deviations, float32 [n, channels, h, w]
+    each), a few of one size at a time; the next are read meanwhile. UserError naming an image of which the VAE
     makes NaN."""
     at_once = AT_ONCE if device.type == "cuda" else 1
     order = sorted(indices, key=lambda index: data.sizes[index])
     waiting = []
     with tqdm(order, desc="latents", unit="picture", leave=False) as bar:
-        for place, pixels in enumerate(ahead(data.pixels, order)):
+        for place, pixels in enumerate(prefetch(data.pixels, order)):
             waiting.append(pixels)
             after = order[place + 1 : place + 2]
             if len(waiting) < at_once and after and data.sizes[after[0]] == data.sizes[order[place]]:
@@ -179,16 +179,16 @@ def latent_masks(data, latents, weight):
     found = sum(data.mask_path(index) is not None for index in range(len(data)))
     if weight == 1.0:
         if found and first_process():
-            print(f"{data.folder}: {found} of {len(data)} pictures have a mask, which mask_weight 1 leaves unused")
+            print(f"{data.folder}: {found} of {len(data)} images have a mask, which mask_weight 1 leaves unused")
         return None
     found = sum(map(data.has_mask, range(len(data))))
     if not found:
         raise UserError(
-            f"mask_weight is {weight}, but no picture in {data.folder} has a mask; give preprocess.py transparent "
-            "pictures, or photo.mask.png beside photo.jpg"
+            f"mask_weight is {weight}, but no image in {data.folder} has a mask; give preprocess.py transparent "
+            "images, or photo.mask.png beside photo.jpg"
         )
     if first_process():
-        print(f"{data.folder}: {found} of {len(data)} pictures have a mask, outside which the loss counts {weight:g}")
+        print(f"{data.folder}: {found} of {len(data)} images have a mask, outside which the loss counts {weight:g}")
     shapes = [latents.shape(index) for index in range(len(data))]
-    masks = ahead(lambda i: data.mask(i, shapes[i][:0:-1]), range(len(data)))
+    masks = prefetch(lambda i: data.mask(i, shapes[i][:0:-1]), range(len(data)))
     return [weight + (1 - weight) * mask[None].float() / 255 for mask in masks]

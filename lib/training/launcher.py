@@ -2,7 +2,7 @@
 
 import os
 
-from lib.kept import first_process
+from lib.cache import first_process
 
 # Variables of its environment that Accelerator() obeys and this training has no use for: every process holds a whole
 # model, whose adapter's few gradients it averages.

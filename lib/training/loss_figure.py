@@ -53,7 +53,7 @@ def draw_held_out(axes, held_out):
     )
     axes.margins(y=0.22)
     axes.set(ylabel="held-out loss")
-    axes.set_title("loss of held-out pictures, at fixed noise and timesteps", fontsize=9, loc="left")
+    axes.set_title("loss of held-out images, at fixed noise and timesteps", fontsize=9, loc="left")
 
 
 def draw_trained(axes, trained):

@@ -9,7 +9,7 @@ from lib.kernels.lora import without_lora
 def diffusion_loss(
     unet, scheduler, latents, noise, timesteps, encoder_hidden_states, weights=None, guidance=None, no_text=None
 ):
-    """Mean squared error of the prediction, one value a picture: float32 [n].
+    """Mean squared error of the prediction, one value an image: float32 [n].
 
     `weights` [n, 1, h, w], where given, weight the mean over the pixels. Ho et al. 2020, equation 14; for a base
     model that predicts velocity, Salimans & Ho 2022.
@@ -42,7 +42,7 @@ def target(scheduler, latents, noise, timesteps):
 
 
 def errors(predicted, expected, weights=None):
-    """Mean squared error of each picture, float32 [n]; with `weights`, [n, 1, h, w], the mean weighted by them."""
+    """Mean squared error of each image, float32 [n]; with `weights`, [n, 1, h, w], the mean weighted by them."""
     squared, cells = F.mse_loss(predicted.float(), expected, reduction="none"), (1, 2, 3)
     if weights is None:
         return squared.mean(dim=cells)

@@ -15,7 +15,7 @@ from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last
 from lib.kernels.graphs import captured
 from lib.kernels.lora import without_lora
-from lib.kernels.staging import AHEAD, Ring, divided, length, places
+from lib.kernels.pinned_staging import AHEAD, Ring, divided, length, places
 from lib.training.losses import diffusion_loss
 
 
@@ -55,7 +55,7 @@ class Buffers:
         self.train = self.measure = None  # the passes: with gradient, and without; set by `prepare`
 
     def fill(self, **columns):
-        """Begin to copy a value for each picture to each of what the pass reads."""
+        """Begin to copy a value for each image to each of what the pass reads."""
         to = divided(self.ring.place(), self.parts)
         for name, values in columns.items():
             torch.stack([torch.as_tensor(value) for value in values], out=to[name])
@@ -189,7 +189,7 @@ class MicroStep:
     @torch.no_grad()
     def make_no_text(self):
         """Keep the keys and values that the base UNet makes of no text: they are the same in every step."""
-        if hasattr(self.unet, "texts"):  # see lib/kernels/joined.py
+        if hasattr(self.unet, "texts"):  # see lib/kernels/fused_projections.py
             with without_lora(self.unet):
                 self.no_text = self.unet.texts(self.no_text)
 
@@ -217,9 +217,9 @@ class MicroStep:
         return found
 
     def validation_row(self, probes):
-        """The held-out loss for the log: its mean, and that of each picture's probes."""
-        of_picture = {}
+        """The held-out loss for the log: its mean, and that of each image's probes."""
+        of_image = {}
         for (picture, _), loss in zip(probes, self.validation_losses(probes), strict=True):
-            of_picture.setdefault(int(picture), []).append(loss)
-        each = [sum(losses) / len(losses) for losses in of_picture.values()]
+            of_image.setdefault(int(picture), []).append(loss)
+        each = [sum(losses) / len(losses) for losses in of_image.values()]
         return dict(validation_loss=sum(each) / len(each), validation_losses=each)

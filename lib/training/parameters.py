@@ -10,7 +10,7 @@ import torch
 
 from lib import adapters
 from lib.kernels.dora import DoraFactors
-from lib.kernels.joined import join
+from lib.kernels.fused_projections import join
 from lib.kernels.lora import bound, fuse_lora, trained_weights
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what an adapter draws while it is trained: a file a preview, and one strip of them all."""
+"""Images of what an adapter draws while it is trained: a file a preview, and one strip of them all."""
 
 import json
 from collections import Counter
@@ -7,12 +7,12 @@ import numpy as np
 from PIL import Image
 
 from lib.files import write_bytes
-from lib.pictures import shown, strip, webp
+from lib.images import shown, strip, webp
 
 # The widest strip, which is read into memory as a whole: of more previews as many are shown, the first
 # and the last among them, evenly spread. Each has a file of its own all the same.
 MOST_COLUMNS = 16
-LARGEST_SIDE = 256  # pixels that a picture in the strip is wide
+LARGEST_SIDE = 256  # pixels that an image in the strip is wide
 # The EXIF tag ImageDescription, where a preview's file says what its prompts are.
 DESCRIPTION = 0x010E
 
@@ -27,10 +27,10 @@ def preview_texts(prompts, rows):
 
 
 class Previews:
-    """The previews of one run in `folder`: previews/step_001000.webp, the prompts' pictures one under the
+    """The previews of one run in `folder`: previews/step_001000.webp, the prompts' images one under the
     other, and previews.webp, steps across and prompts down.
 
-    `draw` is a function of a title that returns a PIL picture for each of `prompts`, all of one size. A run
+    `draw` is a function of a title that returns a PIL image for each of `prompts`, all of one size. A run
     that goes on after `first_step` keeps the previews up to there and drops later ones, which its checkpoint
     does not know. Nothing is kept in memory: the strip is made from the files.
     """
@@ -48,7 +48,7 @@ class Previews:
         return sorted((int(path.stem.removeprefix("step_")), path) for path in found)
 
     def take(self, step):
-        """Draw the preview of `step` (steps done), write it and the strip; returns the pictures."""
+        """Draw the preview of `step` (steps done), write it and the strip; returns the images."""
         pictures = self.draw(f"preview {step}")
         column = np.concatenate([np.asarray(picture) for picture in pictures])
         path = self.folder / "previews" / f"step_{step:06}.webp"
@@ -59,7 +59,7 @@ class Previews:
         return pictures
 
     def strip(self):
-        """The strip of the previews that were drawn of these prompts, as a PIL picture."""
+        """The strip of the previews that were drawn of these prompts, as a PIL image."""
         columns = {}
         for step, path in self.spread([pair for pair in self.files() if self.is_ours(pair[1])]):
             with Image.open(path) as column:

@@ -14,7 +14,7 @@ FEWEST = 10  # prompts of a list
 FUNCTION_WORDS = frozenset("a an the of in on at with without and or by to from for as its his her their".split())
 BEFORE_NOUN = FUNCTION_WORDS | {"wearing", "holding", "wears", "holds"}
 MEDIUM = re.compile(
-    r"^(?:an? |the )?(?:[\w-]+ )?(?:photo|photograph|picture|image|painting|drawing|illustration|close-up|portrait) of "
+    r"^(?:an? |the )?(?:[\w-]+ )?(?:photo|photograph|image|image|painting|drawing|illustration|close-up|portrait) of "
 )
 
 
@@ -37,7 +37,7 @@ def check_protection(config):
     if others:
         raise UserError(
             f"unet_targets holds {', '.join(others)}, but with protected_prompts it may hold attn2.to_k and attn2.to_v "
-            "alone: every other layer sees the image, and an adapter there changes every prompt's pictures"
+            "alone: every other layer sees the image, and an adapter there changes every prompt's images"
         )
 
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from lib import adapter_files, adapters
+from lib.adapter_files.kohya import kohya_header, save_kohya
+from lib.adapter_files.model_card import CARD, card_text
 from lib.errors import UserError, one_line
 from lib.files import write_marker
-from lib.kohya import kohya_header, save_kohya
-from lib.model_card import CARD, card_text
 from lib.models import base_model_name
 from lib.provenance import provenance
 from lib.training.loss_figure import loss_figure
@@ -51,7 +51,7 @@ def finished_models(trained):
 
 
 def data_record(data, train_indices, held_out):
-    """What config.json says of the data set: its hash, captions, and which pictures were trained on, of
+    """What config.json says of the data set: its hash, captions, and which images were trained on, of
     which sizes."""
     names = [row.name for row in data]
     return dict(
@@ -176,8 +176,8 @@ def write_for_others(folder, config, models, data, figures):
 
 
 def preview_thumbnail(folder):
-    """The adapter's last preview of its caption, a PIL picture, or None where none was drawn: the
-    first square of the newest picture in previews/. Never a training picture, which may be private."""
+    """The adapter's last preview of its caption, a PIL image, or None where none was drawn: the
+    first square of the newest image in previews/. Never a training image, which may be private."""
     newest = max((folder / "previews").glob("step_*.webp"), default=None)
     if newest is None:
         return None

@@ -5,8 +5,8 @@ import functools
 import numpy as np
 import torch
 
+from lib.cache import first_process
 from lib.errors import UserError
-from lib.kept import first_process
 
 MAX_TOKENS = 77  # CLIP's text length, begin and end token included
 # Separate streams of random numbers, so that none shifts another.
@@ -16,7 +16,7 @@ ORDER, SAMPLE, HELD_OUT = 1, 2, 3
 def tokenize(tokenizer, data, truncate=False):
     """Token ids of the captions, int64 [n, 77]; UserError naming all that do not fit or, with `truncate`, a note that
     does, and they end where the others must."""
-    lengths = {}  # each caption is read once, however many pictures have it
+    lengths = {}  # each caption is read once, however many images have it
     for caption in dict.fromkeys(row.caption for row in data):
         lengths[caption] = len(tokenizer(caption, verbose=False).input_ids)
     long = [row for row in data if lengths[row.caption] > MAX_TOKENS]
@@ -51,12 +51,12 @@ def encode_captions(text_encoder, input_ids, at_once=64):
 
 
 def held_out_count(asked, pictures):
-    """How many of so many pictures to hold out: as many as asked for, at most a quarter of them."""
+    """How many of so many images to hold out: as many as asked for, at most a quarter of them."""
     return min(asked, pictures // 4)
 
 
 def split(pictures, asked, seed):
-    """(train_indices, held_out): the numbers of the pictures to train on, and of those held out."""
+    """(train_indices, held_out): the numbers of the images to train on, and of those held out."""
     shuffled = np.random.default_rng([seed, HELD_OUT]).permutation(pictures)
     held_out = shuffled[: held_out_count(asked, pictures)]
     return np.setdiff1d(np.arange(pictures), held_out), held_out
@@ -69,17 +69,17 @@ def draw_noise(rng, shape, timesteps_count):
 
 
 def epoch_order(seed, epoch, count):
-    """The order in which an epoch goes through its `count` pictures."""
+    """The order in which an epoch goes through its `count` images."""
     return np.random.default_rng([seed, ORDER, epoch]).permutation(count)
 
 
 def cycle_chunks(seed, cycle, shapes, size):
-    """The pictures of `size` epochs, the `cycle`-th of such, in chunks of `size` pictures of one shape: int64 [n, size]
-    for n pictures, numbers of them. `shapes` [n] are the pictures' as whole numbers.
+    """The images of `size` epochs, the `cycle`-th of such, in chunks of `size` images of one shape: int64 [n, size]
+    for n images, numbers of them. `shapes` [n] are the images' as whole numbers.
 
     What an epoch leaves over of a shape waits for the next, so that nothing is filled up: after `size` epochs of n
-    pictures each of k of a shape was drawn `size` times, in k whole chunks. A chunk stands where its middle picture
-    does in the epochs; with chunks of one picture, or pictures of one shape, this is the order of the epochs.
+    images each of k of a shape was drawn `size` times, in k whole chunks. A chunk stands where its middle image
+    does in the epochs; with chunks of one image, or images of one shape, this is the order of the epochs.
     """
     epochs = range(cycle * size, (cycle + 1) * size)
     order = np.concatenate([epoch_order(seed, epoch, len(shapes)) for epoch in epochs])
@@ -89,12 +89,12 @@ def cycle_chunks(seed, cycle, shapes, size):
 
 
 class Samples:
-    """The training samples by their number: which picture, and its noise and timestep.
+    """The training samples by their number: which image, and its noise and timestep.
 
     Epochs follow one another, each in an order of its own, and a sample's draws derive from (seed, number): noise and
     timestep as `draw_noise` gives them, and the guidance of its loss, evenly from the range `guidance`.
     Processes and micro-steps take consecutive samples, so two processes see what one with twice the
-    batch size sees, and a run that goes on after an interruption needs no random state. Where pictures
+    batch size sees, and a run that goes on after an interruption needs no random state. Where images
     have several shapes, the micro-batches of all processes together hold one, see `cycle_chunks`.
     """
 
@@ -117,8 +117,8 @@ class Samples:
         if not few or len(self.shape_counts) == 1:
             return []
         return [
-            f"note: {sum(few)} of {len(self.pictures)} pictures have a shape that fewer than {size} have: a batch of "
-            "theirs repeats them, and comes so rarely that every picture is seen equally often"
+            f"note: {sum(few)} of {len(self.pictures)} images have a shape that fewer than {size} have: a batch of "
+            "theirs repeats them, and comes so rarely that every image is seen equally often"
         ]
 
     def picture(self, sample):
@@ -139,7 +139,7 @@ class Samples:
         return pictures, draws
 
     def probes(self, held_out):
-        """[(data-set index, draws)] for the held-out loss: of each picture four timesteps spread over
+        """[(data-set index, draws)] for the held-out loss: of each image four timesteps spread over
         the schedule, with the same noise every time and the guidance in the middle of its range."""
         found, guidance = [], sum(self.guidance) / 2
         for picture in held_out:

@@ -21,7 +21,7 @@ from lib.training.samples import MAX_TOKENS, encode_captions, split, tokenize
 
 
 def caption_tokens(base_folder, data, prompts, truncate=False):
-    """(token ids of the pictures' captions, int64 [n, 77], and those of no text [1, 77]).
+    """(token ids of the images' captions, int64 [n, 77], and those of no text [1, 77]).
 
     UserError if a caption, or one of the `prompts` of the previews, is too long, unless `truncate` cuts it off.
     """
@@ -53,12 +53,12 @@ def protected_prompts(data, config):
 
 
 def divided(data_dir, pictures, validation_count, seed, say):
-    """(train_indices, held_out) of so many pictures, and says how many that are; see `split`."""
+    """(train_indices, held_out) of so many images, and says how many that are; see `split`."""
     train_indices, held_out = split(pictures, validation_count, seed)
-    say(f"{data_dir}: {len(train_indices)} pictures to train on, {len(held_out)} held out")
+    say(f"{data_dir}: {len(train_indices)} images to train on, {len(held_out)} held out")
     if len(held_out) < validation_count:
         say(
-            f"note: not {validation_count}, as at most a quarter of the pictures is held out"
+            f"note: not {validation_count}, as at most a quarter of the images is held out"
             + ("" if len(held_out) else "; there will be no validation loss")
         )
     return train_indices, held_out
@@ -70,8 +70,8 @@ def noise_scheduler(base_folder):
         return DDPMScheduler.from_pretrained(base_folder / "scheduler")
 
 
-def picture_latents(base_folder, data, dtype, accelerator):
-    """The Latents of a Dataset's pictures: those that were kept, and of the others what the VAE, which is needed
+def image_latents(base_folder, data, dtype, accelerator):
+    """The Latents of a Dataset's images: those that were kept, and of the others what the VAE, which is needed
     for this alone and not kept, makes of them. Of several processes the first encodes and writes."""
     device, first = accelerator.device, accelerator.is_main_process
     if not first:
@@ -80,7 +80,7 @@ def picture_latents(base_folder, data, dtype, accelerator):
     if missing := latents.missing:
         vae = load_part(AutoencoderKL, base_folder, "vae", dtype).to(device)
         advice = f"--resolution {half_resolution(data.resolution)} needs a quarter"
-        with memory_for("encoding the pictures", advice):
+        with memory_for("encoding the images", advice):
             latents.add(encode_latents(vae, data, missing, device), write=first)
     if first:
         accelerator.wait_for_everyone()
@@ -145,7 +145,7 @@ def encoded_captions(text_encoder, input_ids, trained, say):
     if trained:
         input_ids = input_ids.to(text_encoder.device)
         return lambda indices: text_encoder(input_ids[indices])[0]
-    advice = "close what else uses the GPU (nvidia-smi lists it), or give the pictures fewer different captions"
+    advice = "close what else uses the GPU (nvidia-smi lists it), or give the images fewer different captions"
     with memory_for("encoding the captions", advice):
         states, caption_of = encode_captions(text_encoder, input_ids)
     say("text_encoder: frozen; its output is kept and the model dropped")

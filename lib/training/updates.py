@@ -12,7 +12,7 @@ import torch
 from lib.kernels import adamw8bit
 from lib.kernels.adamw8bit import missing_kernels
 from lib.kernels.graphs import captured
-from lib.kernels.staging import AHEAD, Ring, places
+from lib.kernels.pinned_staging import AHEAD, Ring, places
 
 LOSS_OR_GRADIENT = "the loss or its gradient is NaN or infinite"
 LOSS = "the loss is NaN or infinite"
@@ -25,7 +25,7 @@ def make_updates(micro, optimizer, accelerator, progress, max_overflows, give_up
     `micro` is its MicroStep, which has recorded its passes, `optimizer` bitsandbytes' AdamW8bit as accelerate
     prepared it. Where the numbers of a step are not finite, or one overflows in fp16 after `max_overflows` that
     did, nothing is updated any more, `progress` is set back to before that step and give_up(what is wrong, the
-    step counted from 0, its pictures) is called, which raises.
+    step counted from 0, its images) is called, which raises.
     """
     arguments = micro, optimizer, accelerator, progress, max_overflows, give_up
     if accelerator.device.type != "cuda":
@@ -69,7 +69,7 @@ class PlainUpdates:
         self.in_a_row = 0  # overflows
 
     def step(self, factor, pictures):
-        """Update with the gradient that `micro` has summed up from the `pictures`, data-set indices, at `factor`
+        """Update with the gradient that `micro` has summed up from the `images`, data-set indices, at `factor`
         times the learning rates; then the step counts and a new sum begins."""
         for group, part in zip(self.optimizer.param_groups, self.micro.trained.values(), strict=True):
             group["lr"] = part.learning_rate * factor
@@ -118,7 +118,7 @@ class RecordedUpdates:
         # What `decide` writes. Recording calls the update, which is not to change anything.
         counts = [states[0]["step"], progress.skipped, 0, adamw8bit.HALTED]
         self.outcome = torch.tensor(counts, dtype=torch.int32, device=device)
-        self.unread = deque()  # (step, pictures, its outcome's place and event), oldest first
+        self.unread = deque()  # (step, images, its outcome's place and event), oldest first
         self.places = places(self.outcome, AHEAD + 1)
         if self.scaler is not None:
             self.scaler.scale(micro.loss)  # its tensors are there from its first use on

@@ -1,0 +1,1 @@
+"""What is measured: the scores of an image and of a run."""

@@ -1,0 +1,102 @@
+"""LPIPS: how different two images look.
+
+AlexNet v0.1 of the `lpips` package (Zhang et al. 2018, https://arxiv.org/abs/1801.03924) on images in
+[-1, 1] at their own size; its layers come from the two safetensors files in weights/, so that nothing
+is downloaded and nothing unpickled.
+"""
+
+import functools
+import itertools
+import warnings
+from pathlib import Path
+
+import lpips
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from lib.errors import UserError
+
+# Scores are fp32; cuDNN would otherwise round convolutions to TF32 on a GPU.
+torch.backends.cudnn.allow_tf32 = False
+
+WEIGHTS = Path(__file__).parent / "weights"
+ALEXNET = WEIGHTS / "alexnet_features.safetensors"
+LINEAR = WEIGHTS / "lpips_linear.safetensors"  # the learned weights of AlexNet's channels
+
+
+@functools.cache
+def lpips_model(device="cpu"):
+    """The LPIPS network (AlexNet v0.1), float32, in evaluation mode."""
+    for path in (ALEXNET, LINEAR):
+        if not path.is_file():
+            raise UserError(f"{path.name} is missing in {path.parent}; restore it from git")
+    # Left to itself the package fetches AlexNet from the network and unpickles its own layers. Made without memory
+    # the network draws no random weights, which takes longer than the scores of forty images.
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore", UserWarning)  # torchvision's renamed `pretrained`
+        model = lpips.LPIPS(net="alex", version="0.1", pretrained=False, pnet_rand=True, verbose=False)
+    model.scaling_layer = lpips.ScalingLayer()
+    names = [name for name, _ in model.net.named_parameters()]  # sliceN.<number>.weight, …
+    features = {key.removeprefix("features."): w.float() for key, w in load_file(ALEXNET).items()}
+    features_of_net = {name: features.pop(name.split(".", 1)[1]) for name in names}
+    model.net.load_state_dict(features_of_net, assign=True)
+    linear = load_file(LINEAR)
+    for number in range(len(model.chns)):
+        key = f"lin{number}.model.1.weight"
+        layer = {"model.1.weight": linear.pop(key)}
+        getattr(model, f"lin{number}").load_state_dict(layer, assign=True)
+    if features or linear:
+        raise RuntimeError(f"layers that LPIPS has not: {sorted(features | linear)}")
+    return model.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def lpips_distances(images_a, images_b, device="cpu"):
+    """LPIPS of each pair of images, float32 [n]: 0 for equal ones, about 0.7 for unrelated ones.
+
+    Raises ValueError if the lists differ in length or a pair in size; nothing is resized, because
+    that would change the figure.
+    """
+    if len(images_a) != len(images_b):
+        raise ValueError(f"{len(images_a)} images against {len(images_b)}")
+    model = lpips_model(str(device))
+    for a, b in zip(images_a, images_b, strict=True):
+        if a.size != b.size:
+            raise ValueError(f"an image of {a.size} against one of {b.size}; LPIPS does not resize")
+
+    def tensor(images):
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+    distances = []
+    pairs = zip(images_a, images_b, strict=True)
+    for _, same_size in itertools.groupby(pairs, key=lambda pair: pair[0].size):
+        while batch := list(itertools.islice(same_size, 8)):
+            distances += model(*map(tensor, zip(*batch, strict=True))).flatten().tolist()
+    return np.array(distances, np.float32)
+
+
+def pairwise_lpips(images, device="cpu"):
+    """LPIPS between all pairs of `images`: float64 [n, n], symmetric, 0 on its diagonal.
+
+    For base images of one prompt at different seeds its mean over the pairs is LPIPS's *ceiling*:
+    what "an unrelated image of the same prompt" measures. For LoRA images it is their variety.
+    """
+    found = np.zeros((len(images), len(images)))
+    first, second = np.triu_indices(len(images), 1)
+    if len(first):
+        pairs = [images[i] for i in first], [images[i] for i in second]
+        found[first, second] = found[second, first] = lpips_distances(*pairs, device)
+    return found
+
+
+def pair_mean(distances):
+    """Mean over the pairs of symmetric `distances` [..., n, n] with a zero diagonal: [...].
+
+    NaN for fewer than two images.
+    """
+    count = distances.shape[-1]
+    if count < 2:
+        return np.full(distances.shape[:-2], np.nan)
+    return distances.sum(axis=(-2, -1)) / (count * (count - 1))

@@ -1,0 +1,279 @@
+"""Figures of an evaluation: sheets of images (PIL) and charts (matplotlib).
+
+Intervals as bars of a page: where each begins and ends, in per cent of the bar's width.
+
+A page draws them from these numbers with HTML alone, so that they follow its width and its colours.
+"""
+
+import math
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from lib.evaluation.prompts import OVERVIEW, first_of_each
+from lib.evaluation.report.words import CATEGORY_TITLES, NAMES, OTHERS, WISHED, interval_text
+from lib.images import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
+
+matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
+
+
+def comparison_figure(rows, title, pairs, side=256):
+    """Base and LoRA side by side: a row a prompt, `pairs` seeds in it, as one PIL image.
+
+    `rows` are dicts with `prompt`, `category`, and `base` and `lora`, lists of PIL images; `side` is
+    the width of each in pixels. Rows of more than four pairs are wrapped, so that an image stays large
+    enough to see.
+    """
+    big, small = ImageFont.load_default(22), ImageFont.load_default(15)
+    gap, between, head = 6, 22, 54
+    a_line = min(pairs, 4)
+    lines = -(-pairs // a_line)
+    width = a_line * (2 * side + gap + between) + between
+    tall = max(height_at(image, side) for row in rows for image in row["base"] + row["lora"])
+    height = head + len(rows) * (lines * (tall + gap) + 34) + between
+    figure = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(figure)
+    draw.text((between, 14), fit_text(title, big, width - 2 * between), INK, big)
+    y = head
+    for row in rows:
+        label = f"«{row['prompt']}»  {row['category']}; in each pair base on the left, LoRA on the right"
+        draw.text((between, y), fit_text(label, small, width - 2 * between), INK, small)
+        y += 24
+        for index in range(pairs):
+            x = between + index % a_line * (2 * side + gap + between)
+            top = y + index // a_line * (tall + gap)
+            for offset, image in ((0, row["base"][index]), (side + gap, row["lora"][index])):
+                figure.paste(shown(image, side), (x + offset, top))
+        y += lines * (tall + gap) + 10
+    return figure
+
+
+ACROSS = 6  # images of a prompt that an overview shows side by side, where its columns leave room for several
+WIDEST = 16_000  # pixels of a sheet; WebP holds 16,383
+
+
+def seeds_shown(columns, seeds):
+    """How many of a prompt's `seeds` images each of so many `columns` of an overview shows."""
+    return max(1, min(seeds, ACROSS // columns))
+
+
+def overview_figure(columns, prompts, side=256):
+    """What adapters changed, to be read without a word more: on the left images of the base model, beside
+    them those of the same noise with each adapter; a row a prompt. A PIL image.
+
+    `columns` are (title, images), the base model's first; its images are PIL images, prompt by prompt
+    and seed by seed. `prompts` are (category, prompt); those of OVERVIEW are shown. Images are `side` pixels
+    wide, fewer where there are very many columns. The letters stay readable at half its size, as a README
+    shows it.
+    """
+    count = len(columns[0][1]) // len(prompts)
+    seeds = seeds_shown(len(columns), count)
+    side = min(side, int(WIDEST / (1.2 * seeds * len(columns) + 0.2)))
+    big, small = ImageFont.load_default(side // 7), ImageFont.load_default(side // 9)
+    gap, between = side // 40, side // 6
+    block = seeds * (side + gap) - gap
+    line = side // 4
+    titles = [fit_lines(title, big, block) for title, _ in columns]
+    head = between + max(map(len, titles)) * between
+    chosen = first_of_each(prompts, OVERVIEW)
+    width = len(columns) * (block + between) + between
+    tall = max(
+        height_at(image, side) for _, images in columns for index in chosen for image in images[index * count :][:seeds]
+    )
+    figure = Image.new("RGB", (width, head + len(chosen) * (line + tall) + between), PAPER)
+    draw = ImageDraw.Draw(figure)
+    for number, lines in enumerate(titles):
+        x = between + number * (block + between)
+        draw.text((x, between // 2), "\n".join(lines), INK, big)
+    for number, index in enumerate(chosen):
+        category, prompt = prompts[index]
+        y = head + number * (line + tall)
+        kind = f"{CATEGORY_TITLES[category].lower()}: {WISHED[category]}"
+        end = width - between - small.getlength(kind)
+        prompt = fit_text(f"“{prompt}”", small, end - 2 * between)
+        draw.text((between, y + line // 3), prompt, INK, small)
+        draw.text((end, y + line // 3), kind, QUIET, small)
+        for column, (_, images) in enumerate(columns):
+            left = between + column * (block + between)
+            for offset, image in enumerate(images[index * count :][:seeds]):
+                figure.paste(shown(image, side), (left + offset * (side + gap), y + line))
+    return figure
+
+
+ANSWER_COLOURS = {"equivalent": "#2a6b3f", "undecided": "#8492a6"}  # else the one of a difference
+
+
+def forest_figure(pairs):
+    """A matplotlib forest plot: each difference of two experiments with its 95% interval, around 0,
+    in units of its margin, whose band is shaded."""
+    figure = Figure(figsize=(9, 1.4 + 0.36 * max(len(pairs), 1)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(-1, 1, color="#e4ede6", zorder=0)
+    axes.axvline(0, color="#888888", linewidth=1)
+    for y, row in enumerate(pairs):
+        colour = ANSWER_COLOURS.get(row["answer"], "#c4572e")
+        mean, low, high = (row[key] / row["margin"] for key in ("mean", "low", "high"))
+        if math.isfinite(low):
+            axes.plot([low, high], [y, y], color=colour, linewidth=2)
+        axes.plot(mean, y, "o", color=colour, markersize=6)
+    labels = [f"{NAMES[r['metric']]} (±{r['margin']:g}), {r['category']}: {r['second']} − {r['first']}" for r in pairs]
+    axes.set_yticks(range(len(pairs)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "difference in units of its margin (shaded), with its 95% interval\n"
+        "red: higher or lower; green: equivalent; grey: undecided"
+    )
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def distribution_figure(run, prompts):
+    """For each prompt the scores of every image, base beside LoRA: one panel a score."""
+    rows = run.rows
+    keys = [k for k in ("concept_similarity", "clip", "lpips") if rows[1][k] is not None]
+    figure = Figure(figsize=(9, 1.1 + 0.62 * len(prompts)), dpi=110, layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(keys), sharey=True))
+    for axes, key in zip(panels, keys, strict=True):
+        for y, (_, prompt) in enumerate(prompts):
+            for model, colour, shift in (("base", "#8492a6", -0.13), ("lora", "#c4572e", 0.13)):
+                values = [r[key] for r in rows if r["prompt"] == prompt and r["model"] == model]
+                values = [value for value in values if value is not None]
+                axes.plot(values, [y + shift] * len(values), "o", color=colour, alpha=0.55, markersize=5)
+        axes.set_title({"lpips": "LPIPS, base to LoRA"}.get(key, NAMES[key]), fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    labels = [prompt if len(prompt) < 40 else prompt[:38] + "…" for _, prompt in prompts]
+    panels[0].set_yticks(range(len(prompts)), labels, fontsize=8)
+    panels[0].invert_yaxis()
+    figure.supxlabel("grey: base, red: LoRA; one dot a seed", fontsize=9)
+    return figure
+
+
+# The verdicts that rest on the similarity to the training images, and on which prompts.
+SIMILARITY_OF = {"learned": ("success", "prompts that ask for it")} | {
+    question: (category, who) for question, (category, who, _) in OTHERS.items()
+}
+
+
+def placed(rows):
+    """`rows` with `style`, the places of their parts as CSS properties, on one common scale.
+
+    A row has `mean`, `low` and `high` (not finite where there is no interval) and `band`, the values
+    that count as no effect. The scale holds all of them and 0.
+    """
+    values = [0.0]
+    for row in rows:
+        values += [row["mean"], row["low"], row["high"], *row["band"]]
+    values = [value for value in values if math.isfinite(value)]
+    least, most = min(values), max(values)
+    room = 0.04 * (most - least)
+    least, most = least - room, most + room
+
+    def at(value):
+        return 100 * (value - least) / (most - least)
+
+    def part(name, low, high):
+        return f"--{name}-at: {at(low):.2f}%; --{name}-width: {at(high) - at(low):.2f}%"
+
+    found = []
+    for row in rows:
+        known = math.isfinite(row["low"])
+        ends = (row["low"], row["high"]) if known else (row["mean"], row["mean"])
+        style = "; ".join(
+            [part("band", *row["band"]), part("range", *ends), f"--zero: {at(0):.2f}%; --mean: {at(row['mean']):.2f}%"]
+        )
+        found.append(row | dict(style=style))
+    return found
+
+
+def verdict_bars(summaries):
+    """{question: {experiment: row}}: the interval that each verdict rests on, with a label and the
+    figures. `summaries` is {experiment: summary}.
+
+    A question has one scale for all experiments, and the three that rest on the similarity share
+    one, so that it shows how much of the concept went where.
+    """
+    rows = [dict(row, name=name) for name, summary in summaries.items() for row in rows_of(summary)]
+    found = {}
+    for scale in dict.fromkeys(row["scale"] for row in rows):
+        for row in placed([row for row in rows if row["scale"] == scale]):
+            found.setdefault(row["question"], {})[row["name"]] = row
+    return found
+
+
+def rows_of(summary):
+    """The rows of `verdict_bars` for one summary, not yet placed; equal `scale`s share a scale."""
+    margins, totals = summary["margins"], summary["categories"]
+    rows = []
+    for question, (category, who) in SIMILARITY_OF.items():
+        moved = totals.get(category, {}).get("concept_similarity")
+        if moved:
+            margin = margins["concept_similarity"]
+            rows.append(
+                dict(
+                    question=question,
+                    scale="similarity",
+                    band=(-margin, margin),
+                    label=f"similarity to the training images gained, {who}",
+                    text=interval_text(moved),
+                    **ends(moved),
+                )
+            )
+    copies = summary.get("memorised")
+    if copies and copies["share"] is not None:
+        share, high = copies["share"], copies["high"]
+        rows.append(
+            dict(
+                question="memorised",
+                scale="copies",
+                band=(0, copies["margin"]),
+                label="share of near-copies, up to its upper bound",
+                text=f"{share:.0%}, at most {high:.0%}",
+                mean=share,
+                low=share,
+                high=high,
+            )
+        )
+    if varied := totals.get("success", {}).get("variety"):
+        rows.append(
+            dict(
+                question="collapsed",
+                scale="variety",
+                band=(1 - margins["variety"], 1),
+                label="variety over the seeds, as a share of the base model's",
+                text=interval_text(varied, sign=False),
+                **ends(varied),
+            )
+        )
+    return rows
+
+
+def ends(interval):
+    """What a bar needs of an interval."""
+    return {key: interval[key] for key in ("mean", "low", "high")}
+
+
+def forest_bars(pairs):
+    """[(title, rows)]: the differences of each two experiments as bars in units of their margins."""
+    rows = []
+    for pair in pairs:
+        low, mean, high = (pair[key] / pair["margin"] for key in ("low", "mean", "high"))
+        rows.append(
+            dict(
+                title=f"{pair['second']} minus {pair['first']}",
+                answer=pair["answer"],
+                label=f"{NAMES[pair['metric']]}, {pair['category']} prompts",
+                text=interval_text(pair),
+                low=low,
+                mean=mean,
+                high=high,
+                band=(-1, 1),
+            )
+        )
+    found = {}
+    for row in placed(rows) if rows else ():
+        found.setdefault(row["title"], []).append(row)
+    return list(found.items())

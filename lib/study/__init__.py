@@ -1,0 +1,1 @@
+"""The study: its claims, what was measured of each, and its page."""
