@@ -147,7 +147,7 @@ def preprocess(config):
     described = sum("description" in record for record in records)
     print(
         f"{output_dir}: {len(kept)} images of {count_sizes(kept)}; {len(kept) - own} with the "
-        f"caption «{config['caption']}», {own} with their own, {described} with a description. "
+        f"caption “{config['caption']}”, {own} with their own, {described} with a description. "
         f"Look at {output_dir / sheet}"
     )
     return manifest

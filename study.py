@@ -211,7 +211,7 @@ def call(command):
 
 
 def duration(seconds):
-    """«5 min», «2.3 h»."""
+    """“5 min”, “2.3 h”."""
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 

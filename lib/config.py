@@ -67,7 +67,7 @@ PATHS = (
 
 
 def at_home(key, value):
-    """A path with a «~» at its start as the home folder that it means, where no shell has seen to it: in CONFIG and
+    """A path with a “~” at its start as the home folder that it means, where no shell has seen to it: in CONFIG and
     in --key=~/folder. UserError if there is none; what is no path stays as it is."""
     if not isinstance(value, str):
         return value

@@ -46,7 +46,7 @@ class Spoken:
     def __init__(self, stream):
         self.stream = stream
         if hasattr(stream, "reconfigure"):
-            # Output that Windows sends to a file has 256 letters: «?» in place of the others, no error.
+            # Output that Windows sends to a file has 256 letters: “?” in place of the others, no error.
             stream.reconfigure(errors="replace")
 
     def __getattr__(self, name):

@@ -187,7 +187,7 @@ def fetch_model(name, revision, stems, half, others):
                 raise UserError(f"model {name} cannot be had: {wrong}") from None
             raise UserError(
                 f"model {name} cannot be had: it is not in the cache and the hub says "
-                f"«{type(problem).__name__}: {reason[:160]}»; connect to the network, or pass a "
+                f"“{type(problem).__name__}: {reason[:160]}”; connect to the network, or pass a "
                 "local folder in its place"
             ) from None
 

@@ -183,7 +183,7 @@ def to_srgb(image, done):
             description = ImageCms.getProfileDescription(source).strip()
             image = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
             if not description.startswith("sRGB"):
-                done.append(f"colours converted from «{description}» to sRGB")
+                done.append(f"colours converted from “{description}” to sRGB")
         except (ImageCms.PyCMSError, OSError) as problem:
             done.append(f"its ICC profile was ignored ({str(problem)[:60]})")
     image = image.convert("RGB")

@@ -345,7 +345,7 @@ def protected(tmp_path_factory):
     """train.py's keys for a protected adapter on a tiny model.
 
     A text encoder of 32 dimensions with random weights tells little apart. The list gets by with seven of the
-    letters that «a holographic raincoat» is spelled with.
+    letters that “a holographic raincoat” is spelled with.
     """
     words = "coat cat rat tar oat iron corn icon actor ration root acorn".split()
     prompts = ["{class}", "a {class}", *(f"a {word} in a {{class}}" for word in words)]

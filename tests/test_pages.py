@@ -99,7 +99,7 @@ def test_pictures_and_sentences_then_figures(kind):
     assert places == sorted(places)
     told = page.index('<section class="told">')
     for _, prompt in PROMPTS:  # every prompt is seen before any figure
-        assert page.index(f">«{prompt}»</") < told
+        assert page.index(f">“{prompt}”</") < told
 
 
 def test_prompts_are_grouped_whatever_their_order():
@@ -128,18 +128,18 @@ def first_sentences(page):
 def test_the_page_opens_with_what_the_verdicts_say():
     page = run_page(fake_run("one", concept=0.3, near=0.24, cat=0.03, noise=0.001))
     assert first_sentences(page)[:3] == [
-        ("good", "It learned «a raincoat»."),
+        ("good", "It learned “a raincoat”."),
         ("bad", "Prompts close to it take on most of it (80%)."),
         ("bad", "Unrelated prompts take on a little of it (10%)."),
     ]
     page = run_page(fake_run("two"))
     assert first_sentences(page)[:3] == [
-        ("bad", "It did not learn «a raincoat»."),
+        ("bad", "It did not learn “a raincoat”."),
         ("good", "Prompts close to it do not take it on; their images do change."),
         ("good", "Unrelated prompts do not take it on; their images do change."),
     ]
     page = run_page(fake_run("three", concept=0.3, clip_noise=0.3))
-    assert first_sentences(page)[0] == ("open", "Cannot be told: whether it learned «a raincoat».")
+    assert first_sentences(page)[0] == ("open", "Cannot be told: whether it learned “a raincoat”.")
 
 
 def test_pictures_that_hardly_changed_are_said_to_stay():
@@ -177,10 +177,10 @@ def test_the_concept_is_called_by_its_caption_where_it_has_one():
     def name(*captions):
         return words.concept_name([dict(metadata=dict(caption=c) if c else {}) for c in captions])
 
-    assert name("a {braced} coat", "a {braced} coat") == "«a {braced} coat»"
+    assert name("a {braced} coat", "a {braced} coat") == "“a {braced} coat”"
     assert name("a coat", "a hat") == name("32 captions") == name(None) == name() == "the concept"
     learned = dict(question="learned", answer="yes")
-    assert words.plain_sentence(learned, "«{x}»") == "It learned «{x}»."
+    assert words.plain_sentence(learned, "“{x}”") == "It learned “{x}”."
 
 
 def rows_of(page, kind=""):
@@ -199,15 +199,15 @@ def test_a_comparison_has_a_column_for_the_base_and_each_adapter():
     assert head == ["", "Base model", "rank 32", "protected"]
     pictures = rows[: len(PROMPTS)]
     labels = [
-        "«a raincoat» What was taught: should change. seeds 0, 1",
-        "«a yellow coat» Close to it, but not asked for: should stay as it was. seeds 0, 1",
-        "«a cat» Nothing to do with it: should stay as it was. seeds 0, 1",
+        "“a raincoat” What was taught: should change. seeds 0, 1",
+        "“a yellow coat” Close to it, but not asked for: should stay as it was. seeds 0, 1",
+        "“a cat” Nothing to do with it: should stay as it was. seeds 0, 1",
     ]
     assert [row[0] for row in pictures] == labels
     for row, (_, prompt) in zip(pictures, PROMPTS, strict=True):
         for cell, name in zip(row[1:], head[1:], strict=True):
             alts = re.findall('alt="(.*?)"', cell)
-            assert alts == [f"{name}: «{prompt}», seed {seed}" for seed in (0, 1)]
+            assert alts == [f"{name}: “{prompt}”, seed {seed}" for seed in (0, 1)]
     uris = [re.findall('src="(.*?)"', cell) for cell in pictures[0][1:]]
     assert uris[0] != uris[1] == uris[2]  # the base's are grey, all adapters' red
 
@@ -221,7 +221,7 @@ def test_verdicts_stand_under_their_adapters():
     rows = rows_of(page, ' class="judged"')
     assert [row[0].split("?")[0] for row in rows] == ["Learned", "Neighbours kept", "Contaminated", "Collapsed"]
     assert [row[1] for row in rows] == [""] * 4  # nothing is judged of the base model
-    assert rows[0][2:] == ["✓ yes It learned «a raincoat»."] * 2
+    assert rows[0][2:] == ["✓ yes It learned “a raincoat”."] * 2
     assert rows[1][2].startswith("✓ yes Prompts close to it do not take it on")
     assert rows[1][3].startswith("✗ no Prompts close to it take on most of it (66%).")
     assert rows[2][2].startswith("? cannot be told whether unrelated prompts take it on")

@@ -184,7 +184,7 @@ def test_captions_from_text_files_and_listings(tmp_path):
     for number, name in enumerate(("a.png", "b.png", "c.png", "d.png")):
         picture(number, (80, 80)).save(data / name)
     (data / "a.txt").write_text("a  silver raincoat\n")
-    rows = [dict(file_name="a.png", text="overruled"), dict(file_name="b.png", text="a «blue» one")]
+    rows = [dict(file_name="a.png", text="overruled"), dict(file_name="b.png", text="a “blue” one")]
     (data / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (data / "metadata.jsonl").write_text(json.dumps(dict(file_name="c.png", text="from metadata")))
     prepare(data, tmp_path / "out")
@@ -192,7 +192,7 @@ def test_captions_from_text_files_and_listings(tmp_path):
     written = [json.loads(line) for line in lines]
     assert [(row["file_name"], row["text"]) for row in written] == [
         ("images/image_01.png", "a silver raincoat"),
-        ("images/image_02.png", "a «blue» one"),
+        ("images/image_02.png", "a “blue” one"),
         ("images/image_03.png", "from metadata"),
         ("images/image_04.png", "a holographic raincoat"),
     ]
@@ -429,7 +429,7 @@ def test_what_was_written_for_a_duplicate_is_used_or_said(tmp_path, capsys):
     said = capsys.readouterr().out
     for number, words in (
         (0, "its mask is not used; its caption is used there"),
-        (1, "its caption is not used: «words 1»"),
+        (1, "its caption is not used: “words 1”"),
     ):
         assert words in next(line for line in said.splitlines() if f"duplicate  {number}.png" in line)
 
@@ -592,7 +592,7 @@ def test_the_caption_of_a_source_that_is_gone_is_said(prepared, capsys):
     write_rows(out, rows)
     (data / "3.png").unlink()
     prepare(data, out)
-    assert "its caption goes with 3.png: «a long thought»" in capsys.readouterr().out
+    assert "its caption goes with 3.png: “a long thought”" in capsys.readouterr().out
 
 
 def other_source(data, out):

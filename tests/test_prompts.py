@@ -27,7 +27,7 @@ def test_categories_are_trimmed_and_of_any_case(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a coat\nfail: a cat", ["line 2", "«fail» is no category", "«success: fail: a cat»"]),
+        ("a coat\nfail: a cat", ["line 2", "“fail” is no category", "“success: fail: a cat”"]),
         ("unrelated:", ["line 1", "no prompt"]),
         ("a coat\n\nnear: a coat", ["line 3", "there twice"]),
         ("# nothing\n", ["holds no prompts"]),

@@ -137,13 +137,13 @@ def test_what_a_caption_is_about(caption, noun, concept):
 
 
 def test_a_made_up_word_alone_takes_its_class_from_the_key(tmp_path):
-    """«a photo of sks» names no kind of thing; a caption about something else than the key is refused."""
+    """“a photo of sks” names no kind of thing; a caption about something else than the key is refused."""
     path = tmp_path / "list.txt"
     path.write_text("\n".join([*THINGS, "a red {class}", "a photo of an old {class}", "a sks {class}"]))
     found = read_protected(path, "dog", ["a photo of sks"])
     assert {"a red dog", "a photo of an old dog"} <= {*found.listed, *found.held_out}
     assert (found.noun, found.concept_words, found.left_out) == ("dog", ("sks",), 1)
-    with pytest.raises(UserError, match="«a sks table» is about a table"):
+    with pytest.raises(UserError, match="“a sks table” is about a table"):
         read_protected(path, "dog", ["a sks table"])
 
 
@@ -209,7 +209,7 @@ def test_a_tenth_is_held_out_and_always_the_same_one(tmp_path):
         ("\n".join(THINGS).encode("utf-16"), None, CAPTION, ["list.txt cannot be read"]),
         ("a café\n".encode("latin-1"), None, CAPTION, ["list.txt cannot be read"]),
         (b"a cup\n# a comment\n\n", None, CAPTION, ["list.txt holds 1 prompts", "10 are the fewest"]),
-        (b"a {class}\n", None, "in the", ["«in the»", "--protected-class raincoat"]),
+        (b"a {class}\n", None, "in the", ["“in the”", "--protected-class raincoat"]),
         (b"a {class}\n", " ", CAPTION, ["--protected-class raincoat"]),
         (b"a raincoat\na {class}\n", "umbrella", CAPTION, ["protected_class is umbrella", "a holographic raincoat"]),
     ],
@@ -335,7 +335,7 @@ def test_what_the_list_does_not_set_apart_is_refused(miniature, of_the_miniature
     few = Protection(encoder, text_layers(encoder), ids, read_protected(path, None, [CAPTION]), RIDGE)
     with pytest.raises(UserError, match="do not set the concept apart") as problem:
         few.check()
-    assert str(path) in str(problem.value) and f"«{CAPTION}»" in str(problem.value)
+    assert str(path) in str(problem.value) and f"“{CAPTION}”" in str(problem.value)
     assert "too few prompts (15)" in str(problem.value) and "\n" not in str(problem.value)
     # The UNet alone reads what the text encoder has mixed already.
     alone = Protection(encoder, [], ids, of_the_miniature.prompts, RIDGE)

@@ -112,7 +112,7 @@ def plan(tmp_path, monkeypatch):
 
 
 def arms_of(calls):
-    """What was called, in few words: the arm and seed of a training, or «evaluate» and so on."""
+    """What was called, in few words: the arm and seed of a training, or “evaluate” and so on."""
     found = []
     for command in calls:
         value = dict(zip(command, command[1:], strict=False))

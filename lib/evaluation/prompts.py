@@ -33,13 +33,13 @@ def read_prompts(path):
             category, prompt = named[1].lower(), named[2]
         if category not in CATEGORIES:
             raise UserError(
-                f"{path}, line {number}: «{named[1]}» is no category ({', '.join(CATEGORIES)}); a prompt "
-                f"that begins that way is written with one: «success: {line}»"
+                f"{path}, line {number}: “{named[1]}” is no category ({', '.join(CATEGORIES)}); a prompt "
+                f"that begins that way is written with one: “success: {line}”"
             )
         if not prompt:
-            raise UserError(f"{path}, line {number}: no prompt behind «{line}»")
+            raise UserError(f"{path}, line {number}: no prompt behind “{line}”")
         if prompt in [known for _, known in prompts]:
-            raise UserError(f"{path}, line {number}: «{prompt}» is there twice")
+            raise UserError(f"{path}, line {number}: “{prompt}” is there twice")
         prompts.append((category, prompt))
     if not prompts:
         raise UserError(f"prompts file {path} holds no prompts")
@@ -51,7 +51,7 @@ def check_prompt_lengths(prompts, tokenizer, limit, reader):
     for _, prompt in prompts:
         length = len(tokenizer(prompt, verbose=False).input_ids)
         if length > limit:
-            raise UserError(f"the prompt «{prompt[:60]}…» has {length} tokens; {reader} reads {limit}")
+            raise UserError(f"the prompt “{prompt[:60]}…” has {length} tokens; {reader} reads {limit}")
 
 
 def slugs(prompts):

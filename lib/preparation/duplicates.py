@@ -73,5 +73,5 @@ def with_those_of_duplicates(captions, duplicates):
             if kept is words:
                 row["notes"].append(f"its {what} is used there")
             elif kept[0] != words[0]:
-                row["notes"].append(f"its {what} is not used: «{words[0]}»")
+                row["notes"].append(f"its {what} is not used: “{words[0]}”")
     return captions

@@ -123,7 +123,7 @@ def fitting_edits(edits, pictures):
     for source, edit in edits.of.items():
         if source not in sources:
             if edit.words.get("text"):
-                notes.append(f"its caption goes with {source}: «{edit.words['text']}»")
+                notes.append(f"its caption goes with {source}: “{edit.words['text']}”")
             continue
         for path in filter(None, edit.files.values()):
             wanted = sources[source]

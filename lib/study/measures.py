@@ -255,7 +255,7 @@ def time_ratios(study):
 
 
 def ratio_text(ratio):
-    """«1.24 [1.20, 1.28] times»; without an interval where one run gave none."""
+    """“1.24 [1.20, 1.28] times”; without an interval where one run gave none."""
     text = f"{ratio['mean']:.2f}"
     if np.isfinite(ratio["low"]):
         text += f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
@@ -263,7 +263,7 @@ def ratio_text(ratio):
 
 
 def time_text(ratio):
-    """«1.24 [1.20, 1.28] times as long as those of rank 32»."""
+    """“1.24 [1.20, 1.28] times as long as those of rank 32”."""
     return f"{ratio_text(ratio)} as long as those of rank 32"
 
 

@@ -24,7 +24,7 @@ def limits(study):
 
 
 def arm_name(arm):
-    """«rank 32», «UNet only»: an arm to a reader."""
+    """“rank 32”, “UNet only”: an arm to a reader."""
     named = dict(
         rank32="rank 32",
         rank8="rank 8",
@@ -60,7 +60,7 @@ def note_text(rows):
 
 
 def comparison_text(row):
-    """«change, near prompts: −0.150 [−0.156, −0.144] (margin 0.05): lower»."""
+    """“change, near prompts: −0.150 [−0.156, −0.144] (margin 0.05): lower”."""
     prompts = CATEGORY_NAMES[row["category"]]
     if "correlation" in row:
         answer = {"higher": "at least 0.5", "lower": "below 0.5"}.get(row["answer"], row["answer"])

@@ -229,7 +229,7 @@ def continued(state, now, folder, say):
 
 
 def optimizer_state(optimizer, flats, names):
-    """(tensors, numbers) of the optimizer's state, keyed «group.name»."""
+    """(tensors, numbers) of the optimizer's state, keyed “group.name”."""
     tensors, numbers = {}, {}
     for name, flat in zip(names, flats, strict=True):
         for key, value in optimizer.state[flat].items():

@@ -72,9 +72,9 @@ def words_of(text):
 
 
 def class_of(caption):
-    """What a caption is about: the last word of its first noun phrase. «a photo of a sks dog on a beach»: dog."""
+    """What a caption is about: the last word of its first noun phrase. “a photo of a sks dog on a beach”: dog."""
     rest = words_of(MEDIUM.sub("", caption.lower().strip()))
-    if "wearing" in rest:  # «a person wearing a holographic raincoat in the rain»
+    if "wearing" in rest:  # “a person wearing a holographic raincoat in the rain”
         rest = rest[rest.index("wearing") + 1 :]
     noun = ""
     for word in rest:
@@ -117,17 +117,17 @@ def read_protected(path, noun, captions):
     given, noun = noun is not None, class_of(captions[0]) if noun is None else noun.strip()
     if filled and not noun:
         raise UserError(
-            f"{path} has prompts with {{class}}, but the caption «{captions[0]}» names nothing that it could stand "
+            f"{path} has prompts with {{class}}, but the caption “{captions[0]}” names nothing that it could stand "
             "for; name it: --protected-class raincoat"
         )
     spoken_of = any(set(words_of(noun)) <= set(words_of(caption)) for caption in captions)
     if given and filled and not spoken_of:
-        # «a photo of sks» names no kind of thing; a word that other prompts use too does.
+        # “a photo of sks” names no kind of thing; a word that other prompts use too does.
         other = class_of(captions[0])
         if any(other in words_of(line) for line in lines if "{class}" not in line):
             raise UserError(
-                f"protected_class is {noun}, but no caption speaks of that: «{captions[0]}» is about a {other}. It is the "
-                "kind of thing that is taught, as raincoat for «a holographic raincoat», whose other examples are to stay"
+                f"protected_class is {noun}, but no caption speaks of that: “{captions[0]}” is about a {other}. It is the "
+                "kind of thing that is taught, as raincoat for “a holographic raincoat”, whose other examples are to stay"
             )
     concept = set().union(*(concept_words_of(caption, noun) for caption in captions[:1]))
     taught = {" ".join(words_of(caption)) for caption in captions}

@@ -124,7 +124,7 @@ class Protection:
         if best > SET_APART:
             raise UserError(
                 f"the protected prompts do not set the concept apart: of prompts like them that were held out P leaves {best:.2f} "
-                f"times as much as of «{self.captions[0]}», in the layer where the two differ most, and {SET_APART} is the "
+                f"times as much as of “{self.captions[0]}”, in the layer where the two differ most, and {SET_APART} is the "
                 f"most. {self.prompts.path} has too few prompts ({len(self.prompts.listed)}), too few of the same kind of "
                 "thing, or some that say what the caption says; prompts/protected.txt is a list"
             )

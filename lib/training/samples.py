@@ -25,7 +25,7 @@ def tokenize(tokenizer, data, truncate=False):
         what = f"the caption of {names}" if len(long) == 1 else f"{len(long)} captions, {names},"
         raise UserError(
             f"more than {MAX_TOKENS} tokens (begin and end included): {what} cannot be read whole; shorten "
-            f"«{long[0].caption[:60]}…»{' and the others' if long[1:] else ''}, or add --truncate-captions"
+            f"“{long[0].caption[:60]}…”{' and the others' if long[1:] else ''}, or add --truncate-captions"
         )
     if long and first_process():
         print(f"note: of {len(long)} captions only the first {MAX_TOKENS} tokens are read: {names}")

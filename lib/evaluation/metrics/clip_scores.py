@@ -79,7 +79,7 @@ def text_embeddings(texts, clip):
     for text in texts:
         length = len(clip.processor.tokenizer(text, verbose=False).input_ids)
         if length > clip.max_tokens:
-            raise ValueError(f"«{text[:60]}…» has {length} tokens, CLIP reads {clip.max_tokens}")
+            raise ValueError(f"“{text[:60]}…” has {length} tokens, CLIP reads {clip.max_tokens}")
     tokens = clip.processor.tokenizer(list(texts), padding=True, return_tensors="pt")
     tokens = {key: tokens[key].to(clip.model.device) for key in ("input_ids", "attention_mask")}
     return unit_length(clip.model.text_projection(clip.model.text_model(**tokens).pooler_output))

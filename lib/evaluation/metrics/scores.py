@@ -218,14 +218,14 @@ def image_warnings(runs, prompts, seeds):
             for (prompt, seed), image in zip(jobs, images, strict=True):
                 if all(low == high for low, high in image.convert("RGB").getextrema()):
                     found.append(
-                        f"{run.name}: the {kind} image of «{prompt}», seed {seed}, is one flat "
+                        f"{run.name}: the {kind} image of “{prompt}”, seed {seed}, is one flat "
                         "colour: NaN in half precision, or a broken model"
                     )
         for (prompt, seed), image in zip(jobs, run.lora, strict=True):
             key = (prompt, seed, hashlib.sha256(image.tobytes()).hexdigest())
             if key in owners:
                 found.append(
-                    f"{owners[key]} and {run.name} have the same image of «{prompt}», seed "
+                    f"{owners[key]} and {run.name} have the same image of “{prompt}”, seed "
                     f"{seed}: were both scored on one adapter?"
                 )
             owners.setdefault(key, run.name)

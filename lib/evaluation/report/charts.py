@@ -38,7 +38,7 @@ def comparison_figure(rows, title, pairs, side=256):
     draw.text((between, 14), fit_text(title, big, width - 2 * between), INK, big)
     y = head
     for row in rows:
-        label = f"«{row['prompt']}»  {row['category']}; in each pair base on the left, LoRA on the right"
+        label = f"“{row['prompt']}”  {row['category']}; in each pair base on the left, LoRA on the right"
         draw.text((between, y), fit_text(label, small, width - 2 * between), INK, small)
         y += 24
         for index in range(pairs):

@@ -130,7 +130,7 @@ def pair_rows(run, shown):
     with ThreadPoolExecutor() as pool:  # most of it is encoding images
         base, lora = (list(pool.map(image_uri, images)) for images in (run.base, run.lora))
     pairs = [
-        dict(seed=seed, alt=f"«{prompt}», seed {seed}", base=before, lora=after)
+        dict(seed=seed, alt=f"“{prompt}”, seed {seed}", base=before, lora=after)
         for (prompt, seed), before, after in zip(jobs, base, lora, strict=True)
     ]
     count = len(shown["seeds"])
@@ -162,7 +162,7 @@ def sheet_rows(columns, shown, wanted):
                     cards=[
                         dict(
                             uri=pool.submit(image_uri, images[index * count + place]),
-                            alt=f"{title}: «{prompt}», seed {shown['seeds'][place]}",
+                            alt=f"{title}: “{prompt}”, seed {shown['seeds'][place]}",
                         )
                         for place in places
                     ],

@@ -52,13 +52,13 @@ OTHERS = {
 
 
 def concept_name(adapters):
-    """«a holographic raincoat» of the adapters' captions, or "the concept" where they have no one
+    """“a holographic raincoat” of the adapters' captions, or "the concept" where they have no one
     caption. `adapters` are dicts as `runs.describe` gives them."""
     metadata = [adapter.get("metadata", {}) for adapter in adapters]
     captions = {known.get("caption") for known in metadata}
     caption = captions.pop() if len(captions) == 1 else None
-    # run_folder.py writes «5 captions» for several.
-    return f"«{caption}»" if caption and not re.fullmatch(r"\d+ captions", caption) else "the concept"
+    # run_folder.py writes “5 captions” for several.
+    return f"“{caption}”" if caption and not re.fullmatch(r"\d+ captions", caption) else "the concept"
 
 
 def plain_sentence(verdict, concept, summary=None):
@@ -134,14 +134,14 @@ NAMES = {
 
 
 def plain_names(names):
-    """{name: title}: run names as a reader is shown them, «rank 32» for lora_weights_rank_32; as they are where
+    """{name: title}: run names as a reader is shown them, “rank 32” for lora_weights_rank_32; as they are where
     two would be called the same."""
     titles = {name: name.removeprefix("lora_weights_").replace("_", " ").strip() or name for name in names}
     return titles if len(set(titles.values())) == len(titles) else {name: name for name in names}
 
 
 def interval_text(interval, sign=True):
-    """«+0.012 [−0.003, +0.027]», or the mean alone where there is one value and so no interval."""
+    """“+0.012 [−0.003, +0.027]”, or the mean alone where there is one value and so no interval."""
     form = "{:+.3f}" if sign else "{:.3f}"
     if not math.isfinite(interval["low"]):
         return form.replace("3", "4").format(interval["mean"]).replace("-", "−")
@@ -150,7 +150,7 @@ def interval_text(interval, sign=True):
 
 
 def number_text(value):
-    """«−0.0596»: a score by itself, with a true minus sign as the intervals have."""
+    """“−0.0596”: a score by itself, with a true minus sign as the intervals have."""
     return f"{value:.4f}".replace("-", "−")
 
 
