@@ -1,6 +1,7 @@
 """Updates decided on the GPU against those of accelerate and bitsandbytes; copies through pinned memory."""
 
 import copy
+import functools
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from conftest import ROOT, finish, forked
 from kernel_models import needs_gpu, needs_triton
 
 from lib.kernels import adamw8bit, pinned_staging
@@ -277,25 +278,49 @@ def quantize_exactly(values, qmap, absmax, codes, blocksize):
     codes.copy_(found + turned * torch.where(values > 0, 1, -1))
 
 
+def check_two_processes_decide_alike(folder):
+    """Also if the gradient of one overflows, or its loss is NaN: they update with the mean."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+
+    def train(rank):
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        run = Run("recorded", torch.device("cpu"))
+        run.go(6, overflows={0: set(), 1: {3}}[run.process])
+        print(run.progress, run.scaler.state_dict(), [p.flat.double().sum().item() for p in run.trained.values()])
+        run.give_up_in(20, losses={0: {8}, 1: set()}[run.process])
+        print(run.given_up, run.progress, [p.flat.double().sum().item() for p in run.trained.values()])
+
+    children = []
+    for rank in "01":
+        (folder / rank).mkdir()
+        children.append(forked(functools.partial(train, rank), folder / rank))
+    one, other = (finish(child, folder / rank) for child, rank in zip(children, "01", strict=True))
+    assert one.stdout == other.stdout, (one, other)
+    assert "skipped=1" in one.stdout.splitlines()[0], one
+    assert "('the loss is NaN or infinite', 8, [8]) Progress(step=8" in one.stdout.splitlines()[1], one
+
+
 INTERPRETED = """
 import sys; sys.path[:0] = sys.argv[1:3]
 import pathlib, torch
 import bitsandbytes.backends.cpu.ops
 import test_updates
 from lib.kernels import adamw8bit
-device = torch.device("cpu")
+device, folder = torch.device("cpu"), pathlib.Path(sys.argv[3])
+(folder / "checkpoint").mkdir()
 assert adamw8bit.missing_kernels(device) is None, adamw8bit.missing_kernels(device)
 bitsandbytes.backends.cpu.ops._quant_blockwise_fp32_direct = test_updates.quantize_exactly
 for check in test_updates.CHECKS:
-    folder = [pathlib.Path(sys.argv[3])] * (check is test_updates.check_resuming)
-    check(device, *folder)
+    check(device, *[folder / "checkpoint"] * (check is test_updates.check_resuming))
+test_updates.check_two_processes_decide_alike(folder)
 print("all right")
 """
 
 
 @needs_triton
 def test_recorded_updates_in_tritons_interpreter(tmp_path):
-    """The same without a GPU: called in place of captured, against bitsandbytes' kernel for CPUs."""
+    """The same without a GPU: called in place of captured, against bitsandbytes' kernel for CPUs; and by two processes."""
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, str(ROOT), str(ROOT / "tests"), str(tmp_path)],
         capture_output=True,
@@ -304,53 +329,6 @@ def test_recorded_updates_in_tritons_interpreter(tmp_path):
     )
     print(done.stdout)
     assert "all right" in done.stdout, done.stderr
-
-
-IN_TWO = """
-import sys; sys.path[:0] = sys.argv[1:3]
-import torch
-import test_updates
-run = test_updates.Run("recorded", torch.device("cpu"))
-mine = {0: set(), 1: {3}}[run.process]
-run.go(6, overflows=mine)
-print(run.progress, run.scaler.state_dict(), [part.flat.double().sum().item() for part in run.trained.values()])
-run.give_up_in(20, losses={0: {8}, 1: set()}[run.process])
-print(run.given_up, run.progress, [part.flat.double().sum().item() for part in run.trained.values()])
-"""
-
-
-@needs_triton
-def test_two_processes_decide_alike():
-    """Also if the gradient of one overflows, or its loss is NaN: they update with the mean."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    how = {
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", IN_TWO, str(ROOT), str(ROOT / "tests")],
-            text=True,
-            env=os.environ | how | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in "01"
-    ]
-    try:
-        said = [process.communicate(timeout=150) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    one, other = (out for out, _ in said)
-    assert one == other, said
-    assert "skipped=1" in one.splitlines()[0], said
-    assert "('the loss is NaN or infinite', 8, [8]) Progress(step=8" in one.splitlines()[1], said
 
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch, capsys, fresh):
