@@ -3,8 +3,8 @@
     LoRA   W' = W + scale * (alpha / rank) * B A       Hu et al. 2021, https://arxiv.org/abs/2106.09685
     DoRA   W' = m * W'' / ‖W''‖, W'' that sum           Liu et al. 2024; see LORA.md
 
-W is [out, in], A [rank, in], B [out, rank] and the magnitude m [out], with norms of rows. An `Adapter` in memory holds A
-and B of each adapted linear layer under the layer's module name.
+W is [out, in], A [rank, in] and B [out, rank]; norms are those of rows, and m is [out]. An `Adapter` in memory holds A and
+B of each adapted linear layer under the layer's module name.
 
 Every key of a file must find its layer and every layer its key. A mismatch is an error that counts and names them: the
 libraries underneath only warn, and then generate with the base model.
@@ -91,8 +91,7 @@ def magnitudes(model):
 
 @torch.no_grad()
 def dora_scales(model):
-    """{layer name: m ‖W‖ / ‖W + alpha / rank * B A‖ [out, 1]}: the magnitudes as ComfyUI, and `with_norms`, read kohya's
-    dora_scale."""
+    """{layer name: m ‖W‖ / ‖W + alpha / rank * B A‖ [out, 1]}: kohya's dora_scale, as ComfyUI and `with_norms` read it."""
     scales = {}
     for name, magnitude in magnitudes(model).items():
         layer = lora_layers(model)[name]

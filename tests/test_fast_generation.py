@@ -53,8 +53,8 @@ def test_the_batch_size_of_generation(monkeypatch):
 
 
 def test_a_captured_unet_generates_the_same_images(tiny_model, monkeypatch):
-    """Also in a smaller last batch, and in calls that the graph does not fit. (Without a GPU the same function is called
-    in place of a graph.)"""
+    """Also in a smaller last batch, and in calls that the graph does not fit. Without a GPU the same function is called
+    in place of a graph."""
     pipeline = generation.load_pipeline(tiny_model, torch.float32, "cpu")
     jobs = [(prompt, seed) for prompt in ("a raincoat", "a cat") for seed in (1, 2, 3)]
     how = dict(steps=3, resolution=64, batch_size=4, title="")

@@ -133,8 +133,8 @@ def half_runs(tmp_path_factory):
 @pytest.mark.parametrize("variant", ["", "dora "])
 @pytest.mark.parametrize("name", ["fast", "checkpointing"])
 def test_the_fast_path_is_the_plain_loop_in_half_precision(half_runs, name, variant):
-    """Over 50 steps its losses stay within half a unit in fp16's last place of the plain loop's, in float32 and in fp16,
-    and its weights as near to float32's as those of the plain loop in fp16."""
+    """Over 50 steps its losses stay within half a unit in fp16's last place of the plain loop's, in float32 and fp16, and
+    its weights as near to float32's as those of the plain loop in fp16."""
     exact, plain, fast = (half_runs[f"{variant}{kind}"] for kind in ("float32", "plain", name))
     rounding, found, between = (distances(*pair) for pair in ((exact, plain), (exact, fast), (plain, fast)))
     print(f"apart from float32: plain {rounding}, {name} {found}; of each other {between}")
@@ -146,8 +146,8 @@ def test_the_fast_path_is_the_plain_loop_in_half_precision(half_runs, name, vari
 @needs_gpu
 @pytest.mark.parametrize("variant", ["", "protected ", "dora "])
 def test_the_graph_is_the_eager_loop(half_runs, variant):
-    """The same function, replayed or called: the same numbers but for the order of some sums, which 8-bit states turn into
-    up to a twentieth of so short a run (5.4% for DoRA on an H200)."""
+    """The same function, replayed or called: the same numbers but for the order of some sums, which 8-bit states turn
+    into up to a twentieth of so short a run (5.4% for DoRA on an H200)."""
     found = distances(half_runs[f"{variant}eager"], half_runs[f"{variant}fast"])
     print(f"graph apart from eager: {found}")
     assert found[0] < 2e-3

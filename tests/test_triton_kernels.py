@@ -1,4 +1,4 @@
-"""Triton kernels: against PyTorch's results, compiled for other GPUs, compiled ahead of time, and when they must not be used."""
+"""Triton kernels: against PyTorch, compiled for every GPU, compiled ahead of time, and replaced where they fail."""
 
 import importlib
 import os
@@ -51,7 +51,7 @@ def test_kernels_give_pytorchs_results():
 
 
 def compiled(kernel, architecture, constants, kinds, other):
-    """Compile a kernel for an NVIDIA architecture; `kinds` are the types of parameters, by name, `other` of the rest."""
+    """Compile a kernel for an NVIDIA architecture. `kinds` are types of parameters, by name; the rest are `other`."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -36,8 +36,8 @@ def starts():
 
 
 class Run:
-    """Updates of a `kind`, "plain" or "recorded", of vectors with random gradients; if `scaled` with a loss scaler whose
-    scale grows after every fourth step."""
+    """Updates of a `kind`, "plain" or "recorded", with random gradients; if `scaled`, with a loss scaler whose scale
+    grows after every fourth step."""
 
     def __init__(self, kind, device, scaled=True, most=2, saved=None):
         accelerator = Accelerator(cpu=device.type == "cpu")
@@ -79,7 +79,7 @@ class Run:
         raise GivenUp
 
     def go(self, last, overflows=(), losses=(), always_settled=False):
-        """Train until `last` steps are done, then settle. The gradient of the steps `overflows`, counted from 0, contains
+        """Train until `last` steps are done, then settle. The gradients of the steps `overflows`, counted from 0, contain
         infinity; loss and gradient of the steps `losses` are NaN."""
         for step in range(self.progress.step, last):
             generator = torch.Generator().manual_seed(2 * step + self.process)
@@ -120,8 +120,8 @@ class Run:
 
 
 def apart(run, other):
-    """How far two runs are apart, which must agree in all counts: (the norm of the difference of the vectors over that of
-    their movement, the share of codes that differ).
+    """How far two runs are apart, which must agree in all counts: (the norm of the difference of the vectors over that
+    of their movement, the share of codes that differ).
 
     A value between two codes may get either, and its parameter then moves differently.
     """
@@ -320,7 +320,7 @@ print("all right")
 
 @needs_triton
 def test_recorded_updates_in_tritons_interpreter(tmp_path):
-    """The same without a GPU: called in place of captured, against bitsandbytes' kernel for CPUs; and by two processes."""
+    """The same without a GPU, called in place of captured, against bitsandbytes on a CPU; and in two processes."""
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, str(ROOT), str(ROOT / "tests"), str(tmp_path)],
         capture_output=True,

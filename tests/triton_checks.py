@@ -1,5 +1,5 @@
-"""The Triton kernels against plain PyTorch. Run by test_triton_kernels.py in a process of its own: on the GPU, or without
-one in Triton's interpreter, which is slow and must be chosen before the kernels are imported."""
+"""The Triton kernels against plain PyTorch. test_triton_kernels.py runs it in a process of its own: on the GPU, or
+without one in Triton's interpreter, which is slow and must be chosen before the kernels are imported."""
 
 import itertools
 import sys

@@ -15,6 +15,6 @@ bench/README.md). Here are fewer of them, and one launch for all:
 - pinned_staging: copies that the host does not wait for;
 - cpu: one thread for small batches, and faster forms of GEGLU and upsampling.
 
-lora, fused_projections and guidance's shared part work on any device. Where a GPU's kernels are unavailable, a note gives
-the reason and plain PyTorch remains.
+lora, fused_projections and guidance's shared part work on any device. Where the kernels for GPUs are unavailable, a note
+gives the reason and plain PyTorch remains.
 """

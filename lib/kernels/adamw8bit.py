@@ -1,9 +1,9 @@
 """bitsandbytes' blockwise 8-bit AdamW as a Triton kernel that takes every number from the GPU.
 
 bitsandbytes' own kernel takes learning rate and step number from the host, and before its launch the loss scaler reads
-from the GPU whether a gradient overflowed: the GPU idles meanwhile. Here one small kernel decides whether a step counts,
-and the other, launched in any case, updates the parameters or changes nothing. Without them, `missing_kernels` gives the
-reason and bitsandbytes remains.
+from the GPU whether a gradient overflowed: the GPU idles meanwhile. Here one small kernel decides whether a step counts.
+The other is launched in any case, and updates the parameters or changes nothing. Without them, `missing_kernels` gives
+the reason and bitsandbytes remains.
 """
 
 import functools

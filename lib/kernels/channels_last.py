@@ -151,7 +151,7 @@ def rebuild(model):
 
 @torch.no_grad()
 def _merge_biases(block):
-    """Add biases of a residual block that meet in one sum, which saves a pass over the whole tensor each. Its SiLU is in
+    """Merge the biases of a residual block that meet in one sum: each saves a pass over the whole tensor. Its SiLU is in
     the norms' kernel now; that of the timestep moves into a hook."""
     projection, shortcut = block.time_emb_proj, block.conv_shortcut
     if projection is not None:
@@ -187,8 +187,8 @@ def _transformer_output(transformer, hidden_states, residual, batch_size, height
 def _norm_forward(norm, silu, x):
     pixels = x if x.ndim == 4 else x[..., None]  # the VAE's attention passes [n, c, pixels]
     out = _normed(norm, pixels, silu)[1]
-    # A view of a batch of one may have other strides, even with the same shape. A convolution's backward pass would take
-    # them for another layout and copy its gradient there and back.
+    # A view of a batch of one may have other strides, even with the same shape. A convolution's backward pass would
+    # take them for another layout and copy its gradient there and back.
     return out if x.ndim == 4 else out[..., 0]
 
 
@@ -198,8 +198,8 @@ def _normed(norm, x, silu, shift=None):
 
 
 def _block_forward(block, x, temb=None):
-    """A residual block's forward pass. The shift between its convolutions, from the timestep or the first one's bias, is
-    added inside the second norm's kernel, and the last bias with the sum: two passes over the whole tensor less."""
+    """A residual block's forward pass. The shift between its convolutions, from the timestep or the first one's bias,
+    is added inside the second norm's kernel, and the last bias with the sum: two passes over the tensor less."""
     x, hidden = _normed(block.norm1, x, True)
     if temb is None:
         hidden, shift = conv_without_bias(block.conv1, hidden), block.conv1.bias.expand(len(x), -1)

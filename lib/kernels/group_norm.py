@@ -34,7 +34,7 @@ if triton:
 
     @triton.jit
     def _tile(image, row, end, channel, in_c, HW, C, ROWS: tl.constexpr):
-        """A tile of ROWS pixels from `row` on: its start, where its values lie behind that [ROWS, WIDTH], and the mask."""
+        """A tile of ROWS pixels from `row` on: its start, the places behind that [ROWS, WIDTH], and the mask."""
         rows = tl.arange(0, ROWS)[:, None]
         begin = (tl.cast(image, tl.int64) * HW + row) * C
         return begin, rows * C + channel[None, :], (row + rows < end) & in_c[None, :]
@@ -270,7 +270,7 @@ if triton:
 
 
 class GroupNormSilu(torch.autograd.Function):
-    """(x, F.silu(F.group_norm(x + shift[:, :, None, None], groups, weight, bias, eps))) of x [n, c, h, w], channels-last.
+    """(x, F.silu(F.group_norm(x + shift[:, :, None, None], groups, weight, bias, eps))), x [n, c, h, w], channels-last.
 
     Without `silu` the norm alone (Wu & He 2018). shift is [n, c] or None and gets no gradient, weight and bias [c] are
     frozen. Sums are float32. The backward pass needs x, and the mean and deviation of each group. x itself is returned

@@ -15,8 +15,8 @@ if triton:
 
     @triton.jit
     def sigmoid(x):
-        """1 / (1 + exp(-x)) by the hardware's approximations, to 22 bits: exact division takes longer than all else that a
-        norm does."""
+        """1 / (1 + exp(-x)) by the hardware's approximations, to 22 bits: exact division takes longer than all else in a
+        norm."""
         more = 1 + tl.exp2(-1.4426950408889634 * x)
         return tl.rsqrt(more * more)
 
@@ -99,7 +99,7 @@ if triton:
 
     @triton.jit
     def _normal(x):
-        """(Φ(x), exp(-x²/2)), where Φ is the standard normal distribution function, to 1e-7: Abramowitz and Stegun 7.1.26.
+        """(Φ(x), exp(-x²/2)), Φ being the standard normal distribution function, to 1e-7: Abramowitz and Stegun 7.1.26.
         With it the kernel is bound by memory, with erf itself by arithmetic."""
         bell = tl.exp2(-0.7213475204444817 * x * x)
         more = 1 + 0.3275911 * 0.7071067811865476 * tl.abs(x)

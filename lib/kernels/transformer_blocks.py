@@ -76,7 +76,7 @@ def use_transformer_kernels(model):
 
 
 def transformer_jobs(model, training):
-    """Functions that launch each kernel that `model` will need, so that it is compiled: {kernel and sizes: function}."""
+    """Functions that launch each kernel that `model` will need, to compile it: {kernel and sizes: function}."""
     like, jobs = next(model.parameters()), {}
     passes = (False, True) if training else (False,)  # backward or not
 
