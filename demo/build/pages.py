@@ -37,7 +37,7 @@ A number behind a stage says that it was trained further, from the weights that 
 |---|---|---|---|---|
 {runs}
 
-Rendered images of {config[resolution]} pixels: {config[base_images]:,} and {config[fresh_images]:,} more without
+Rendered images of {config[resolution]} pixels: {config[base_pictures]:,} and {config[fresh_pictures]:,} more without
 holographic things, all of which the scorer had, {config[foil_pictures]:,} of foil for the VAE, {config[holographic_pictures]:,} of
 holographic garments for the scorer. Parameters: {parameters}.
 {sizes[mebibytes]} MiB together on disk.
@@ -86,8 +86,8 @@ On the finished model it gave +0.201 [+0.139, +0.264] (4 sampling seeds), twice 
 On scenes whose combination of thing, colour, material, wearer and place is left out of all training
 (one combination in {config[heldout_every]}).
 
-**VAE.** {vae[images]} rendered images: PSNR {vae[psnr_db]} dB, LPIPS {vae[lpips]}.
-{holo[images]} rendered holographic raincoats, a garment that it never saw of foil: PSNR {holo[psnr_db]} dB,
+**VAE.** {vae[pictures]} rendered images: PSNR {vae[psnr_db]} dB, LPIPS {vae[lpips]}.
+{holo[pictures]} rendered holographic raincoats, a garment that it never saw of foil: PSNR {holo[psnr_db]} dB,
 LPIPS {holo[lpips]}.
 
 **Scorer.** Among {among} images and captions, an image finds its caption in {first} and a
