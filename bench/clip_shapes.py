@@ -4,11 +4,11 @@
     python bench/clip_shapes.py                # minutes on a CPU core, most of them rendering
     python bench/clip_shapes.py --scenes 40
 
-Rendered scenes with true captions are cut to portraits and landscapes that show them from edge to edge. Each is made into
-CLIP's square in four ways: a centre crop (CLIP's processor), resizing (the evaluation), padding with grey, padding with its
-outermost pixels. Prints for each way the share of images whose nearest caption is true of them; the mean cosine to the square
-scene that they were cut from, less that to the nearest other scene (by which a copy in another shape is recognised); and
-the share of images in which that difference is above 0.
+Rendered scenes with true captions are cut to portraits and landscapes that show them from edge to edge. Each is made
+into CLIP's square in four ways: a centre crop (CLIP's processor), resizing (the evaluation), padding with grey, padding
+with its outermost pixels. Prints for each way the share of images whose nearest caption is true of them; the mean
+cosine to the square scene that they were cut from, less that to the nearest other scene (by which a copy in another
+shape is recognised); and the share of images in which that difference is above 0.
 """
 
 import argparse

@@ -5,17 +5,17 @@
     python bench/coverage.py --cells coverage.csv  # and a row for each of the 945 cells
 
 Four tables: coverage and width of 95% intervals, over numbers of training runs and sampling seeds and over the spreads
-of runs, seeds and rest; how often a family of null tests finds something; coverage beside the rules that were replaced; and the
-power of what `smallest_detectable` and `runs_to_decide` promise. The last line and the exit status say whether every
-bound is kept.
+of runs, seeds and rest; how often a family of null tests finds something; coverage beside the rules that were replaced;
+and the power of what `smallest_detectable` and `runs_to_decide` promise. The last line and the exit status say whether
+every bound is kept.
 
 With one training run the truth is that run's own mean, to which its interval refers.
 
 A cell at exactly 95% would sometimes fall below 94.5% by the chance of 10,000 draws. The first table therefore removes
-chance where it can (Rao-Blackwell): given a study's sums of squares, which determine the width of its interval, the mean is
-still normal around the truth with the true variance, because the two are independent in this model. Each study counts with
-the exact probability that its interval covers the truth. The sums are drawn as a Latin hypercube, the same for every spread.
-All other tables except the last draw values and count.
+chance where it can (Rao-Blackwell): given a study's sums of squares, which determine the width of its interval, the
+mean is still normal around the truth with the true variance, because the two are independent in this model. Each study
+counts with the exact probability that its interval covers the truth. The sums are drawn as a Latin hypercube, the same
+for every spread. All other tables except the last draw values and count.
 
 7.5 million intervals are read from a table. A width is proportional to the norm of the root sums of squares, so only
 their direction is tabulated. The error against statistics.half_widths is measured and printed.
@@ -208,8 +208,8 @@ def measure_cells(runs, seeds):
 def measure_family(kind, runs, spreads):
     """Share of families of null tests, 8 seeds, that find something, by the present and by the former rule.
 
-    Holm's correction finds something if the smallest p-value is below 0.05 / tests. `kind` is the number of tests of one
-    experiment, or "compare": pairs of three experiments on the same training and sampling seeds.
+    Holm's correction finds something if the smallest p-value is below 0.05 / tests. `kind` is the number of tests of
+    one experiment, or "compare": pairs of three experiments on the same training and sampling seeds.
     """
     rng = np.random.default_rng([runs, *(int(10 * s) for s in spreads)])
     if kind == "compare":

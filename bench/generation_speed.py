@@ -5,10 +5,10 @@
     python bench/generation_speed.py --base-model MODEL --lora-dir MODEL/adapter --clip-model MODEL/clip
     python bench/generation_speed.py --demo                   # the miniature, on a CPU
 
-First the whole evaluation in a process of its own, on a GPU twice: with empty kernel caches, as on a machine's first run, and
-again. Then the study's way (two pipelines, one image at a time), and inference.py's generation with one technique removed at
-a time. `difference` is the mean absolute difference of the pixels (0 to 255) from the row "ours, 8 at once", for the same
-prompts and seeds.
+First the whole evaluation in a process of its own, on a GPU twice: with empty kernel caches, as on a machine's first
+run, and again. Then the study's way (two pipelines, one image at a time), and inference.py's generation with one
+technique removed at a time. `difference` is the mean absolute difference of the pixels (0 to 255) from the row "ours, 8
+at once", for the same prompts and seeds.
 """
 
 import argparse

@@ -5,10 +5,10 @@
     python bench/growth.py WORK --counts 32,300,3000,10000 --chart bench/growth.png
 
 For each number of images of 900x1200: preprocess.py; train.py twice (it encodes the images, then finds cached latents);
-inference.py twice (it embeds them, then finds cached embeddings). Training takes a few steps and evaluation generates a few
-images, so what grows is the cost of the images. Memory is that of a script and its processes together, shared pages
-counted once (PSS), sampled five times a second. Prints the table row by row. WORK is a folder for the images and everything
-made from them, about a megabyte per image; delete it afterwards.
+inference.py twice (it embeds them, then finds cached embeddings). Training takes a few steps and evaluation generates a
+few images, so what grows is the cost of the images. Memory is that of a script and its processes together, shared pages
+counted once (PSS), sampled five times a second. Prints the table row by row. WORK is a folder for the images and
+everything made from them, about a megabyte per image; delete it afterwards.
 """
 
 import argparse

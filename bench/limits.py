@@ -4,9 +4,9 @@
     python bench/limits.py           # Stable Diffusion v1.5 at 512x512
     python bench/limits.py --demo    # the miniature at 256x256
 
-Operations are counted on the meta device (matrix products, convolutions, attention; a multiply-add counts as two). Bytes are
-those of the weights, read once per pass. The rates are measured: a large matrix product and a large copy (read and
-written), in fp16 on a GPU, in fp32 on a CPU.
+Operations are counted on the meta device (matrix products, convolutions, attention; a multiply-add counts as two).
+Bytes are those of the weights, read once per pass. The rates are measured: a large matrix product and a large copy
+(read and written), in fp16 on a GPU, in fp32 on a CPU.
 """
 
 import argparse

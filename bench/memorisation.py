@@ -4,10 +4,10 @@
     python bench/memorisation.py                  # 4 minutes of one CPU core
     python bench/memorisation.py --studies 2000   # smaller simulation error, five times as long
 
-How often the test finds copies where nothing is copied, and where something is. Simulated studies have 8 seeds, 3 prompts
-and 1, 3 or 5 training runs; each run holds out 4 of m + 4 images at random. Embeddings are random directions around a common
-one in 32 dimensions. A copy has a cosine of about 0.98 to its original. Images of one seed are independent ("weak") or nearly
-the same in all prompts and runs ("strong").
+How often the test finds copies where nothing is copied, and where something is. Simulated studies have 8 seeds, 3
+prompts and 1, 3 or 5 training runs; each run holds out 4 of m + 4 images at random. Embeddings are random directions
+around a common one in 32 dimensions. A copy has a cosine of about 0.98 to its original. Images of one seed are
+independent ("weak") or nearly the same in all prompts and runs ("strong").
 """
 
 import argparse
@@ -166,7 +166,8 @@ def print_yes(kinds, sizes, copied, count):
 
 
 def print_no(count):
-    """How often the answer is "no" with a share of copies at the margin (must be at most 5%) and with none, and how often
+    """How often the answer is "no" with a share of copies at the margin (must be at most 5%) and with none, and how
+    often
     the reference level is too high (must be at most 1%)."""
     print_header("m", "seeds", "share copied", "% no", "% level too high")
     margin = memorisation.MARGIN

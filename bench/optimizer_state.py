@@ -3,10 +3,10 @@
 
     python bench/optimizer_state.py [OPTION OF train.py ...]    # the miniature, 40 steps, some minutes on a CPU
 
-bitsandbytes keeps 32-bit states for tensors of fewer than 4,096 elements. train.py gives it one vector per component, which
-is longer. Each rank is trained three times from the same start: like train.py, with bitsandbytes' rule per matrix, and with
-32 bits for all. Prints the norm of the difference of the trained B factors from the 32-bit run's, over their norm, and the
-share of the parameters in such matrices, here and in Stable Diffusion v1.5.
+bitsandbytes keeps 32-bit states for tensors of fewer than 4,096 elements. train.py gives it one vector per component,
+which is longer. Each rank is trained three times from the same start: like train.py, with bitsandbytes' rule per
+matrix, and with 32 bits for all. Prints the norm of the difference of the trained B factors from the 32-bit run's, over
+their norm, and the share of the parameters in such matrices, here and in Stable Diffusion v1.5.
 """
 
 import sys

@@ -6,8 +6,8 @@
     python bench/step_profile.py --base-model MODEL                     # train.py's configuration
     python bench/step_profile.py --base-model MODEL --no-gradient-checkpointing --dora
 
-Takes train.py's options; needs a CUDA GPU. Prints the time of a replay of the step's CUDA graph, then its kernels by name,
-sorted by total time (torch.profiler over five replays).
+Takes train.py's options; needs a CUDA GPU. Prints the time of a replay of the step's CUDA graph, then its kernels by
+name, sorted by total time (torch.profiler over five replays).
 """
 
 import collections

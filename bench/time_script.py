@@ -3,8 +3,8 @@
 
     python bench/time_script.py SCRIPT [ARGUMENTS ...]
 
-Prints the median time between two updates of its tqdm bar, without the first 20, synchronising with the GPU at each, and the
-GPU memory that it reserved.
+Prints the median time between two updates of its tqdm bar, without the first 20, synchronising with the GPU at each,
+and the GPU memory that it reserved.
 """
 
 import atexit

@@ -8,9 +8,9 @@
     python bench/train_speed.py demo                        # the miniature, on a CPU
 
 `scripts` runs each script in a process of its own. train.py runs its whole 4000 steps with empty kernel caches, as on a
-machine's first run. PATH is examples/dreambooth/train_dreambooth_lora.py of a diffusers checkout. `parts` times variants of
-a training step in one process, without held-out images, then removes one technique at a time. "GiB, driver" is what
-nvidia-smi counts.
+machine's first run. PATH is examples/dreambooth/train_dreambooth_lora.py of a diffusers checkout. `parts` times
+variants of a training step in one process, without held-out images, then removes one technique at a time. "GiB, driver"
+is what nvidia-smi counts.
 """
 
 import argparse

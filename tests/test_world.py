@@ -14,7 +14,7 @@ from conftest import ROOT
 from demo import world
 from demo.world.__main__ import main
 from demo.world.materials.film import cie_xyz, film_table, thin_film_reflectance
-from demo.world.training_pictures import description, training_scenes
+from demo.world.training_images import description, training_scenes
 from lib.errors import run_script
 
 PROMPTS = (
