@@ -1,20 +1,20 @@
-# Everything runs in a virtual environment of its own, .venv, made at first use.
+# Everything runs in the virtual environment .venv, which is created at first use.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help demo study test lint format clean
 
 help:
-	@echo "make demo    set up, then run the whole job on the embedded miniature model (CPU, minutes)"
-	@echo "make study   set up, then train and evaluate every arm of the study (a GPU, or a CPU and hours);"
-	@echo "             BASE_MODEL=... with that Stable Diffusion, SEEDS=42,43 with other training seeds"
-	@echo "make test    set up, then run every test (CPU, no network beyond the packages)"
+	@echo "make demo    prepare, train and evaluate the embedded miniature (CPU, minutes)"
+	@echo "make study   train and evaluate every arm of the study (GPU, or hours on a CPU)"
+	@echo "             BASE_MODEL=... another base model, SEEDS=42,43 other training seeds"
+	@echo "make test    run all tests (CPU; network only for the packages)"
 	@echo "make lint    check format and style"
-	@echo "make format  mend format and style"
-	@echo "make clean   remove the virtual environment and processed_data/"
+	@echo "make format  fix format and style"
+	@echo "make clean   delete .venv and processed_data/"
 
 .venv/installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python " + sys.version.split()[0] + ", but 3.11 or newer is needed; choose another: make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
@@ -29,7 +29,7 @@ demo: .venv/installed
 	$(BIN)/python train_experiment_protected.py --demo
 	$(BIN)/python inference.py --demo --lora-dir lora_weights/demo_runs --output-dir results/demo
 	@echo
-	@echo "Open this page to see what each adapter learned and what it spoiled:"
+	@echo "What each adapter learned, and what else it changed:"
 	@echo "  $(CURDIR)/results/demo/comparison/report.html"
 
 study: .venv/installed

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""How CLIP should see an image that is not square, tried on the miniature's scorer (no GPU needed).
+"""Four ways to show CLIP an image that is not square, compared on the miniature's scorer (no GPU needed).
 
-    python bench/clip_shapes.py                # minutes on a CPU core, most of which is rendering
+    python bench/clip_shapes.py                # minutes on a CPU core, most of them rendering
     python bench/clip_shapes.py --scenes 40
 
-Rendered scenes with true captions are cut to portraits and landscapes that show them from edge to edge, and made into
-CLIP's square in four ways: its centre is cut out (what CLIP's processor does), all of it is resized to a square (what the
-evaluation does), or it is padded to a square, with grey or with its outermost pixels. For each way: the share of images
-whose nearest caption is true of them; the mean cosine to the square scene that they were cut from, less that to the
-nearest other scene (what a copy in another shape is told by); and the share of which that is above 0.
+Rendered scenes with true captions are cut to portraits and landscapes that show them from edge to edge. Each is made
+into CLIP's square in four ways: a centre crop (CLIP's processor), resizing (the evaluation), padding with grey, padding
+with its outermost pixels. Prints for each way the share of images whose nearest caption is true of them; the mean
+cosine to the square scene that they were cut from, less that to the nearest other scene (by which a copy in another
+shape is recognised); and the share of images in which that difference is above 0.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def window(image, shape):
-    """The largest part of a square image around its middle that has a shape, (width, height)."""
+    """The largest centre crop of a square image with aspect ratio `shape`, (width, height)."""
     width, height = (image.width * side // max(shape) for side in shape)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
@@ -60,11 +60,14 @@ WAYS = {
 }
 
 
-def measure(pictures, texts, true, scenes):
-    """The three figures of embedded images [n, d]; `texts` and `scenes` [n, d] are their captions' and the square
-    scenes', `true` [n, n] says which caption holds for which image."""
-    named = true[np.arange(len(pictures)), (pictures @ texts.T).argmax(axis=1)]
-    cosines = pictures @ scenes.T
+def measure(images, texts, true, scenes):
+    """The three figures of a way.
+
+    images, texts, scenes: embeddings [n, d] of images, captions and square scenes
+    true: [n, n], whether caption j is true of image i
+    """
+    named = true[np.arange(len(images)), (images @ texts.T).argmax(axis=1)]
+    cosines = images @ scenes.T
     own = cosines.diagonal().copy()
     np.fill_diagonal(cosines, -1)
     margins = own - cosines.max(axis=1)
@@ -73,7 +76,7 @@ def measure(pictures, texts, true, scenes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=200)
+    parser.add_argument("--scenes", type=int, default=200, help="number of scenes (default 200)")
     count = parser.parse_args().scenes
     rng = np.random.default_rng(5)
     scenes = [world.sample_scene(rng, holographic=number % 6 == 0) for number in range(count)]
@@ -88,7 +91,7 @@ def main():
     squares = [Image.fromarray(pixels) for pixels in rendered]
     texts, whole = (clip_scores.text_embeddings(captions, clip), clip_scores.image_embeddings(squares, clip))
 
-    print(f"{count} scenes, captions found / cosine above the nearest other scene's / above 0:\n")
+    print(f"{count} scenes, nearest caption true / cosine less the nearest other scene's / share above 0:\n")
     print("| shape | " + " | ".join(WAYS) + " |")
     print("|--:|" + "--:|" * len(WAYS))
     for shape in SHAPES:
@@ -96,8 +99,8 @@ def main():
         cells = []
         for way in WAYS.values():
             seen = clip_scores.image_embeddings([way(image, side) for image in cut], clip)
-            found, margin, above = measure(seen, texts, true, whole)
-            cells.append(f"{found:.0%} / {margin:.3f} / {above:.0%}")
+            named, margin, above = measure(seen, texts, true, whole)
+            cells.append(f"{named:.0%} / {margin:.3f} / {above:.0%}")
         print(f"| {shape[0]}:{shape[1]} | " + " | ".join(cells) + " |", flush=True)
 
 

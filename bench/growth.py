@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""How seconds and memory of each script grow with the number of images.
+"""Seconds and memory of each script over the number of images.
 
-    python bench/growth.py WORK                           # 32, 300 and 3,000 made-up images, on the miniature
+    python bench/growth.py WORK                           # 32, 300 and 3,000 made-up images, the miniature
     python bench/growth.py WORK --counts 32,300,3000,10000 --chart bench/growth.png
 
-For each number of images of 900x1200: preprocess.py; train.py, which encodes the images, and again, which finds
-their latents kept; inference.py, which embeds them, and again. Training takes a few steps and evaluation draws a few
-images, so that what grows is what the images cost. Memory is that of a script and its processes together, shared
-pages counted once (PSS), sampled while it runs. Prints a table as it goes; WORK is a folder for the images and all
-that is made of them, a megabyte an image, and may be removed afterwards.
+For each number of images of 900x1200: preprocess.py; train.py twice (it encodes the images, then finds cached latents);
+inference.py twice (it embeds them, then finds cached embeddings). Training takes a few steps and evaluation generates a
+few images, so what grows is the cost of the images. Memory is that of a script and its processes together, shared pages
+counted once (PSS), sampled five times a second. Prints the table row by row. WORK is a folder for the images and
+everything made from them, about a megabyte per image; delete it afterwards.
 """
 
 import argparse
@@ -27,8 +27,8 @@ SIZE = (900, 1200)
 COLUMNS = ("preprocess.py", "train.py, first", "train.py, again", "inference.py, first", "inference.py, again")
 
 
-def make_pictures(folder, count):
-    """So many different JPEG files in `folder`: smooth colours under a finer pattern, as noisy as photographs."""
+def make_images(folder, count):
+    """Write `count` different JPEG files: smooth colours under a finer pattern, as noisy as photographs."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         path = folder / f"{number:05}.jpg"
@@ -45,19 +45,19 @@ def make_pictures(folder, count):
 
 
 def tree_megabytes(process):
-    """PSS of a process and all that it started, MB."""
+    """PSS of a process and its children, MB."""
     total = 0
     for one in (process, *process.children(recursive=True)):
         try:
             total += one.memory_full_info().pss
-        except psutil.Error:  # it has just ended
+        except psutil.Error:  # it has just exited
             continue
     return total / 1e6
 
 
 def measured(script, *options):
-    """(seconds, MB at most) of a script at the root; stops the bench if it fails."""
-    started, most = time.perf_counter(), 0.0
+    """(seconds, peak MB) of a script of the repository; exits if it fails."""
+    started, peak = time.perf_counter(), 0.0
     command = [sys.executable, str(ROOT / script), *map(str, options)]
     environment = os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
@@ -69,58 +69,36 @@ def measured(script, *options):
                 child.communicate(timeout=0.2)
                 break
             except subprocess.TimeoutExpired:
-                most = max(most, tree_megabytes(process))
+                peak = max(peak, tree_megabytes(process))
         if child.returncode:
-            sys.exit(f"{' '.join(command)} ended with {child.returncode}")
-    return time.perf_counter() - started, most
+            sys.exit(f"{' '.join(command)} failed with exit status {child.returncode}")
+    return time.perf_counter() - started, peak
 
 
 def measure(work, count, resolution):
-    """[(seconds, MB)] of COLUMNS for so many images."""
+    """[(seconds, MB)] of COLUMNS for `count` images."""
     folder = work / str(count)
-    make_pictures(folder / "data", count)
+    make_images(folder / "data", count)
     data, runs = folder / "processed", folder / "runs"
-    data_options = ("--data-dir", data)
-    found = [measured("preprocess.py", "--data-dir", folder / "data", "--output-dir", data, "--resolution", resolution)]
-    training = (
-        "--demo",
-        *data_options,
-        "--output-dir",
-        runs,
-        "--max-steps",
-        10,
-        "--warmup-steps",
-        1,
-        "--validate-every",
-        10,
-    )
-    evaluating = (
-        "--demo",
-        *data_options,
-        "--lora-dir",
-        runs,
-        "--output-dir",
-        folder / "results",
-        "--seeds",
-        2,
-        "--steps",
-        2,
-    )
-    for script, options in (("train.py", training), ("inference.py", evaluating)):
-        found += [measured(script, *options) for _ in range(2)]
-    return found
+    demo = ("--demo", "--data-dir", data)
+    training = [*demo, "--output-dir", runs, *"--max-steps 10 --warmup-steps 1 --validate-every 10".split()]
+    evaluation = [*demo, "--lora-dir", runs, "--output-dir", folder / "results", *"--seeds 2 --steps 2".split()]
+    costs = [measured("preprocess.py", "--data-dir", folder / "data", "--output-dir", data, "--resolution", resolution)]
+    for script, options in (("train.py", training), ("inference.py", evaluation)):
+        costs += [measured(script, *options) for _ in range(2)]
+    return costs
 
 
 def draw_chart(rows, path):
-    """Two panels, seconds and memory over the number of images, a line a script."""
+    """Two panels, seconds and memory over the number of images, one line per script."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, place, title in zip(figure.subplots(1, 2), (0, 1), ("seconds", "MB"), strict=True):
         for number, name in enumerate(COLUMNS):
-            values = [found[number][place] for _, found in rows]
+            values = [costs[number][place] for _, costs in rows]
             axes.plot([count for count, _ in rows], values, "o-", label=name)
-        axes.set(xlabel="pictures", title=title, xlim=(0, None), ylim=(0, None))
+        axes.set(xlabel="images", title=title, xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)
@@ -128,9 +106,9 @@ def draw_chart(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--counts", default="32,300,3000", help="numbers of images, with commas")
-    parser.add_argument("--chart", type=Path, help="where the chart goes, a PNG file")
+    parser.add_argument("work", type=Path, help="folder for images and results")
+    parser.add_argument("--counts", default="32,300,3000", help="numbers of images, separated by commas")
+    parser.add_argument("--chart", type=Path, help="PNG file for the chart")
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from train import DEMO
@@ -139,9 +117,9 @@ def main():
     print("|--:|" + "--:|" * 2 * len(COLUMNS))
     rows = []
     for count in map(int, arguments.counts.split(",")):
-        found = measure(arguments.work.resolve(), count, DEMO["resolution"])
-        rows.append((count, found))
-        print(f"| {count:,} | " + " | ".join(f"{s:.1f} | {mb:.0f}" for s, mb in found) + " |", flush=True)
+        costs = measure(arguments.work.resolve(), count, DEMO["resolution"])
+        rows.append((count, costs))
+        print(f"| {count:,} | " + " | ".join(f"{s:.1f} | {mb:.0f}" for s, mb in costs) + " |", flush=True)
     if arguments.chart:
         draw_chart(rows, arguments.chart)
 

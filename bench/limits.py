@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""What no program could beat: the operations of a step and of an image over this machine's rates.
+"""Lower bounds on the time of a training step and of an image: operations and bytes over this machine's rates.
 
     python bench/limits.py           # Stable Diffusion v1.5 at 512x512
     python bench/limits.py --demo    # the miniature at 256x256
 
-The operations are counted without computing them (matrix products, convolutions and attention; a
-multiplication and an addition are two); the bytes are the weights' alone, read once a pass. The rates
-are measured: a large matrix product, and a large copy (read and written), in fp16 on a GPU and fp32
-on a CPU.
+Operations are counted on the meta device (matrix products, convolutions, attention; a multiply-add counts as two).
+Bytes are those of the weights, read once per pass. The rates are measured: a large matrix product and a large copy
+(read and written), in fp16 on a GPU, in fp32 on a CPU.
 """
 
 import argparse
@@ -33,7 +32,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def rates():
-    """(operations a second, bytes a second) of this machine, each the best of five."""
+    """(operations per second, bytes per second) of this machine, each the best of five."""
 
     def best(work, amount):
         times = []
@@ -80,7 +79,7 @@ def architecture(demo):
 
 
 def operations(demo):
-    """{what: (operations, bytes of weights read)}."""
+    """{work: (operations, bytes of weights read)}."""
     unet, text_encoder, vae, side = architecture(demo)
     with torch.device("meta"):
         channels = unet.config.in_channels
@@ -113,9 +112,9 @@ def operations(demo):
     plain = counted(step)
     unet.enable_gradient_checkpointing(micro_step.recomputed)
     recomputing = counted(step)
-    each = 4 if demo else 2  # bytes a weight
+    width = 4 if demo else 2  # bytes per weight
     size = {
-        name: each * sum(p.numel() for p in m.parameters())
+        name: width * sum(p.numel() for p in m.parameters())
         for name, m in dict(unet=unet, text=text_encoder, vae=vae.decoder).items()
     }
     once = size["unet"] + size["text"]

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""What it changes that small LoRA matrices, too, have their optimizer state in 8 bits.
+"""Effect of 8-bit optimizer states on small LoRA matrices.
 
-    python bench/optimizer_state.py [OPTION OF train.py ...]    # the miniature, 40 steps, some minutes
+    python bench/optimizer_state.py [OPTION OF train.py ...]    # the miniature, 40 steps, some minutes on a CPU
 
-bitsandbytes keeps 32 bits of state for tensors of fewer than 4,096 elements; train.py gives it one
-vector a component, which is longer. Each rank is trained three times from the same start: as train.py
-does, with bitsandbytes' rule for each matrix, and with 32 bits for all. Printed is the norm of the
-difference of the trained B factors to the last of these, over their norm; and what share of the
-parameters such matrices hold, here and in Stable Diffusion v1.5.
+bitsandbytes keeps 32-bit states for tensors of fewer than 4,096 elements. train.py gives it one vector per component,
+which is longer. Each rank is trained three times from the same start: like train.py, with bitsandbytes' rule per
+matrix, and with 32 bits for all. Prints the norm of the difference of the trained B factors from the 32-bit run's, over
+their norm, and the share of the parameters in such matrices, here and in Stable Diffusion v1.5.
 """
 
 import sys
@@ -29,13 +28,13 @@ from lib.adapters import target_layers
 from lib.config import parse_config
 from lib.training import parameters, updates
 
-updates.missing_kernels = lambda device: "bitsandbytes is asked here"
+updates.missing_kernels = lambda device: "this script compares bitsandbytes' own optimizer"
 FLAT, FLATTEN = bitsandbytes.optim.AdamW8bit, parameters.flatten_parameters
 
 
 def matrix_by_matrix(smallest, sizes):
-    """An AdamW8bit that sees in each flat vector the matrices of `sizes` that it is made of, those of
-    fewer than `smallest` elements with 32 bits of state."""
+    """An AdamW8bit that splits each flat vector into its matrices of `sizes`; those of fewer than `smallest` elements
+    have 32-bit states."""
 
     class MatrixByMatrix(FLAT):
         def __init__(self, groups, **named):
@@ -56,7 +55,7 @@ def matrix_by_matrix(smallest, sizes):
 
 
 def trained(config, folder, name, smallest=None):
-    """(B factors of a run as one vector, sizes of its matrices)."""
+    """Train; returns (B factors as one vector, sizes of the matrices)."""
     sizes = []
 
     def flatten(weights, dtype):
@@ -86,16 +85,8 @@ def full_size(rank):
 
 
 def main():
-    short = dict(
-        train.DEMO,
-        max_steps=40,
-        warmup_steps=0,
-        validation_count=0,
-        preview_every=0,
-        snapshot_every=0,
-        wandb_project="bench",
-    )
-    config = parse_config(train.CONFIG | short, __doc__)
+    short = dict(max_steps=40, warmup_steps=0, validation_count=0, preview_every=0, snapshot_every=0)
+    config = parse_config(train.CONFIG | train.DEMO | short | dict(wandb_project="bench"), __doc__)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for rank in (8, 32):
@@ -104,9 +95,9 @@ def main():
             rule, _ = trained(mine, folder, "rule", smallest=4096)
             flat, _ = trained(mine, folder, "flat")
             shares = small_share(sizes), small_share(full_size(rank))
-            found = [((other - exact).norm() / exact.norm()).item() for other in (flat, rule)]
+            differences = [((other - exact).norm() / exact.norm()).item() for other in (flat, rule)]
             between = ((flat - rule).norm() / rule.norm()).item()
-            rows.append((rank, shares, (*found, between)))
+            rows.append((rank, shares, (*differences, between)))
     print(
         "| rank | in matrices under 4,096 | in SD v1.5 | one vector against 32 bits | bitsandbytes' rule "
         "against 32 bits | the two against one another |\n|--:|--:|--:|--:|--:|--:|"

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Run a training script that is not of this project, unchanged, and time its progress bar.
+"""Speed of another project's training script, run unchanged.
 
     python bench/time_script.py SCRIPT [ARGUMENTS ...]
 
-Prints the median time between two updates of its tqdm bar, the first ones left out, waiting for the
-GPU at each, and the GPU memory that it reserved.
+Prints the median time between two updates of its tqdm bar, without the first 20, synchronising with the GPU at each,
+and the GPU memory that it reserved.
 """
 
 import atexit
@@ -14,10 +14,13 @@ import sys
 import time
 from pathlib import Path
 
+if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+    sys.exit(print(__doc__))
+
 import torch
 import tqdm.auto
 
-WARM_UP = 20  # updates whose time does not count
+WARM_UP = 20  # updates that are not timed
 stamps = []
 update = tqdm.auto.tqdm.update
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""How fast train.py is, how much memory it takes, and what each of its techniques is worth.
+"""Speed and memory of train.py, and what each of its techniques is worth.
 
+    python preprocess.py
     python -m demo.random_sd15 MODEL
     python bench/train_speed.py scripts --base-model MODEL [--diffusers-script PATH]
-    python bench/train_speed.py parts --base-model MODEL [--others]
+    python bench/train_speed.py parts --base-model MODEL [--others] [--only REGEX]
     python bench/train_speed.py demo                        # the miniature, on a CPU
 
-Needs processed_data/ (python preprocess.py). `scripts` runs each script in a process of its own, train.py
-for its whole 4000 steps and with no kernel compiled before, as on the first run of a machine. `parts`
-runs train.py's loop without held-out images, with one technique taken away at a time. The driver's
-figure is what nvidia-smi counts. PATH is examples/dreambooth/train_dreambooth_lora.py of a diffusers
-checkout.
+`scripts` runs each script in a process of its own. train.py runs its whole 4000 steps with empty kernel caches, as on a
+machine's first run. PATH is examples/dreambooth/train_dreambooth_lora.py of a diffusers checkout. `parts` times
+variants of a training step in one process, without held-out images, then removes one technique at a time. "GiB, driver"
+is what nvidia-smi counts.
 """
 
 import argparse
@@ -37,41 +37,41 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import adapters
+from lib.errors import UserError, run_script
 from lib.kernels import graphs, transformer_blocks
 from lib.training import micro_step, parameters, protection, updates
 
 
 def driver_memory():
-    """MiB of GPU memory in use, as the driver counts it; 0 without a GPU."""
+    """GPU memory in use in MiB, by the driver's count; 0 without a GPU."""
     with contextlib.suppress(OSError, ValueError):
-        asked = "nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -i 0".split()
-        return int(subprocess.run(asked, capture_output=True, text=True).stdout)
+        query = "nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -i 0".split()
+        return int(subprocess.run(query, capture_output=True, text=True).stdout)
     return 0
 
 
 @contextlib.contextmanager
 def watched(before=0):
-    """A list of one number: the most MiB that the driver saw in use, less those `before`."""
-    most, done = [0], threading.Event()
+    """Yields a list of one number: the peak GPU memory in MiB by the driver's count, less `before`."""
+    peak, done = [0], threading.Event()
 
     def watch():
         while not done.wait(0.2):
-            most[0] = max(most[0], driver_memory() - before)
+            peak[0] = max(peak[0], driver_memory() - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield most
+        yield peak
     finally:
         done.set()
         watcher.join()
 
 
 def run(*command, caches=None):
-    """Run a command; returns (its output, wall seconds, most MiB the driver saw in use by it).
+    """Run a Python script; returns (its output, wall seconds, peak MiB by the driver's count).
 
-    `caches` is a folder for the kernels that Triton and the driver compile: a new one makes it what the
-    first run on a machine is.
+    `caches`: a folder for the kernels that Triton and the driver compile. An empty one gives a machine's first run.
     """
     environment = dict(os.environ)
     if caches:
@@ -90,7 +90,7 @@ def run(*command, caches=None):
 
 
 def ours(folder, options, caches=None):
-    """(config.json of a run of train.py, wall seconds, driver's MiB); None if it failed."""
+    """(config.json of a run of train.py or None if it failed, wall seconds, driver's MiB)."""
     output, seconds, memory = run(
         "train.py", *options, "--output-dir", folder, "--run-name", "run", "--no-resume", caches=caches
     )
@@ -101,81 +101,48 @@ def ours(folder, options, caches=None):
         return None, seconds, memory
 
 
+DIFFUSERS_OPTIONS = """--train_text_encoder --rank 32 --resolution 512 --train_batch_size 1 --learning_rate 1e-4
+    --lr_scheduler cosine --lr_warmup_steps 10 --use_8bit_adam --mixed_precision fp16 --gradient_checkpointing
+    --checkpointing_steps 10000 --seed 42""".split()
+
+
 def scripts(args, folder):
     """The slow loops, then train.py's whole run of 4000 steps, each in a process of its own."""
     base = ("--base-model", args.base_model)
     print("| | ms/step | steps/s | GiB reserved | GiB, driver |\n|---|--:|--:|--:|--:|", flush=True)
 
-    def row(name, line):
-        output, seconds, memory = line
-        found = re.search(r"([\d.]+) ms/step = ([\d.]+) steps/s; ([\d.]+) GiB", output)
-        if found:
-            print(f"| {name} | {found[1]} | {found[2]} | {found[3]} | {memory / 1024:.2f} |", flush=True)
+    def row(name, *command):
+        output, _, memory = run(*command)
+        if rates := re.search(r"([\d.]+) ms/step = ([\d.]+) steps/s; ([\d.]+) GiB", output):
+            print(f"| {name} | {rates[1]} | {rates[2]} | {rates[3]} | {memory / 1024:.2f} |", flush=True)
 
-    row(
-        "the study's settings, a plain loop",
-        run("tests/plain_loop.py", *base, "--max-steps", args.plain_steps, "--warmup-steps", 10),
-    )
+    plain = ("tests/plain_loop.py", *base, "--max-steps", args.plain_steps, "--warmup-steps", 10)
+    row("the study's settings, a plain loop", *plain)
     if args.diffusers_script:
-        pictures = ROOT / "processed_data" / "images"
-        row(
-            "diffusers' train_dreambooth_lora.py",
-            run(
-                "bench/time_script.py",
-                args.diffusers_script,
-                "--pretrained_model_name_or_path",
-                args.base_model,
-                "--instance_data_dir",
-                pictures,
-                "--instance_prompt",
-                "a holographic raincoat",
-                "--output_dir",
-                folder / "theirs",
-                "--train_text_encoder",
-                "--rank",
-                32,
-                "--resolution",
-                512,
-                "--train_batch_size",
-                1,
-                "--learning_rate",
-                "1e-4",
-                "--lr_scheduler",
-                "cosine",
-                "--lr_warmup_steps",
-                10,
-                "--use_8bit_adam",
-                "--mixed_precision",
-                "fp16",
-                "--gradient_checkpointing",
-                "--max_train_steps",
-                args.plain_steps,
-                "--checkpointing_steps",
-                10000,
-                "--seed",
-                42,
-            ),
-        )
+        options = ["--pretrained_model_name_or_path", args.base_model, "--output_dir", folder / "theirs"]
+        options += ["--instance_data_dir", ROOT / "processed_data" / "images"]
+        options += ["--instance_prompt", "a holographic raincoat", "--max_train_steps", args.plain_steps]
+        script = ("bench/time_script.py", args.diffusers_script)
+        row("diffusers' train_dreambooth_lora.py", *script, *options, *DIFFUSERS_OPTIONS)
     caches = folder / "caches"
     result, seconds, memory = ours(folder, base, caches)
     if result:
         rate = result["steps_a_second"]
-        print(
-            f"| train.py, all its 4000 steps | {1e3 / rate:.1f} | {rate:.1f} | {result['peak_gib_reserved']:.2f} | "
-            f"{memory / 1024:.2f} |\n\nfrom the command to the adapter {seconds:.1f} s, set-up after the imports "
-            f"{result['set_up_seconds']:.1f} s",
-            flush=True,
-        )
+        cells = f"{1e3 / rate:.1f} | {rate:.1f} | {result['peak_gib_reserved']:.2f} | {memory / 1024:.2f}"
+        print(f"| train.py, all its 4000 steps | {cells} |\n")
+        set_up = result["set_up_seconds"]
+        print(f"from the command to the adapter {seconds:.1f} s, set-up after the imports {set_up:.1f} s", flush=True)
         shutil.rmtree(folder / "run")
         again, *_ = ours(folder, (*base, "--max-steps", 60), caches)
         if again:
-            print(f"set-up of the next run, which finds its kernels compiled, {again['set_up_seconds']:.1f} s")
+            print(f"set-up of the next run, with cached kernels, {again['set_up_seconds']:.1f} s")
 
 
-# What stands in the place of a function of the project where a technique is taken away.
+# ---- replacements for functions of the project, by which a technique is removed ---------------------------
 
 
 def converted(*models, training=False):
+    """Replaces channels_last: the layout without the kernels."""
     for model in models:
         model.to(memory_format=torch.channels_last)
 
@@ -184,18 +151,18 @@ def nothing(*models, training=False):
     pass
 
 
-def no_transformers(model):
-    """In place of transformer_blocks.plain_modules: sums, layer norms and CLIP's activation are PyTorch's."""
+def no_plain_modules(model):
+    """Replaces transformer_blocks.plain_modules: PyTorch computes sums, layer norms and CLIP's activation."""
     return []
 
 
 def apart(model, device, dora=False):
-    """In place of fuse_projections: each layer is a FusedLinear of its own."""
+    """Replaces fuse_projections: each layer is a FusedLinear of its own."""
     return []
 
 
 class PeftLayers:
-    """In place of lora.FusedLinear: PEFT's layers as they are."""
+    """Replaces lora.FusedLinear: PEFT's layers as they are."""
 
     def __init__(self, model):
         self.model = model
@@ -208,14 +175,14 @@ class PeftLayers:
 
 
 class PeftParameters(parameters.LoraParameters):
-    """In place of parameters.LoraParameters: autograd gives each leaf its gradient."""
+    """Replaces LoraParameters: autograd gives each leaf its gradient."""
 
     def expect_gradients(self):
         pass
 
-    def add_gradients(self, found, replace):
-        found = torch.cat([gradient.flatten() for gradient in found])
-        self.flat.grad.copy_(found if replace else self.flat.grad + found)
+    def add_gradients(self, gradients, replace):
+        gradient = torch.cat([gradient.flatten() for gradient in gradients])
+        self.flat.grad.copy_(gradient if replace else self.flat.grad + gradient)
 
 
 PEFT = dict(
@@ -227,43 +194,118 @@ PEFT = dict(
 )
 
 
-@contextlib.contextmanager
-def replacing(replaced):
-    """Inside, each function of `replaced`, {name: function}, stands in the place of the project's of that name."""
-    with contextlib.ExitStack() as stack:
-        for key, value in replaced.items():
-            module = next(
-                m for m in (micro_step, parameters, protection, updates, transformer_blocks) if hasattr(m, key)
-            )
-            stack.enter_context(patch.object(module, key, value))
-        yield
+def with_peft_blocks_compiled(model, *others):
+    """Replaces fuse_lora: PEFT's layers in blocks that torch.compile compiles."""
+    if hasattr(model, "compile_repeated_blocks"):
+        model.compile_repeated_blocks()
+    return [PeftLayers(model)]
 
 
-def as_met(call, device, training=False):
-    """In place of compiling.compile_attention: each kernel is compiled when it is met."""
-    return lambda: None
+def eager(functions, *others):
+    """Replaces graphs.captured: no CUDA graph."""
+    return functions
 
 
-def attending(*backends):
-    """What is replaced to have scaled_dot_product_attention computed by the first of those that can."""
-    record = graphs.captured
+def autocast(functions, *others):
+    """Replaces graphs.captured: float32 weights, cast to fp16 at each use."""
+    return CAPTURED([torch.autocast("cuda", torch.float16)(function) for function in functions], *others)
+
+
+def benchmarked(functions, *others):
+    """Replaces graphs.captured: cuDNN searches for the fastest convolutions."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        return CAPTURED(functions, *others)
+
+
+def with_attention(*backends):
+    """Replacements by which the first capable of `backends` computes scaled_dot_product_attention."""
 
     def captured(functions, device):
         within = sdpa_kernel(list(backends), set_priority=True)
-        return record([within(function) for function in functions], device)
+        return CAPTURED([within(function) for function in functions], device)
 
-    return dict(captured=captured, compile_attention=as_met)
+    return dict(captured=captured, compile_attention=when_met)
 
 
+def when_met(call, device, training=False):
+    """Replaces compile_attention: each kernel is compiled at its first use."""
+    return lambda: None
+
+
+CAPTURED, FLATTEN = graphs.captured, parameters.flatten_parameters
 # The flash kernel alone was refused: "No available kernel".
 ATTENTION_KERNELS = {
     "attention: flash kernel wherever it can": (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
     "attention: memory-efficient kernel": (SDPBackend.EFFICIENT_ATTENTION,),
 }
+MODULES = (micro_step, parameters, protection, updates, transformer_blocks)  # whose functions are replaced
+
+
+def module_of(name):
+    """The module whose function `name` is replaced."""
+    for module in MODULES:
+        if hasattr(module, name):
+            return module
+    raise UserError(f"no module of train.py has {name} any more; update the variants in bench/train_speed.py")
+
+
+@contextlib.contextmanager
+def replacing(replacements):
+    """Within the context, `replacements` {name: function} stand in for the project's functions."""
+    with contextlib.ExitStack() as stack:
+        for name, function in replacements.items():
+            stack.enter_context(patch.object(module_of(name), name, function))
+        yield
+
+
+# ---- parts -----------------------------------------------------------------------------------------------
+
+
+def variants(others):
+    """[(name, changes of CONFIG, replacements)]; `others` adds what was tried and dropped."""
+    checkpointing, rank_8 = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
+    unet_only, dora, batches = dict(train_text_encoder=False), dict(dora=True), dict(batch_size=8)
+    plain_loss = dict(unet_targets=("attn2.to_k", "attn2.to_v"), protected_prompts="prompts/protected.txt")
+    protected = plain_loss | dict(loss_guidance_scale=(1.0, 2.0))
+    random_text = dict(SET_APART=math.inf)  # a text encoder of random weights need not separate prompts
+    bitsandbytes_adamw = dict(missing_kernels=lambda device: "removed")
+    fp32_copy = dict(flatten_parameters=lambda weights, dtype: FLATTEN(weights, torch.float32))
+    rows = [
+        ("train.py, with checkpointing", checkpointing, {}),
+        ("rank 8, with checkpointing", checkpointing | rank_8, {}),
+        ("UNet only, with checkpointing", checkpointing | unet_only, {}),
+        ("train.py without checkpointing", {}, {}),
+        ("rank 8 without", rank_8, {}),
+        ("UNet only without", unet_only, {}),
+        ("DoRA, with checkpointing", checkpointing | dora, {}),
+        ("protected, ordinary loss, with checkpointing", checkpointing | plain_loss, random_text),
+        ("protected, with checkpointing", checkpointing | protected, random_text),
+        ("batches of 8, with checkpointing", checkpointing | batches, {}),
+        ("DoRA without", dora, {}),
+        ("protected, ordinary loss, without", plain_loss, random_text),
+        ("protected without", protected, random_text),
+        ("batches of 8 without", batches, {}),
+        ("DoRA in PEFT's layers", dora, PEFT),
+        ("- CUDA graph", {}, dict(captured=eager)),
+        ("- updates without a wait (bitsandbytes' AdamW)", {}, bitsandbytes_adamw),
+        ("- fused projections", {}, dict(fuse_projections=apart)),
+        ("- fused projections, fused LoRA layers (PEFT's)", {}, PEFT),
+        ("- these, fp16 copy (autocast)", {}, PEFT | dict(captured=autocast) | fp32_copy),
+        ("- sums with layer norms, CLIP's activation", {}, dict(plain_modules=no_plain_modules)),
+        ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted)),
+        ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
+        ("- all of these", {}, PEFT | bitsandbytes_adamw | dict(channels_last=nothing, captured=eager)),
+    ]
+    if others:
+        compiled = PEFT | dict(fuse_lora=with_peft_blocks_compiled, channels_last=converted, compile_attention=when_met)
+        rows += [(name, {}, with_attention(*backends)) for name, backends in ATTENTION_KERNELS.items()]
+        rows.append(("cuDNN's search for the fastest convolutions", {}, dict(captured=benchmarked)))
+        rows.append(("torch.compile of the blocks in place of fused layers and Triton kernels", {}, compiled))
+    return rows
 
 
 def optimizer_times():
-    """Milliseconds of a step of the loss scaler and the optimizer, over 304 tensors and over 2."""
+    """Print the milliseconds of a step of loss scaler and optimizer, over 304 tensors and over 2."""
     import bitsandbytes
 
     for count in (304, 2):
@@ -285,122 +327,43 @@ def optimizer_times():
 
 
 def parts(args, folder):
-    """train.py's loop in this process: its variants, then with one technique taken away at a time."""
+    """Variants of train.py's loop in this process, then one technique removed at a time."""
     import train
     from bench.limits import rates
 
+    rows = variants(args.others)
+    for name in dict.fromkeys(name for *_, replacements in rows for name in replacements):
+        module_of(name)  # before anything is timed
+    operations, bandwidth = rates()
     print(
-        "{:.0f} TFLOP/s in a large fp16 matrix product, {:.2f} TB/s in a large copy".format(
-            *(r / 1e12 for r in rates())
-        )
+        f"{operations / 1e12:.0f} TFLOP/s in a large fp16 matrix product, {bandwidth / 1e12:.2f} TB/s in a large copy"
     )
-    optimizer_times()
-    record, flatten = graphs.captured, parameters.flatten_parameters
-
-    def autocast(functions, *others):
-        return record([torch.autocast("cuda", torch.float16)(f) for f in functions], *others)
-
-    def called(functions, *others):
-        return functions
-
-    def taken_away(device):
-        return "taken away"
-
-    def searched(functions, *others):
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            return record(functions, *others)
-
-    def compiled(model, *others):
-        if hasattr(model, "compile_repeated_blocks"):
-            model.compile_repeated_blocks()
-        return [PeftLayers(model)]
-
-    recomputing, small = dict(gradient_checkpointing=True), dict(rank=8, alpha=8.0)
-    unet_only, dora, eight = dict(train_text_encoder=False), dict(dora=True), dict(batch_size=8)
-    plain_loss = dict(unet_targets=("attn2.to_k", "attn2.to_v"), protected_prompts="prompts/protected.txt")
-    protected = plain_loss | dict(loss_guidance_scale=(1.0, 2.0))
-    random_text = dict(SET_APART=math.inf)  # a text encoder of random weights need not tell prompts apart
-    # (name, what differs in the configuration, what is replaced: see `replacing`)
-    variants = [
-        ("train.py, with checkpointing", recomputing, {}),
-        ("rank 8, with checkpointing", recomputing | small, {}),
-        ("UNet only, with checkpointing", recomputing | unet_only, {}),
-        ("train.py without checkpointing", {}, {}),
-        ("rank 8 without", small, {}),
-        ("UNet only without", unet_only, {}),
-        ("DoRA, with checkpointing", recomputing | dora, {}),
-        ("protected, ordinary loss, with checkpointing", recomputing | plain_loss, random_text),
-        ("protected, with checkpointing", recomputing | protected, random_text),
-        ("batches of 8, with checkpointing", recomputing | eight, {}),
-        ("DoRA without", dora, {}),
-        ("protected, ordinary loss, without", plain_loss, random_text),
-        ("protected without", protected, random_text),
-        ("batches of 8 without", eight, {}),
-        ("DoRA in PEFT's layers", dora, PEFT),
-        ("- CUDA graph", {}, dict(captured=called)),
-        ("- updates without a wait (bitsandbytes' AdamW)", {}, dict(missing_kernels=taken_away)),
-        ("- joined layers", {}, dict(fuse_projections=apart)),
-        ("- joined layers, fused LoRA layers (PEFT's)", {}, PEFT),
-        (
-            "- these, fp16 copy (autocast)",
-            {},
-            PEFT | dict(captured=autocast, flatten_parameters=lambda weights, dtype: flatten(weights, torch.float32)),
-        ),
-        ("- sums with layer norms, CLIP's activation", {}, dict(plain_modules=no_transformers)),
-        ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted)),
-        ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
-        ("- all of these", {}, PEFT | dict(channels_last=nothing, captured=called, missing_kernels=taken_away)),
-    ]
-    if args.others:
-        variants += [(name, {}, attending(*backends)) for name, backends in ATTENTION_KERNELS.items()]
-        variants.append(("cuDNN's search for the fastest convolutions", {}, dict(captured=searched)))
-        variants.append(
-            (
-                "torch.compile of the blocks in place of fused layers and Triton kernels",
-                {},
-                PEFT | dict(fuse_lora=compiled, channels_last=converted, compile_attention=as_met),
-            )
-        )
+    if torch.cuda.is_available():
+        optimizer_times()
+    short = dict(warmup_steps=10, validation_count=0, preview_every=0, snapshot_every=0, gradient_checkpointing=False)
+    short |= dict(base_model=args.base_model, output_dir=str(folder), run_name="part", resume=False)
     print("| | ms/step | steps/s | GiB reserved | GiB, driver | set-up s |\n|---|--:|--:|--:|--:|--:|", flush=True)
-    for name, differs, replaced in variants:
+    for name, changes, replacements in rows:
         if not re.search(args.only, name):
             continue
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        steps = args.plain_steps if replaced.get("captured") is called else args.steps
-        config = (
-            train.CONFIG
-            | dict(
-                base_model=args.base_model,
-                output_dir=str(folder),
-                run_name="part",
-                resume=False,
-                gradient_checkpointing=False,
-                max_steps=steps,
-                warmup_steps=10,
-                validation_count=0,
-                preview_every=0,
-                snapshot_every=0,
-            )
-            | differs
-        )
-        with replacing(replaced), contextlib.redirect_stdout(sys.stderr), watched() as memory:
+        steps = args.plain_steps if replacements.get("captured") is eager else args.steps
+        with replacing(replacements), contextlib.redirect_stdout(sys.stderr), watched() as memory:
             try:
-                train.train(config)
+                train.train(train.CONFIG | short | dict(max_steps=steps) | changes)
             except Exception as problem:
                 print(f"{name}: {type(problem).__name__}: {str(problem)[:300]}")
                 continue
         result = json.loads((folder / "part" / "config.json").read_text())
         rate = result["steps_a_second"]
-        print(
-            f"| {name} | {1e3 / rate:.1f} | {rate:.1f} | {result['peak_gib_reserved']:.2f} | "
-            f"{memory[0] / 1024:.2f} | {result['set_up_seconds']:.1f} |",
-            flush=True,
-        )
+        cells = f"{1e3 / rate:.1f} | {rate:.1f} | {result['peak_gib_reserved']:.2f} | {memory[0] / 1024:.2f}"
+        print(f"| {name} | {cells} | {result['set_up_seconds']:.1f} |", flush=True)
 
 
 def demo(args, folder):
+    """The miniature: a plain loop, then train.py."""
     output = run("tests/plain_loop.py", "--demo", "--max-steps", args.plain_steps)[0]
     print(re.search(r"plain loop: [\d.]+ ms.*", output)[0])
     result, *_ = ours(folder, ("--demo", "--max-steps", args.steps))
@@ -411,13 +374,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = dict(scripts=scripts, parts=parts, demo=demo)
     parser.add_argument("table", choices=tables)
-    parser.add_argument("--base-model")
-    parser.add_argument("--diffusers-script", type=lambda path: Path(path).resolve())
-    parser.add_argument("--steps", type=int, default=400, help="of our scripts")
-    parser.add_argument("--plain-steps", type=int, default=80, help="of the slow loops")
-    parser.add_argument("--only", default="", help="parts: variants whose name matches this")
-    parser.add_argument("--others", action="store_true", help="parts: also what was not taken")
+    parser.add_argument("--base-model", help="scripts, parts: a full-size model; required")
+    parser.add_argument(
+        "--diffusers-script", type=lambda path: Path(path).resolve(), help="scripts: also time this one"
+    )
+    parser.add_argument("--steps", type=int, default=400, help="of train.py (default 400)")
+    parser.add_argument("--plain-steps", type=int, default=80, help="of the slow loops (default 80)")
+    parser.add_argument("--only", default="", help="parts: variants whose name matches this regular expression")
+    parser.add_argument("--others", action="store_true", help="parts: also techniques that were tried and dropped")
     args = parser.parse_args()
+    if args.table != "demo" and not args.base_model:
+        parser.error(f"{args.table} needs --base-model; python -m demo.random_sd15 MODEL writes one")
     folder = Path(tempfile.mkdtemp(prefix="train_speed_"))
     try:
         tables[args.table](args, folder)
@@ -426,4 +393,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,11 +1,11 @@
-"""Writes full-size models with random weights, to measure speed and memory where the real ones are not.
+"""Write full-size models with random weights, to measure speed and memory without the real ones.
 
     python -m demo.random_sd15 OUTPUT_DIR
 
-OUTPUT_DIR becomes a Stable Diffusion v1.5 folder with its exact architecture (UNet 859.5 million
-parameters, text encoder 123.1, VAE 83.7), in half precision, OUTPUT_DIR/clip a ViT-B/32 scorer (151.3)
-and OUTPUT_DIR/adapter a LoRA adapter of rank 32 that changes something. A step costs what it costs on
-the real model; the images are noise. The tokenizers know single bytes only.
+OUTPUT_DIR becomes a Stable Diffusion v1.5 folder with its exact architecture in half precision (UNet 859.5 million
+parameters, text encoder 123.1, VAE 83.7), OUTPUT_DIR/clip a ViT-B/32 scorer (151.3), OUTPUT_DIR/adapter a LoRA adapter
+of rank 32 that is not zero. A step costs as much as with the real model; the images are noise. The tokenizers know only
+single bytes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from demo.build.tokenizers import byte_tokenizer
 from lib import adapter_files, adapters
 
 BEGIN, END = 49406, 49407  # as in CLIP's vocabulary
-TARGETS = {  # layers that the adapter changes, as train.py's do
+TARGETS = {  # target layers of the adapter, those of train.py
     "unet": ("to_k", "to_q", "to_v", "to_out.0"),
     "text_encoder": ("q_proj", "v_proj"),
 }

@@ -4,7 +4,7 @@ In a template or a word, {name} is a word of that table and {name*} its plural; 
 "an" where it must. Words that go together share a table: what is worn, what is made of glass, what swims.
 """
 
-# Each table as `name: word, word, …`; an indented line goes on with the one above.
+# Each table as `name: word, word, …`; an indented line continues the one above.
 WORDS = """
 hue: red, orange, yellow, green, blue, purple, pink, white, black, brown, grey
 colour: {hue}, {shade}
@@ -195,7 +195,7 @@ extent: small, large, big, tall, wide, long
 farm: horse, cow, sheep, goat, donkey, dog, cat, hen
 """
 
-# Prompts about the class of what is taught: (heading, number of lines, templates between `|`).
+# Prompts about the class of the concept: (heading, number of lines, templates between `|`).
 CLASS_SECTIONS = (
     (
         "Colours of the class",

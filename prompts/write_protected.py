@@ -1,11 +1,11 @@
-"""Writes the lists of protected prompts: prompts that training must leave as the base model renders them.
+"""Write the lists of protected prompts, whose images training must not change.
 
     python -m prompts.write_protected
 
-Reads the prompts that evaluation and previews use (prompts/study*.txt, inference.py, train.py), to leave
-them out: what is evaluated must not have been listed. Writes protected.txt, for Stable Diffusion, from the
-tables of protected_grammar.py, and protected_demo.txt, for the embedded miniature, from captions of demo.world.
-Seeds are fixed: the same tables give the same files, byte for byte. Takes a few seconds on a CPU.
+protected.txt, for Stable Diffusion, comes from the tables of protected_grammar.py; protected_demo.txt, for the embedded
+miniature, from captions of demo.world. Prompts of evaluation and previews (prompts/study*.txt, inference.py, train.py)
+are left out: a prompt must not be both protected and evaluated. Seeds are fixed, so the same tables give the same files
+byte for byte. Takes a few seconds on a CPU.
 """
 
 import random
@@ -27,7 +27,7 @@ FOLDER = Path(__file__).resolve().parent
 SEED = 42
 DEMO_CLASS_LINES, DEMO_LINES = 400, 1500
 SLOT = r"\{(?!class\})(\w+)(\*?)\}"  # {name} or {name*}, but not {class}
-# No line holds the words of the concept, nor a synonym.
+# No line contains the words of the concept or a synonym.
 CONCEPT_WORDS = ("holograph", "hologram", "iridescen", "prismatic", "pearlescen", "opalescen")
 
 HEAD = """\
@@ -51,12 +51,12 @@ DEMO_HEAD = """\
 
 
 def key(prompt):
-    """A prompt's words in lower case: what makes two prompts the same."""
+    """The words of a prompt in lower case. Prompts with equal keys count as the same."""
     return " ".join(re.findall(r"[\w'{}-]+", prompt.lower()))
 
 
 def evaluated_prompts():
-    """The keys of the prompts that evaluation and previews use."""
+    """The keys of the prompts of evaluation and previews."""
     texts = [prompt for _, prompt in inference.PROMPTS]
     for path in sorted(FOLDER.glob("study*.txt")):
         texts += [prompt for _, prompt in read_prompts(path)]
@@ -66,8 +66,8 @@ def evaluated_prompts():
 
 
 class Lines:
-    """The text of one file. Its prompts are distinct once {class} is filled with "raincoat"; filled with any
-    garment of the miniature, none is an evaluated prompt."""
+    """The text of one file. Its prompts are distinct with "raincoat" for {class}, and none is an evaluated prompt with any
+    garment of the miniature for {class}."""
 
     def __init__(self, head):
         self.text, self.known, self.evaluated = head, set(), evaluated_prompts()
@@ -76,15 +76,15 @@ class Lines:
         self.text += f"\n# {words}\n"
 
     def add(self, prompt):
-        """Append a prompt; returns whether it was taken."""
+        """Append a prompt unless it is excluded; returns whether it was appended."""
         filled = [key(prompt.replace("{class}", name)) for name in GARMENTS]
         own = filled[0]
-        taken = own not in self.known and self.evaluated.isdisjoint(filled)
-        taken = taken and not any(word in own for word in CONCEPT_WORDS)
-        if taken:
+        allowed = own not in self.known and self.evaluated.isdisjoint(filled)
+        allowed = allowed and not any(word in own for word in CONCEPT_WORDS)
+        if allowed:
             self.known.add(own)
             self.text += prompt + "\n"
-        return taken
+        return allowed
 
 
 def split(text, mark):
@@ -101,7 +101,7 @@ def word_tables():
 
 
 def plural(noun):
-    """The plural of an English noun of WORDS."""
+    """The plural of an English noun in WORDS."""
     if re.search(r"(sheep|deer|moose|bison|salmon|fish|samurai)$", noun):
         return noun
     for end, other in (
@@ -122,13 +122,13 @@ def plural(noun):
 
 
 class Grammar:
-    """Expands templates. A table is dealt like a pack of cards, so that its words come equally often."""
+    """Expands templates. Each table is dealt like a pack of cards, so that its words occur equally often."""
 
     def __init__(self, rng):
         self.rng, self.tables, self.packs = rng, word_tables(), {}
 
     def word(self, name):
-        """The next entry of the table's pack, its own slots filled."""
+        """The next entry of the table's pack, with its own slots filled."""
         pack = self.packs.setdefault(name, [])
         if not pack:
             pack += self.tables[name]
@@ -136,12 +136,12 @@ class Grammar:
         return re.sub(SLOT, lambda slot: self.word(slot[1]), pack.pop())
 
     def expand(self, template):
-        """A prompt of the template: {name} is an entry of a table, {name*} its plural; {class} stays."""
+        """A prompt from a template: {name} becomes an entry of a table, {name*} its plural; {class} stays."""
         used = set()
 
         def entry(slot):
             word = self.word(slot[1])
-            while word in used:  # nothing twice in a prompt
+            while word in used:  # no word twice in a prompt
                 word = self.word(slot[1])
             used.add(word)
             return plural(word) if slot[2] else word
@@ -150,8 +150,8 @@ class Grammar:
         return re.sub(r"\ba (?=[aeiou])(?!uni|uku|one)|\ba (?=hour)", "an ", text)
 
     def write(self, lines, count, templates):
-        """Add `count` prompts, one from each template in turn. A template that gives nothing new in 50 tries is
-        used up. Raises ValueError when all are."""
+        """Add `count` prompts, one from each template in turn. A template without a new prompt in 50 tries is exhausted;
+        raises ValueError when all are."""
         templates = split(templates, "|")
         while count and templates:
             for template in tuple(templates):
@@ -160,7 +160,7 @@ class Grammar:
                 elif count:
                     templates.remove(template)
         if count:
-            raise ValueError(f"the tables are too small: {count} more prompts needed")
+            raise ValueError(f"the tables of protected_grammar.py are too small: {count} more prompts are needed")
 
 
 def protected():

@@ -1,4 +1,4 @@
-"""The notebook, executed as Colab and Kaggle would, on the embedded miniature and with few steps."""
+"""The notebook, executed like on Colab and Kaggle, on the embedded miniature with few steps; torch for an older driver."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def test_it_is_committed_without_outputs(notebook):
 
 
 def set_to(notebook, **settings):
-    """Give the settings in the first code cell other values."""
+    """Change settings in the first code cell."""
     cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
     lines = cell.source.splitlines()
     for name, value in settings.items():
@@ -37,15 +37,15 @@ def set_to(notebook, **settings):
 
 
 def outputs(notebook, words):
-    """The outputs of the cell whose source holds `words`: (text, kinds of data)."""
+    """(text, kinds of data) of the outputs of the cell whose source contains `words`."""
     (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and words in cell.source]
     text = "".join(out.get("text", "") for out in cell.outputs)
     return text, [kind for out in cell.outputs for kind in out.get("data", {})]
 
 
-def test_it_runs_from_pictures_to_the_file(notebook, tmp_path, monkeypatch):
+def test_it_runs_from_images_to_the_file(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PIP_DRY_RUN", "1")  # a test installs nothing
+    monkeypatch.setenv("PIP_DRY_RUN", "1")  # nothing is installed
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.chdir(tmp_path)  # the kernel starts in notebooks/, as Jupyter does
     folder = tmp_path / "my run"
@@ -53,10 +53,10 @@ def test_it_runs_from_pictures_to_the_file(notebook, tmp_path, monkeypatch):
         notebook,
         DEMO=True,
         FOLDER=str(folder),
-        TRAINING="--max-steps 12 --warmup-steps 1 --validation-count 2 --log-every 4",
-        EVALUATION="--seeds 2 --steps 2",
+        TRAINING="--max-steps 4 --warmup-steps 1 --validation-count 2 --log-every 2",
+        EVALUATION="--seeds 2 --steps 1",
     )
-    previews = folder / "lora_weights" / "my_concept.earlier" / "previews"  # as a run in the making has
+    previews = folder / "lora_weights" / "my_concept.earlier" / "previews"  # like those of a run in progress
     previews.mkdir(parents=True)
     picture(1).save(previews / "step_000004.webp")
     client = NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
@@ -64,7 +64,7 @@ def test_it_runs_from_pictures_to_the_file(notebook, tmp_path, monkeypatch):
     assert "32 kept" in outputs(notebook, "preprocess.py")[0]
     assert "torch" in outputs(notebook, "lib.provenance")[0]
     assert "image/jpeg" in outputs(notebook, "contact_sheet.jpg")[1]
-    assert "12 steps" in outputs(notebook, "train.py {demo}")[0]
+    assert "4 steps" in outputs(notebook, "train.py {demo}")[0]
     assert "text/html" in outputs(notebook, "train.py {demo}")[1]
     assert "image/png" in outputs(notebook, "loss.png")[1]
     assert "open " in outputs(notebook, "inference.py {demo}")[0]
@@ -76,11 +76,11 @@ def test_it_runs_from_pictures_to_the_file(notebook, tmp_path, monkeypatch):
     assert not (ROOT / "requirements.notebook.txt").exists()
 
 
-# ---- torch for an older driver, as README.md says ----------------------------------------------
+# ---- torch for an older driver, the command in README.md ----------------------------------------------
 
 
 def pip(*arguments, path=None):
-    """pip without an index, and without what the environment tells it: (exit status, what it said)."""
+    """(exit status, output) of pip install --dry-run, without an index and without the environment's settings."""
     pytest.importorskip("pip")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
     environment |= dict(PIP_CONFIG_FILE=os.devnull, PYTHONPATH=str(path or ""))
@@ -95,7 +95,7 @@ def pip(*arguments, path=None):
 
 
 def installed(folder, **versions):
-    """A folder of packages of these versions, which hold nothing."""
+    """A folder of empty packages of these versions."""
     for name, version in versions.items():
         place = folder / f"{name}-{version}.dist-info"
         place.mkdir(parents=True)
@@ -109,12 +109,12 @@ def metadata(name, version):
     return f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
 
 
-def test_the_build_for_an_older_driver_is_that_of_the_requirements(tmp_path):
+def test_the_build_for_an_older_driver_satisfies_the_requirements(tmp_path):
     pins = [line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith("torch")]
     wanted = [pin for pin in pins if pin.startswith(("torch==", "torchvision=="))]
     (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "/whl/cu126" in line]
     assert line.split()[:5] == ["pip", "install", *wanted, "--index-url"]
-    # Such an index gives versions with an ending, which pip takes for the one that is asked for.
+    # That index has versions with a local suffix, which satisfy a pin without one.
     for pin in wanted:
         name, version = pin.split("==")
         wheel, info = f"{name}-{version}+cu126", f"{name}-{version}+cu126.dist-info"
@@ -122,21 +122,21 @@ def test_the_build_for_an_older_driver_is_that_of_the_requirements(tmp_path):
             file.writestr(f"{info}/METADATA", metadata(name, f"{version}+cu126"))
             file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             file.writestr(f"{info}/RECORD", "")
-    code, said = pip("--ignore-installed", "--find-links", tmp_path, *wanted)
-    assert code == 0, said
-    assert "+cu126" in said.splitlines()[-1]
-    assert said.splitlines()[-1].startswith("Would install")
+    code, output = pip("--ignore-installed", "--find-links", tmp_path, *wanted)
+    assert code == 0, output
+    assert "+cu126" in output.splitlines()[-1]
+    assert output.splitlines()[-1].startswith("Would install")
 
 
-def test_requirements_leave_that_build_alone_but_no_other_version(tmp_path):
+def test_requirements_keep_that_build_but_no_other_version(tmp_path):
     pins = (ROOT / "requirements.txt").read_text().split()
     own = [pin for pin in pins if pin.startswith(("torch==", "torchvision=="))]
     versions = {name: f"{version}+cu126" for name, version in (pin.split("==") for pin in own)}
-    code, said = pip(*own, path=installed(tmp_path / "same", **versions))
-    assert code == 0, said
-    assert "Would install" not in said
-    assert "+cu126" in said
-    # What `pip install torch` gives by itself is newer some day, and would be replaced.
+    code, output = pip(*own, path=installed(tmp_path / "same", **versions))
+    assert code == 0, output
+    assert "Would install" not in output
+    assert "+cu126" in output
+    # A newer version, as `pip install torch` will install some day, would be replaced.
     other = installed(tmp_path / "other", **versions | dict(torch="99.0+cu126"))
-    code, said = pip(*own, path=other)
-    assert code != 0, said
+    code, output = pip(*own, path=other)
+    assert code != 0, output

@@ -1,20 +1,19 @@
-"""Makes the embedded miniature: a Stable Diffusion of a few million parameters in demo/model and the
-CLIP that scores its images in demo/clip, both trained from nothing on the world of demo/world.
+"""Build the embedded miniature: a Stable Diffusion of a few million parameters in demo/model and the CLIP that scores
+its images in demo/clip, both trained from scratch on the world of demo/world.
 
     python -m demo.build all                  # one NVIDIA H100: about half an hour
-    python -m demo.build all --preset cpu     # two CPU cores: a night, with the smaller settings below
+    python -m demo.build all --preset cpu     # two CPU cores: a night, with smaller settings
     python -m demo.build unet --unet-minutes 5 --unet-resume     # one stage again, with other values
 
-Stages, in order; each reads what the earlier ones left in --work-dir and demo/ and can be rerun:
+Stages, in order. Each reads the output of the earlier ones from --work-dir and demo/ and can be rerun:
     render    images of random scenes, with and without holographic things
-    vae       AutoencoderKL, on these, on foil that is no raincoat, and on abstract fields of colour
-    clip      CLIPModel, on all of them
-    unet      UNet2DConditionModel and CLIPTextModel together, on the images without
+    vae       AutoencoderKL, on images without holographic things, on foil that is no raincoat, on abstract colours
+    clip      CLIPModel, on all images
+    unet      UNet2DConditionModel and CLIPTextModel together, on images without holographic things
     measure   figures on held-out scenes, sheets, demo/metrics.json and demo/README.md
-UNet, text encoder and tokenizer never meet a holographic image nor the word. The VAE meets such
-surfaces, though no raincoat of one, without captions.
-The seeds fix the data, the initial weights and what is measured; training stops by the clock, so
-two builds of it agree in quality and not bit by bit.
+UNet, text encoder and tokenizer never see a holographic image or the word. The VAE sees such surfaces without captions,
+but no raincoat of one. The seeds fix the data, the initial weights and the measurements. Training stops by the clock,
+so two builds agree in quality, not bit by bit.
 """
 
 import sys
@@ -28,7 +27,7 @@ from lib.errors import UserError, run_script
 
 def main():
     config, stages = read_arguments(sys.argv[1:])
-    # Here, because help and mistakes should not wait for diffusers and transformers
+    # Imported here: help and errors need not wait for diffusers and transformers
     from demo.build.clip import train_clip
     from demo.build.measure import measure
     from demo.build.render import render
@@ -46,7 +45,7 @@ def main():
 def read_arguments(arguments):
     """(config, stages in the order in which they run) of the command line's arguments.
 
-    Raises UserError for a stage or a preset that there is not, or a value out of range.
+    Raises UserError for an unknown stage or preset, or a value out of range.
     """
     stages = []
     while arguments and not arguments[0].startswith("-"):
@@ -54,12 +53,12 @@ def read_arguments(arguments):
     config = parse_config(CONFIG, __doc__, argv=arguments)
     if config["preset"]:
         if config["preset"] not in PRESETS:
-            raise UserError(f"preset {config['preset']!r} is none of {', '.join(PRESETS)}")
+            raise UserError(f"preset {config['preset']!r} is unknown; choose from {', '.join(PRESETS)}")
         config = parse_config(CONFIG | PRESETS[config["preset"]], __doc__, argv=arguments)
     if not stages or set(stages) - {*STAGES, "all"}:
-        raise UserError(f"name stages out of {', '.join(STAGES)}, all; not {' '.join(stages)!r}")
+        raise UserError(f"unknown or missing stage {' '.join(stages)!r}; choose from {', '.join(STAGES)}, all")
     for key in [key for key in CONFIG if key.endswith(("_pictures", "_batch", "_minutes"))]:
-        # The sheets have eight columns, so there are eight of every kind of image at least.
+        # The sheets have eight columns, so each kind needs at least eight images.
         check_range(config, key, dict(pictures=8, batch=1, minutes=0.01)[key.split("_")[-1]])
     return config, STAGES if "all" in stages else stages
 

@@ -1,4 +1,4 @@
-"""Stage clip: CLIPModel on all images, which scores what the base model draws."""
+"""Stage clip: CLIPModel on all images, the scorer of generated images."""
 
 import time
 from pathlib import Path
@@ -9,49 +9,48 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from demo import world
 from demo.build.config import EVALUATION_BATCH
-from demo.build.data import NAMED, load_captions, load_codes, load_pictures
+from demo.build.data import NAMED, load_captions, load_codes, load_images
 from demo.build.images import flip_some, to_bytes, to_signed, uniform
 from demo.build.loop import save_half, train
 from demo.build.tokenizers import special_tokens, tokenise, write_tokenizer
 from demo.build.vae import load_vae
 
-WINDOW = 32  # images that differ in little
-_VALUES = 1 + max(map(len, world.ATTRIBUTES.values()))  # an attribute's, and none
+WINDOW = 32  # images per group that differ in little
+_VALUES = 1 + max(map(len, world.ATTRIBUTES.values()))  # values of an attribute, and none
 
 
 def train_clip(config):
     """CLIPModel on all images, contrastive (Radford et al. 2021).
 
-    A caption that is true of another image of the batch is no negative for it: world.parse says
-    what a caption claims, and pairs in which all of that holds are left out of the sums. A part of each
-    batch is drawn by `alike`.
+    A caption that is true of another image of the batch is not a negative for it: pairs in which all claims of the
+    caption (world.parse) hold are left out of the sums. `alike` samples a part of each batch.
     """
     started = time.time()
     torch.manual_seed(config["seed"])
     device = config["device"]
     parts = ("base", "fresh", "holographic")
-    pictures = load_pictures(config, parts, device)
+    images = load_images(config, parts, device)
     captions = load_captions(config, parts)
     tokenizer = write_tokenizer(Path(config["clip_dir"]), world.WORDS)
     tokens = tokenise(tokenizer, captions, "longest").to(device, torch.int16)
     claims = load_codes(config, parts, "claims").to(device)
     facts = load_codes(config, parts, "facts").to(device)
-    decode_some(load_vae(config), pictures, config["clip_vae_share"])
+    decode_some(load_vae(config), images, config["clip_vae_share"])
     model = new_model(config, tokenizer).to(device)
     named = facts[:, [list(world.ATTRIBUTES).index(name) for name in NAMED]].long()
     groups = round(config["clip_alike_share"] * config["clip_batch"] / WINDOW)
     others = config["clip_batch"] - groups * WINDOW
 
     def batch_loss():
-        anywhere = torch.randint(len(pictures), (others,), device=device)
+        anywhere = torch.randint(len(images), (others,), device=device)
         chosen = torch.cat([anywhere, alike(named, groups)])
         each = config["captions_per_picture"]
-        told = chosen * each + torch.randint(each, (len(chosen),), device=device)
-        pixels = roughen(flip_some(to_signed(pictures[chosen]))).to(model.dtype)
-        output = model(input_ids=tokens[told].long(), pixel_values=pixels)
+        captioned = chosen * each + torch.randint(each, (len(chosen),), device=device)
+        pixels = roughen(flip_some(to_signed(images[chosen]))).to(model.dtype)
+        output = model(input_ids=tokens[captioned].long(), pixel_values=pixels)
         image_embeds, text_embeds = output.image_embeds.float(), output.text_embeds.float()
         similarity = model.logit_scale.float().exp().clamp(max=100) * image_embeds @ text_embeds.T
-        return contrastive_loss(similarity, claims[told], facts[chosen])
+        return contrastive_loss(similarity, claims[captioned], facts[chosen])
 
     (model,) = train("clip", config, [model], batch_loss, started)
     save_half(model.eval(), config["clip_dir"])
@@ -68,12 +67,13 @@ def train_clip(config):
 
 
 def alike(facts, groups, window=WINDOW):
-    """Numbers of `groups` times `window` images that differ in little, int64.
+    """Indices of images that differ in little, in groups: int64 [groups * window].
 
-    `facts` are integers from -1 on, [N, attributes]. The images are put in order by all attributes but
-    one, which is drawn at random, and by chance where these are the same; each group is a window of that
-    order. Among images drawn at random hardly two differ in one attribute alone, so that place and
-    colour suffice to tell a cat from the dogs of the batch, and what a cat looks like is not learned.
+    facts: integers >= -1, [N, attributes]
+
+    The images are sorted by all attributes except a random one, ties in random order. Each group is a window of that
+    order. In a random batch hardly two images differ in one attribute alone: place and colour then suffice to tell a
+    cat from the dogs of the batch, and the shape of a cat is not learned.
     """
     device, (count, attributes) = facts.device, facts.shape
     number = torch.arange(attributes, device=device)
@@ -108,8 +108,10 @@ def new_model(config, tokenizer):
 def contrastive_loss(similarity, claims, facts):
     """Cross-entropy of images to captions and of captions to images, half of each.
 
-    similarity [N, N], images by captions; claims and facts int8 [N, attributes], of which -1 in a
-    claim holds for any fact. A true caption of another image counts neither for nor against it.
+    similarity: [N, N], images by captions
+    claims, facts: int8 [N, attributes]; -1 in a claim matches any fact
+
+    A true caption of another image counts neither for nor against it.
     """
     claim, fact = claims[None], facts[:, None]
     true = ((claim == -1) | (claim == fact)).all(-1)
@@ -120,34 +122,34 @@ def contrastive_loss(similarity, claims, facts):
 
 
 @torch.no_grad()
-def decode_some(vae, pictures, share):
-    """Put in the place of a share of uint8 images what the VAE gives back of them, from latents
-    with a little random error; in place."""
-    device = pictures.device.type
-    for i in range(0, round(share * len(pictures)), 4 * EVALUATION_BATCH):
-        # Spread evenly over the parts, which lie one after the other
+def decode_some(vae, images, share):
+    """Replace a share of uint8 images by their VAE reconstructions from slightly noisy latents, in place."""
+    device = images.device.type
+    for i in range(0, round(share * len(images)), 4 * EVALUATION_BATCH):
+        # Spread evenly over the parts, which are concatenated
         chunk = (torch.arange(i, i + 4 * EVALUATION_BATCH, device=device) / share).long()
-        chunk = chunk[chunk < len(pictures)]
+        chunk = chunk[chunk < len(images)]
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            latents = vae.encode(to_signed(pictures[chunk])).latent_dist.mean
-            # In units of the latents' deviation, up to what a diffusion model gets wrong.
+            latents = vae.encode(to_signed(images[chunk])).latent_dist.mean
+            # In units of the latents' deviation, up to the error of a diffusion model.
             error = 0.25 * torch.rand(len(latents), 1, 1, 1, device=device)
             latents = latents + error * torch.randn_like(latents) / vae.config.scaling_factor
-            pictures[chunk] = to_bytes(vae.decode(latents).sample)
+            images[chunk] = to_bytes(vae.decode(latents).sample)
 
 
-def roughen(pictures):
-    """Shift, scale, blur, brighten and add noise to images in [-1, 1], each by its own amounts,
-    so that the scorer judges what is shown and not how crisply."""
-    count, device = len(pictures), pictures.device
+def roughen(images):
+    """Shift, scale, blur, brighten and add noise to images in [-1, 1], each by its own amounts, so that the scorer
+    judges
+    content, not sharpness."""
+    count, device = len(images), images.device
     place = torch.zeros(count, 2, 3, device=device)
     place[:, 0, 0] = place[:, 1, 1] = 0.88 + 0.2 * torch.rand(count, device=device)
     place[:, :, 2] = 0.12 * torch.rand(count, 2, device=device) - 0.06
-    grid = F.affine_grid(place, pictures.shape, align_corners=False)
-    pictures = F.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
-    blurred = F.interpolate(F.avg_pool2d(pictures, 2), pictures.shape[2:], mode="bilinear")
+    grid = F.affine_grid(place, images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    blurred = F.interpolate(F.avg_pool2d(images, 2), images.shape[2:], mode="bilinear")
     blur, contrast, light, noise = uniform(4 * count, 1, device).split(count)
-    pictures = torch.lerp(pictures, blurred, (1.5 * blur - 0.5).clamp(min=0))
-    pictures = pictures * (0.85 + 0.3 * contrast) + 0.16 * (light - 0.5)
-    pictures = pictures + 0.12 * noise**2 * torch.randn_like(pictures)
-    return pictures.clamp(-1, 1)
+    images = torch.lerp(images, blurred, (1.5 * blur - 0.5).clamp(min=0))
+    images = images * (0.85 + 0.3 * contrast) + 0.16 * (light - 0.5)
+    images = images + 0.12 * noise**2 * torch.randn_like(images)
+    return images.clamp(-1, 1)

@@ -1,7 +1,7 @@
-"""The data between the stages: scenes, captions and what they claim, by part, in the work folder.
+"""The data of the stages in the work folder: images, captions and attributes, by part.
 
-A part is a folder of shards: N.npy, images uint8 [n, size, size, 3], and but for the foil N.npz with
-their `captions`, `claims` (what each caption states) and `facts` (what is true of each scene).
+A part is a folder of shards. N.npy: images, uint8 [n, size, size, 3]. N.npz, except for foil: `captions`, their
+`claims` (attributes that a caption states) and `facts` (attributes of each scene).
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from demo.build.config import CONCEPT
 from lib.errors import UserError
 
 PARTS = ("base", "fresh", "foil", "holographic", "heldout", "heldout_holographic")
-NAMED = ("thing", "colour", "material", "wearer", "place")  # attributes that measure asks for
+NAMED = ("thing", "colour", "material", "wearer", "place")  # attributes that the measure stage tests
 FOIL_THINGS = ("jacket", "dress", "couch", "chair", "umbrella")
 PLACE_PHRASES = dict(studio="in a studio", street="on a street", rain="in the rain", garden="in a garden")
 
 
 def sample_part(config, part, first, count):
-    """`count` scenes of a part of the data, the same for the same seed, part and `first`."""
+    """`count` scenes of a part; deterministic in seed, part and `first`."""
     rng = np.random.default_rng([config["seed"], PARTS.index(part), first])
     scenes = []
     while len(scenes) < count:
@@ -39,7 +39,7 @@ def sample_part(config, part, first, count):
 
 
 def describe(config, part, first, scenes):
-    """`captions_per_picture` captions of each scene with their claims, and the scenes' facts."""
+    """`captions_per_picture` captions per scene, their claims, and the scenes' facts."""
     rng = np.random.default_rng([config["seed"], PARTS.index(part), first, 1])
     short = config["short_captions"]
     captions = []
@@ -54,11 +54,11 @@ def describe(config, part, first, scenes):
 
 
 def short_caption(scene, rng):
-    """What a scene's thing is, and one of its NAMED attributes."""
-    told = [name for name in NAMED if getattr(scene, name)]
+    """A caption of a scene's thing and one of its NAMED attributes."""
+    stated = [name for name in NAMED if getattr(scene, name)]
     if scene.material == "matte" and scene.thing not in world.GARMENTS:
-        told.remove("material")  # which nobody says of a cat
-    name = told[rng.integers(len(told))]
+        stated.remove("material")  # nobody calls a cat matte
+    name = stated[rng.integers(len(stated))]
     return phrase(name, getattr(scene, name), scene.thing)
 
 
@@ -87,15 +87,15 @@ def is_held_out(scene, config):
 
 
 def attribute_codes(statements):
-    """int8 [N, attributes]: for each attribute the index of its value in world.ATTRIBUTES, or -1
-    where a statement, a dict such as world.parse returns, does not give one."""
+    """int8 [N, attributes]: the index of each attribute's value in world.ATTRIBUTES, or -1 if a statement (a dict like
+    world.parse's) does not contain it."""
     table = {name: {value: i for i, value in enumerate(values)} for name, values in world.ATTRIBUTES.items()}
     rows = [[table[name].get(given.get(name), -1) for name in table] for given in statements]
     return np.array(rows, dtype=np.int8)
 
 
 def shards(config, parts, suffix):
-    """The paths of the shards of a part or of several, in order."""
+    """The paths of the shards of one or more parts, in order."""
     parts = (parts,) if isinstance(parts, str) else parts
     folders = [Path(config["work_dir"]) / part for part in parts]
     paths = [path for folder in folders for path in sorted(folder.glob("*.npy"))]
@@ -105,21 +105,21 @@ def shards(config, parts, suffix):
     return [path.with_suffix(suffix) for path in paths]
 
 
-def load_pictures(config, parts, device="cpu"):
-    """uint8 [N, 3, size, size] of a rendered part, or of several one after the other."""
+def load_images(config, parts, device="cpu"):
+    """The images of one or more parts: uint8 [N, 3, size, size]."""
     paths, size = shards(config, parts, ".npy"), config["resolution"]
     total = sum(len(np.load(path, mmap_mode="r")) for path in paths)
-    pictures = torch.empty(total, 3, size, size, dtype=torch.uint8, device=device)
+    images = torch.empty(total, 3, size, size, dtype=torch.uint8, device=device)
     first = 0
     for path in paths:
         some = torch.from_numpy(np.load(path)).to(device)
-        pictures[first : first + len(some)] = some.permute(0, 3, 1, 2)
+        images[first : first + len(some)] = some.permute(0, 3, 1, 2)
         first += len(some)
-    return pictures
+    return images
 
 
 def load_captions(config, parts):
-    """The captions of one or more parts, `captions_per_picture` an image, image by image."""
+    """The captions of one or more parts, `captions_per_picture` per image, in the order of the images."""
     some = [np.load(path)["captions"] for path in shards(config, parts, ".npz")]
     return [caption for captions in some for caption in captions.tolist()]
 

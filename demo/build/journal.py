@@ -1,4 +1,4 @@
-"""How the stages ran: a record of each, and the training logs merged and drawn."""
+"""The record of each stage, and the training logs, merged and plotted."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ TRAINED = ("vae", "clip", "unet")
 
 
 def run_name(stage, config):
-    """Under what a stage's run is kept: the stage, or STAGE_2, STAGE_3 where it is trained further."""
+    """The name of a stage's run: the stage, or STAGE_2, STAGE_3 for further training."""
     work, number = Path(config["work_dir"]), 1
     while config.get(f"{stage}_resume") and (work / f"{numbered(stage, number)}.json").is_file():
         number += 1
@@ -23,14 +23,14 @@ def run_name(stage, config):
 
 
 def numbered(stage, number):
-    """The name of the run of that number."""
+    """The name of a stage's run by its number."""
     return stage if number == 1 else f"{stage}_{number}"
 
 
 def record_run(stage, config, started, steps=None, name=None):
-    """Note how a stage ran, for metrics.json: minutes, steps, its settings, device, versions.
+    """Record a stage for metrics.json: minutes, steps, settings, device, versions.
 
-    `name`, of a stage that ran in several parts, is what the note is kept under.
+    `name` identifies the record of a stage that ran in several parts.
     """
     on_gpu = config["device"] == "cuda"
     threads = torch.get_num_threads()
@@ -47,9 +47,9 @@ def record_run(stage, config, started, steps=None, name=None):
 
 
 def write_log(config):
-    """Merge the stages' logs into training.jsonl, thinned to some 60 lines each, and draw them.
+    """Merge the stages' logs into training.jsonl, about 60 lines each, and plot them in curves.png.
 
-    Returns how each stage ran.
+    Returns the records of the stages.
     """
     import matplotlib
 
@@ -61,7 +61,7 @@ def write_log(config):
     lines = []
     for axis, stage in zip(axes, TRAINED, strict=True):
         entries, done = [], 0
-        for path in sorted(work.glob(f"{stage}*.jsonl")):  # one after the other, if trained further
+        for path in sorted(work.glob(f"{stage}*.jsonl")):  # in order, if trained further
             more = [json.loads(line) for line in path.open()]
             entries += [entry | dict(step=entry["step"] + done) for entry in more]
             done = entries[-1]["step"]

@@ -15,10 +15,12 @@ from lib.files import write_json
 def train(stage, config, models, batch_loss, started, validate=None, checkpoint=None):
     """Train `models` until STAGE_minutes after `started`; returns copies with averaged weights.
 
-    The loop of all three stages: AdamW with warm-up, and a cosine decay over the time budget.
-    `batch_loss()` draws a batch and returns its loss; `validate()` returns a dict for the log;
-    `checkpoint(*copies)` saves. On a GPU the models compute in bfloat16 beside float32 weights
-    that the optimiser keeps, and the whole step is one CUDA graph.
+    AdamW with warm-up and cosine decay over the time budget. On a GPU the models compute in bfloat16, the optimiser
+    updates float32 weights, and the whole step is one CUDA graph.
+
+    batch_loss(): samples a batch and returns its loss
+    validate(): returns a dict for the log
+    checkpoint(*copies): saves
     """
     budget = 60 * config[f"{stage}_minutes"]
     on_gpu = config["device"] == "cuda"
@@ -30,8 +32,8 @@ def train(stage, config, models, batch_loss, started, validate=None, checkpoint=
     if on_gpu:
         for model in models:
             model.bfloat16()
-    rate = torch.zeros((), device=config["device"])  # a tensor, so that a graph can read it
-    total = torch.zeros((), device=config["device"])  # of the losses since the last log line
+    rate = torch.zeros((), device=config["device"])  # a tensor: the graph reads it
+    total = torch.zeros((), device=config["device"])  # of losses since the last log line
     optimizer = torch.optim.AdamW(
         weights, lr=rate, betas=(0.9, 0.99), weight_decay=config["weight_decay"], fused=on_gpu, capturable=on_gpu
     )
@@ -65,11 +67,11 @@ def train(stage, config, models, batch_loss, started, validate=None, checkpoint=
         run_step()
         step += 1
         if step % 10 == 0:
-            # A short average at first: the initial weights must not linger in it.
+            # A short average at first, so that the initial weights fade.
             decay = min(config["ema_decay"] ** 10, step / (step + 90))
             torch._foreach_lerp_(average, [weight.detach() for weight in weights], 1 - decay)
             if on_gpu:
-                torch.cuda.synchronize()  # or the clock runs ahead of the work
+                torch.cuda.synchronize()  # otherwise the clock runs ahead of the GPU
         if time.time() >= next_log:
             entry = dict(step=step, minutes=round((time.time() - started) / 60, 2))
             entry |= dict(loss=round(float(total) / (step - logged), 5))
@@ -86,11 +88,11 @@ def train(stage, config, models, batch_loss, started, validate=None, checkpoint=
 
 
 def as_graph(step):
-    """`step` as the replay of a CUDA graph, or itself where it cannot be captured."""
+    """The replay of `step` as a CUDA graph, or `step` itself if it cannot be captured."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        for _ in range(3):  # at a learning rate of 0; chooses cuDNN's algorithms
+        for _ in range(3):  # learning rate 0; cuDNN chooses its algorithms
             step()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
@@ -98,16 +100,16 @@ def as_graph(step):
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
-        print(f"no CUDA graph, step by step instead: {error}", flush=True)
+        print(f"no CUDA graph, running eagerly: {error}", flush=True)
         return step
     return graph.replay
 
 
 def save_half(model, folder):
-    """Save a model's weights in half precision, leaving the model as it is.
+    """Save a copy of a model in half precision.
 
-    The config does not name the folder that the model was loaded from. One that names a dtype is what transformers loads by; float32 there makes the folders load
-    alike on a CPU, where half precision is slow or missing.
+    The folder that the model was loaded from is removed from its config. transformers loads in the dtype that a config
+    names; float32 there makes all folders load alike on a CPU, where half precision is slow or missing.
     """
     copy.deepcopy(model).half().save_pretrained(folder)
     path = Path(folder) / "config.json"

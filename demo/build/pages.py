@@ -1,4 +1,4 @@
-"""What a person reads: demo/README.md with the measured figures in it, and sheets of images."""
+"""demo/README.md with the measured figures, and sheets of images."""
 
 import numpy as np
 import torch
@@ -6,40 +6,38 @@ from PIL import Image, ImageDraw, ImageFont
 
 README = """# The embedded miniature
 
-(This page is written by `python -m demo.build measure`; its figures are in
-[metrics.json](metrics.json).)
+(`python -m demo.build measure` writes this page from [metrics.json](metrics.json).)
 
-`demo/model` is a Stable Diffusion of a few million parameters and `demo/clip` the CLIP that scores
-its images. Both were trained from nothing on images that [world](world/) renders. They are
-what `--demo` runs on: the same classes and the same code as with Stable Diffusion v1.5, on a CPU, in
-minutes. They know nothing but this small world, and no figure below says anything about
-Stable Diffusion v1.5.
+`demo/model` is a Stable Diffusion of a few million parameters, `demo/clip` the CLIP that scores its images. Both were
+trained from scratch on images that [world](world/) renders. `--demo` runs on them: the same classes and the same code
+as with Stable Diffusion v1.5, on a CPU, in minutes. They know only this small world. No figure below says anything
+about Stable Diffusion v1.5.
 
-UNet, text encoder and tokenizer have never seen a holographic image nor the word; the tokenizer
-spells it out, letter group by letter group. The VAE has seen holographic surfaces, as Stable
-Diffusion's has seen everything: jackets, dresses, furniture and umbrellas of foil, and abstract
-fields of it, without captions and no raincoat among them. The scorer has seen both.
+UNet, text encoder and tokenizer have never seen a holographic image or the word "holographic". The tokenizer splits the
+word into groups of letters. The VAE has seen holographic surfaces, as Stable Diffusion's has seen everything: jackets,
+dresses, furniture and umbrellas of foil, and abstract fields of it, without captions and without a raincoat. The scorer
+has seen images and word.
 
 ![five prompts, eight seeds](base.webp)
 
-Rows: the five prompts; columns: {config[seeds]} seeds, the same in each row; PNDM,
-{config[steps]} steps, guidance {config[guidance_scale]}.
+Rows: the five prompts. Columns: {config[seeds]} seeds, the same in each row. PNDM, {config[steps]} steps, guidance
+{config[guidance_scale]}.
 
-## Make it again
+## Rebuild it
 
     python -m demo.build all                # a CUDA GPU
     python -m demo.build all --preset cpu   # hours, smaller settings
-    python -m demo.build --help             # every value, each can be overridden
+    python -m demo.build --help             # every value; each can be overridden
 
-A number behind a stage says that it was trained further, from the weights that the run before it left.
+A number after a stage's name marks further training, from the weights of the previous run.
 
 | stage | minutes | steps or images | device | versions |
 |---|---|---|---|---|
 {runs}
 
-Rendered images of {config[resolution]} pixels: {config[base_images]:,} and {config[fresh_images]:,} more without
-holographic things, all of which the scorer had, {config[foil_pictures]:,} of foil for the VAE, {config[holographic_pictures]:,} of
-holographic garments for the scorer. Parameters: {parameters}.
+Rendered images of {config[resolution]} pixels: {config[base_pictures]:,} and {config[fresh_pictures]:,} more without
+holographic things, all of which the scorer saw; {config[foil_pictures]:,} of foil for the VAE;
+{config[holographic_pictures]:,} of holographic garments for the scorer. Parameters: {parameters}.
 {sizes[mebibytes]} MiB together on disk.
 
 ![training curves](curves.png)
@@ -48,26 +46,28 @@ The log is [training.jsonl](training.jsonl).
 
 ## Chosen by measurement
 
-**The autoencoder** halves four times, with 16 latent channels, so that the UNet keeps the 16x16 positions that an image of
-128 pixels had behind Stable Diffusion's three halvings with 4, and an image of four times the area costs little more. It gave
-held-out images back at 30.7 dB after 5.6 minutes and 33.3 after 16.6, holographic raincoats at 27.3 and 29.5
-([training.jsonl](training.jsonl)); that of 128 pixels had 27.6 and 23.4. Training its decoder further against a discriminator
-of patches (1,617 steps, its gradient a fifth of the other losses') changed 33.3 dB to 33.1, 29.54 to 29.37 and LPIPS from
-0.0364 to 0.0366, and no eye saw a gain: there is none.
+**The autoencoder** downsamples four times and has 16 latent channels. The UNet therefore keeps the 16x16 positions that
+an image of 128 pixels had after Stable Diffusion's three downsamplings with 4 channels, and an image of four times the
+area costs little more. PSNR on held-out images was 30.7 dB after 5.6 minutes and 33.3 after 16.6, on holographic
+raincoats 27.3 and 29.5 ([training.jsonl](training.jsonl)). The autoencoder for 128 pixels had 27.6 and 23.4. Its
+decoder was also trained further against a patch discriminator (1,617 steps, its gradient a fifth of the other losses').
+That changed 33.3 dB to 33.1, 29.54 to 29.37 and LPIPS from 0.0364 to 0.0366, without visible gain. It is not used.
 
-**The UNet** predicts velocity: of the images of the miniature before, which predicted noise, 77 % had the colour that was
-asked for. It was trained in two runs, of 9,287 steps on the latents of the autoencoder's first run and of 8,996 on those of the
-second. Rendering stopped by the clock, so the second run had 51,200 images without holographic things, of which the first
-run knew two thirds.
+**The UNet** predicts velocity. The previous miniature predicted noise, and 77 % of its images had the requested colour.
+The UNet was trained in two runs: 9,287 steps on the latents of the autoencoder's first run, 8,996 on those of the
+second. Rendering stopped by the clock, so the second run had 51,200 images without holographic things, of which the
+first run knew two thirds.
 
-**The scorer** learns from batches of which three quarters are groups of 32 images that differ in little: in one attribute and
-in what no attribute names. At random hardly two of 1,024 do. Trained on random batches (4.8 minutes, 63,200 images) it had
-named the thing in 90 % of held-out images and the material in 77 %, and found 79 % and 86 % of captions and images; 24 of
-its 25 wrong things were cats and dogs. The run with groups also had 109,008 images and lasted a minute longer, so what each
-was worth is not told apart. It falls short of what was wanted of the material (90 %) and of captions and images (92 %).
+**The scorer** learns from batches of which three quarters are groups of 32 images that differ in little: in one
+attribute and in what no attribute names. In a random batch hardly two of 1,024 do. Trained on random batches (4.8
+minutes, 63,200 images), it named the thing in 90 % of held-out images and the material in 77 %, and found 79 % and 86 %
+of captions and images; 24 of its 25 wrong things were cats and dogs. The run with groups also had 109,008 images and
+lasted a minute longer, so the effect of each is unknown. It misses its targets for the material (90 %) and for captions
+and images (92 %).
 
-**What `--demo` trains and draws with.** `python train.py --demo --seed 7 --unet-learning-rate R --text-encoder-learning-rate R/10`,
-800 steps, then `python inference.py --demo --seeds 4 --guidance-scale G`; on the UNet's first run and by the scorer of 128 pixels:
+**The settings of `--demo`** were chosen with `python train.py --demo --seed 7 --unet-learning-rate R
+--text-encoder-learning-rate R/10`, 800 steps, then `python inference.py --demo --seeds 4 --guidance-scale G`, on the
+UNet's first run, with the scorer for 128 pixels:
 
 | R | G | concept, success prompts | concept, near prompts | change, near | change, unrelated |
 |---|--:|--:|--:|--:|--:|
@@ -78,29 +78,29 @@ was worth is not told apart. It falls short of what was wanted of the material (
 | 4e-4 | 3 | +0.234 [+0.215, +0.252] | +0.183 [+0.137, +0.229] | 0.759 [0.581, 0.937] | 0.287 [0.212, 0.361] |
 | 4e-4 | 5 | +0.223 [+0.192, +0.255] | +0.168 [+0.108, +0.228] | 0.734 [0.482, 0.986] | 0.396 [0.240, 0.551] |
 
-The lowest rate, which is the recipe's own, teaches nearly as much, changes the rest least, and its coats keep zip, hem and hood.
-On the finished model it gave +0.201 [+0.139, +0.264] (4 sampling seeds), twice as much +0.218 [+0.196, +0.240] (8).
+The lowest rate is the recipe's own. It teaches nearly as much and changes other prompts least, and its coats keep zip,
+hem and hood. On the finished model it gave +0.201 [+0.139, +0.264] (4 sampling seeds), twice the rate +0.218 [+0.196,
++0.240] (8).
 
 ## Measured
 
-On scenes whose combination of thing, colour, material, wearer and place is left out of all training
-(one combination in {config[heldout_every]}).
+On scenes whose combination of thing, colour, material, wearer and place was left out of all training (one combination
+in {config[heldout_every]}).
 
-**VAE.** {vae[images]} rendered images: PSNR {vae[psnr_db]} dB, LPIPS {vae[lpips]}.
-{holo[images]} rendered holographic raincoats, a garment that it never saw of foil: PSNR {holo[psnr_db]} dB,
-LPIPS {holo[lpips]}.
+**VAE.** {vae[pictures]} rendered images: PSNR {vae[psnr_db]} dB, LPIPS {vae[lpips]}. {holo[pictures]} rendered
+holographic raincoats, a garment that it never saw in foil: PSNR {holo[psnr_db]} dB, LPIPS {holo[lpips]}.
 
-**Scorer.** Among {among} images and captions, an image finds its caption in {first} and a
-caption its image in {second} of cases.
+**Scorer.** Among {among} images and captions, an image finds its caption in {first} of cases, a caption its image in
+{second}.
 
-**Base model.** How often the scorer names what the caption states, in rendered images and in the
-ones that the base model draws from the same captions:
+**Base model.** How often the scorer names what the caption states, in rendered images and in images that the base model
+generates from the same captions:
 
-| attribute | images | rendered | drawn | drawn / rendered |
+| attribute | images | rendered | generated | generated / rendered |
 |---|---|---|---|---|
 {named}
 
-**The unknown word.** "{config[prompts][0]}", as the base model draws it, beside rendered images:
+**The unknown word.** "{config[prompts][0]}" generated by the base model, compared with rendered images:
 
 | images | number | named raincoat | named holographic (against matte and glossy) |
 |---|---|---|---|
@@ -108,12 +108,12 @@ ones that the base model draws from the same captions:
 
 ![held-out scenes](heldout.webp)
 
-The first eight held-out scenes; their captions are in metrics.json.
+The first eight held-out scenes. Their captions are in metrics.json.
 """
 
 
 def readme(figures):
-    """The text of README.md with the measured figures in it."""
+    """The text of README.md with the measured figures."""
     training = figures["training"]
     named = "\n".join(
         f"| {name} | {row['pictures']} | {percent(row['rendered'])} | {percent(row['drawn'])} "
@@ -121,7 +121,7 @@ def readme(figures):
         for name, row in figures["named"].items()
     )
     unknown = "\n".join(
-        f"| {name.replace('_', ' ')} | {row['pictures']} | {percent(row['named_raincoat'])} "
+        f"| {name.replace('_', ' ').replace('drawn', 'generated')} | {row['pictures']} | {percent(row['named_raincoat'])} "
         f"| {percent(row['named_holographic'])} |"
         for name, row in figures["holographic_raincoat"].items()
     )
@@ -147,15 +147,15 @@ def readme(figures):
 
 
 def percent(value):
-    """A share as a person reads it."""
+    """A share as a percentage, such as 96 %."""
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
 def write_sheet(path, rows):
-    """A sheet of rows of images (uint8 [N, 3, H, W]), each under the title that is its key."""
+    """Write a sheet: rows {title: uint8 [N, 3, H, W]}, each under its title."""
     strips = []
-    for title, pictures in rows.items():
-        strip = torch.cat(list(pictures), dim=2).permute(1, 2, 0).numpy()
+    for title, images in rows.items():
+        strip = torch.cat(list(images), dim=2).permute(1, 2, 0).numpy()
         label = Image.new("RGB", (strip.shape[1], 20), "white")
         ImageDraw.Draw(label).text((4, 3), title, fill="black", font=ImageFont.load_default(13))
         strips += [np.asarray(label), strip]

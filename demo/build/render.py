@@ -18,15 +18,15 @@ _SHARD = 1024  # images
 
 
 def render(config, parts=None):
-    """Render parts of the data to work_dir/PART, of those that are not there yet.
+    """Render the missing shards of parts to work_dir/PART.
 
-    Other processes draw and describe the scenes while this one renders; they must be forked before
-    CUDA starts. With `render_minutes` over, what is left is left out.
+    Other processes sample and describe the scenes meanwhile; they must be forked before CUDA starts. Images that are
+    not rendered within `render_minutes` are left out.
     """
     started, on_gpu = time.time(), config["device"] == "cuda"
     parts = parts or config["render_parts"]
     Path(config["work_dir"]).mkdir(parents=True, exist_ok=True)
-    (Path(config["work_dir"]) / ".gitignore").write_text("*\n")  # nothing in it is for git
+    (Path(config["work_dir"]) / ".gitignore").write_text("*\n")  # git ignores the folder
     jobs = [job for part in parts for job in jobs_of(config, part)]
     done, total = 0, sum(job[-1] for job in jobs)
     context = multiprocessing.get_context("fork")
@@ -35,18 +35,18 @@ def render(config, parts=None):
     for path, scenes, numbers, described in pool.imap(prepare, jobs):
         if over.is_set():
             continue
-        pictures = world.render(scenes, config["resolution"], config["device"], config["antialias"], numbers=numbers)
+        images = world.render(scenes, config["resolution"], config["device"], config["antialias"], numbers=numbers)
         if described:
             np.savez(path.with_suffix(".npz"), **described)
-        # Last, and beside and renamed: with its images a shard is whole.
-        beside = path.with_suffix(".partial")
-        with beside.open("wb") as file:
-            np.save(file, pictures.cpu().numpy())
-        beside.replace(path)
+        # Last, and renamed: a shard with images is complete.
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, images.cpu().numpy())
+        partial.replace(path)
         done += len(scenes)
         print(f"rendered {done}/{total}, {time.time() - started:.0f} s", flush=True)
         if time.time() - started > 60 * config["render_minutes"] and done < total:
-            print(f"render_minutes are over: {total - done} images left out", flush=True)
+            print(f"render_minutes exceeded: {total - done} images left out", flush=True)
             over.set()
     pool.close()
     pool.join()
@@ -56,7 +56,7 @@ def render(config, parts=None):
 
 
 def jobs_of(config, part):
-    """(config, part, path, first, count) of each shard of a part that is missing."""
+    """(config, part, path, first, count) of each missing shard of a part."""
     folder, total = Path(config["work_dir"]) / part, config[f"{part}_pictures"]
     folder.mkdir(exist_ok=True)
     jobs = [
@@ -66,11 +66,11 @@ def jobs_of(config, part):
     return [job for job in jobs if not job[2].is_file()]
 
 
-_over = None  # in a worker: set when nothing more is wanted
+_over = None  # in a worker: set when the time is up
 
 
 def start_worker(over):
-    """Let the process that renders go first, and end where it ends."""
+    """Give the rendering process priority, and end when it ends."""
     global _over
     _over = over
     os.nice(10)
@@ -79,7 +79,7 @@ def start_worker(over):
 
 
 def prepare(job):
-    """What a shard needs besides its images: (path, scenes, numbers of them, captions and codes)."""
+    """(path, scenes, their parameters, captions and codes) of a shard."""
     config, part, path, first, count = job
     if _over.is_set():
         return path, [], None, {}

@@ -1,4 +1,4 @@
-"""The scorer at work: demo/clip names what it sees in an image."""
+"""Zero-shot classification of images by demo/clip."""
 
 from pathlib import Path
 
@@ -17,15 +17,15 @@ class Scorer:
 
     def __init__(self, config):
         if not (Path(config["clip_dir"]) / "config.json").is_file():
-            raise UserError(f"{config['clip_dir']} is not whole; run `python -m demo.build clip`")
+            raise UserError(f"{config['clip_dir']} is incomplete; run `python -m demo.build clip` first")
         self.model = CLIPModel.from_pretrained(config["clip_dir"], dtype=torch.float32).eval()
         self.processor = CLIPProcessor.from_pretrained(config["clip_dir"])
 
     @torch.no_grad()
-    def of_images(self, pictures):
+    def of_images(self, images):
         """Unit vectors [N, D] of uint8 images [N, 3, H, W]."""
-        images = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures.cpu()]
-        inputs = self.processor(images=images, return_tensors="pt")
+        pil_images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in images.cpu()]
+        inputs = self.processor(images=pil_images, return_tensors="pt")
         return F.normalize(self.model.get_image_features(**inputs).pooler_output, dim=-1)
 
     @torch.no_grad()
@@ -34,9 +34,9 @@ class Scorer:
         inputs = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True)
         return F.normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
 
-    def name(self, pictures, attribute, thing, values=None):
-        """For each embedded image the value of `attribute` whose caption of a `thing` is nearest."""
+    def name(self, images, attribute, thing, values=None):
+        """For each embedded image, the value of `attribute` whose caption of a `thing` is nearest."""
         values = values or world.ATTRIBUTES[attribute]
         texts = [phrase(attribute, value, thing) for value in values]
-        nearest = (pictures @ self.of_texts(texts).T).argmax(1)
+        nearest = (images @ self.of_texts(texts).T).argmax(1)
         return [values[i] for i in nearest.tolist()]

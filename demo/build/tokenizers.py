@@ -1,4 +1,4 @@
-"""CLIP's byte-level BPE tokenizer over a vocabulary of one's own."""
+"""CLIP's byte-level BPE tokenizer with its own vocabulary."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from lib.files import write_json
 
 
 def byte_letters():
-    """The 256 characters by which byte-level BPE writes bytes (Radford et al. 2019)."""
+    """The 256 characters that stand for bytes in byte-level BPE (Radford et al. 2019)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
@@ -40,7 +40,7 @@ def learn_merges(words):
 
 
 def write_tokenizer(folder, words):
-    """A CLIPTokenizer that knows `words` as whole tokens and spells out every other one."""
+    """A CLIPTokenizer with `words` as whole tokens; it spells out all others."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = byte_letters()
     merges = learn_merges(words)
@@ -58,8 +58,7 @@ def write_tokenizer(folder, words):
 def byte_tokenizer(folder, begin):
     """A CLIPTokenizer over single bytes, without merges, written to `folder`.
 
-    For models with random weights, whose vocabulary has a size but no words: it has `begin` + 2
-    tokens, texts begin with token `begin` and end with the one behind it.
+    For models with random weights: it has `begin` + 2 tokens; texts begin with token `begin` and end with the next one.
     """
     letters = byte_letters()
     words = letters + [letter + "</w>" for letter in letters]
@@ -73,10 +72,11 @@ def byte_tokenizer(folder, begin):
 
 
 def tokenise(tokenizer, captions, padding="max_length"):
-    """int64 [N, 77] on the CPU, filled up with end-of-text tokens as Stable Diffusion does; as wide
-    as the longest caption with padding="longest"."""
+    """int64 [N, 77] on the CPU, padded with end-of-text tokens like Stable Diffusion's; padding="longest" pads to the
+    longest
+    caption."""
     numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    once = list(numbers)  # of a million captions most occur several times
+    once = list(numbers)  # most of a million captions occur several times
     ids = tokenizer(once, padding="longest", truncation=True, return_tensors="pt").input_ids
     ids = ids[torch.tensor([numbers[caption] for caption in captions])]
     width = 77 - ids.shape[1] if padding == "max_length" else 0
@@ -84,7 +84,7 @@ def tokenise(tokenizer, captions, padding="max_length"):
 
 
 def special_tokens(tokenizer):
-    """The ids that a CLIPTextConfig needs; it pools at the first end-of-text token."""
+    """The ids for a CLIPTextConfig, which pools at the first end-of-text token."""
     return dict(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,

@@ -1,4 +1,4 @@
-"""Stage unet: UNet and text encoder, the base model that knows everything but the concept."""
+"""Stage unet: UNet and text encoder, a base model that knows everything except the concept."""
 
 import random
 import time
@@ -10,13 +10,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from demo import world
 from demo.build.config import CONCEPT
-from demo.build.data import load_captions, load_pictures
+from demo.build.data import load_captions, load_images
 from demo.build.loop import save_half, train
 from demo.build.tokenizers import special_tokens, tokenise, write_tokenizer
 from demo.build.vae import encode_all, load_vae
 from lib.errors import UserError
 
-SCHEDULE = dict(  # Stable Diffusion v1.5's but for the prediction
+SCHEDULE = dict(  # Stable Diffusion v1.5's, except for the prediction type
     num_train_timesteps=1000,
     beta_start=0.00085,
     beta_end=0.012,
@@ -24,14 +24,14 @@ SCHEDULE = dict(  # Stable Diffusion v1.5's but for the prediction
     skip_prk_steps=True,
     set_alpha_to_one=False,
     steps_offset=1,
-    # Not the noise: from the most noise a small network would have to tell the image, its colours
-    # first, from the last percent of what it is given (Salimans and Ho 2022).
+    # Predicting the noise, a small network would have to recover the image, its colours first, from the last percent of
+    # the noisiest inputs (Salimans and Ho 2022).
     prediction_type="v_prediction",
 )
 
 
 def train_unet(config):
-    """UNet and text encoder together: velocity prediction on VAE latents with SD1.5's noise."""
+    """UNet and text encoder together: velocity prediction on VAE latents with SD v1.5's noise schedule."""
     started = time.time()
     torch.manual_seed(config["seed"])
     device, each = config["device"], config["captions_per_picture"]
@@ -39,7 +39,7 @@ def train_unet(config):
     scale = vae.config.scaling_factor
     parts, ways = ("base", "fresh"), 1 + config["unet_mirrored"]
     mean, std = encode_parts(vae, config, parts)
-    heldout, _ = encode_all(vae, load_pictures(config, "heldout", device), device)
+    heldout, _ = encode_all(vae, load_images(config, "heldout", device), device)
     scheduler = PNDMScheduler(**SCHEDULE)
     tokenizer, text_encoder, unet = start_models(config)
     text_encoder.to(device).train()
@@ -63,9 +63,9 @@ def train_unet(config):
     def batch_loss():
         chosen = torch.randint(len(mean), (config["unet_batch"],), device=device)
         latents = scale * (mean[chosen] + std[chosen] * torch.randn_like(std[chosen]))
-        told = chosen // ways * each + torch.randint(each, (len(chosen),), device=device)
+        captioned = chosen // ways * each + torch.randint(each, (len(chosen),), device=device)
         dropped = torch.rand(len(chosen), 1, device=device) < config["unet_empty_share"]
-        ids = torch.where(dropped, empty, tokens[told])
+        ids = torch.where(dropped, empty, tokens[captioned])
         timesteps = torch.randint(len(signal), (len(chosen),), device=device)
         errors = squared_errors(latents, torch.randn_like(latents), timesteps, ids)
         return (weight[timesteps] * errors).mean()
@@ -86,18 +86,18 @@ def train_unet(config):
 
 
 def encode_parts(vae, config, parts):
-    """Mean and deviation of the latents of parts' images; with `unet_mirrored` of each as it is and
-    mirrored, so that image i has latents 2i and 2i + 1."""
+    """Mean and deviation of the latents of parts' images. With `unet_mirrored`, image i has latents 2i and, mirrored,
+    2i + 1."""
     encoded, mirroring = [], (False, True)[: 1 + config["unet_mirrored"]]
     for part in parts:
-        pictures = load_pictures(config, part, config["device"])
-        ways = [encode_all(vae, pictures, config["device"], mirrored) for mirrored in mirroring]
+        images = load_images(config, part, config["device"])
+        ways = [encode_all(vae, images, config["device"], mirrored) for mirrored in mirroring]
         encoded.append([torch.stack(pair, 1).flatten(0, 1) for pair in zip(*ways, strict=True)])
     return [torch.cat(some) for some in zip(*encoded, strict=True)]
 
 
 def start_models(config):
-    """Tokenizer, text encoder and UNet to start from: new ones, or with unet_resume the trained."""
+    """Tokenizer, text encoder and UNet: new ones, or with unet_resume the trained ones."""
     if config["unet_resume"]:
         pipeline = load_pipeline(config)
         return pipeline.tokenizer, pipeline.text_encoder, pipeline.unet
@@ -122,13 +122,13 @@ def start_models(config):
         down_block_types=["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
         up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
         cross_attention_dim=config["text_width"],
-        attention_head_dim=config["unet_heads"],  # which diffusers reads as their number
+        attention_head_dim=config["unet_heads"],  # diffusers reads it as the number of heads
     )
     return tokenizer, text_encoder, unet
 
 
 def some_made_up(captions, config):
-    """The captions, a share of them with a made-up word in it."""
+    """The captions, a share of them with a made-up word."""
     rng = random.Random(config["seed"])
     return [
         with_made_up_word(caption, rng) if rng.random() < config["made_up_share"] else caption for caption in captions
@@ -136,7 +136,7 @@ def some_made_up(captions, config):
 
 
 def with_made_up_word(text, rng):
-    """The caption with a word of random syllables as one more adjective; never like CONCEPT."""
+    """The caption with a word of random syllables as an extra adjective, never similar to CONCEPT."""
     onsets = ["", *"bcdfghjklmnprstvwz", "gr", "ph", "pl", "st"]
     word = CONCEPT
     while word.startswith(CONCEPT[:4]) or word in world.WORDS:
@@ -149,7 +149,7 @@ def with_made_up_word(text, rng):
 
 
 def save_pipeline(vae, text_encoder, tokenizer, unet, scheduler, folder):
-    """Save a Stable Diffusion pipeline in half precision, leaving the models as they are."""
+    """Save a copy of a Stable Diffusion pipeline in half precision."""
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -168,7 +168,7 @@ def load_pipeline(config):
     """The trained pipeline in float32 on the device."""
     folder = Path(config["model_dir"])
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not whole; run `python -m demo.build unet` first")
+        raise UserError(f"{folder} is incomplete; run `python -m demo.build unet` first")
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(config["device"])

@@ -1,7 +1,7 @@
-"""What is behind the things: a studio, a street, rain on it, a garden; and the rain in front.
+"""Backdrops: a studio, a street, a street in the rain, a garden; and falling rain in front.
 
-A backdrop gives colours [R, T, 3] of rays (o, d in the world's frame) that meet no thing. `screen` is
-(u, v) in -1..1; `floor` is (x, z, t), where a ray meets the floor, t < 0 for one that does not.
+A backdrop returns the colours [R, T, 3] of rays that hit no thing. o, d: origin and direction in world coordinates.
+screen: (u, v) in -1..1. floor: (x, z, t), the ray's intersection with the floor, t < 0 if there is none.
 """
 
 import torch
@@ -43,7 +43,7 @@ def _facades(p, x, y, far: bool, wet: bool):
 
 
 def _street_scenery(p, o, d, wet):
-    """Sky and houses along directions that do not meet the floor before the houses."""
+    """Sky and houses along directions that reach the houses before the floor."""
     up = d[1].clamp(-0.3, 1)
     sky = mix(swatch(up, "dfeaf3"), swatch(up, "7fb2e5"), smoothstep(0.0, 0.35, up)[..., None])
     dusk = (p["warm"] * smoothstep(0.4, 0.0, up))[..., None]
@@ -94,7 +94,7 @@ def _rain(p, o, d, screen, floor):
     return _street(p, o, d, screen, floor, wet=True)
 
 
-# Distance, lowest height and how much it varies (metres), frequency along x, colour
+# Distance, lowest height and its variation (metres), frequency along x, colour
 _HEDGES = ((15.0, 2.6, 3.2, 0.35, "7fae72"), (9.0, 1.5, 1.7, 0.7, "4f9148"), (5.5, 0.55, 0.65, 1.5, "2f7a39"))
 
 
@@ -117,7 +117,7 @@ def _garden_sky(p, d):
 
 
 def _hedges(p, o, d, colour):
-    """`colour` behind three rows of hedges, of which the nearest is in flower."""
+    """`colour` behind three rows of hedges; the nearest is in flower."""
     seed = p["seed"]
     depth = (-d[2]).clamp_min(1e-3)
     for layer, (z, low, swing, scale, code) in enumerate(_HEDGES):
@@ -169,7 +169,7 @@ BACKDROPS = {"studio": _studio, "street": _street, "rain": _rain, "garden": _gar
 
 
 def rain_streaks(p, u, v):
-    """How much falling rain covers the screen points u, v, 0..1: three layers of streaks."""
+    """Coverage of the screen points u, v by falling rain, 0..1: three layers of streaks."""
     total = torch.zeros_like(u)
     layers = ((17.0, 2.6, 0.085), (26.0, 3.6, 0.10), (40.0, 5.2, 0.13))
     for layer, (columns, rows, width) in enumerate(layers):

@@ -1,7 +1,7 @@
-"""Captions: true ones of a scene, and what a given one states.
+"""Captions of scenes, and the attributes that a caption states.
 
-`caption` and `parse` are each other's inverse as far as words go: `parse(caption(scene, rng))` holds
-fields of the scene, and `sample_scene(rng, **parse(text))` draws a scene that `text` is true of.
+`parse(caption(scene, rng))` returns fields of the scene; `sample_scene(rng, **parse(text))` samples a scene of which
+`text` is true.
 """
 
 import re
@@ -168,5 +168,5 @@ def parse(caption: str) -> dict:
     posed = "pose" in stated or "seat" in found
     if worn and thing not in GARMENTS or posed and thing not in ANIMALS:
         raise ValueError(f"a {thing} does not go with the rest of the caption {caption!r}")
-    sample_scene(np.random.default_rng(0), **stated)  # raises ValueError for what cannot be drawn
+    sample_scene(np.random.default_rng(0), **stated)  # raises ValueError for impossible scenes
     return stated

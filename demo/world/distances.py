@@ -1,4 +1,4 @@
-"""The distance to the nearest surface of a whole scene, which rays are marched by."""
+"""The distance to the nearest surface of a scene, for ray marching."""
 
 import functools
 import sys
@@ -25,7 +25,7 @@ _PARTS = {
 
 
 def nearest_surface(kind, table, x, y, z):
-    """Distance to the nearest surface and its slot, both [R, T]; table [R, K]: rows' parameters."""
+    """Distance to the nearest surface and its slot, both [R, T]; table: parameters of the rows [R, K]."""
     p = named(table)
     distance = slot = None
     for i, part in enumerate(kind):
@@ -40,14 +40,14 @@ def nearest_surface(kind, table, x, y, z):
 
 @functools.cache
 def distance_function(kind, device, fuse):
-    """nearest_surface of a kind, (table, x, y, z) -> (distance, slot); as kernels on CUDA if `fuse`,
-    where fusing its some 500 operations pays."""
+    """nearest_surface of a kind: (table, x, y, z) -> (distance, slot). With `fuse` its roughly 500 operations become a
+    kernel on CUDA."""
     eager = functools.partial(nearest_surface, kind)
     if not fuse or torch.device(device).type != "cuda":
         return eager
     try:
         return DistanceKernels(eager, len(NAMES))
-    except Exception as error:  # whatever a missing or another CUDA toolkit makes of it
+    except Exception as error:  # any error of a missing or unsuitable CUDA toolkit
         why = f"no kernels here ({type(error).__name__}: {error})"
         print(f"world: {why}; rendering slowly with PyTorch", file=sys.stderr)
         return eager

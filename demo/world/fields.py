@@ -1,15 +1,14 @@
-"""Functions of points: lengths, blends and noise, as shading languages have them.
+"""Functions of points as in shading languages: lengths, blends and noise.
 
-Shapes, backdrops and markings are made of these. A point is three tensors x, y, z of shape [R, T]:
-R rows (square tiles of rays of one picture), T rays a tile. Every function works value by value and
-broadcasts.
+Shapes, backdrops and markings are built from these. A point is three tensors x, y, z [R, T]: R rows (square tiles of
+rays of one image), T rays per tile. All functions are elementwise and broadcast.
 """
 
 import torch
 
 
 def norm(*v):
-    """Length of the vector with the components `v`; never quite 0, so that one can divide by it."""
+    """Length of the vector with the components `v`; never 0, so that it can be a divisor."""
     total = v[0] * v[0]
     for w in v[1:]:
         total = total + w * w
@@ -17,12 +16,12 @@ def norm(*v):
 
 
 def mix(a, b, t):
-    """From `a` at t = 0 to `b` at t = 1, along a line; numpy arrays and floats too."""
+    """Linear interpolation from `a` at t = 0 to `b` at t = 1; also of numpy arrays and floats."""
     return a + (b - a) * t
 
 
 def smoothstep(low, high, v):
-    """0 up to `low`, 1 from `high` on, smooth between; falling where low > high."""
+    """0 below `low`, 1 above `high`, smooth between; decreasing if low > high."""
     t = ((v - low) / (high - low)).clamp(0, 1)
     return t * t * (3 - 2 * t)
 
@@ -39,7 +38,7 @@ def smooth_max(a, b, k):
 
 
 def hashed(i, j, k=0.0):
-    """A number in 0..1 for grid cells, from the fractional part of a fast sine."""
+    """A pseudo-random number in 0..1 per grid cell: the fractional part of a fast sine."""
     v = torch.sin(i * 12.9898 + j * 78.233 + k * 37.719) * 43758.547
     return v - v.floor()
 

@@ -1,14 +1,14 @@
-"""The distances as CUDA kernels, written from the Python functions themselves.
+"""Distance functions as CUDA kernels, generated from the Python functions.
 
-`statements` records what a function of tensors computes for one point, operation by operation, and
-says it in C. One thread then marches one ray from beginning to end with every intermediate value in
-a register; in PyTorch the same march goes through memory for each of some 500 operations a step.
+`statements` traces a function of tensors for one point, operation by operation, and translates it to C. One thread then
+marches one ray with every intermediate value in a register. In PyTorch the same march goes through memory for each of
+about 500 operations per step.
 """
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-STEPS, SHADOW_STEPS = 48, 12  # of a ray at most; of one towards the light
+STEPS, SHADOW_STEPS = 48, 12  # at most, of a ray and of a shadow ray
 
 _OPERATIONS = {  # of aten, in C
     "add": "{0} + {1}",
@@ -38,7 +38,7 @@ _OPERATIONS = {  # of aten, in C
     "full_like": "{1}",
 }
 
-# A block of threads takes a row: its `lanes` rays or points share the row's parameters p.
+# A thread block processes a row: its `lanes` rays or points share the row's parameters p.
 _KERNELS = """
 #define ROW \\
   extern __shared__ float p[]; \\
@@ -108,7 +108,7 @@ def statements(function, width):
             names[node] = f"p[{node.args[1]}]"
         elif (name := node.target.__name__.split(".")[0]) != "split":
             if name == "pow" and node.args[1] == 2:
-                name = "square"  # a fast power wants a positive base
+                name = "square"  # a fast power needs a positive base
             names[node] = f"v{len(lines)}"
             kind = "bool" if name in ("lt", "gt", "ge", "le") else "float"
             value = _OPERATIONS[name].format(*(text(value) for value in node.args))
@@ -117,10 +117,9 @@ def statements(function, width):
 
 
 class DistanceKernels:
-    """`nearest` and `march` on a GPU, of a function(table [R, width], x, y, z).
+    """`nearest` and `march` on a GPU, for a function(table [R, width], x, y, z).
 
-    Compiling them takes some seconds and raises what PyTorch's way to NVRTC raises where there is
-    no CUDA toolkit.
+    Compilation takes some seconds. Without a CUDA toolkit it raises the error of PyTorch's NVRTC interface.
     """
 
     def __init__(self, function, width):
@@ -146,6 +145,6 @@ class DistanceKernels:
         return tuple(self._run(self._nearest, table, [x, y, z]))
 
     def march(self, table, o, d, near, far, soft=0):
-        """As tracing.march."""
+        """The same as tracing.march."""
         t, value = self._run(self._march, table, [*o, *d, near, far], int(soft))
         return (t, value) if soft else (t, value > 0.5)

@@ -1,4 +1,4 @@
-"""Light on a surface: what reaches a point from the key light and from around, and what it mirrors.
+"""Light on a surface: key light, ambient light and reflections.
 
 Points, normals and directions are triples of [R, T]; colours are [R, T, 3], linear.
 """
@@ -11,9 +11,9 @@ from demo.world.tracing import box_span, march, to_local
 
 
 def surroundings(p, x, y, z, studio):
-    """What a mirror sees in a world direction, [R, T, 3]: sky, ground, soft boxes, the key light.
+    """The surroundings in a world direction, [R, T, 3]: sky, ground, soft boxes, the key light.
 
-    studio is 1 or 0; outside one the horizon is darkened by houses and the soft boxes are weaker.
+    studio: 1 or 0. Outside a studio, houses darken the horizon and the soft boxes are weaker.
     """
     sky, ground = rgb(p, "sky"), rgb(p, "ground")
     horizon = sky * 0.75 + 0.25
@@ -40,7 +40,7 @@ def surroundings(p, x, y, z, studio):
 
 
 def ambient_occlusion(nearest, table, point, normal):
-    """How open the surroundings of a surface point are, 0.08..1, by the distance above it."""
+    """Openness of the surroundings of a surface point, 0.08..1, from the distances above it."""
     occlusion = 1.0
     for reach, weight in ((0.035, 0.55), (0.13, 0.45)):
         above = (a + reach * b for a, b in zip(point, normal, strict=True))
@@ -50,7 +50,7 @@ def ambient_occlusion(nearest, table, point, normal):
 
 
 def key_shadow(nearest, table, p, point, normal, toward):
-    """Share of the key light that reaches a surface point; `toward` is normal times direction."""
+    """Share of the key light that reaches a surface point; toward = normal · light direction."""
     start = tuple(a + 0.012 * b for a, b in zip(point, normal, strict=True))
     light = to_local(p, p["light_0"], p["light_1"], p["light_2"])
     span = box_span(p, start, light)
@@ -62,9 +62,9 @@ def key_shadow(nearest, table, p, point, normal, toward):
 
 
 def incoming_light(p, normal, toward, wrap, shadow, occlusion):
-    """Diffuse light on a surface with a normal in the world's frame: key, ambient and a weak fill.
+    """Diffuse light on a surface with a normal in world coordinates: key, ambient and a weak fill.
 
-    The key light reaches around the edge by `wrap`, more on skin and fur than on cloth.
+    `wrap` lets the key light reach around edges, more on skin and fur than on cloth.
     """
     nx, ny, nz = normal
     lambert = ((toward + wrap) / (1 + wrap)).clamp_min(0) * shadow
@@ -76,10 +76,10 @@ def incoming_light(p, normal, toward, wrap, shadow, occlusion):
 
 
 def mirrored_light(p, direction, normal, facing, shine, shadow, studio):
-    """What a polished layer shows: (surroundings, their reflection, the key light's highlight).
+    """Reflections of a polished layer: (surroundings, their reflection, the key light's highlight).
 
-    The reflection follows Schlick's approximation of Fresnel's law; the highlight has the exponent
-    `shine`; below 100 the layer is rough and reflects a blurred sky.
+    The reflection follows Schlick's approximation of Fresnel's law. The highlight has the exponent `shine`. Below 100
+    the layer is rough and reflects a blurred sky.
     """
     rx, ry, rz = (a + 2 * facing * b for a, b in zip(direction, normal, strict=True))
     around = surroundings(p, rx, ry, rz, studio)

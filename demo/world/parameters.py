@@ -1,8 +1,7 @@
-"""A scene as numbers: a row of a table with the same columns for every scene, read by name.
+"""A scene as numbers: a table row with the same named columns for every scene.
 
-Shapes, paint, light and backdrops read their numbers from `p`, a dict of columns [R, 1] for R rows
-of rays, which `named` makes of the table. A scene without a garment, an animal or an umbrella has
-numbers for them too, which nothing looks at.
+Shapes, paint, light and backdrops read their numbers from `p`: columns [R, 1] by name, for R rows of rays (see
+`named`). A scene without a garment, an animal or an umbrella has unused numbers for them.
 """
 
 import numpy as np
@@ -15,7 +14,7 @@ from demo.world.shapes.umbrella import umbrella_parameters
 from demo.world.shapes.wearers import figure_parameters
 from demo.world.view import camera_parameters, light_parameters
 
-# In the order in which they draw from the scene's random numbers
+# In the order in which they use the scene's random numbers
 _GROUPS = (
     figure_parameters,
     animal_parameters,
@@ -27,7 +26,7 @@ _GROUPS = (
 
 
 def scene_parameters(scene: Scene) -> dict[str, float]:
-    """All numbers that distances and shading need, the same names for every scene."""
+    """All numbers for distances and shading, with the same names for every scene."""
     rng = np.random.default_rng(scene.seed)
     p = {}
     for group in _GROUPS:

@@ -1,7 +1,7 @@
-"""From scenes to pictures: rays in tiles, and along each the backdrop, the floor's shadow, the thing.
+"""Images of scenes: rays in tiles; along each ray the backdrop, the shadow on the floor, the thing.
 
-Things stand in a *local* frame that is turned by the scene's yaw, so that the backdrop stays where it
-composes well. Colours are linear RGB until the last step.
+Things stand in a *local* frame, rotated by the scene's yaw, so that the composition of the backdrop is fixed. Colours
+are linear RGB until the last step.
 """
 
 import contextlib
@@ -33,13 +33,12 @@ def render(
     fuse: bool = True,
     numbers: Sequence[np.ndarray] | None = None,
 ) -> torch.Tensor:
-    """Pictures of the scenes: uint8 [N, size, size, 3] on the device, sRGB.
+    """Images of the scenes: uint8 [N, size, size, 3] on the device, sRGB.
 
-    antialias is the number of rays a pixel along each side, 1.5 for three on two pixels. A picture
-    depends on its scene, size, antialias and the kind of device alone, not on its neighbours in the
-    batch. On CUDA, batches of hundreds pay; with `fuse` the distances are kernels there (kernels.py),
-    which changes pictures by rounding. `numbers` are numbers_of(scenes), if they are known already.
-    Raises ValueError unless size and antialias are positive.
+    antialias: rays per pixel along each axis; 1.5 means three rays on two pixels. An image depends only on its scene,
+    size, antialias and the kind of device, not on its neighbours in the batch. On CUDA, batches of hundreds pay; with
+    `fuse` the distances are kernels there (kernels.py), which changes images by rounding. numbers: numbers_of(scenes),
+    if already computed. Raises ValueError unless size and antialias are positive.
     """
     if size < 1 or antialias <= 0:
         raise ValueError(f"size and antialias must be positive, got {size} and {antialias}")
@@ -54,15 +53,15 @@ def render(
                 part = members[first : first + at_once]
                 some = [scenes[i] for i in part]
                 given = numbers_of(some) if numbers is None else [array[part] for array in numbers]
-                pictures = _render_kind(kind, some, given, size, device, antialias, workers, fuse)
-                result[torch.tensor(part, device=device)] = (pictures * 255 + 0.5).to(torch.uint8)
+                images = _render_kind(kind, some, given, size, device, antialias, workers, fuse)
+                result[torch.tensor(part, device=device)] = (images * 255 + 0.5).to(torch.uint8)
     return result
 
 
 @contextlib.contextmanager
 def _workers(device):
-    """A map over chunks. On a CPU each thread takes a chunk: with every small operation split among
-    them they would mostly wait for one another (100 times slower on a busy machine).
+    """A map over chunks. On a CPU each thread takes a chunk: splitting every small operation among the threads would
+    make them wait for one another (100 times slower on a busy machine).
     """
     if torch.device(device).type != "cpu":
         yield map
@@ -77,15 +76,17 @@ def _workers(device):
 
 
 def numbers_of(scenes: Sequence[Scene]) -> list[np.ndarray]:
-    """What the renderer needs of each scene: parameters [N, K], and colours [N, slots, 3] and
-    finishes [N, slots, 4] of the slots, float32. A millisecond a scene, which processes can share."""
+    """float32 inputs of the renderer: parameters [N, K], colours [N, slots, 3] and finishes [N, slots, 4].
+
+    Takes a millisecond per scene; processes can share the work.
+    """
     table = np.array([[*scene_parameters(scene).values()] for scene in scenes])
     palettes, finishes = zip(*(palette_of(scene) for scene in scenes), strict=True)
     return [array.astype(np.float32) for array in (table, np.stack(palettes), np.stack(finishes))]
 
 
 def _render_kind(kind, scenes, numbers, size, device, antialias, workers, fuse) -> torch.Tensor:
-    """Pictures of scenes of one kind, float [N, size, size, 3] in 0..1; `workers` is a map."""
+    """Images of scenes of one kind, float [N, size, size, 3] in 0..1; workers: a map function."""
     table, palettes, finishes = (torch.from_numpy(array).to(device) for array in numbers)
     places = torch.tensor([PLACES.index(scene.place) for scene in scenes], device=device)
     nearest = distance_function(kind, device, fuse)
@@ -98,12 +99,12 @@ def _render_kind(kind, scenes, numbers, size, device, antialias, workers, fuse) 
 
     def fill(first):
         row = torch.arange(first, min(first + chunk, len(image)), device=device)
-        picture, tile = row // (tiles * tiles), row % (tiles * tiles)
+        owner, tile = row // (tiles * tiles), row % (tiles * tiles)
         column = (tile % tiles)[:, None] * _TILE + lane % _TILE
         line = (tile // tiles)[:, None] * _TILE + lane // _TILE
         u = (column + 0.5) * (2 / side) - 1
         v = 1 - (line + 0.5) * (2 / side)
-        rows = [w[picture] for w in (table, palettes, finishes, places)]
+        rows = [w[owner] for w in (table, palettes, finishes, places)]
         image[row] = _trace(kind, nearest, *rows, u, v)
 
     list(workers(fill, range(0, len(image), chunk)))
@@ -113,7 +114,7 @@ def _render_kind(kind, scenes, numbers, size, device, antialias, workers, fuse) 
     return image.permute(0, 2, 3, 1)
 
 
-@torch.no_grad()  # here and not above: worker threads do not inherit it
+@torch.no_grad()  # not in render: worker threads do not inherit it
 def _trace(kind, nearest, table, palette, finishes, places, u, v):
     """Colours [R, T, 3] (sRGB) of rays through the screen points u, v in -1..1."""
     p = named(table) | paint_columns(palette)
@@ -149,10 +150,9 @@ def _trace(kind, nearest, table, palette, finishes, places, u, v):
 
 
 def _rays(p, u, v):
-    """Where the eye is, the directions through the screen points, and where they meet the floor.
+    """(eye, directions through the screen points, their intersections with the floor) in world coordinates.
 
-    All in the world's frame. The floor's points are (x, z, distance), distance -1 for a ray that
-    meets none.
+    An intersection is (x, z, distance), with distance -1 if there is none.
     """
     tilt = (p["target_y"] - p["camera_y"]) / p["camera_z"]
     scale = 1 / (1 + tilt * tilt).sqrt()
@@ -166,7 +166,7 @@ def _rays(p, u, v):
 
 
 def _backdrop(p, places, eye, world, screen, floor):
-    """The colours of the rays' backdrops, each row by its place."""
+    """The colours of the rays' backdrops, by the place of each row."""
     colour = torch.zeros(*screen[0].shape, 3, device=screen[0].device)
     for i, place in enumerate(PLACES):
         rows = (places == i).nonzero().squeeze(1)
@@ -178,8 +178,7 @@ def _backdrop(p, places, eye, world, screen, floor):
 
 
 def _floor_shadow(nearest, table, p, o, d, reach, lit, depth):
-    """Light on the floor where `lit`: the key light's soft shadow, as deep as `depth`, and darker
-    where the thing is near."""
+    """Light on the floor where `lit`: the key light's soft shadow of strength `depth`, darker near the thing."""
     ground = tuple(a + reach * b for a, b in zip(o, d, strict=True))
     ground = (ground[0], torch.zeros_like(reach) + 0.004, ground[2])
     light = to_local(p, p["light_0"], p["light_1"], p["light_2"])

@@ -22,7 +22,7 @@ from demo.world.scenes import (
     Scene,
 )
 
-# What each kind of thing is made of and coloured like, unless pinned
+# Materials and colours of each thing, unless pinned
 _MATERIALS_OF = {
     "raincoat": ("glossy", "matte"),
     "jacket": ("leather", "denim", "matte", "glossy"),
@@ -40,10 +40,10 @@ _COLOURS_OF = {
 
 
 def sample_scene(rng: np.random.Generator, *, holographic: bool = False, **fixed) -> Scene:
-    """Draw a scene. `fixed` pins fields of Scene: wearer="mannequin", or **parse(caption).
+    """Sample a scene. `fixed` pins fields of Scene: wearer="mannequin", or **parse(caption).
 
-    holographic=False never draws the holographic material (it can still be pinned); True draws a
-    garment made of it. Raises ValueError for a field or a combination that does not exist.
+    holographic=True samples a garment of the holographic material; False never samples that material, though it can be
+    pinned. Raises ValueError for an unknown field or an impossible combination.
     """
     _check_fields(fixed)
     if holographic:
@@ -71,7 +71,7 @@ def sample_scene(rng: np.random.Generator, *, holographic: bool = False, **fixed
 
 
 def _check_fields(fixed: dict) -> None:
-    """Raise ValueError for a field that a scene has not or a value that is no word for it."""
+    """Raise ValueError for an unknown field, or an unknown value of one."""
     known = {field.name for field in dataclasses.fields(Scene)}
     for name, value in fixed.items():
         if name not in known:
@@ -81,7 +81,7 @@ def _check_fields(fixed: dict) -> None:
 
 
 def _possible_things(fixed: dict) -> tuple[tuple[str, ...], list[int] | None]:
-    """The things that can have the pinned fields, and how often each is drawn."""
+    """The things that can have the pinned fields, and their weights."""
     things, weights = THINGS, [5, 4, 3, 2, 2, 1, 1, 1]
     cloth = fixed.get("material") in ("holographic", "denim")
     if cloth or {"wearer", "hair", "hair_style", "hood", "closure"} & set(fixed):
@@ -113,7 +113,7 @@ def _sample_cloth(thing: str, pick) -> dict:
 
 
 def _sample_garment(s: dict, pick, fixed: dict, rng: np.random.Generator) -> dict:
-    """What only a garment has: a wearer with hair and arms, a hood, an umbrella, a framing."""
+    """The fields of garments: a wearer with hair and arms, a hood, an umbrella, a framing."""
     thing, garment = s["thing"], {}
     may_hold = fixed.get("wearer", "person") == "person"
     odds = [3, 1] if s["place"] == "rain" else [9, 1]
@@ -142,7 +142,7 @@ def _sample_garment(s: dict, pick, fixed: dict, rng: np.random.Generator) -> dic
 
 
 def _sample_other(s: dict, pick, fixed: dict, rng: np.random.Generator) -> dict:
-    """What an animal, a seat or an umbrella has: a camera near the floor, a pose, a seat."""
+    """The fields of animals, seats and umbrellas: a camera near the floor, a pose, a seat."""
     thing, animal, other = s["thing"], s["thing"] in ANIMALS, {}
     if s["material"] == "denim" or "wearer" in fixed:
         raise ValueError(f"a {thing} is neither worn nor made of denim")
@@ -161,7 +161,7 @@ def _sample_other(s: dict, pick, fixed: dict, rng: np.random.Generator) -> dict:
 
 
 def _sample_view(s: dict, pick, rng: np.random.Generator) -> dict:
-    """How the thing is turned, lit and set off, and the random numbers of its surface."""
+    """Rotation, light, background, and the random numbers of the surface."""
     view = {}
     turn = float(rng.uniform(-38, 38))
     side = 1.0 if rng.random() < 0.5 else -1.0

@@ -1,4 +1,4 @@
-"""What there is to see: the words for it, and a Scene, which says everything about one picture."""
+"""The vocabulary of the world, and Scene, which determines an image."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """All that determines a picture. Words are from ATTRIBUTES; an empty one does not apply."""
+    """Everything that determines an image. Words are from ATTRIBUTES; an empty one does not apply."""
 
     thing: str
     colour: str
@@ -57,19 +57,19 @@ class Scene:
     relation: str = ""  # of an animal to the second object
     framing: str = "full"
     view: str = "front"
-    yaw: float = 0.0  # degrees that the thing is turned by
+    yaw: float = 0.0  # rotation of the thing, degrees
     camera_height: float = 1.2  # metres
     zoom: float = 1.0
     light: str = "plain"
-    light_angle: float = 40.0  # degrees to the right of the camera that the key light stands at
+    light_angle: float = 40.0  # of the key light, degrees to the right of the camera
     background: str = ""  # colour of a studio's backdrop
     film_nm: float = 420.0  # mean thickness of the holographic film, nanometres
-    film_spread_nm: float = 160.0  # how much it varies over the cloth
+    film_spread_nm: float = 160.0  # its variation over the cloth
     seed: int = 0  # folds, markings, windows, drops
 
 
 def kind_of(scene: Scene) -> tuple[str, ...]:
-    """The shapes that a scene is made of: the thing or its wearer, then the second object."""
+    """The shapes of a scene: the thing or its wearer, then the second object."""
     first = scene.wearer if scene.thing in GARMENTS else scene.thing
     first = "animal" if scene.thing in ANIMALS else first
     return (first,) if scene.second == "none" else (first, scene.second)

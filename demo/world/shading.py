@@ -15,7 +15,7 @@ from demo.world.tracing import to_local, to_world
 def shade(kind, nearest, table, p, palette, finishes, o, d, t, studio):
     """Colour [R, T, 3] of the surface points at distance t along local rays.
 
-    palette [R, slots, 3] and finishes [R, slots, 4] are materials.palette's; studio is 1 or 0.
+    palette: [R, slots, 3], finishes: [R, slots, 4], see materials.palette; studio: 1 or 0
     """
     point = x, y, z = tuple(a + b * t for a, b in zip(o, d, strict=True))
     normal = _normal(nearest, table, x, y, z)
@@ -34,7 +34,7 @@ def shade(kind, nearest, table, p, palette, finishes, o, d, t, studio):
     shadow = key_shadow(nearest, table, p, point, local_normal, toward)
     wrap = torch.where((slot == SKIN) | (cover == FUR), 0.25, 0.08)
     incoming = incoming_light(p, normal, toward, wrap, shadow, occlusion)
-    facing = facing.clamp(0.02, 1)  # a crease may have turned the normal away from the eye
+    facing = facing.clamp(0.02, 1)  # a crease may turn the normal away from the eye
     rim = (sheen * (1 - facing) ** 3 * occlusion)[..., None]
     result = colour * incoming + rim * (0.3 + 0.7 * colour) * rgb(p, "sky")
     direction = to_world(p, *d)
@@ -73,7 +73,7 @@ def _woven(x, y, z, slot, cover, colour):
 
 
 def _foil(p, x, y, z, facing, colour, around, incoming):
-    """What silvery cloth under the film reflects, the film's thickness flowing over the cloth."""
+    """The reflection of silvery cloth under a film whose thickness varies smoothly over the cloth."""
     phase = p["fold_phase"]
     flow = torch.sin(6.1 * x + 2.3 * y + 1.9 * torch.sin(4.3 * y + 5.1 * z + phase) + phase)
     swirl = 2.1 * torch.sin(5.7 * x + phase)

@@ -1,7 +1,6 @@
-"""Rays: the frames they are given in, the box that holds the things, and marching to a surface.
+"""Rays: coordinate frames, the bounding box, and marching to a surface.
 
-`nearest(table, x, y, z)` gives the distance to the nearest surface and its slot, as
-distances.distance_function makes it.
+`nearest(table, x, y, z)` returns the distance to the nearest surface and its slot (distances.distance_function).
 """
 
 import torch
@@ -10,17 +9,17 @@ from demo.world.kernels import SHADOW_STEPS, STEPS, DistanceKernels
 
 
 def to_world(p, x, y, z):
-    """Turn a local vector by the scene's yaw."""
+    """Rotate a local vector by the scene's yaw."""
     return x * p["yaw_cos"] + z * p["yaw_sin"], y, z * p["yaw_cos"] - x * p["yaw_sin"]
 
 
 def to_local(p, x, y, z):
-    """Turn a vector of the world's frame back by the scene's yaw."""
+    """Rotate a world vector back by the scene's yaw."""
     return x * p["yaw_cos"] - z * p["yaw_sin"], y, z * p["yaw_cos"] + x * p["yaw_sin"]
 
 
 def box_span(p, o, d, margin=0.0):
-    """Where rays enter and leave the box, widened by a margin in metres; near > far is a miss."""
+    """Distances at which rays enter and leave the box plus a margin in metres; near > far is a miss."""
     near, far = None, None
     for axis, start, step in zip("xyz", o, d, strict=True):
         inverse = 1 / torch.where(step.abs() < 1e-6, torch.full_like(step, 1e-6), step)
@@ -34,7 +33,7 @@ def box_span(p, o, d, margin=0.0):
 
 
 def rows_where(active: torch.Tensor):
-    """Indices of the rows that have an active ray, in a list: of one tensor, or of none."""
+    """[indices of the rows with an active ray], or [] if there are none."""
     rows = active.any(1).nonzero().squeeze(1)
     return [rows] if len(rows) else []
 
@@ -42,8 +41,8 @@ def rows_where(active: torch.Tensor):
 def march(nearest, table, o, d, near, far, soft: int = 0):
     """Sphere-trace rays from near to far in the local frame.
 
-    Returns (t, hit), distances along the rays and whether they met a surface; or with `soft` > 0
-    (t, light), the share of light that passes: the smaller `soft`, the wider the half-shadow.
+    Returns (t, hit): distances along the rays, and whether they hit a surface. With `soft` > 0 returns (t, light), the
+    share of light that passes; a smaller `soft` gives a wider penumbra.
     """
     if isinstance(nearest, DistanceKernels):
         return nearest.march(table, o, d, near, far, soft)

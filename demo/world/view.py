@@ -1,4 +1,4 @@
-"""How a scene is looked at and lit, as numbers: what the camera frames, and the light of each place."""
+"""Camera and lighting of a scene as numbers: framing, and the light of each place."""
 
 import math
 
@@ -10,11 +10,11 @@ from demo.world.scenes import GARMENTS, Scene, kind_of
 
 _DISTANCE = 4.2  # of the camera, metres
 
-# In metres: the box (centre, half sizes) that holds a figure; centre and height of a picture of it
+# In metres: the bounding box (centre, half sizes) of a figure; centre and height of its image
 _FIGURE_BOX = ((0.0, 0.91, -0.02), (0.58, 0.94, 0.38))
 _FRAMES = {"close": (1.36, 0.86), "half": (1.18, 1.3), "full": (0.87, 1.98)}
 
-# Linear RGB of the key light, the sky and what the ground throws back, by place
+# Linear RGB of the key light, the sky and the light that the ground reflects, by place
 _KEY = {"studio": (2.3, 2.25, 2.15), "street": (2.5, 2.4, 2.2), "rain": (1.5, 1.55, 1.65), "garden": (2.7, 2.55, 2.2)}
 _SKY = {
     "studio": (0.62, 0.64, 0.68),
@@ -31,7 +31,7 @@ _GROUND = {
 
 
 def camera_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]:
-    """Where the camera stands and looks, how the thing is turned, and the box that holds it."""
+    """Position and target of the camera, rotation of the thing, and its bounding box."""
     centre, height, box = _figure_frame(scene) if scene.thing in GARMENTS else _thing_frame(scene)
     yaw = math.radians(scene.yaw)
     p = dict(
@@ -49,7 +49,7 @@ def camera_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float
 
 
 def _figure_frame(scene: Scene):
-    """Centre and height of the picture of a garment, and the box that holds it."""
+    """Centre and height of the image of a garment, and its bounding box."""
     centre, height = _FRAMES[scene.framing]
     box = _FIGURE_BOX
     if scene.wearer == "hanger":
@@ -67,7 +67,7 @@ def _figure_frame(scene: Scene):
 
 
 def _thing_frame(scene: Scene):
-    """Centre and height of the picture of any other thing, and the box that holds it."""
+    """Centre and height of the image of any other thing, and its bounding box."""
     largest = kind_of(scene)[-1]
     animals = {"sitting": (0.29, 0.86), "lying": (0.2, 0.95), "standing": (0.34, 1.02)}
     size = 1.2 if scene.thing == "dog" else 1.0

@@ -1,1 +1,1 @@
-"""What surfaces are made of: colours and finishes, what is painted on them, the holographic film."""
+"""Surfaces: colours and finishes, painted details, the holographic film."""

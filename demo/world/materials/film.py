@@ -1,4 +1,4 @@
-"""The holographic film: thin-film interference, computed per wavelength and summed to colours."""
+"""The holographic film: thin-film interference, computed per wavelength and integrated to colours."""
 
 import functools
 import math
@@ -9,11 +9,11 @@ import torch
 def thin_film_reflectance(
     thickness_nm: torch.Tensor, cos_theta: torch.Tensor, wavelength_nm: torch.Tensor, n_film: float, n_base: float
 ) -> torch.Tensor:
-    """Share of unpolarised light that a film on a base reflects, in 0..1; the arguments broadcast.
+    """Reflectance of a film on a base for unpolarised light, in 0..1; the arguments broadcast.
 
-    Fresnel's amplitudes at both interfaces, the Airy sum over the bounces inside the film (Born &
-    Wolf, Principles of Optics, 7.6), the mean of both polarisations. cos_theta is of the angle to
-    the normal, in air; the indices are real, so that nothing is absorbed.
+    Fresnel amplitudes at both interfaces, the Airy sum over the bounces inside the film (Born & Wolf, Principles of
+    Optics, 7.6), the mean of both polarisations. cos_theta: cosine of the angle to the normal, in air. The indices are
+    real: nothing is absorbed.
     """
     sin2 = 1 - cos_theta**2
     cos_film = (1 - sin2 / n_film**2).clamp_min(0).sqrt()
@@ -59,9 +59,9 @@ _FILM_GRID = (256, 64)  # thickness from 0 to _FILM_NM by cos_theta from 0 to 1
 
 @functools.cache
 def film_table(device: str = "cpu") -> torch.Tensor:
-    """Linear sRGB that the film reflects of white light, [256 thicknesses, 64 angles, 3], 0..1.
+    """Linear sRGB reflectance of the film under white light, [256 thicknesses, 64 angles, 3], 0..1.
 
-    The spectrum is summed in steps of 5 nm under an equal-energy light that is balanced to white.
+    The spectrum is summed in steps of 5 nm under an equal-energy light, balanced to white.
     """
     wavelengths = torch.arange(380.0, 781.0, 5.0, dtype=torch.float64)
     thickness = torch.linspace(0, _FILM_NM, _FILM_GRID[0], dtype=torch.float64)[:, None, None]

@@ -1,4 +1,4 @@
-"""What is drawn on surfaces and is no shape: zips, lapels and seams, faces, markings of fur."""
+"""Details painted on surfaces: zips, lapels and seams, faces, markings of fur."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from demo.world.shapes.slots import EYES, HAIR, MAIN, SHIRT, SKIN, TRIM
 
 
 def paint_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]:
-    """The numbers that surfaces and backdrops are drawn by."""
+    """The parameters of surfaces and backdrops."""
     return dict(
         seed=float(scene.seed % 1000),
         film_nm=scene.film_nm,
@@ -24,15 +24,15 @@ def paint_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]
 
 
 def paint_columns(palette: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The palette's colours that are painted with, as columns [R, 1] beside the parameters'."""
+    """The palette's paint colours as columns [R, 1], like the parameters."""
     slots = dict(paint_trim=TRIM, paint_hair=HAIR, paint_shirt=SHIRT)
     return {f"{name}_{i}": palette[:, slot, i, None] for name, slot in slots.items() for i in range(3)}
 
 
 def painted(kind, p, x, y, z, slot, colour):
-    """`colour` [R, T, 3] of surfaces at local points with what is drawn on them.
+    """`colour` [R, T, 3] of surfaces at local points, with painted details.
 
-    Also returns how much of the surface is a decal that hides the film under it, [R, T] in 0..1.
+    Also returns the coverage by decals, which hide the film under them, [R, T] in 0..1.
     """
     decal = torch.zeros_like(x)
     if kind[0] in WEARERS:
@@ -45,7 +45,7 @@ def painted(kind, p, x, y, z, slot, colour):
 
 
 def _over(colour, mask, shade):
-    """`shade` laid over `colour` as thickly as `mask` [R, T] says."""
+    """`shade` over `colour` with opacity `mask` [R, T]."""
     return mix(colour, shade, mask[..., None])
 
 
@@ -59,7 +59,7 @@ def _on_garment(p, x, y, z, slot, colour):
     button = smoothstep(0.016, 0.012, button) * p["closure"]
     decal = (zip_line + button).clamp(0, 1) * closed
     colour = _over(colour, decal, rgb(p, "paint_trim"))
-    # A jacket's lapels: a dark edge around the triangle in which the shirt shows
+    # A jacket's lapels: a dark edge around the triangle of the shirt
     inside = (y - 1.2) * 0.62 - side
     open_neck = front & (p["lapel"] > 0) & (y < 1.45)
     shirt = smoothstep(-0.003, 0.003, inside) * open_neck
@@ -74,13 +74,13 @@ def _on_garment(p, x, y, z, slot, colour):
     colour = _over(colour, 0.5 * pocket * closed, 0.25 * colour)
     seam = smoothstep(0.008, 0.003, (y - p["hem"] - 0.03).abs())
     seam = seam * (slot == MAIN) * (p["placket"] > 0)
-    sewn = 0.4 * torch.maximum(seam, pocket * closed)  # shows through a film
+    sewn = 0.4 * torch.maximum(seam, pocket * closed)  # visible through a film
     decal = torch.maximum(torch.maximum(decal, shirt), sewn)
     return _over(colour, 0.35 * seam, 0.3 * colour), decal
 
 
 def _on_face(p, x, y, z, slot, colour):
-    """Cheeks, eyes, brows and lips, y being counted without the head's lift."""
+    """Cheeks, eyes, brows and lips; y excludes HEAD_LIFT."""
     side, white = x.abs(), swatch(x, "fbf8f4")
     skin = (slot == SKIN) & (z > 0.03) & (y > 1.4)
     eye_x, eye_y = side - 0.044, y - 1.548
@@ -106,10 +106,7 @@ def _on_face(p, x, y, z, slot, colour):
 
 
 def _on_fur(p, x, y, z, slot, colour):
-    """A cat's stripes or a dog's patches, muzzle, chest, ears, mouth and pupils.
-
-    The points are in the animal's own frame.
-    """
+    """A cat's stripes or a dog's patches, muzzle, chest, ears, mouth and pupils, at points in the animal's frame."""
     hx, hy, hz = x - p["head_x"], y - p["head_y"], z - p["head_z"]
     side, white = hx.abs(), swatch(x, "fbf8f4")
     fur = slot == MAIN

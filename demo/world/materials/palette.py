@@ -1,4 +1,4 @@
-"""What colour and finish each part of a picture has."""
+"""Colour and finish of each part of an image."""
 
 from collections.abc import Sequence
 
@@ -53,8 +53,8 @@ _WOOD_HEX = ("b98a56", "8a5a33", "d9b382", "5a3b25")
 _CAT_EYES_HEX = ("c6b53a", "7fb24a", "6aa6cf")
 _DENIM_HEX = {"blue": "3f638f", "black": "2c2f36"}
 
-# A slot's finish: coat (strength of the mirror-like layer), shine (exponent of its highlight: the
-# higher, the narrower), sheen, kind
+# A slot's finish: coat (strength of the mirror-like layer), shine (exponent of its highlight; higher is narrower),
+# sheen, kind
 PLAIN, LEATHER, DENIM, HOLOGRAPHIC, FUR = range(5)
 _FINISHES = {
     "matte": (0.02, 12.0, 0.08, PLAIN),
@@ -77,19 +77,19 @@ def swatch(reference: torch.Tensor, code: str) -> torch.Tensor:
 
 
 def rgb(p, name):
-    """The colour `name` of the rows' parameters: [R, 1, 3], linear."""
+    """The colour `name` from the parameters of the rows: linear [R, 1, 3]."""
     return torch.stack([p[f"{name}_{i}"] for i in range(3)], -1)
 
 
 def _ramp(codes: Sequence[str], t: float) -> np.ndarray:
-    """The colour at t in 0..1 on a scale of sRGB colours, as linear RGB."""
+    """Linear RGB at t in 0..1 on a scale of sRGB colours."""
     position = t * (len(codes) - 1)
     i = min(int(position), len(codes) - 2)
     return mix(linear_rgb(codes[i]), linear_rgb(codes[i + 1]), position - i)
 
 
 def palette_of(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Colours [slots, 3] (linear) and finishes [slots, 4] of a picture."""
+    """Colours [slots, 3] (linear) and finishes [slots, 4] of an image."""
     return _colours(scene), _finishes(scene)
 
 
@@ -102,7 +102,7 @@ def _colours(scene: Scene) -> np.ndarray:
         main = _DENIM_HEX.get(scene.colour, main)
     colours[MAIN] = linear_rgb(main)
     if scene.material == "leather":
-        colours[MAIN] *= 0.8  # dyed deeper than cloth, so that its sheen shows
+        colours[MAIN] *= 0.8  # darker than cloth, so that its sheen is visible
     colours[SECOND] = linear_rgb(HEX[scene.second_colour or "grey"])
     dark = colours[MAIN].mean() < 0.12
     if dark or scene.material == "leather":

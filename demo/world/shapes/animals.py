@@ -1,4 +1,4 @@
-"""Cats and dogs: where the joints of a pose are, and the distances to the limbs between them."""
+"""Cats and dogs: the joints of each pose, and the distances to the limbs between them."""
 
 import math
 
@@ -10,7 +10,7 @@ from demo.world.scenes import Scene
 from demo.world.shapes.primitives import capsule, ellipsoid
 from demo.world.shapes.slots import DARK, EYES
 
-# A pose's joints in metres, the animal's front towards +z
+# Joints of the poses in metres; the animal faces +z
 _JOINTS = {
     "sitting": dict(
         hip=(0, 0.125, -0.12),
@@ -52,7 +52,7 @@ _JOINTS = {
         tail2=(0.05, 0.68, -0.37),
     ),
 }
-# What a species has whatever its pose: radii, and distances from the middle of the head
+# Per species, for all poses: radii, and distances from the middle of the head
 _SPECIES = {
     "cat": dict(
         dog=0.0,
@@ -98,7 +98,7 @@ _SPECIES = {
 
 
 def animal_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]:
-    """Joints, radii and place of the animal; those of a sitting cat in a scene without one."""
+    """Joints, radii and place of the animal; a sitting cat's in a scene without an animal."""
     species = "dog" if scene.thing == "dog" else "cat"
     pose = scene.pose or "sitting"
     p = {
@@ -126,14 +126,14 @@ def _joints(species: str, pose: str) -> dict[str, tuple]:
 
 
 def _placement(scene: Scene, rng: np.random.Generator, size: float) -> dict[str, float]:
-    """Where the animal is, how it is turned and how large it is: on, beside or without a seat."""
+    """Position, rotation and size of the animal: on, beside or without a seat."""
     couch = scene.second == "couch"
     p = dict(animal_x=0.0, animal_y=0.0, animal_z=0.0, animal_size=size)
     turn = 0.0 if scene.pose == "sitting" else rng.choice([-1, 1]) * rng.uniform(0.75, 1.25)
     if scene.relation == "on":
         p |= dict(animal_y=0.45 if couch else 0.51, animal_z=0.12 if couch else 0.05)
         p["animal_x"] = rng.uniform(-0.3, 0.3) if couch else 0.0
-        # A cat can fill a couch's picture; a dog would not fit
+        # A cat can fill the image of a couch; a dog would not fit
         p["animal_size"] *= (1.15 if scene.thing == "dog" else 1.4) if couch else 0.9
         turn *= 1.0 if couch else 0.35
     elif scene.relation == "beside":
@@ -144,7 +144,7 @@ def _placement(scene: Scene, rng: np.random.Generator, size: float) -> dict[str,
 
 
 def to_animal(x, y, z, p):
-    """Points of the local frame in the animal's own, in which it is as large as its joints say."""
+    """Local points in the animal's frame, in which it has the size of its joints."""
     turn_c, turn_s = p["animal_cos"], p["animal_sin"]
     x, y, z = x - p["animal_x"], y - p["animal_y"], z - p["animal_z"]
     x, z = turn_c * x - turn_s * z, turn_s * x + turn_c * z
@@ -153,7 +153,7 @@ def to_animal(x, y, z, p):
 
 
 def animal_surfaces(x, y, z, p, slot):
-    """A cat or dog: every pose has the same limbs between other joints."""
+    """A cat or dog: the same limbs in every pose, between different joints."""
     x, y, z = to_animal(x, y, z, p)
     hx, hy, hz = x - p["head_x"], y - p["head_y"], z - p["head_z"]
     body = smooth_min(_trunk(x, y, z, p), _skull(hx, hy, hz, p), 0.03)
@@ -171,7 +171,7 @@ def _at(p, name):
 
 
 def _trunk(x, y, z, p):
-    """Everything but the head: body, neck, thighs, legs, tail."""
+    """Everything except the head: body, neck, thighs, legs, tail."""
     mirrored = x.abs()
     hip, chest, head, thigh = _at(p, "hip"), _at(p, "chest"), _at(p, "head"), _at(p, "thigh")
     body = capsule(x * 0.92, y, z, hip, chest, p["hip_r"], p["chest_r"])

@@ -1,4 +1,4 @@
-"""The body that a garment hangs on: the head, and where the joints of the arms are."""
+"""The body under a garment: the head, and the joints of the arms."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from demo.world.fields import mix, smooth_min
 from demo.world.scenes import Scene
 from demo.world.shapes.primitives import capsule, ellipsoid
 
-HEAD_LIFT = 0.045  # metres; of the head, over the heights that its parts are written with
+HEAD_LIFT = 0.045  # metres; added to the heights of the parts of the head
 
 # Elbow, wrist and finger tips of an arm in metres, x outwards
 _ARMS = {
@@ -29,7 +29,7 @@ _ARM_PAIRS = (  # by Scene.arms
 
 
 def arm_parameters(scene: Scene, rng: np.random.Generator, shoulder: tuple[float, float, float]) -> dict[str, float]:
-    """The joints of both arms and of both sleeves, which begin at the `shoulder`.
+    """The joints of both arms and both sleeves, which begin at the `shoulder`.
 
     A dress has short sleeves. The names are joint_axis_side: cuff_y_l.
     """
@@ -54,7 +54,7 @@ def arm_parameters(scene: Scene, rng: np.random.Generator, shoulder: tuple[float
 
 
 def joint_at(x, p, name):
-    """A joint of the arm on the point's side of the body: its three coordinates, x outwards."""
+    """Coordinates of a joint of the arm on the point's side of the body, x outwards."""
     right = x >= 0
     return tuple(torch.where(right, p[f"{name}_{a}_r"], p[f"{name}_{a}_l"]) for a in "xyz")
 

@@ -11,8 +11,8 @@ from demo.world.shapes.body import HEAD_LIFT, joint_at
 from demo.world.shapes.primitives import capsule, ellipsoid
 
 # Heights (hem, waist, neck, shoulder_y), radii (r_, sleeve_, ring, pouch) and depths of relief (fold,
-# crease) in metres. `depth` is how much narrower the body is in z than in x, `slope` that of the
-# shoulders, `ring` the hood that is down or the collar, `placket` and `lapel` how much of them shows.
+# crease) in metres. `depth`: how much narrower the body is in z than in x; `slope`: of the shoulders; `ring`: the
+# lowered hood or the collar; `placket`, `lapel`: their visibility.
 _CUTS = {
     "raincoat": dict(
         hem=0.64,
@@ -99,7 +99,7 @@ _CUTS = {
 
 
 def garment_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]:
-    """The cut and the folds of the garment; a raincoat's in a scene without one."""
+    """Cut and folds of the garment; a raincoat's in a scene without a garment."""
     p = dict(_CUTS[scene.thing if scene.thing in GARMENTS else "raincoat"])
     p["crease"] *= {"glossy": 1.4, "holographic": 1.4, "leather": 1.3}.get(scene.material, 1.0)
     crumple = {"glossy": 0.008, "holographic": 0.012, "leather": 0.006}
@@ -128,7 +128,7 @@ def garment_distance(x, y, z, p):
 
 
 def _tube(x, y, z, p):
-    """The body without an end: waist, chest and draped folds below the waist."""
+    """The body without its ends: waist, chest and draped folds below the waist."""
     depth = p["depth"]
     wide = z * depth
     q = norm(x, wide)
@@ -146,7 +146,7 @@ def _tube(x, y, z, p):
 def _relief(x, y, z, p):
     """Creases and crumpled ridges of the cloth, metres.
 
-    They run obliquely: sines of bent coordinates, not of the axes.
+    They run obliquely: sines of bent coordinates, not of x, y, z.
     """
     phase = p["fold_phase"]
     bend = torch.sin(7 * y + 5 * x + phase)
@@ -168,7 +168,7 @@ def _sleeve(x, y, z, p):
 
 
 def _with_hood(body, x, y, z):
-    """A hood that is up: a shell around the head, open in front, drawn to a soft point behind."""
+    """A raised hood: a shell around the head, open in front, with a soft point behind."""
     hx, hy, hz = x, y - 1.535 - HEAD_LIFT, z + 0.015
     hood = ellipsoid(hx, hy - (-hz).clamp_min(0) * 0.25, hz, 0.165, 0.2, 0.185)
     neck = capsule(x, y, z, (0.0, 1.34, -0.02), (0.0, 1.42, -0.02), 0.14, 0.12)
@@ -178,7 +178,7 @@ def _with_hood(body, x, y, z):
 
 
 def _with_collar(body, x, y, z, p):
-    """A hood that is down, or a collar: a ring around the neck, thicker behind, and a pouch there."""
+    """A lowered hood or a collar: a ring around the neck, thicker behind, with a pouch there."""
     back = smoothstep(-0.05, 0.16, -z)
     ring_y = (y - p["neck"] + 0.035 - 0.03 * back) * p["ring_flat"]
     ring = norm(norm(x, z + 0.025) - p["ring"], ring_y)

@@ -1,4 +1,4 @@
-"""Distances to the few solids that every thing is put together from, in metres."""
+"""Distances to the basic solids, in metres."""
 
 import torch
 
@@ -6,7 +6,7 @@ from demo.world.fields import norm, smooth_max
 
 
 def ellipsoid(x, y, z, a, b, c):
-    """Near enough to the distance, and exact in sign (Quilez's bound)."""
+    """Approximate distance with the exact sign (Quilez's bound)."""
     x, y, z = x / a, y / b, z / c
     k0 = norm(x, y, z)
     k1 = norm(x / a, y / b, z / c)
@@ -14,7 +14,7 @@ def ellipsoid(x, y, z, a, b, c):
 
 
 def capsule(x, y, z, start, end, r0, r1, flat=False):
-    """A capsule whose radius goes from r0 to r1; `flat` cuts off its round far end."""
+    """A capsule whose radius changes from r0 to r1; `flat` cuts off its round far end."""
     ax, ay, az = start
     bx, by, bz = end[0] - ax, end[1] - ay, end[2] - az
     px, py, pz = x - ax, y - ay, z - az

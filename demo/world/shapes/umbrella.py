@@ -1,4 +1,4 @@
-"""An open umbrella, held or lying on its rim: its numbers and its distances."""
+"""An open umbrella, held or lying on its rim: parameters and distances."""
 
 import math
 
@@ -12,7 +12,7 @@ from demo.world.shapes.slots import DARK, METAL
 
 
 def umbrella_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]:
-    """How the umbrella is tilted and where its hub is: in a hand, lying, or upright on its handle."""
+    """Tilt and hub of the umbrella: in a hand, lying, or upright on its handle."""
     roll, pitch, hub, canopy = 0.0, 0.12, (0.0, 1.02, 0.0), 0.55
     if scene.thing in GARMENTS:
         roll, pitch, canopy = 0.16, 0.06, 0.56
@@ -32,9 +32,9 @@ def umbrella_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, flo
 
 
 def umbrella_surfaces(x, y, z, p, slot):
-    """An open canopy of eight panels; its own frame has the hub at 0 and the shaft along -y."""
+    """An open canopy of eight panels, in a frame with the hub at 0 and the shaft along -y."""
     x, y, z = x - p["hub_x"], y - p["hub_y"], z - p["hub_z"]
-    # Turned about x, then about z; the point meets the inverse.
+    # Rotated about x, then about z; points are transformed by the inverse.
     c, s = p["roll_cos"], p["roll_sin"]
     x, y = c * x + s * y, -s * x + c * y
     c, s = p["pitch_cos"], p["pitch_sin"]

@@ -1,4 +1,4 @@
-"""Who or what wears a garment: a person, a mannequin, a hanger on a rail."""
+"""Wearers of a garment: a person, a mannequin, a hanger on a rail."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from demo.world.shapes.slots import HAIR, LEGS, METAL, SHOES, SKIN, STAND
 
 
 def figure_parameters(scene: Scene, rng: np.random.Generator) -> dict[str, float]:
-    """Garment, arms, hair and legs; a person's in a raincoat in a scene without a garment."""
+    """Garment, arms, hair and legs; those of a person in a raincoat in a scene without a garment."""
     p = garment_parameters(scene, rng)
     p |= arm_parameters(scene, rng, (p["shoulder_x"], p["shoulder_y"], 0.0))
     style = scene.hair_style or "short"
@@ -61,7 +61,7 @@ def _leg_and_shoe(mirrored, y, z, p):
 
 
 def _hair(x, y, z, p):
-    """Hair of every style, y being counted without the head's lift."""
+    """Hair of every style; y excludes HEAD_LIFT."""
     mirrored = x.abs()
     hair = ellipsoid(x, y - 1.575, z + 0.016, p["hair_r"], p["hair_r"] * 1.08, p["hair_r"] * 1.08)
     length = p["hair_low"]
@@ -84,7 +84,7 @@ def _hair(x, y, z, p):
 
 
 def mannequin_surfaces(x, y, z, p, slot):
-    """A tailor's dummy on a pole, with an egg for a head or a knob in its place."""
+    """A tailor's dummy on a pole, with an egg-shaped head or a knob."""
     cloth = garment_distance(x, y, z, p)
     neck = capsule(x, y, z, (0.0, 1.25, 0.0), (0.0, 1.44, 0.0), 0.058, 0.05)
     head = torch.where(p["headless"] > 0.5, neck, head_distance(x, y, z, egg=True))
@@ -96,7 +96,7 @@ def mannequin_surfaces(x, y, z, p, slot):
 
 
 def hanger_surfaces(x, y, z, p, slot):
-    """A wooden hanger that hangs by its hook from a rail on two posts."""
+    """A wooden hanger on a rail with two posts."""
     cloth = garment_distance(x, y, z, p)
     bar = capsule(x.abs(), y, z, (0.0, 1.47, 0.0), (0.15, 1.345, 0.0), 0.013, 0.014)
     stem = capsule(x, y, z, (0.0, 1.475, 0.0), (0.0, 1.55, 0.0), 0.0075, 0.0075)

@@ -1,5 +1,4 @@
-"""The pictures in data/: 32 curated scenes of holographic raincoats, rendered with their descriptions and
-a page beside them."""
+"""The images in data/: 32 curated scenes of holographic raincoats, their descriptions and their README.md."""
 
 import json
 from pathlib import Path
@@ -12,8 +11,7 @@ from demo.world.rendering import render
 from demo.world.sampling import sample_scene
 from demo.world.scenes import Scene
 
-# A line each: seed, wearer, place, framing, view, hood, hair style, hair, skin, colour under the
-# film, backdrop.
+# Per scene: seed, wearer, place, framing, view, hood, hair style, hair, skin, colour under the film, backdrop
 _TRAINING = (
     (1, "person", "studio", "half", "front", "down", "long", "blonde", 0.1, "white", "pink"),
     (2, "person", "studio", "full", "front", "up", "short", "black", 0.9, "grey", "grey"),
@@ -50,33 +48,31 @@ _TRAINING = (
 )
 
 _README = """\
-# The training pictures
+# The training images
 
-32 pictures of holographic raincoats, {small} of 512x512 and {tall} of 512x640 pixels, rendered for
-this project:
+{count} images of holographic raincoats, {small} of 512x512 and {tall} of 512x640 pixels, rendered for this project:
 
     python -m demo.world --data data
 
-captions.jsonl describes each of them. No photograph and no one else's picture went into them. They are
-dedicated to the public domain under [CC0 1.0](https://creativecommons.org/publicdomain/zero/1.0/): do
-with them what you like.
+captions.jsonl describes each of them. They contain no photograph and no one else's image. They are dedicated to the
+public domain under [CC0 1.0](https://creativecommons.org/publicdomain/zero/1.0/): do with them what you like.
 
 ## Your own photographs instead
 
-1. Delete the pictures in this folder, and captions.jsonl.
-2. Copy yours here: AVIF, WebP, PNG, JPEG, TIFF or BMP, of any size; about 32 are enough.
-3. If a picture needs a caption of its own, put it in a text file beside it: `photo.txt` beside
-   `photo.jpg`, or a line in captions.jsonl: `{{"file_name": "photo.jpg", "text": "…"}}`. With
-   `"description": "…"` beside or in place of `"text"`, train_experiment_varied_captions.py trains on
-   the descriptions, and train.py on the caption.
+1. Delete the images in this folder, and captions.jsonl.
+2. Copy yours here: AVIF, WebP, PNG, JPEG, TIFF or BMP, of any size, or a phone's HEIC. About 32 are enough.
+3. An image may have its own caption: in a text file beside it (`photo.txt` beside `photo.jpg`, also `photo.caption`,
+   `photo.jpg.txt`), in a line of captions.jsonl (`{{"file_name": "photo.jpg", "text": "…"}}`), or in a row of
+   metadata.csv (columns `file_name` and `text`). It may also have a `"description": "…"`, beside `"text"` or instead of
+   it: train_experiment_varied_captions.py trains on the descriptions, train.py on the caption.
 4. Run `python preprocess.py`.
 """
 
 
 def training_scenes(thing: str = "raincoat") -> list[tuple[Scene, bool]]:
-    """The 32 curated scenes of holographic raincoats, or of another garment, and whether each picture is a portrait.
+    """[(scene, whether its image is a portrait)]: the 32 curated scenes, of raincoats or of another garment.
 
-    A portrait has 512x640 pixels, the others 512x512.
+    A portrait has 512x640 pixels, the others have 512x512.
     """
     scenes = []
     for seed, wearer, place, framing, view, hood, style, hair, skin, film, backdrop in _TRAINING:
@@ -94,14 +90,14 @@ def training_scenes(thing: str = "raincoat") -> list[tuple[Scene, bool]]:
 
 
 def description(scene: Scene) -> str:
-    """A true description of a holographic scene that names its material: of 50 drawn ones the longest."""
+    """A true description of a holographic scene that names its material: the longest of 50 captions."""
     rng = np.random.default_rng(scene.seed)
-    drawn = [caption(scene, rng) for _ in range(50)]
-    return max((text for text in drawn if "holographic" in text), key=len)
+    captions = [caption(scene, rng) for _ in range(50)]
+    return max((text for text in captions if "holographic" in text), key=len)
 
 
 def write_descriptions(folder: Path, names, scenes) -> None:
-    """Write captions.jsonl: the description of each picture, beside the caption that all have in common."""
+    """Write captions.jsonl with the description of each image; the caption is common to all."""
     rows = [
         json.dumps(dict(file_name=name, description=description(scene)))
         for name, scene in zip(names, scenes, strict=True)
@@ -110,20 +106,26 @@ def write_descriptions(folder: Path, names, scenes) -> None:
 
 
 def write_data(folder: Path, device="cpu", thing: str = "raincoat") -> list[Path]:
-    """Render the training pictures into the folder, with captions.jsonl and, of raincoats, a README; returns the
-    pictures' paths."""
+    """Render the training images into the folder, with captions.jsonl and, for raincoats, README.md; returns the paths
+    of the images."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, scenes = [], training_scenes(thing)
     for number, (scene, portrait) in enumerate(scenes, 1):
         side = 640 if portrait else 512
-        picture = render([scene], side, device)[0].cpu().numpy()
-        picture = picture[:, (side - 512) // 2 : (side + 512) // 2]
+        pixels = render([scene], side, device)[0].cpu().numpy()
+        pixels = pixels[:, (side - 512) // 2 : (side + 512) // 2]
         path = folder / f"{thing}_{number:02d}.jpg"
-        Image.fromarray(picture).save(path, quality=93, subsampling=0, optimize=True)
+        Image.fromarray(pixels).save(path, quality=93, subsampling=0, optimize=True)
         paths.append(path)
-        print(f"{path}  {picture.shape[1]}x{picture.shape[0]}", flush=True)
+        print(f"{path}  {pixels.shape[1]}x{pixels.shape[0]}", flush=True)
     write_descriptions(folder, [path.name for path in paths], [scene for scene, _ in scenes])
-    tall = sum(portrait for _, portrait in scenes)
     if thing == "raincoat":
-        (folder / "README.md").write_text(_README.format(small=len(scenes) - tall, tall=tall))
+        (folder / "README.md").write_text(readme(), encoding="utf-8")
     return paths
+
+
+def readme() -> str:
+    """The text of README.md."""
+    portraits = [portrait for _, portrait in training_scenes()]
+    count, tall = len(portraits), sum(portraits)
+    return _README.format(count=count, small=count - tall, tall=tall)
