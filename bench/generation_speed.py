@@ -130,8 +130,8 @@ def main():
             ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
         ]
         variants += [(name, {}, with_attention(*backends)) for name, backends in ATTENTION_KERNELS.items()]
-    variants.append(("- fused projections", {}, dict(join=apart)))
-    variants.append(("- fused projections, merging (PEFT's layers)", dict(merged=False), dict(join=apart)))
+    variants.append(("- fused projections", {}, dict(fuse_projections=apart)))
+    variants.append(("- fused projections, merging (PEFT's layers)", dict(merged=False), dict(fuse_projections=apart)))
     reference = None
     for name, options, replacements in variants:
         free_memory()

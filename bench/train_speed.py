@@ -38,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import adapters
 from lib.errors import UserError, run_script
-from lib.kernels import blocks, graphs
+from lib.kernels import graphs, transformer_blocks
 from lib.training import micro_step, parameters, protection, updates
 
 
@@ -151,13 +151,13 @@ def nothing(*models, training=False):
     pass
 
 
-def no_rows(model):
-    """Replaces blocks.row_modules: PyTorch computes sums, layer norms and CLIP's activation."""
+def no_transformers(model):
+    """Replaces transformer_blocks.plain_modules: PyTorch computes sums, layer norms and CLIP's activation."""
     return []
 
 
 def apart(model, device, dora=False):
-    """Replaces fused_projections.join: each layer is a product of its own."""
+    """Replaces fuse_projections: each layer is a FusedLinear of its own."""
     return []
 
 
@@ -186,9 +186,9 @@ class PeftParameters(parameters.LoraParameters):
 
 
 PEFT = dict(
-    join=apart,
+    fuse_projections=apart,
     fuse_lora=lambda model, *others: [PeftLayers(model)],
-    bound=lambda products, vector, gradient: (products[0].factors(), ([], [])),
+    bind=lambda fused_layers, vector, gradient: (fused_layers[0].factors(), ([], [])),
     LoraParameters=PeftParameters,
     DoraFactors=nothing,
 )
@@ -238,7 +238,7 @@ ATTENTION_KERNELS = {
     "attention: flash kernel wherever it can": (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
     "attention: memory-efficient kernel": (SDPBackend.EFFICIENT_ATTENTION,),
 }
-MODULES = (micro_step, parameters, protection, updates, blocks)  # whose functions are replaced
+MODULES = (micro_step, parameters, protection, updates, transformer_blocks)  # whose functions are replaced
 
 
 def module_of(name):
@@ -288,10 +288,10 @@ def variants(others):
         ("DoRA in PEFT's layers", dora, PEFT),
         ("- CUDA graph", {}, dict(captured=eager)),
         ("- updates without a wait (bitsandbytes' AdamW)", {}, bitsandbytes_adamw),
-        ("- fused projections", {}, dict(join=apart)),
+        ("- fused projections", {}, dict(fuse_projections=apart)),
         ("- fused projections, fused LoRA layers (PEFT's)", {}, PEFT),
         ("- these, fp16 copy (autocast)", {}, PEFT | dict(captured=autocast) | fp32_copy),
-        ("- sums with layer norms, CLIP's activation", {}, dict(row_modules=no_rows)),
+        ("- sums with layer norms, CLIP's activation", {}, dict(plain_modules=no_transformers)),
         ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted)),
         ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
         ("- all of these", {}, PEFT | bitsandbytes_adamw | dict(channels_last=nothing, captured=eager)),
