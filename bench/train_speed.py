@@ -151,7 +151,7 @@ def nothing(*models, training=False):
     pass
 
 
-def no_plain_modules(model):
+def no_transformers(model):
     """Replaces transformer_blocks.plain_modules: PyTorch computes sums, layer norms and CLIP's activation."""
     return []
 
@@ -291,7 +291,7 @@ def variants(others):
         ("- fused projections", {}, dict(fuse_projections=apart)),
         ("- fused projections, fused LoRA layers (PEFT's)", {}, PEFT),
         ("- these, fp16 copy (autocast)", {}, PEFT | dict(captured=autocast) | fp32_copy),
-        ("- sums with layer norms, CLIP's activation", {}, dict(plain_modules=no_plain_modules)),
+        ("- sums with layer norms, CLIP's activation", {}, dict(plain_modules=no_transformers)),
         ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted)),
         ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
         ("- all of these", {}, PEFT | bitsandbytes_adamw | dict(channels_last=nothing, captured=eager)),
