@@ -480,7 +480,7 @@ def test_what_becomes_of_ones_own_pictures_is_said(tiny_model, tmp_path):
     done = call("train.py", *options(**config))
     succeeded(done)
     assert "of 4 images 2 are smaller and are enlarged (64x64 are trained on)" in done.stdout
-    assert "of 4 images 2 are of another shape and lose what does not fit" in done.stdout
+    assert "of 4 images 2 are of another shape and are cropped" in done.stdout
 
 
 def test_a_mask_weight_without_masks_is_refused(tiny_model, buckets, tmp_path):
