@@ -1,7 +1,7 @@
-"""The training set: captions.jsonl and its images, as preprocess.py wrote them or anybody else, read in one way.
+"""The training set: captions.jsonl and its images, written by preprocess.py or by hand.
 
-Images are read when they are needed, so that their number costs no memory. What is known of them by their
-names, sizes and times of change is kept in latents/images.json beside them.
+Images are read when needed, so their number takes no memory. Their hashes are cached in latents/pictures.json with
+their sizes and times of modification.
 """
 
 import contextlib
@@ -16,17 +16,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lib.cache import file_state, first_process, keep, prefetch
+from lib.cache import file_state, first_process, prefetch, write_cached
 from lib.errors import UserError
 from lib.files import sha256_file
 from lib.masks import find_masks, only_mask, subject_mask
 from lib.photographs import Unusable, check_content, fetched_by, read_layers
 from lib.texts import Names, alike, read_text, text_lines
 
-# Another number, where images are read in another way, makes anew all that is kept of them.
-READER = 2
-KEPT = "latents"  # the folder in the training set where what was computed of it is kept
-FACT = [int, int, int, str]  # what is known of an image's file, see `file_fact`
+READER = 2  # version of the code that reads images: another number invalidates everything cached of them
+KEPT = "latents"  # the folder of a training set that caches what is computed from it
+FACT = [int, int, int, str]  # types of a `file_fact`
 
 
 class Row(NamedTuple):
@@ -39,9 +38,8 @@ class Row(NamedTuple):
 
 
 class Dataset:
-    """The rows of a training set and each image's size in `sizes`, (width, height) in pixels: that of `resolution` or,
-    where preprocess.py was told to keep their shapes, its own. `sha256` is over captions and pixels, in the order of
-    the rows."""
+    """The rows of a training set, and the size of each image in `sizes`: (width, height) in pixels, `resolution` twice
+    or, if preprocess.py ran with --buckets, the image's own. `sha256` covers captions and pixels in row order."""
 
     def __init__(self, folder, rows, resolution, sizes):
         self.folder, self.rows, self.resolution, self.sizes = folder, rows, resolution, sizes
@@ -57,11 +55,11 @@ class Dataset:
         return self.rows[index]
 
     def key(self, index):
-        """By what an image is known, whatever it is called: its bytes, its size and how it is read."""
+        """The cache key of an image, independent of its name: its bytes, its size and how it is read."""
         return "{} {}x{} {}".format(self.rows[index].sha256, *self.sizes[index], READER)
 
     def notes(self):
-        """What becomes of images where preprocess.py did not bring them to their size: a list of lines."""
+        """Lines to print about images that are resized or cropped, if preprocess.py did not prepare them."""
         if prepared_as(self.folder)[0]:
             return []
         small = cut = 0
@@ -69,11 +67,11 @@ class Dataset:
             with contextlib.suppress(Exception), Image.open(row.path) as image:
                 small += image.width < width or image.height < height
                 cut += image.width * height != image.height * width
-        found = [(small, "smaller and are enlarged"), (cut, "of another shape and lose what does not fit")]
+        counts = [(small, "smaller and are enlarged"), (cut, "of another shape and are cropped")]
         size = self.resolution
         return [
             f"note: {self.folder}: of {len(self)} images {count} are {words} ({size}x{size} are trained on)"
-            for count, words in found
+            for count, words in counts
             if count
         ]
 
@@ -87,11 +85,11 @@ class Dataset:
 
     @functools.cached_property
     def mask_names(self):
-        """{folder: {image: [its masks]}} of the folders that the images lie in."""
+        """{folder: {image: [its masks]}} of the folders that hold images."""
         return {folder: find_masks(sorted(os.listdir(folder))) for folder in {row.path.parent for row in self}}
 
     def mask_path(self, index):
-        """Where an image's mask lies, None if it has no file of its own; UserError if it has several."""
+        """The path of an image's mask file, None if it has none. Raises UserError if it has several."""
         path = self.rows[index].path
         try:
             masks = self.mask_names[path.parent].get(path.name, [])
@@ -100,15 +98,15 @@ class Dataset:
             raise UserError(f"{path} cannot be used: {reason}") from None
 
     def has_mask(self, index):
-        """Whether an image has a mask, a file of its own or its transparency."""
+        """Whether an image has a mask: a file, or its transparency."""
         if self.mask_path(index) is not None:
             return True
         path = self.rows[index].path
         return may_be_transparent(path) and read_layers_of(path)[1] is not None
 
     def mask(self, index, size):
-        """How much of the subject (0 to 255) each cell of an image of `size` (width, height) shows, uint8 [height,
-        width]; 255 everywhere for an image without a mask. UserError for a mask that marks nothing."""
+        """An image's mask at `size` (width, height) as uint8 [height, width], 255 where the subject is; 255 everywhere if
+        it has none. Raises UserError for a mask that marks nothing."""
         path, mask_path, mask = self.rows[index].path, self.mask_path(index), None
         if mask_path is not None or may_be_transparent(path):
             image, alpha = read_layers_of(path)
@@ -126,13 +124,12 @@ class Dataset:
 
     def masks_sha256(self):
         """SHA-256 over the masks, in the order of the rows."""
-        paths = map(self.mask_path, range(len(self)))
-        found = [path and sha256_file(path) for path in paths]
-        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        hashes = [path and sha256_file(path) for path in map(self.mask_path, range(len(self)))]
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 class Images:
-    """The PIL images of a Dataset as a sequence that reads each when it is asked for."""
+    """The PIL images of a Dataset as a lazy sequence."""
 
     def __init__(self, data):
         self.data = data
@@ -145,53 +142,52 @@ class Images:
 
 
 def read_dataset(data_dir, resolution, caption_from="text"):
-    """The Dataset of `data_dir`/captions.jsonl and its images; see there for their sizes.
+    """The Dataset of `data_dir`/captions.jsonl and its images.
 
-    An image's caption is what its row has under `caption_from`. File names are relative to `data_dir` or, as in the
-    published study's data, to its images/ folder. Raises UserError naming the line or the image that is wrong.
-    Images that were looked at before and have not changed since, by their size and time of change, are not read
-    again.
+    Captions are under the key `caption_from` of each row. File names are relative to `data_dir` or, as in the published
+    study's data, to its images/ folder. Images whose size and times have not changed since the last call are not read
+    again. Raises UserError naming the line or image that is wrong.
     """
     data_dir = Path(data_dir)
     listing, known = read_listing(data_dir, caption_from), read_known(data_dir)
     facts = {name: file_fact(name, path, known["pictures"]) for name, _, path in listing}
     rows = [Row(name, caption, path, facts[name][3]) for name, caption, path in listing]
     data = Dataset(data_dir, rows, resolution, image_sizes(data_dir, rows, resolution))
-    made_of = [[row.caption, data.key(index)] for index, row in enumerate(rows)]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    content = [[row.caption, data.key(index)] for index, row in enumerate(rows)]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     data.sha256 = known["data"].get(key) or data_hash(data)
     if first_process() and (facts != known["pictures"] or key not in known["data"]):
         recent = list((known["data"] | {key: data.sha256}).items())[-16:]
         record = json.dumps(dict(pictures=facts, data=dict(recent))).encode()
-        keep(data_dir / KEPT / "pictures.json", lambda path: path.write_bytes(record))
+        write_cached(data_dir / KEPT / "pictures.json", lambda path: path.write_bytes(record))
     return data
 
 
 def image_sizes(data_dir, rows, resolution):
-    """[(width, height)] of the rows: what preprocess.py says of those whose shape it kept, else a square.
+    """[(width, height)] of the rows: from preprocess.py's manifest if it ran with --buckets, else squares.
 
-    UserError if it was told another resolution; squares may be made smaller, but not larger.
+    Raises UserError if it ran with another resolution. Squares may be reduced, but not enlarged.
     """
-    prepared, said = prepared_as(data_dir)
-    if prepared and not said and prepared < resolution:
+    prepared, sizes = prepared_as(data_dir)
+    if prepared and not sizes and prepared < resolution:
         raise UserError(
             f"{data_dir}: its images were prepared for a resolution of {prepared} and would be enlarged to "
             f"{resolution}; run preprocess.py again with --resolution {resolution}, or add --resolution {prepared}"
         )
-    if said and prepared != resolution:
+    if sizes and prepared != resolution:
         raise UserError(
             f"{data_dir}: its images were prepared with --buckets for a resolution of {prepared}, not {resolution}; "
             f"add --resolution {prepared}, or run preprocess.py again with --resolution {resolution}"
         )
-    for name, size in said.items():
+    for name, size in sizes.items():
         if not (len(size) == 2 and all(isinstance(n, int) and n > 0 and n % 8 == 0 for n in size)):
             raise UserError(f"{data_dir / 'manifest.json'}: the size of {name} is no width and height in steps of 8")
-    return [said.get(row.name, (resolution, resolution)) for row in rows]
+    return [sizes.get(row.name, (resolution, resolution)) for row in rows]
 
 
 def prepared_as(data_dir):
-    """(resolution, {file name: (width, height)} of the images whose shape was kept) as preprocess.py says in
-    manifest.json; (None, {}) where there is none of its."""
+    """(resolution, {file name: (width, height)}) from preprocess.py's manifest.json, the dict empty unless it ran with
+    --buckets; (None, {}) without a manifest."""
     try:
         manifest = json.loads((Path(data_dir) / "manifest.json").read_text(encoding="utf-8"))
         config, pictures = manifest["config"], manifest["pictures"]
@@ -202,8 +198,8 @@ def prepared_as(data_dir):
 
 
 def read_known(data_dir):
-    """What latents/images.json says: dicts of `images`, {name: what `file_fact` gives}, and `data`,
-    {what a training set is made of: its SHA-256}; both empty where there is none or it is damaged."""
+    """The cache latents/pictures.json: `pictures`, {name: its file_fact}, and `data`, {hash of rows and keys: SHA-256 of
+    the training set}. Both are empty if it is missing or damaged."""
     try:
         record = json.loads((data_dir / KEPT / "pictures.json").read_text(encoding="utf-8"))
         pictures = {name: fact for name, fact in record["pictures"].items() if [*map(type, fact)] == FACT}
@@ -214,20 +210,19 @@ def read_known(data_dir):
 
 
 def file_fact(name, path, known):
-    """[bytes, time of change and of the file's entry in ns, SHA-256] of an image, the last as `known` where the others
-    agree. A program can set the first of the times, as editors do that keep it, but not the second."""
+    """[*file_state, SHA-256] of an image. The hash is from `known` if the state is unchanged."""
     try:
-        looks = file_state(path)
-        if (fact := known.get(name)) and fact[:3] == looks:
+        state = file_state(path)
+        if (fact := known.get(name)) and fact[:3] == state:
             return fact
-        return [*looks, sha256_file(path)]
+        return [*state, sha256_file(path)]
     except OSError as problem:
         raise UserError(f"{path} cannot be read: {problem.strerror}") from None
 
 
 def read_listing(data_dir, caption_from):
-    """[(file name, caption, path)] of `data_dir`/captions.jsonl, the caption being what the row has under
-    `caption_from`; UserError naming the line that is wrong."""
+    """[(file name, caption, path)] of `data_dir`/captions.jsonl, with captions under the key `caption_from`. Raises
+    UserError naming the line that is wrong."""
     listing = data_dir / "captions.jsonl"
     if not listing.is_file():
         raise UserError(f"{listing}: no such file; run python preprocess.py first")
@@ -251,9 +246,9 @@ def read_listing(data_dir, caption_from):
         if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
             raise UserError(f"{where}: file_name and {caption_from} must be strings, and {caption_from} not empty")
         try:
-            caption.encode()  # JSON can spell half of a surrogate pair, which is no text
+            caption.encode()  # fails for a lone surrogate, which JSON can hold
             path = find_file([data_dir / name, data_dir / "images" / name], folders)
-        except (OSError, ValueError):  # too long, a zero byte, half of a surrogate pair
+        except (OSError, ValueError):  # too long, a zero byte, a lone surrogate
             raise UserError(f"{where}: file_name cannot be a file's, or {caption_from} is no text") from None
         if Path(name).is_absolute():
             raise UserError(f"{where}: {name} is an absolute path; name images from {data_dir}")
@@ -263,7 +258,7 @@ def read_listing(data_dir, caption_from):
             raise UserError(f"{where}: there is no {name} in {data_dir} or {data_dir / 'images'}")
         if not path.is_file():
             raise UserError(f"{where}: {name} is a link to {os.readlink(path)}, which is not there{fetched_by(path)}")
-        real = path.resolve()  # links are followed, but no image is one twice
+        real = path.resolve()
         if real in seen:
             raise UserError(f"{where}: {name} was already named in line {seen[real]}")
         seen[real] = number
@@ -274,30 +269,30 @@ def read_listing(data_dir, caption_from):
 
 
 def find_file(places, folders):
-    """The first of the paths `places` that is a file, or else one whose name differs in case or Unicode's form alone, or
-    else a link to nothing; None if there is none. `folders` keeps what lies in which folder, for the next call."""
+    """The first of the paths `places` that is a file, else one whose name differs only in case or Unicode normalization,
+    else a broken link, else None. `folders` caches the Names of each folder between calls."""
     if found := next((place for place in places if place.is_file()), None):
         return found
     for place in places:
         if place.name and place.parent.is_dir():
             if place.parent not in folders:
                 folders[place.parent] = Names(os.listdir(place.parent))
-            found = folders[place.parent].find(place.name)
-            found = [name for name in found if alike(name) == alike(place.name)]
-            if len(found) == 1 and place.with_name(found[0]).is_file():
-                return place.with_name(found[0])
+            names = folders[place.parent].find(place.name)
+            names = [name for name in names if alike(name) == alike(place.name)]
+            if len(names) == 1 and place.with_name(names[0]).is_file():
+                return place.with_name(names[0])
     return next((place for place in places if place.is_symlink() and not place.exists()), None)
 
 
 def may_be_transparent(path):
-    """Whether an image has transparency by its header: all of it may be opaque for all that."""
+    """Whether an image may have transparency, by its header."""
     with Image.open(path) as image:
         return image.has_transparency_data
 
 
 def read_layers_of(path):
-    """(an image as RGB PIL image, its transparency or None), read as preprocess.py reads it; UserError if that cannot
-    be or it shows nothing."""
+    """(RGB PIL image, its transparency or None), read as preprocess.py reads images. Raises UserError if it cannot be
+    read or shows nothing."""
     try:
         image, alpha, _, _ = read_layers(path)
         check_content(image, alpha)
@@ -309,7 +304,7 @@ def read_layers_of(path):
 
 
 def read_pixels(path, size):
-    """An image as uint8 [3, height, width], resized and centre-cropped to `size` (width, height) if need be."""
+    """An image as uint8 [3, height, width], resized and centre-cropped to `size` (width, height) if necessary."""
     image, _ = read_layers_of(path)
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)

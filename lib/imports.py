@@ -1,4 +1,4 @@
-"""Importing large packages without what takes time there and finds nothing."""
+"""Faster imports of large packages."""
 
 import contextlib
 import gc
@@ -6,18 +6,18 @@ import sys
 from unittest.mock import patch
 
 
-def _as_it_is(function=None, **settings):
-    return function if function is not None else _as_it_is
+def _uncompiled(function=None, **settings):
+    return function if function is not None else _uncompiled
 
 
 @contextlib.contextmanager
 def quick_imports():
-    """Import PyTorch and what builds on it inside, without the garbage collector and PyTorch's compiler.
+    """Import PyTorch and the libraries above it in the block, without garbage collection and PyTorch's compiler.
 
-    The collector would look through the half a million objects again and again, of which nothing is garbage,
-    and later through all that is imported: it passes over them for good. The compiler is loaded by
-    bitsandbytes, which PEFT imports: it hands functions to `torch.compile`, those of devices that have no
-    library of bitsandbytes. They are not called here; called all the same, they would compute the same uncompiled.
+    The collector would scan 500,000 live objects repeatedly, during the imports and in every later collection; they
+    are frozen instead. The compiler would be loaded by bitsandbytes, which PEFT imports: it passes its functions for
+    devices without a library of its own to `torch.compile`. They are not called here, and give the same results
+    uncompiled.
     """
     first = "torch" not in sys.modules
     collected = gc.isenabled()
@@ -25,10 +25,10 @@ def quick_imports():
     try:
         import torch
 
-        with patch.object(torch, "compile", _as_it_is):
+        with patch.object(torch, "compile", _uncompiled):
             yield
     finally:
-        if first:  # later what a run left would be passed over too
+        if first:  # later, garbage of a run would be frozen too
             gc.freeze()
         if collected:
             gc.enable()

@@ -1,4 +1,4 @@
-"""Masks beside images: by which names they are known, and how they are read."""
+"""Masks beside images: their names, and how they are read."""
 
 import re
 
@@ -9,35 +9,35 @@ from lib.photographs import Unusable, decoded, reading
 from lib.texts import Names
 
 ENDINGS = r"\.(png|jpe?g|jfif|webp|bmp|tiff?|gif|avif|hei[cf])"
-# photo.mask.png, and photo-masklabel.png as OneTrainer has it, beside photo.jpg.
+# Always a mask: photo.mask.png, or OneTrainer's photo-masklabel.png, beside photo.jpg.
 SURELY = re.compile(rf"(.+)(?:\.mask|[.-]masklabel){ENDINGS}", re.I | re.S)
-# photo_mask.png, a mask only beside photo.*: an image of a mask may be called so too.
+# photo_mask.png is a mask only beside photo.*: an image that shows a mask may have such a name too.
 PERHAPS = re.compile(rf"(.+)[_-]mask{ENDINGS}", re.I | re.S)
-BLACK, WHITE = 32, 223  # up to which and from which a level of a mask is meant as such
+BLACK, WHITE = 32, 223  # a level up to BLACK counts as black, from WHITE as white
 
 
 def find_masks(names):
     """{image: [its masks]} among the file names of a folder."""
-    pictures = Names(name for name in names if not SURELY.fullmatch(name))
+    images = Names(name for name in names if not SURELY.fullmatch(name))
     masks = {}
     for name in names:
-        if found := SURELY.fullmatch(name) or PERHAPS.fullmatch(name):
-            for picture in pictures.find(found[1]):
-                masks.setdefault(picture, []).append(name)
+        if match := SURELY.fullmatch(name) or PERHAPS.fullmatch(name):
+            for image in images.find(match[1]):
+                masks.setdefault(image, []).append(name)
     return masks
 
 
 def only_mask(paths):
-    """The one of an image's masks; None if it has none, Unusable if it has several."""
+    """The mask of an image, of the `paths` of its masks; None without one. Raises Unusable if there are several."""
     if len(paths) > 1:
         raise Unusable(f"it has {len(paths)} masks, {' and '.join(p.name for p in paths)}; keep one")
     return paths[0] if paths else None
 
 
 def subject_mask(path, image, alpha, max_megapixels=200):
-    """(the mask of an image, in words where it is from): an L PIL image of the image's size, 255 where the subject is;
-    None twice if it has none. It is read from `path` or, where that is None, is the transparency `alpha` of the image,
-    if it has any. Raises Unusable with the reason."""
+    """(mask, its origin in words) of an image: an L PIL image of the image's size, 255 where the subject is. It is read
+    from `path` or, if that is None, is the image's transparency `alpha`; (None, None) without either. Raises Unusable
+    with the reason."""
     if path is None:
         return (alpha, "masked by its transparency") if alpha is not None else (None, None)
     try:
@@ -58,19 +58,19 @@ def subject_mask(path, image, alpha, max_megapixels=200):
 def levels(image):
     """A decoded mask as an L image, 255 where the subject is.
 
-    What is transparent is not the subject, whatever is painted there. A mask of one level besides black, such as the 1
-    of programs that number what they find, marks its subject fully. Unusable for one that is black everywhere, and for
-    one of several dark levels, of which nobody knows what they mean.
+    Transparent pixels are not the subject, whatever their colour. A mask of one level besides black, such as the 1 of
+    programs that number objects, marks its subject fully. Raises Unusable for a mask that is black everywhere, and for
+    one of several dark levels, whose meaning is unknown.
     """
     grey, alpha = np.asarray(image.convert("L")), None
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         grey, alpha = np.asarray(layers.convert("L")), np.asarray(layers.getchannel("A"))
-        seen = grey[alpha > 127]
-        black, white = (seen <= BLACK).sum(), (seen >= WHITE).sum()
-        if min(black, white) and black + white > 0.95 * seen.size:  # black and white, in part cut out
+        visible = grey[alpha > 127]
+        black, white = (visible <= BLACK).sum(), (visible >= WHITE).sum()
+        if min(black, white) and black + white > 0.95 * visible.size:  # black and white, partly transparent
             grey = (grey.astype(np.uint16) * alpha // 255).astype(np.uint8)
-        elif alpha.min() < 255:  # the subject, cut out
+        elif alpha.min() < 255:  # the subject on a transparent background
             grey = alpha
     brightest, marked = int(grey.max()), np.unique(grey[grey > 0])
     if not marked.size:

@@ -1,4 +1,4 @@
-"""Photographs as cameras, telephones and the web give them, read as upright, opaque 8-bit sRGB."""
+"""Image files of cameras, phones and the web, read as upright, opaque 8-bit sRGB."""
 
 import contextlib
 import io
@@ -12,16 +12,15 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from lib.errors import one_line
 
-# Telephones' HEIC; of what else such a file holds (depth, mattes, thumbnails) nothing is wanted.
+# HEIC of phones, without the depth maps, mattes and thumbnails in such files.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
-# By content, whatever the file's ending says.
+# Detected by content, not by the file's ending.
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP")
 SRGB = ImageCms.createProfile("sRGB")
 
-# What a camera's sensor saw, which only becomes an image when it is developed. Some of these are
-# TIFF files whose only image, for a reader of TIFF, is a tiny preview.
+# Undeveloped sensor data. Some of these are TIFF files whose only image, for a TIFF reader, is a tiny preview.
 RAW_ENDINGS = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
-# What version control lays in the place of a large file: Git LFS, git-annex.
+# Placeholders of Git LFS and git-annex for a large file.
 POINTERS = (b"version https://git-lfs", b"/annex/objects/", b"../.git/annex/objects/", b".git/annex/objects/")
 TEXTS = (".txt", ".caption", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".xml", ".xmp", ".yaml", ".yml")
 DNG_VERSION = 50706  # a TIFF tag
@@ -31,30 +30,30 @@ RAW = (
 )
 
 
-# Of a text that an image carries (ComfyUI writes its whole graph into a PNG) Pillow takes a MiB at most for sound.
+# Pillow rejects text chunks above 1 MiB; ComfyUI writes its whole graph into a PNG.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
-# Pillow's warning is about images that `decoded` refuses.
+# `decoded` refuses these images itself.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 WHITES = (1, 255, 1023, 4095, 16383, 65535)  # of greys of 1, 8, 10, 12, 14 and 16 bits
 
 
 class Unusable(Exception):
-    """Why one image cannot be used."""
+    """An image cannot be used, with the reason."""
 
 
 def read_image(path, max_megapixels=200):
-    """One image file as 8-bit sRGB, upright and opaque.
+    """Read an image file as 8-bit sRGB, upright and opaque.
 
-    Returns (image, info, done): an RGB PIL image; a dict of the source's format, mode, width and
-    height; and a list of what was done beyond decoding. Raises Unusable with the reason.
+    Returns (image, info, done): an RGB PIL image; a dict of the source's format, mode, width and height; and a list of
+    what was done beyond decoding. Raises Unusable with the reason.
     """
     image, _, info, done = read_layers(path, max_megapixels)
     return image, info, done
 
 
 def read_layers(path, max_megapixels=200):
-    """The same with its transparency as second of four: an L PIL image, 255 where it is opaque, or None where
-    all of it is."""
+    """(image, alpha, info, done): like `read_image`, with the transparency as an L PIL image (255: opaque), or None if
+    the image is opaque."""
     with reading(path, max_megapixels):
         image, info, done = decoded(path, max_megapixels)
         return *to_srgb(image, done), info, done
@@ -62,7 +61,7 @@ def read_layers(path, max_megapixels=200):
 
 @contextlib.contextmanager
 def reading(path, max_megapixels):
-    """What a decoder raises within becomes Unusable, with the reason."""
+    """Turn what a decoder raises in the block into Unusable, with the reason."""
     try:
         yield
     except Unusable:
@@ -71,20 +70,18 @@ def reading(path, max_megapixels):
         raise Unusable(f"more than {max_megapixels} megapixels") from None
     except PIL.UnidentifiedImageError:
         raise Unusable(f"{unread_kind(path)} (read are {', '.join(FORMATS)})") from None
-    # A decoder may raise almost anything on a damaged file; whatever it is, the image is skipped
-    # and named, and the others go on.
+    # Decoders raise almost anything on a damaged file; the image is then skipped and named.
     except Exception as problem:
         raise Unusable(f"damaged or truncated ({one_line(problem, 100)})") from None
 
 
 def decoded(path, max_megapixels):
-    """(image, info, done) of an image file: a PIL image, upright, of whatever mode; the rest as `read_image` says.
-    To be called within `reading`."""
+    """(image, info, done) of an image file, like `read_image`, but of any mode. To be called within `reading`."""
     if path.stat().st_size == 0:
         raise Unusable("empty file")
     if kind := raw_kind(path):
         raise Unusable(RAW.format(kind))
-    Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)  # of a frame; twice as many are an error
+    Image.MAX_IMAGE_PIXELS = int(max_megapixels * 1e6)  # of a frame; above twice as many Pillow raises
     image = Image.open(path, formats=FORMATS)
     info = dict(format=image.format, mode=image.mode, width=image.width, height=image.height)
     if image.width * image.height > max_megapixels * 1e6:
@@ -92,9 +89,9 @@ def decoded(path, max_megapixels):
     if image.format == "TIFF" and DNG_VERSION in image.tag_v2:
         raise Unusable(RAW.format("DNG"))
     frames = getattr(image, "n_frames", 1)
-    if image.format != "HEIF":  # which opens at its main image, wherever that lies
+    if image.format != "HEIF":  # which opens at its main image, not always the first
         image.seek(0)
-    # MPO is the JPEG of many cameras and telephones: an image and its preview or depth map.
+    # MPO is the JPEG of many cameras and phones: an image and its preview or depth map.
     animated = frames > 1 and image.format not in ("MPO", "HEIF")
     done = [f"first of {frames} frames"] if animated else []
     if image.format == "HEIF":
@@ -110,7 +107,7 @@ def decoded(path, max_megapixels):
     if image.mode.startswith(("I", "F")):
         image = eight_bits(image, negative, done)
     elif deep and image.convert("L").getextrema()[1] < 16:
-        # Pillow keeps the upper 8 bits of colours alone.
+        # Pillow keeps only the upper 8 bits of colours.
         raise Unusable(
             "nearly black: of 16 bits it uses 12 or fewer, as 16-bit colours are not read; "
             "export it with 8 bits, or with its values stretched"
@@ -119,32 +116,31 @@ def decoded(path, max_megapixels):
 
 
 def orientation(image):
-    """How an opened image is to be turned before it is upright, as EXIF counts from 1 to 8. Pillow turns a TIFF file
-    itself in loading it, and pillow_heif, which answers here that there is nothing to do, has done so."""
+    """The EXIF orientation (1 to 8) of an opened image. 1 for HEIF, as pillow_heif has turned it already; Pillow turns
+    a TIFF file itself while loading it."""
     if image.format == "HEIF":
         return 1
+    tag = image.getexif().get(0x0112, 1)
     if image.format == "TIFF":
-        found = image.tag_v2.get(0x0112) or image.getexif().get(0x0112, 1)
-    else:
-        found = image.getexif().get(0x0112, 1)
-    return found if found in range(2, 9) else 1
+        tag = image.tag_v2.get(0x0112) or tag
+    return tag if tag in range(2, 9) else 1
 
 
 def upright_shape(path):
-    """(width, height) of an image as it is shown, from its header; None where that cannot be read."""
+    """(width, height) of an image as shown, from its header; None if that cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             size, quarter = image.size, orientation(image) in range(5, 9)
             if image.format == "TIFF":
-                # By its tag Pillow has exchanged them already, not by a remark in its XMP.
+                # Pillow has swapped them already if the orientation is in the TIFF tag, but not if it is in XMP.
                 quarter = quarter and image.tag_v2.get(0x0112, 1) not in range(5, 9)
             return size[::-1] if quarter else size
-    except Exception:  # what is wrong with it is told when it is read
+    except Exception:  # reported when the image is read
         return None
 
 
 def deep_colours(path, image):
-    """Whether a file has more than 8 bits a channel, of which Pillow reads 8."""
+    """Whether a file has more than 8 bits a channel; Pillow reads 8 of them."""
     if image.format == "PNG":
         with path.open("rb") as file:
             return file.read(25)[24:] == b"\x10"
@@ -152,10 +148,10 @@ def deep_colours(path, image):
 
 
 def eight_bits(image, negative, done):
-    """Greys of more than 8 bits, or with fractions, as an L image; appends what was done to `done`.
+    """A greyscale image of more than 8 bits, or of floats, as an L image. Appends what was done to `done`.
 
-    White is what the fewest usual bits that hold the brightest value call white: cameras and scanners put 10 to 14
-    bits into a file of 16. `negative` means that 0 is white.
+    White is the first of WHITES that is not below the brightest value, as cameras and scanners store 10 to 14 bits in a
+    file of 16. `negative` means that 0 is white.
     """
     levels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
     top = levels.max(initial=0)
@@ -167,8 +163,7 @@ def eight_bits(image, negative, done):
 
 
 def to_srgb(image, done):
-    """(an opaque 8-bit sRGB copy of what `decoded` gives, its transparency or None); appends what was done to the list
-    `done`."""
+    """(opaque 8-bit sRGB copy of an image from `decoded`, its transparency or None). Appends what was done to `done`."""
     profile = image.info.get("icc_profile")
     alpha = None
     if image.has_transparency_data:
@@ -194,7 +189,7 @@ def to_srgb(image, done):
 
 
 def check_content(image, alpha):
-    """Raise Unusable if an image (RGB), of the transparency `alpha` or None, shows nothing."""
+    """Raise Unusable if an RGB image with the transparency `alpha`, or None, shows nothing."""
     if alpha is not None and alpha.getextrema()[1] == 0:
         raise Unusable("transparent everywhere: nothing of it can be seen")
     if all(low == high for low, high in image.getextrema()):
@@ -202,8 +197,8 @@ def check_content(image, alpha):
 
 
 def raw_kind(path):
-    """What kind of raw file this is, by its first bytes and, for those that are TIFF files, its name;
-    None if it is none."""
+    """The kind of a camera raw file, by its first bytes and, for those that are TIFF files, its name; None for any other
+    file."""
     with path.open("rb") as file:
         head = file.read(16)
     ending = path.suffix.lower()
@@ -220,12 +215,12 @@ def raw_kind(path):
 
 
 def fetched_by(link):
-    """What brings the file that a link of version control points to, in words after a comma; "" for another link."""
+    """How to fetch the target of a git-annex link, in words after a comma; "" for another link."""
     return ", until git annex get brings it" if ".git/annex/" in os.readlink(link).replace("\\", "/") else ""
 
 
 def unread_kind(path):
-    """What a file is that no reader takes for an image of its own, in words."""
+    """What a file is that no decoder recognizes, in words."""
     with path.open("rb") as file:
         head = file.read(30)
     if head.startswith(b"%PDF-"):
@@ -235,7 +230,7 @@ def unread_kind(path):
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "a HEIC image that is damaged or truncated"
     if head[4:8] == b"ftyp":
-        return "a film or another kind of file"
+        return "a video or another kind of file"
     if path.suffix.lower() in RAW_ENDINGS:
         return "by its name a camera's raw file, but damaged or of an unknown kind"
     if head.startswith(POINTERS):
@@ -246,7 +241,7 @@ def unread_kind(path):
 
 
 def heif_notes(image, count):
-    """What was done to a HEIC image in reading it: a list of words."""
+    """What was done to a HEIC image while it was read: a list of words."""
     notes = []
     if image.info.get("original_orientation") in range(2, 9):
         notes.append("rotated as the file says")
@@ -254,8 +249,7 @@ def heif_notes(image, count):
         notes.append(f"the main one of {count} images")
     if image.info.get("bit_depth", 8) > 8:
         notes.append(f"{image.info['bit_depth']} bits reduced to 8")
-    # Without an ICC profile colours are described by numbers (ITU-T H.273): these are
-    # as good as sRGB's.
+    # Without an ICC profile colours are described by code points (ITU-T H.273); those listed are close to sRGB's.
     nclx = image.info.get("nclx_profile") or {}
     numbers = [int(nclx.get(key, 2)) for key in ("color_primaries", "transfer_characteristics")]
     if "icc_profile" not in image.info and (numbers[0] not in (1, 2, 5, 6) or numbers[1] in (16, 18)):

@@ -1,5 +1,6 @@
 """A base model in one file: the same model as the folder's, and what is refused by name."""
 
+import contextlib
 import errno
 import json
 import re
@@ -357,7 +358,7 @@ def sdxl(tensors):
         (without("model.diffusion_model.middle_block.1"), "weights are missing (mid_block.attentions.0"),
         (without("cond_stage_model.transformer.text_model.encoder.layers.1"), "missing (text_model.encoder.layers.1"),
         (other_shape, "1 weights are of another shape (conv_out.bias)"),
-        (nine_channels, "made for inpainting (9 input channels)"),
+        (nine_channels, "is for inpainting (9 input channels)"),
         (distilled, "1 weights are left over (model.diffusion_model.time_embed.cond_proj.weight)"),
         (flat, "0 input channels"),
         (without("first_stage_model.decoder.up.3.upsample.conv.bias"), "its vae cannot be converted"),
@@ -453,11 +454,45 @@ def test_a_full_disk_while_it_is_made_leaves_nothing(one_file, monkeypatch, tmp_
             models.fetch_base_model(str(file))
     if isinstance(error.value, UserError):
         assert "No space left on device" in str(error.value)
-        assert "needed; HF_HOME names another place" in str(error.value)
+        assert "needed; set HF_HOME to another place" in str(error.value)
         assert "\n" not in str(error.value)
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert left == []
     assert weights(models.fetch_base_model(str(file))).keys() == weights(folder).keys()
+
+
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_a_file_that_cannot_be_read_to_its_end_is_named(one_file, monkeypatch, tmp_path, reads):
+    """Whenever that happens: while its content is hashed, or while the first or second model is read."""
+    file, _ = one_file()
+    opened, digest = single_file.safe_open, single_file.content_digest
+    failure = OSError(errno.EIO, "Input/output error")
+
+    class Failing:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            if name == "get_tensor" and reads == len(saved) + 1:
+                raise failure
+            return getattr(self.file, name)
+
+    @contextlib.contextmanager
+    def failing_open(path, framework):
+        with opened(path, framework) as whole:
+            yield Failing(whole)
+
+    def failing_digest(path):
+        if reads == 0:
+            raise failure
+        return digest(path)
+
+    saved, save = [], single_file.save_file
+    monkeypatch.setattr(single_file, "safe_open", failing_open)
+    monkeypatch.setattr(single_file, "content_digest", failing_digest)
+    monkeypatch.setattr(single_file, "save_file", lambda *args, **named: saved.append(save(*args, **named)))
+    with pytest.raises(UserError, match=r"base model .* cannot be read as safetensors: .*Input/output error"):
+        models.fetch_base_model(str(file))
 
 
 def test_a_place_that_cannot_be_written_is_named(one_file, tmp_path):

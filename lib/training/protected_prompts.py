@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.texts import text_lines
+from lib.texts import read_text, text_lines
 
 HELD_OUT = 0.1  # of the prompts: they take no part in P, and show what it does to others like them
 FEWEST = 10  # prompts of a list
@@ -108,10 +108,7 @@ def read_protected(path, noun, captions):
 
     Raises UserError for a file without enough prompts, and a `noun` while the captions are about something else.
     """
-    try:
-        lines = text_lines(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"protected_prompts: {path} cannot be read as a text file: {problem}") from None
+    lines = text_lines(read_text(path, "protected_prompts: "))
     lines = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     filled = any("{class}" in line for line in lines)
     given, noun = noun is not None, class_of(captions[0]) if noun is None else noun.strip()
