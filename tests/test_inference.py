@@ -134,7 +134,7 @@ def test_an_adapter_that_cannot_be_switched_off_is_refused(tiny_model, trained, 
     applied = adapters.Applied(adapter, models)
     generation.check_switch(pipeline, applied, adapter, base)
     monkeypatch.setattr(applied, "set_scale", lambda scale: None)
-    with pytest.raises(UserError, match="switched off"):
+    with pytest.raises(UserError, match="at scale 0"):
         generation.check_switch(pipeline, applied, adapter, base)
 
 

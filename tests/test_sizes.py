@@ -100,7 +100,7 @@ def test_a_recorded_unet_knows_its_shape(tiny_model, monkeypatch):
         return [functions[0], lambda: calls.append(1) or functions[1]()]
 
     monkeypatch.setattr(generation, "captured", counted)
-    generation.record_unet(pipeline, 2, generation.latent_size(pipeline, "64x96"), True)
+    generation.capture_unet(pipeline, 2, generation.latent_size(pipeline, "64x96"), True)
     found = generation.generate(pipeline, JOBS, resolution="64x96", **HOW)
     assert len(calls) == 3  # a call more than steps
     for a, b in zip(expected, found, strict=True):
@@ -112,7 +112,7 @@ def test_a_recorded_unet_knows_its_shape(tiny_model, monkeypatch):
 def test_how_many_at_once_goes_by_the_area(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3.2 * 2**30, 80 * 2**30))
-    at_once = [generation.images_at_once(840, 0, size, gpu) for size in ("256x1024", 512, "512x768")]
+    at_once = [generation.choose_batch_size(840, 0, size, gpu) for size in ("256x1024", 512, "512x768")]
     assert at_once == [8, 8, 5]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.evaluation.metrics.scores import Run
-from lib.evaluation.results import DRAWN_WITH
+from lib.evaluation.results import GENERATED_WITH
 from lib.evaluation.runs import check_fingerprints, group_runs
 
 
@@ -86,9 +86,9 @@ def study_of(records, arms, scaled, notes):
     every = [pair for found in records.values() for pair in found.values()]
     first_place, first = every[0]
     prompts, seeds = asked(first)
-    drawn = {key: first["config"].get(key) for key in DRAWN_WITH}
+    drawn = {key: first["config"].get(key) for key in GENERATED_WITH}
     for place, record in every:
-        how = {key: record["config"].get(key) for key in DRAWN_WITH}
+        how = {key: record["config"].get(key) for key in GENERATED_WITH}
         if (asked(record), how) != ((prompts, seeds), drawn):
             raise UserError(f"{place} has other prompts, sampling seeds or settings than {first_place}; draw it again")
     shape = len(prompts), len(seeds)
