@@ -199,9 +199,9 @@ def test_a_comparison_has_a_column_for_the_base_and_each_adapter():
     assert head == ["", "Base model", "rank 32", "protected"]
     pictures = rows[: len(PROMPTS)]
     labels = [
-        "“a raincoat” What was taught: should change. seeds 0, 1",
-        "“a yellow coat” Close to it, but not asked for: should stay as it was. seeds 0, 1",
-        "“a cat” Nothing to do with it: should stay as it was. seeds 0, 1",
+        "“a raincoat” The concept: should change. seeds 0, 1",
+        "“a yellow coat” Close to the concept: should stay as it was. seeds 0, 1",
+        "“a cat” Unrelated to it: should stay as it was. seeds 0, 1",
     ]
     assert [row[0] for row in pictures] == labels
     for row, (_, prompt) in zip(pictures, PROMPTS, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 
 from lib.evaluation.comparison import COMPARED, answered, differences
 from lib.evaluation.metrics.effects import no_change_reason
-from lib.evaluation.prompts import members
+from lib.evaluation.prompts import UNTAUGHT, members
 from lib.evaluation.statistics import FEWEST_RUNS, mean_interval, runs_to_tell
 from lib.study.measures import (
     BASELINE,
@@ -33,7 +33,7 @@ MIXED = "supported in one score, refuted in another"
 # From this rank correlation on, change tells contamination: of two images the one that changed more
 # moved further toward the concept in two of three cases (in normal data, asin(0.52) / pi + 1 / 2).
 TELLS = 0.5
-OTHER_PROMPTS = {"near": "near prompts", "unrelated": "unrelated prompts"}
+OTHER_PROMPTS = {category.name: category.noun for category in UNTAUGHT}
 
 
 @dataclass(frozen=True)

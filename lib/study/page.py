@@ -11,7 +11,7 @@ import numpy as np
 
 from lib.evaluation.comparison import COMPARED, differences
 from lib.evaluation.metrics.effects import effects
-from lib.evaluation.prompts import CATEGORIES, first_of_each, members
+from lib.evaluation.prompts import first_of_each, members
 from lib.evaluation.report import pages, words
 from lib.evaluation.report.charts import placed
 from lib.evaluation.results import image_paths, open_image
@@ -250,7 +250,7 @@ def write_strip(path, folders, prompts, sampling_seed):
 
     Returns False, and writes nothing, where some of the images are gone.
     """
-    chosen = first_of_each(prompts, dict.fromkeys(CATEGORIES, SHOWN))
+    chosen = first_of_each(prompts, SHOWN)
     columns = {"base model": (next(iter(folders.values())), "base")}
     columns |= {arm_name(arm): (folder, "lora") for arm, folder in folders.items()}
     paths = {}

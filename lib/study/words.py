@@ -1,9 +1,10 @@
 """The study in words and tables, made from its figures, so that the two cannot disagree."""
 
+from lib.evaluation.prompts import CATEGORIES
 from lib.evaluation.report.words import NAMES, interval_text, markdown_table
 from lib.study.measures import BASELINE, HELD, MINIATURE, most_of, time_table
 
-CATEGORY_NAMES = {"success": "success prompts", "near": "near prompts", "unrelated": "unrelated prompts"}
+CATEGORY_NAMES = {name: category.noun for name, category in CATEGORIES.items()}
 # What stands beside every verdict on the miniature.
 LIMITS = (
     "The miniature knows eight things and a few dozen words, so what is near the concept or unrelated to it is "

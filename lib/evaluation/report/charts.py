@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.evaluation.prompts import OVERVIEW, first_of_each
-from lib.evaluation.report.words import CATEGORY_TITLES, NAMES, OTHERS, WISHED, interval_text
+from lib.evaluation.prompts import CATEGORIES, first_of_each
+from lib.evaluation.report.words import NAMES, OTHERS, interval_text
 from lib.images import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
 
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
@@ -64,7 +64,7 @@ def overview_figure(columns, prompts, side=256):
     them those of the same noise with each adapter; a row a prompt. A PIL image.
 
     `columns` are (title, images), the base model's first; its images are PIL images, prompt by prompt
-    and seed by seed. `prompts` are (category, prompt); those of OVERVIEW are shown. Images are `side` pixels
+    and seed by seed. `prompts` are (category, prompt); the first of each category are shown. Images are `side` pixels
     wide, fewer where there are very many columns. The letters stay readable at half its size, as a README
     shows it.
     """
@@ -77,7 +77,7 @@ def overview_figure(columns, prompts, side=256):
     line = side // 4
     titles = [fit_lines(title, big, block) for title, _ in columns]
     head = between + max(map(len, titles)) * between
-    chosen = first_of_each(prompts, OVERVIEW)
+    chosen = first_of_each(prompts)
     width = len(columns) * (block + between) + between
     tall = max(
         height_at(image, side) for _, images in columns for index in chosen for image in images[index * count :][:seeds]
@@ -90,7 +90,7 @@ def overview_figure(columns, prompts, side=256):
     for number, index in enumerate(chosen):
         category, prompt = prompts[index]
         y = head + number * (line + tall)
-        kind = f"{CATEGORY_TITLES[category].lower()}: {WISHED[category]}"
+        kind = f"{CATEGORIES[category].title.lower()}: {CATEGORIES[category].wish}"
         end = width - between - small.getlength(kind)
         prompt = fit_text(f"“{prompt}”", small, end - 2 * between)
         draw.text((between, y + line // 3), prompt, INK, small)

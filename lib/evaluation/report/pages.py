@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lib.evaluation.choosing import Point, grid_table
-from lib.evaluation.prompts import CATEGORIES, OVERVIEW, first_of_each
+from lib.evaluation.prompts import CATEGORIES, first_of_each
 from lib.evaluation.report import words
 from lib.evaluation.report.charts import distribution_figure, forest_bars, seeds_shown, verdict_bars
 from lib.images import strip, webp
@@ -77,11 +77,11 @@ def judged(summaries, concept):
 def by_category(rows):
     """[(title, category, rows)] of rows that have a `category`: what was taught first, unrelated
     prompts last."""
-    found = [
-        (title, category, [row for row in rows if row["category"] == category])
-        for category, title in words.CATEGORY_TITLES.items()
+    groups = [
+        (category.title, name, [row for row in rows if row["category"] == name])
+        for name, category in CATEGORIES.items()
     ]
-    return [group for group in found if group[2]]
+    return [group for group in groups if group[2]]
 
 
 def details_text(shown, adapters):
@@ -176,8 +176,8 @@ def sheet_rows(columns, shown, wanted):
                     prompt=prompt,
                     seeds=seeds,
                     cells=cells,
-                    kind=words.CATEGORY_TITLES[category],
-                    wished=words.WISHED[category],
+                    kind=CATEGORIES[category].title,
+                    wished=CATEGORIES[category].wish,
                 )
             )
     for card in (card for row in rows for cell in row["cells"] for card in cell["cards"]):
@@ -189,10 +189,9 @@ def comparison_sheets(columns, shown, seeds=2):
     """(the rows that stand for all, the others) of a comparison, as `sheet_rows` gives them; no image is in
     both. Of each prompt at least `seeds` are shown, or all that there are."""
     prompts, count = shown["prompts"], len(shown["seeds"])
-    few, first = first_of_each(prompts, OVERVIEW), seeds_shown(len(columns), count)
+    few, first = first_of_each(prompts), seeds_shown(len(columns), count)
     left = {
-        index: range(first if index in few else 0, min(seeds, count))
-        for index in first_of_each(prompts, dict.fromkeys(CATEGORIES, len(prompts)))
+        index: range(first if index in few else 0, min(seeds, count)) for index in first_of_each(prompts, len(prompts))
     }
     return (
         sheet_rows(columns, shown, dict.fromkeys(few, range(first))),

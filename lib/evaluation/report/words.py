@@ -11,14 +11,6 @@ import re
 from lib.evaluation.metrics.memorisation import UNTOLD
 from lib.evaluation.statistics import FEWEST_RUNS
 
-# What the categories of prompts are to a reader.
-CATEGORY_TITLES = {
-    "success": "What was taught",
-    "near": "Close to it, but not asked for",
-    "unrelated": "Nothing to do with it",
-}
-# What one wishes for their images.
-WISHED = {"success": "should change", "near": "should stay as it was", "unrelated": "should stay as it was"}
 # The questions of the verdicts in plain words.
 QUESTIONS = {
     "learned": "Does it draw what was taught?",
