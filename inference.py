@@ -106,7 +106,7 @@ VALUES = (
     (values.whole(0), "batch_size"),
     (values.whole(0, 2**62), "seed"),
     (values.number(0, 100), "guidance_scale"),
-    (values.number(1e-6, 1 - 1e-6), "concept_margin clip_margin change_margin variety_margin copy_margin"),
+    (values.number(1e-6, 1 - 1e-6), " ".join(key for key in CONFIG if key.endswith("_margin"))),
     (values.several(values.number(0, 10), 1), "lora_scales"),
 )
 

@@ -19,20 +19,6 @@ from lib.files import check_output_folder, fresh_folder, recover_folder, replace
 
 # The settings that images must share to be compared.
 GENERATED_WITH = ("base_model", "revision", "steps", "guidance_scale", "resolution")
-# The settings of scoring. A rescore takes these from its own CONFIG, all others from the saved evaluation.
-SCORED_WITH = (
-    "clip_model",
-    "clip_revision",
-    "concept_margin",
-    "clip_margin",
-    "change_margin",
-    "variety_margin",
-    "copy_margin",
-    "data_dir",
-    "output_dir",
-    "overwrite",
-    "rescore",
-)
 
 
 def read_record(folder):
@@ -85,7 +71,10 @@ def read_saved(output_dir, config):
             run.points[point] = [open_image(path) for path in paths]
         runs.append(run)
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
-    return runs, config | record["config"] | {key: config[key] for key in SCORED_WITH}, prompts, seeds
+    # How images were generated is saved; how they are scored and judged is configured now.
+    scoring = {"clip_model", "clip_revision", "data_dir", "output_dir", "overwrite", "rescore"}
+    scoring |= {key for key in config if key.endswith("_margin")}
+    return runs, config | record["config"] | {key: config[key] for key in scoring}, prompts, seeds
 
 
 def check_replaceable(runs, config, prompts, seeds):
@@ -256,7 +245,8 @@ def write_run(run, summary, shown, base_pairs):
 def write_comparison(target, groups, summaries, pairs, shown):
     """Writes the comparison of several experiments: verdicts, differences, and images side by side."""
     folder = fresh_folder(target)
-    overview = charts.overview_figure(pages.columns_of(groups), shown["prompts"])
+    columns = [(column.title, column.images) for column in pages.columns_of(groups)]
+    overview = charts.overview_figure(columns, shown["prompts"])
     overview.save(folder / "overview.webp", quality=90)
     if pairs:  # several experiments; the runs of a single one are not compared
         write_csv(folder / "comparison.csv", [flattened(row) for row in pairs])
