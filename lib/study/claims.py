@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.evaluation.comparison import COMPARED, answered, differences
+from lib.evaluation.comparison import answered, differences
 from lib.evaluation.metrics.effects import no_change_reason
 from lib.evaluation.prompts import UNTAUGHT, members
 from lib.evaluation.statistics import FEWEST_RUNS, mean_interval, runs_to_tell
@@ -73,6 +73,16 @@ def spoiled(says, arm, keys=("concept_similarity", "change"), share=1.0):
     )
 
 
+# What claim 8 compares; it does not grow with the table of metrics, nor does Holm's family.
+COMPARED = (
+    ("concept_similarity", "success"),
+    ("clip", "success"),
+    ("variety", "success"),
+    ("concept_similarity", "near"),
+    ("change", "near"),
+    ("concept_similarity", "unrelated"),
+    ("change", "unrelated"),
+)
 TAUGHT = (("concept_similarity", "success"), ("clip", "success"))
 CLAIMS = (
     Claim(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.evaluation.comparison import COMPARED, differences
+from lib.evaluation.comparison import differences
 from lib.evaluation.metrics.effects import effects
+from lib.evaluation.metrics.table import metric_name
 from lib.evaluation.prompts import first_of_each, members
 from lib.evaluation.report import pages, words
 from lib.evaluation.report.charts import placed
@@ -83,7 +84,7 @@ def forests(study, tested):
     """A forest plot a question: dicts of `metric`, `category`, `title`, `margin` and `rows`, every arm's
     difference to rank 32, sorted, with its `answer` where a claim rests on it, else None."""
     pairs = [((BASELINE, study.arms[BASELINE]), (arm, runs)) for arm, runs in study.arms.items() if arm != BASELINE]
-    found = differences(pairs, COMPARED, study.prompts, study.base_pairs, study.margins)
+    found = differences(pairs, QUESTIONS, study.prompts, study.base_pairs, study.margins)
     answers = {
         (row["second"], row["metric"], row["category"]): row["answer"]
         for row in tested
@@ -178,7 +179,7 @@ def claim_bars(claim):
     rows = []
     for part in claim["parts"]:
         for row in part["comparisons"]:
-            label = f"{words.NAMES.get(row['metric'], row['metric'])}, {study_words.CATEGORY_NAMES[row['category']]}"
+            label = f"{metric_name(row['metric'])}, {study_words.CATEGORY_NAMES[row['category']]}"
             stands = judged(part["says"], [row["answer"]])[1] if part["verdict"] != NOT_TESTABLE else None
             shared = dict(label=label, answer=row["answer"], kind=KINDS[stands])
             if "correlation" in row:

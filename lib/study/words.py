@@ -1,7 +1,8 @@
 """The study in words and tables, made from its figures, so that the two cannot disagree."""
 
+from lib.evaluation.metrics.table import metric_name
 from lib.evaluation.prompts import CATEGORIES
-from lib.evaluation.report.words import NAMES, interval_text, markdown_table
+from lib.evaluation.report.words import interval_text, markdown_table
 from lib.study.measures import BASELINE, HELD, MINIATURE, most_of, time_table
 
 CATEGORY_NAMES = {name: category.noun for name, category in CATEGORIES.items()}
@@ -68,7 +69,7 @@ def comparison_text(row):
         return f"rank correlation, {prompts}: {interval_text(row['correlation'])}: {answer}"
     if "share" in row:
         prompts += f", beside {row['share']:.0%} of rank 32's" if row["share"] else ", the arm alone"
-    return f"{NAMES[row['metric']]}, {prompts}: {interval_text(row)} (margin {row['margin']:g}): {row['answer']}"
+    return f"{metric_name(row['metric'])}, {prompts}: {interval_text(row)} (margin {row['margin']:g}): {row['answer']}"
 
 
 def part_lines(part):
@@ -117,8 +118,7 @@ def telling(part):
         return f"{part['about']}: all {len(rows)} comparisons equivalent"
     order = {"equivalent": 2, "undecided": 1}
     row = min(rows, key=lambda row: order.get(row["answer"], 0))
-    name = NAMES.get(row["metric"], row["metric"])
-    return f"{part['about']}: {name} {interval_text(row.get('correlation', row))}"
+    return f"{part['about']}: {metric_name(row['metric'])} {interval_text(row.get('correlation', row))}"
 
 
 def claims_table(claims):
