@@ -18,11 +18,15 @@ AMOUNTS = (("a little of it", 0.25), ("some of it", 0.6), ("most of it", 0.9))
 
 
 def interval_text(interval, sign=True):
-    """“+0.012 [−0.003, +0.027]”, or the mean alone of a single value, which has no interval."""
-    form = "{:+.3f}" if sign else "{:.3f}"
+    """“+0.012 [−0.003, +0.027]”: three decimals, more where the largest of the three would have fewer than two
+    significant digits. The mean alone, with four decimals, where one value gives no interval."""
+    flag = "+" if sign else ""
+    values = [interval[key] for key in ("mean", "low", "high")]
     if not math.isfinite(interval["low"]):
-        return form.replace("3", "4").format(interval["mean"]).replace("-", "−")
-    mean, low, high = (form.format(interval[k]).replace("-", "−") for k in ("mean", "low", "high"))
+        return f"{values[0]:{flag}.4f}".replace("-", "−")
+    largest = max(map(abs, values))
+    decimals = min(max(3, 1 - math.floor(math.log10(largest))), 6) if largest else 3
+    mean, low, high = (f"{value:{flag}.{decimals}f}".replace("-", "−") for value in values)
     return f"{mean} [{low}, {high}]"
 
 
