@@ -241,18 +241,12 @@ def judge_and_write(runs, base_pairs, shown, output_dir):
     from lib.evaluation.comparison import compare
     from lib.evaluation.metrics import scores
     from lib.evaluation.metrics.effects import no_change_reason
+    from lib.evaluation.metrics.table import margins_of
     from lib.evaluation.report.card import update_model_card
     from lib.evaluation.runs import group_runs
     from lib.evaluation.verdicts import analyse
 
-    prompts, training, config = shown["prompts"], shown["training"], shown["config"]
-    margins = dict(
-        concept_similarity=config["concept_margin"],
-        clip=config["clip_margin"],
-        change=config["change_margin"],
-        variety=config["variety_margin"],
-        copies=config["copy_margin"],
-    )
+    prompts, training, margins = shown["prompts"], shown["training"], margins_of(shown["config"])
     warnings = scores.shape_warnings(runs, training) + scores.image_warnings(runs, prompts, shown["seeds"])
     if reason := no_change_reason(base_pairs):
         print(f"note: {reason}")

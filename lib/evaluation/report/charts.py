@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from lib.evaluation.metrics.table import DIFFERENCE, MEMORISED, METRICS, metric_name
 from lib.evaluation.prompts import CATEGORIES, first_of_each
-from lib.evaluation.report.words import NAMES, OTHERS, interval_text
+from lib.evaluation.report.words import interval_text
 from lib.images import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
 
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
@@ -102,38 +103,59 @@ def overview_figure(columns, prompts, side=256):
     return figure
 
 
-ANSWER_COLOURS = {"equivalent": "#2a6b3f", "undecided": "#8492a6"}  # else the one of a difference
+ANSWER_COLOURS = {"equivalent": "#2a6b3f", "undecided": "#8492a6"}
+DIFFERENT, UNTESTED = "#c4572e", "#8492a6"
+ENDS = ("mean", "low", "high")
+
+
+def forest_panel(axes, rows, labels, margin=1):
+    """Draw comparisons as a forest plot: the 95% interval of a row thin, its 90% interval thick, ±`margin` shaded.
+
+    Rows are from `comparison.answered`; one whose answer is None was not tested and is dotted.
+    """
+    axes.axvspan(-margin, margin, color="#e4ede6", zorder=0)
+    axes.axvline(0, color="#888888", linewidth=1)
+    for y, row in enumerate(rows):
+        colour = ANSWER_COLOURS.get(row["answer"], DIFFERENT) if row["answer"] else UNTESTED
+        if math.isfinite(row["low"]):
+            style = "-" if row["answer"] else ":"
+            axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=1.2, linestyle=style)
+            if row["answer"]:
+                inner = row["equivalence"]
+                axes.plot([inner["low"], inner["high"]], [y, y], color=colour, linewidth=3.5)
+        axes.plot(row["mean"], y, "o", color=colour, markersize=5)
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.locator_params(axis="x", nbins=6)
+    axes.invert_yaxis()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+
+
+def in_margins(row):
+    """A comparison with its intervals in units of its margin."""
+    inner = {end: row["equivalence"][end] / row["margin"] for end in ("low", "high")}
+    return row | {end: row[end] / row["margin"] for end in ENDS} | dict(equivalence=inner)
 
 
 def forest_figure(pairs):
-    """A matplotlib forest plot: each difference of two experiments with its 95% interval, around 0,
-    in units of its margin, whose band is shaded."""
+    """A matplotlib forest plot of the differences of each two experiments, in units of their margins."""
     figure = Figure(figsize=(9, 1.4 + 0.36 * max(len(pairs), 1)), dpi=120, layout="constrained")
     axes = figure.subplots()
-    axes.axvspan(-1, 1, color="#e4ede6", zorder=0)
-    axes.axvline(0, color="#888888", linewidth=1)
-    for y, row in enumerate(pairs):
-        colour = ANSWER_COLOURS.get(row["answer"], "#c4572e")
-        mean, low, high = (row[key] / row["margin"] for key in ("mean", "low", "high"))
-        if math.isfinite(low):
-            axes.plot([low, high], [y, y], color=colour, linewidth=2)
-        axes.plot(mean, y, "o", color=colour, markersize=6)
-    labels = [f"{NAMES[r['metric']]} (±{r['margin']:g}), {r['category']}: {r['second']} − {r['first']}" for r in pairs]
-    axes.set_yticks(range(len(pairs)), labels, fontsize=8)
-    axes.invert_yaxis()
+    labels = [
+        f"{metric_name(r['metric'])} (±{r['margin']:g}), {r['category']}: {r['second']} − {r['first']}" for r in pairs
+    ]
+    forest_panel(axes, [in_margins(row) for row in pairs], labels)
     axes.set_xlabel(
-        "difference in units of its margin (shaded), with its 95% interval\n"
+        "difference in units of its margin (shaded); thin 95%, thick 90% interval\n"
         "red: higher or lower; green: equivalent; grey: undecided"
     )
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.grid(axis="x", alpha=0.25)
     return figure
 
 
 def distribution_figure(run, prompts):
     """For each prompt the scores of every image, base beside LoRA: one panel a score."""
     rows = run.rows
-    keys = [k for k in ("concept_similarity", "clip", "lpips") if rows[1][k] is not None]
+    keys = [key for key, metric in METRICS.items() if metric.scorer and metric.shown and rows[1].get(key) is not None]
     figure = Figure(figsize=(9, 1.1 + 0.62 * len(prompts)), dpi=110, layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(keys), sharey=True))
     for axes, key in zip(panels, keys, strict=True):
@@ -142,7 +164,7 @@ def distribution_figure(run, prompts):
                 values = [r[key] for r in rows if r["prompt"] == prompt and r["model"] == model]
                 values = [value for value in values if value is not None]
                 axes.plot(values, [y + shift] * len(values), "o", color=colour, alpha=0.55, markersize=5)
-        axes.set_title({"lpips": "LPIPS, base to LoRA"}.get(key, NAMES[key]), fontsize=9)
+        axes.set_title(METRICS[key].name + ("" if METRICS[key].kind == DIFFERENCE else ", base to LoRA"), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     labels = [prompt if len(prompt) < 40 else prompt[:38] + "…" for _, prompt in prompts]
@@ -152,21 +174,15 @@ def distribution_figure(run, prompts):
     return figure
 
 
-# The verdicts that rest on the similarity to the training images, and on which prompts.
-SIMILARITY_OF = {"learned": ("success", "prompts that ask for it")} | {
-    question: (category, who) for question, (category, who, _) in OTHERS.items()
-}
-
-
 def placed(rows):
     """`rows` with `style`, the places of their parts as CSS properties, on one common scale.
 
-    A row has `mean`, `low` and `high` (not finite where there is no interval) and `band`, the values
-    that count as no effect. The scale holds all of them and 0.
+    A row has `mean`, `low` and `high` (not finite where there is no interval), and `band`, the values that count as
+    no effect, or `threshold`. The scale holds all of them and 0.
     """
     values = [0.0]
     for row in rows:
-        values += [row["mean"], row["low"], row["high"], *row["band"]]
+        values += [*(row[end] for end in ENDS), *row.get("band", ()), row.get("threshold", 0.0)]
     values = [value for value in values if math.isfinite(value)]
     least, most = min(values), max(values)
     room = 0.04 * (most - least)
@@ -182,10 +198,12 @@ def placed(rows):
     for row in rows:
         known = math.isfinite(row["low"])
         ends = (row["low"], row["high"]) if known else (row["mean"], row["mean"])
-        style = "; ".join(
-            [part("band", *row["band"]), part("range", *ends), f"--zero: {at(0):.2f}%; --mean: {at(row['mean']):.2f}%"]
-        )
-        found.append(row | dict(style=style))
+        style = [part("range", *ends), f"--zero: {at(0):.2f}%", f"--mean: {at(row['mean']):.2f}%"]
+        if "band" in row:
+            style.append(part("band", *row["band"]))
+        if "threshold" in row:
+            style.append(f"--threshold: {at(row['threshold']):.2f}%")
+        found.append(row | dict(style="; ".join(style)))
     return found
 
 
@@ -205,47 +223,37 @@ def verdict_bars(summaries):
 
 
 def rows_of(summary):
-    """The rows of `verdict_bars` for one summary, not yet placed; equal `scale`s share a scale."""
+    """The rows of `verdict_bars` for one summary, before they are placed; rows with the same `scale` share a scale."""
     margins, totals = summary["margins"], summary["categories"]
     rows = []
-    for question, (category, who) in SIMILARITY_OF.items():
-        moved = totals.get(category, {}).get("concept_similarity")
-        if moved:
-            margin = margins["concept_similarity"]
-            rows.append(
-                dict(
-                    question=question,
-                    scale="similarity",
-                    band=(-margin, margin),
-                    label=f"similarity to the training images gained, {who}",
-                    text=interval_text(moved),
-                    **ends(moved),
+    for key, metric in METRICS.items():
+        for question in metric.questions:
+            interval = totals.get(question.category, {}).get(key)
+            if interval and key in margins:
+                above = margins[key] if metric.kind == DIFFERENCE else 0
+                rows.append(
+                    dict(
+                        question=question.name,
+                        scale=key,
+                        band=(metric.unchanged - margins[key], metric.unchanged + above),
+                        label=question.bar,
+                        text=interval_text(interval, metric.signed),
+                        **ends(interval),
+                    )
                 )
-            )
     copies = summary.get("memorised")
     if copies and copies["share"] is not None:
         share, high = copies["share"], copies["high"]
         rows.append(
             dict(
-                question="memorised",
-                scale="copies",
+                question=MEMORISED.name,
+                scale=MEMORISED.name,
                 band=(0, copies["margin"]),
-                label="share of near-copies, up to its upper bound",
+                label=MEMORISED.bar,
                 text=f"{share:.0%}, at most {high:.0%}",
                 mean=share,
                 low=share,
                 high=high,
-            )
-        )
-    if varied := totals.get("success", {}).get("variety"):
-        rows.append(
-            dict(
-                question="collapsed",
-                scale="variety",
-                band=(1 - margins["variety"], 1),
-                label="variety over the seeds, as a share of the base model's",
-                text=interval_text(varied, sign=False),
-                **ends(varied),
             )
         )
     return rows
@@ -253,26 +261,25 @@ def rows_of(summary):
 
 def ends(interval):
     """What a bar needs of an interval."""
-    return {key: interval[key] for key in ("mean", "low", "high")}
+    return {end: interval[end] for end in ENDS}
+
+
+def difference_bar(row, label, relative=True):
+    """A comparison as a row for `placed`: its margin is the band, and the unit if `relative`."""
+    margin, unit = row["margin"], row["margin"] if relative else 1
+    found = {end: row[end] / unit for end in ENDS}
+    return found | dict(
+        label=label, answer=row["answer"] or "", text=interval_text(row), band=(-margin / unit, margin / unit)
+    )
 
 
 def forest_bars(pairs):
     """[(title, rows)]: the differences of each two experiments as bars in units of their margins."""
-    rows = []
-    for pair in pairs:
-        low, mean, high = (pair[key] / pair["margin"] for key in ("low", "mean", "high"))
-        rows.append(
-            dict(
-                title=f"{pair['second']} minus {pair['first']}",
-                answer=pair["answer"],
-                label=f"{NAMES[pair['metric']]}, {pair['category']} prompts",
-                text=interval_text(pair),
-                low=low,
-                mean=mean,
-                high=high,
-                band=(-1, 1),
-            )
-        )
+    rows = [
+        difference_bar(pair, f"{metric_name(pair['metric'])}, {pair['category']} prompts")
+        | dict(title=f"{pair['second']} minus {pair['first']}")
+        for pair in pairs
+    ]
     found = {}
     for row in placed(rows) if rows else ():
         found.setdefault(row["title"], []).append(row)

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lib.evaluation.choosing import Point, grid_table
+from lib.evaluation.metrics.table import DIFFERENCE, METRICS, questions
 from lib.evaluation.prompts import CATEGORIES, first_of_each, slugs
 from lib.evaluation.report import words
 from lib.evaluation.report.charts import distribution_figure, forest_bars, seeds_shown, verdict_bars
@@ -31,10 +32,6 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-# The answers that one wants of an adapter: the concept learned, nothing else changed.
-WANTED = dict(learned="yes", memorised="no", collapsed="no") | {
-    question: kept for question, (_, _, kept) in words.OTHERS.items()
-}
 
 
 EMBEDDED = 240  # images within a page; further ones are linked, so that a page of a thousand prompts still opens
@@ -62,10 +59,10 @@ def figure_uri(figure):
 
 
 def kind(question, answer):
-    """good, bad, or open where it cannot be told: how a page marks an answer."""
+    """good, bad, or open if it is unclear: how a page marks an answer."""
     if answer not in ("yes", "no"):
         return "open"
-    return "good" if answer == WANTED[question] else "bad"
+    return "good" if answer == questions()[question].wanted else "bad"
 
 
 def judged(summaries, concept):
@@ -73,7 +70,7 @@ def judged(summaries, concept):
     `name`, `kind`, `sentence` and `bar`, its interval drawn or None. `summaries` is {experiment:
     summary}."""
     bars = verdict_bars(summaries)
-    questions = {}
+    by_question = {}
     for name, summary in summaries.items():
         for v in summary["verdicts"]:
             more = dict(
@@ -82,8 +79,8 @@ def judged(summaries, concept):
                 bar=bars.get(v["question"], {}).get(name),
                 sentence=words.plain_sentence(v, concept, summary),
             )
-            questions.setdefault(v["question"], []).append(v | more)
-    return list(questions.items())
+            by_question.setdefault(v["question"], []).append(v | more)
+    return list(by_question.items())
 
 
 def by_category(rows):
@@ -104,13 +101,13 @@ def details_text(shown, adapters):
 
 def score_table(rows):
     """Every pair's scores as rows of text, the head first; `rows` are a run's, base and LoRA in turn."""
-    scores = [key for key in ("clip", "concept_similarity") if rows[1][key] is not None]
-    head = ["Prompt and seed", *(f"{words.NAMES[key]}, base → LoRA" for key in scores), "LPIPS"]
+    measured = {k: m for k, m in METRICS.items() if m.scorer and m.shown and rows[1].get(k) is not None}
+    changes = {key for key, metric in measured.items() if metric.kind == DIFFERENCE}
+    head = ["Prompt and seed", *(m.name + (", base → LoRA" if k in changes else "") for k, m in measured.items())]
     return [head] + [
         [
             f"{base['prompt']}, seed {base['seed']}",
-            *(f"{base[key]:.3f} → {lora[key]:.3f}" for key in scores),
-            f"{lora['lpips']:.3f}",
+            *(f"{base[k]:.3f} → {lora[k]:.3f}" if k in changes else f"{lora[k]:.3f}" for k in measured),
         ]
         for base, lora in zip(rows[::2], rows[1::2], strict=True)
     ]
@@ -230,6 +227,7 @@ def run_page(run, summary, shown):
         groups=by_category(pair_rows(run, shown)),
         spread=words.spread_text(summary),
         table=words.summary_table(summary),
+        explained=words.explained([key for key in METRICS if key in summary["prompts"][0]]),
         tables=[words.kernel_table(summary), words.study_table(summary)],
         distribution=figure_uri(distribution_figure(run, shown["prompts"])),
         scores=score_table(run.rows),
@@ -254,7 +252,7 @@ def verdict_rows(verdicts, names):
     for question, found in verdicts:
         by_name = {verdict["name"]: verdict for verdict in found}
         cells = [by_name.get(name) for name in names]
-        rows.append(dict(question=question, plain=words.QUESTIONS[question], cells=cells))
+        rows.append(dict(question=question, plain=questions()[question].asks, cells=cells))
     return rows
 
 
@@ -298,31 +296,22 @@ GREEN = "#2a6b3f"
 
 @dataclass
 class Curve:
-    """One panel: measures of `sweep.SWEPT` over steps or scales, and their value at the base model."""
+    """One panel: swept measures over steps or scales."""
 
     title: str
     measures: dict  # {measure: its name in the legend}
-    base: float = 0.0
+    base: float = 0.0  # their value at the base model
 
 
-CURVES = (
-    Curve("Concept gained: similarity to the training images", {"concept_similarity success": "success prompts"}),
-    Curve("Match with the prompt: CLIP score against the base's", {"clip success": "success prompts"}),
-    Curve(
-        "Contamination: others moved toward the training images",
-        {"concept_similarity near": "near prompts", "concept_similarity unrelated": "unrelated prompts"},
-    ),
-    Curve(
-        "Change: others moved in any direction",
-        {"change near": "near prompts", "change unrelated": "unrelated prompts"},
-    ),
-    Curve("Diversity: variety over the seeds, the base's is 1", {"variety success": "success prompts"}, 1.0),
-    Curve(
-        "Nearest copy: similarity to one training image against the base's",
-        {"nearest_similarity success": "success prompts"},
-    ),
-    Curve("Held-out loss against before training, interval over the images", {"held_out": "held-out images"}),
-)
+def all_curves():
+    """A Curve of each measure that is swept, and of the held-out loss."""
+    curves = [
+        Curve(title, {f"{key} {category}": CATEGORIES[category].noun for category in categories}, metric.unchanged)
+        for key, metric in METRICS.items()
+        for categories, title in metric.swept.items()
+    ]
+    held_out = Curve("Held-out loss minus its value before training, interval over the images", {"held_out": "images"})
+    return [*curves, held_out]
 
 
 def chosen_point(sweep):
@@ -362,7 +351,7 @@ def strips(run, shown, chosen):
 def choose_page(run, sweep, shown):
     """The choice among a run's snapshots and scales as HTML: advice, images, curves, tables."""
     chosen, count = chosen_point(sweep), len(shown["seeds"])
-    found = [(curve, curve_figure(curve, sweep)) for curve in CURVES]
+    found = [(curve, curve_figure(curve, sweep)) for curve in all_curves()]
     return TEMPLATES.get_template("choose.html").render(
         title=run.name,
         strips=strips(run, shown, chosen),
@@ -373,7 +362,7 @@ def choose_page(run, sweep, shown):
         curves=[dict(uri=figure_uri(figure), alt=curve.title) for curve, figure in found if figure],
         grid=grid_table(sweep["rows"]),
         table=words.sweep_table(sweep["rows"]),
-        explained=words.SWEEP_EXPLAINED,
+        explained=words.sweep_explained(),
         details=details_text(shown, {run.name: run.adapter}),
     )
 
