@@ -1,54 +1,23 @@
-"""Figures of an evaluation: sheets of images (PIL) and charts (matplotlib).
+"""Charts of an evaluation: the overview sheet (PIL), figures (matplotlib), and intervals as bars of a page.
 
-Intervals as bars of a page: where each begins and ends, in per cent of the bar's width.
-
-A page draws them from these numbers with HTML alone, so that they follow its width and its colours.
+A bar is drawn with HTML alone, from places in per cent of its width, so that it follows the page's width and colours.
 """
 
 import math
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from lib.evaluation.choosing import chosen_point
 from lib.evaluation.metrics.table import DIFFERENCE, MEMORISED, METRICS, metric_name
 from lib.evaluation.prompts import CATEGORIES, first_of_each
 from lib.evaluation.report.words import interval_text
 from lib.images import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
 
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
-
-
-def comparison_figure(rows, title, pairs, side=256):
-    """Base and LoRA side by side: a row a prompt, `pairs` seeds in it, as one PIL image.
-
-    `rows` are dicts with `prompt`, `category`, and `base` and `lora`, lists of PIL images; `side` is
-    the width of each in pixels. Rows of more than four pairs are wrapped, so that an image stays large
-    enough to see.
-    """
-    big, small = ImageFont.load_default(22), ImageFont.load_default(15)
-    gap, between, head = 6, 22, 54
-    a_line = min(pairs, 4)
-    lines = -(-pairs // a_line)
-    width = a_line * (2 * side + gap + between) + between
-    tall = max(height_at(image, side) for row in rows for image in row["base"] + row["lora"])
-    height = head + len(rows) * (lines * (tall + gap) + 34) + between
-    figure = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(figure)
-    draw.text((between, 14), fit_text(title, big, width - 2 * between), INK, big)
-    y = head
-    for row in rows:
-        label = f"“{row['prompt']}”  {row['category']}; in each pair base on the left, LoRA on the right"
-        draw.text((between, y), fit_text(label, small, width - 2 * between), INK, small)
-        y += 24
-        for index in range(pairs):
-            x = between + index % a_line * (2 * side + gap + between)
-            top = y + index // a_line * (tall + gap)
-            for offset, image in ((0, row["base"][index]), (side + gap, row["lora"][index])):
-                figure.paste(shown(image, side), (x + offset, top))
-        y += lines * (tall + gap) + 10
-    return figure
 
 
 ACROSS = 6  # images of a prompt that an overview shows side by side, where its columns leave room for several
@@ -137,21 +106,6 @@ def in_margins(row):
     return row | {end: row[end] / row["margin"] for end in ENDS} | dict(equivalence=inner)
 
 
-def forest_figure(pairs):
-    """A matplotlib forest plot of the differences of each two experiments, in units of their margins."""
-    figure = Figure(figsize=(9, 1.4 + 0.36 * max(len(pairs), 1)), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    labels = [
-        f"{metric_name(r['metric'])} (±{r['margin']:g}), {r['category']}: {r['second']} − {r['first']}" for r in pairs
-    ]
-    forest_panel(axes, [in_margins(row) for row in pairs], labels)
-    axes.set_xlabel(
-        "difference in units of its margin (shaded); thin 95%, thick 90% interval\n"
-        "red: higher or lower; green: equivalent; grey: undecided"
-    )
-    return figure
-
-
 def distribution_figure(run, prompts):
     """For each prompt the scores of every image, base beside LoRA: one panel a score."""
     rows = run.rows
@@ -171,6 +125,80 @@ def distribution_figure(run, prompts):
     panels[0].set_yticks(range(len(prompts)), labels, fontsize=8)
     panels[0].invert_yaxis()
     figure.supxlabel("grey: base, red: LoRA; one dot a seed", fontsize=9)
+    return figure
+
+
+COLOURS = ("#2f5ea8", "#c4572e", "#2a6b3f", "#8a4fae", "#b8860b", "#4a4f59")
+ADVISED = "#2a6b3f"
+
+
+@dataclass
+class Curve:
+    """A chart of swept measures over steps or scales."""
+
+    title: str
+    measures: dict  # {measure: its name in the legend}
+    base: float = 0.0  # their value at the base model
+
+
+def all_curves():
+    """A Curve of each measure that is swept, and of the held-out loss."""
+    curves = [
+        Curve(title, {f"{key} {category}": CATEGORIES[category].noun for category in categories}, metric.unchanged)
+        for key, metric in METRICS.items()
+        for categories, title in metric.swept.items()
+    ]
+    held_out = Curve("Held-out loss minus its value before training, interval over the images", {"held_out": "images"})
+    return [*curves, held_out]
+
+
+def curve_lines(curve, rows, over):
+    """The lines of a Curve over "step" or "scale", one for each measure and each value of the other: [(label,
+    [(place, interval)])]."""
+    other = {"step": "scale", "scale": "step"}[over]
+    groups = list(dict.fromkeys(row[other] for row in rows if row["scale"]))
+    lines = []
+    for group in groups:
+        for key, name in curve.measures.items():
+            parts = [name] if len(groups) == 1 or len(curve.measures) > 1 else []
+            parts += [f"{other} {group:g}"] if len(groups) > 1 else []
+            line = [(row[over], row[key]) for row in rows if row[other] == group and key in row and row["scale"]]
+            lines.append((", ".join(parts), line))
+    return [(label, line) for label, line in lines if line]
+
+
+def curve_figure(curve, sweep):
+    """A Curve over the steps, a line a scale, or over the scales if there is one step; None if nothing was measured.
+
+    Each line starts at the base model's value at 0; a dashed line marks the advised point.
+    """
+    over = "step" if len({row["step"] for row in sweep["rows"]}) > 1 else "scale"
+    lines = curve_lines(curve, sweep["rows"], over)
+    if not lines:
+        return None
+    figure = Figure(figsize=(4.6, 3.1), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    width = max(place for _, line in lines for place, _ in line)
+    for number, (label, line) in enumerate(lines):
+        colour = COLOURS[number % len(COLOURS)]
+        shift = 0.012 * width * (number - (len(lines) - 1) / 2)  # intervals beside one another
+        places = [place + shift for place, _ in line]
+        means, lows, highs = ([interval[end] for _, interval in line] for end in ENDS)
+        axes.plot([0, *places], [curve.base, *means], color=colour, linewidth=1.5, label=label)
+        axes.plot(places, means, "o", color=colour, markersize=4)
+        axes.vlines(places, lows, highs, color=colour, linewidth=1.2, alpha=0.6)
+    axes.axhline(curve.base, color="#888888", linewidth=0.8, zorder=0)
+    if chosen := chosen_point(sweep):
+        axes.axvline(getattr(chosen, over), color=ADVISED, linewidth=1.2, linestyle="--", zorder=0)
+    axes.set_title(curve.title, fontsize=8.5, loc="left")
+    axes.set_xlabel({"step": "training steps", "scale": "scale of the adapter"}[over], fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    if len(lines) > 1:
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the lines
+        axes.legend(framealpha=1, edgecolor="none", fontsize=7.5, loc="upper left", ncols=2)
     return figure
 
 
