@@ -260,7 +260,7 @@ def test_advice_comes_first_then_images_then_curves_then_tables(chosen):
             'class="strip"',
             "<h2>Curves",
             "<table>",
-            "<h2>How it was made",
+            "<h2>How this page was made",
         )
     ]
     assert places == sorted(places)

@@ -78,14 +78,14 @@ PAGES = {
 
 
 ORDERS = {
-    "run": ["<h1>", '<ul class="answers">', "<img", '<section class="told">', 'class="interval"', "<table>"],
+    "run": ["<h1>", '<ul class="answers">', "<img", '<section class="findings">', 'class="interval"', "<table>"],
     "comparison": [
         "<h1>",
         'class="beside"',
         "<img",
         'class="judged"',
         '<ul class="differences">',
-        '<section class="told">',
+        '<section class="findings">',
         'class="interval"',
         '<section class="forests">',
         "<table>",
@@ -98,7 +98,7 @@ def test_pictures_and_sentences_then_figures(kind):
     page = PAGES[kind]()
     places = [page.index(part) for part in ORDERS[kind]]
     assert places == sorted(places)
-    told = page.index('<section class="told">')
+    told = page.index('<section class="findings">')
     for _, prompt in PROMPTS:  # every prompt is seen before any figure
         assert page.index(f">“{prompt}”</") < told
 
