@@ -1,6 +1,7 @@
-"""Charts of an evaluation: the overview sheet (PIL), figures (matplotlib), and intervals as bars of a page.
+"""Charts of an evaluation: a sheet of images (PIL), forest plots, distributions and curves (matplotlib), bars.
 
-A bar is drawn with HTML alone, from places in per cent of its width, so that it follows the page's width and colours.
+A bar is an interval on a page, drawn with HTML alone so that it follows the page's width and colours. Its positions are
+per cent of its width.
 """
 
 import math
@@ -20,23 +21,24 @@ from lib.images import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
 
 
-ACROSS = 6  # images of a prompt that an overview shows side by side, where its columns leave room for several
-WIDEST = 16_000  # pixels of a sheet; WebP holds 16,383
+# ---- a sheet of images ---------------------------------------------------------------------
+
+ACROSS = 6  # at most this many images of a prompt side by side in an overview
+WIDEST = 16_000  # pixels of a sheet; WebP allows 16,383
 
 
 def seeds_shown(columns, seeds):
-    """How many of a prompt's `seeds` images each of so many `columns` of an overview shows."""
+    """How many of a prompt's `seeds` images each of an overview's `columns` shows."""
     return max(1, min(seeds, ACROSS // columns))
 
 
 def overview_figure(columns, prompts, side=256):
-    """What adapters changed, to be read without a word more: on the left images of the base model, beside
-    them those of the same noise with each adapter; a row a prompt. A PIL image.
+    """What adapters changed at a glance, a row a prompt: the base model's images on the left, beside them those of each
+    adapter from the same noise. A PIL image.
 
-    `columns` are (title, images), the base model's first; its images are PIL images, prompt by prompt
-    and seed by seed. `prompts` are (category, prompt); the first of each category are shown. Images are `side` pixels
-    wide, fewer where there are very many columns. The letters stay readable at half its size, as a README
-    shows it.
+    `columns` are (title, images), the base model's first; images are prompt by prompt and seed by seed. `prompts` are
+    (category, prompt); the first of each category are shown. Images are `side` pixels wide, or fewer with very many
+    columns. Text stays readable at half size, as in a README.
     """
     count = len(columns[0][1]) // len(prompts)
     seeds = seeds_shown(len(columns), count)
@@ -72,6 +74,9 @@ def overview_figure(columns, prompts, side=256):
     return figure
 
 
+# ---- matplotlib ----------------------------------------------------------------------------
+
+
 ANSWER_COLOURS = {"equivalent": "#2a6b3f", "undecided": "#8492a6"}
 DIFFERENT, UNTESTED = "#c4572e", "#8492a6"
 ENDS = ("mean", "low", "high")
@@ -100,14 +105,8 @@ def forest_panel(axes, rows, labels, margin=1):
     axes.grid(axis="x", alpha=0.25)
 
 
-def in_margins(row):
-    """A comparison with its intervals in units of its margin."""
-    inner = {end: row["equivalence"][end] / row["margin"] for end in ("low", "high")}
-    return row | {end: row[end] / row["margin"] for end in ENDS} | dict(equivalence=inner)
-
-
 def distribution_figure(run, prompts):
-    """For each prompt the scores of every image, base beside LoRA: one panel a score."""
+    """The scores of every image, base and LoRA, a row a prompt and a panel a metric."""
     rows = run.rows
     keys = [key for key, metric in METRICS.items() if metric.scorer and metric.shown and rows[1].get(key) is not None]
     figure = Figure(figsize=(9, 1.1 + 0.62 * len(prompts)), dpi=110, layout="constrained")
@@ -202,11 +201,14 @@ def curve_figure(curve, sweep):
     return figure
 
 
-def placed(rows):
-    """`rows` with `style`, the places of their parts as CSS properties, on one common scale.
+# ---- bars: rows of a page with their places ------------------------------------------------
 
-    A row has `mean`, `low` and `high` (not finite where there is no interval), and `band`, the values that count as
-    no effect, or `threshold`. The scale holds all of them and 0.
+
+def placed(rows):
+    """`rows` with `style`, the positions of their parts as CSS properties, on one common scale.
+
+    A row has `mean`, `low` and `high` (not finite without an interval), and `band`, the values that count as no effect,
+    or `threshold`. The scale includes all of them and 0.
     """
     values = [0.0]
     for row in rows:
@@ -222,7 +224,7 @@ def placed(rows):
     def part(name, low, high):
         return f"--{name}-at: {at(low):.2f}%; --{name}-width: {at(high) - at(low):.2f}%"
 
-    found = []
+    with_style = []
     for row in rows:
         known = math.isfinite(row["low"])
         ends = (row["low"], row["high"]) if known else (row["mean"], row["mean"])
@@ -231,23 +233,22 @@ def placed(rows):
             style.append(part("band", *row["band"]))
         if "threshold" in row:
             style.append(f"--threshold: {at(row['threshold']):.2f}%")
-        found.append(row | dict(style="; ".join(style)))
-    return found
+        with_style.append(row | dict(style="; ".join(style)))
+    return with_style
 
 
 def verdict_bars(summaries):
-    """{question: {experiment: row}}: the interval that each verdict rests on, with a label and the
-    figures. `summaries` is {experiment: summary}.
+    """{question: {experiment: row}}: the interval that each verdict rests on, with a label and its figures.
 
-    A question has one scale for all experiments, and the three that rest on the similarity share
-    one, so that it shows how much of the concept went where.
+    `summaries` is {experiment: summary}. All experiments and all questions of one metric share a scale, so that the
+    bars show how much of the concept went where.
     """
     rows = [dict(row, name=name) for name, summary in summaries.items() for row in rows_of(summary)]
-    found = {}
+    bars = {}
     for scale in dict.fromkeys(row["scale"] for row in rows):
         for row in placed([row for row in rows if row["scale"] == scale]):
-            found.setdefault(row["question"], {})[row["name"]] = row
-    return found
+            bars.setdefault(row["question"], {})[row["name"]] = row
+    return bars
 
 
 def rows_of(summary):
@@ -288,15 +289,14 @@ def rows_of(summary):
 
 
 def ends(interval):
-    """What a bar needs of an interval."""
+    """The mean and bounds of an interval."""
     return {end: interval[end] for end in ENDS}
 
 
 def difference_bar(row, label, relative=True):
     """A comparison as a row for `placed`: its margin is the band, and the unit if `relative`."""
     margin, unit = row["margin"], row["margin"] if relative else 1
-    found = {end: row[end] / unit for end in ENDS}
-    return found | dict(
+    return {end: row[end] / unit for end in ENDS} | dict(
         label=label, answer=row["answer"] or "", text=interval_text(row), band=(-margin / unit, margin / unit)
     )
 
@@ -308,7 +308,7 @@ def forest_bars(pairs):
         | dict(title=f"{pair['second']} minus {pair['first']}")
         for pair in pairs
     ]
-    found = {}
+    groups = {}
     for row in placed(rows) if rows else ():
-        found.setdefault(row["title"], []).append(row)
-    return list(found.items())
+        groups.setdefault(row["title"], []).append(row)
+    return list(groups.items())
