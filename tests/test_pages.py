@@ -451,6 +451,17 @@ def test_the_style_sheet_folds_what_is_wide():
     assert 'name="viewport" content="width=device-width' in PAGES["run"]()
 
 
+def test_images_beyond_the_first_are_links_to_their_files(monkeypatch):
+    monkeypatch.setattr(pages, "EMBEDDED", 3)
+    sources = re.findall('<img[^>]* src="(.*?)"', run_page(fake_run("one")).partition('<section class="findings">')[0])
+    assert all(source.startswith("data:") for source in sources[:3])
+    assert sources[3] == "images/a-raincoat/lora_1.png"
+    assert sources[-1] == f"images/a-cat/lora_{SEEDS - 1}.png"
+    sources = re.findall('<img[^>]* src="(.*?)"', comparison_page(two_arms()))
+    assert "../one1/images/a-cat/base_0.png" in sources
+    assert "../two1/images/a-cat/lora_1.png" in sources
+
+
 # ---- the nearest training images ---------------------------------------------------------
 
 
