@@ -61,7 +61,7 @@ def test_the_seeds_that_report_have_no_say():
         ((0.05, 0.1, 0.15, 0.2, 0.2, 0.2, 0.2, 0.2), 400),
         # Something more at every step, each above the margin.
         ((0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4), 800),
-        # More that is told, and within the margin: negligible.
+        # A measurable gain within the margin is negligible.
         ((0.05, 0.1, 0.15, 0.2, 0.202, 0.204, 0.206, 0.207), 400),
         # It is better in the middle than at the end.
         ((0.05, 0.1, 0.15, 0.2, 0.25, 0.2, 0.1, 0.0), 500),
