@@ -99,7 +99,7 @@ def ours(args, settings, batch_size, merged=True, graph=True):
         pipeline.load_lora_weights(ROOT / args.lora_dir)
     if graph:
         size = generation.latent_size(pipeline, settings["resolution"])
-        generation.record_unet(pipeline, batch_size, size, settings["guidance_scale"] > 1)
+        generation.capture_unet(pipeline, batch_size, size, settings["guidance_scale"] > 1)
     generation.generate(pipeline, JOBS[:batch_size], batch_size=batch_size, title="", **settings | dict(steps=2))
     started = clock()
     images = generation.generate(pipeline, JOBS, batch_size=batch_size, title="", **settings)

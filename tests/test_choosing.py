@@ -8,12 +8,13 @@ import pytest
 from conftest import TINY_RUN, assert_one_line, call, options, run
 from PIL import Image
 from test_evaluation import MARGINS, PROMPTS, SEEDS, base_pairs, fake_run
+from test_results import reseeded
 
 from lib.adapter_files import WEIGHTS
 from lib.evaluation import choosing
 from lib.evaluation.choosing import BASE, Point, choose
 from lib.evaluation.metrics.scores import Run
-from lib.evaluation.report import pages, words
+from lib.evaluation.report import charts, words
 from lib.evaluation.runs import held_out_losses
 from lib.evaluation.statistics import mean_interval
 
@@ -60,7 +61,7 @@ def test_the_seeds_that_report_have_no_say():
         ((0.05, 0.1, 0.15, 0.2, 0.2, 0.2, 0.2, 0.2), 400),
         # Something more at every step, each above the margin.
         ((0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4), 800),
-        # More that is told, and within the margin: negligible.
+        # A measurable gain within the margin is negligible.
         ((0.05, 0.1, 0.15, 0.2, 0.202, 0.204, 0.206, 0.207), 400),
         # It is better in the middle than at the end.
         ((0.05, 0.1, 0.15, 0.2, 0.25, 0.2, 0.1, 0.0), 500),
@@ -81,11 +82,11 @@ def test_the_earliest_from_which_more_gains_nothing(means, expected):
 def test_higher_is_above_the_margin_and_above_one_standard_error():
     steady, wide = np.array([0.9, 1.0, 1.1, 1.0]), np.array([-2.0, 4.0, 0.0, 2.0])
     assert steady.mean() == wide.mean() == 1
-    assert choosing.told_higher(steady, 0.5)
-    assert not choosing.told_higher(steady, 1.5)
-    assert not choosing.told_higher(wide, 0.5)  # a standard error of 1.29
-    assert choosing.told_higher(wide + 0.5, 0.5)
-    assert not choosing.told_higher(-steady, 0.5)
+    assert choosing.is_higher(steady, 0.5)
+    assert not choosing.is_higher(steady, 1.5)
+    assert not choosing.is_higher(wide, 0.5)  # a standard error of 1.29
+    assert choosing.is_higher(wide + 0.5, 0.5)
+    assert not choosing.is_higher(-steady, 0.5)
 
 
 def test_of_several_that_would_do_the_one_that_spoils_least():
@@ -124,11 +125,11 @@ def test_advice_over_steps():
     assert (choice["chosen"]["step"], choice["chosen"]["scale"]) == (200, 1.0)
     assert choice["seeds"] == [4, 4]
     assert advice.startswith("Take step 200. ")
-    assert f"{choice['chosen']['choosing']:+.3f} on the 4 seeds that chose" in advice
+    assert f"{choice['chosen']['choosing']:+.3f} on the 4 choosing seeds" in advice
     assert words.interval_text(choice["chosen"]["reported"]) in advice
-    assert "Going on to step 300 changed that by" in advice
+    assert "going on to step 300 changed it by" in advice
     assert "near prompts" in advice
-    assert "The held-out loss was lowest after step 100" in advice
+    assert "The held-out loss was lowest at step 100" in advice
     # Both halves: the first is of the even seeds alone, the second of the odd ones.
     gains = choosing.swept_values(found.sweep[Point(200, 1.0)], PROMPTS, base_pairs())[choosing.CONCEPT]
     assert choice["chosen"]["choosing"] == pytest.approx(gains[::2].mean())
@@ -148,7 +149,7 @@ def test_advice_over_scales_and_over_both():
     rows, choice, advice = choosing.sweep_summary(found, PROMPTS, base_pairs(), MARGINS).values()
     assert [row["scale"] for row in rows] == [0.0, 0.5, 1.0]
     assert advice.startswith("Take scale 0.5. ")
-    assert words.sweep_table(rows)[0][:2] == ["Scale", "Concept gained"]
+    assert words.sweep_table(rows)[0][:2] == ["Scale", "CLIP, success"]
     assert choosing.grid_table(rows) is None
     both = swept({Point(s, c): min(0.1, s * c / 1000) for s in (100, 200) for c in (0.5, 1.0)})
     rows, choice, advice = choosing.sweep_summary(both, PROMPTS, base_pairs(), MARGINS).values()
@@ -157,9 +158,9 @@ def test_advice_over_scales_and_over_both():
     assert [row[0] for row in table] == ["Step", "100", "200"]
     assert table[0][1:] == ["scale 0.5", "scale 1"]
     assert table[1][1].startswith(f"{rows[0][choosing.CONCEPT]['mean']:+.3f} / ")
-    concept, _, others, *_ = pages.CURVES
-    assert pages.curve_figure(concept, dict(rows=rows, choice=choice))
-    labels = [[label for label, _ in pages.lines_of(c, rows, "step")] for c in (concept, others)]
+    _, concept, others, *_ = charts.all_curves()
+    assert charts.curve_figure(concept, dict(rows=rows, choice=choice))
+    labels = [[label for label, _ in charts.curve_lines(c, rows, "step")] for c in (concept, others)]
     assert labels == [
         ["scale 0.5", "scale 1"],
         [
@@ -169,14 +170,14 @@ def test_advice_over_scales_and_over_both():
             "unrelated prompts, scale 1",
         ],
     ]
-    assert pages.curve_figure(pages.CURVES[-1], dict(rows=rows, choice=choice)) is None
+    assert charts.curve_figure(charts.all_curves()[-1], dict(rows=rows, choice=choice)) is None
 
 
 def test_no_advice_where_there_is_nothing_to_advise():
     found = swept({Point(100, 1.0): 0.0, Point(200, 1.0): 0.0})
     summary = choosing.sweep_summary(found, PROMPTS, base_pairs(), MARGINS)
     assert summary["advice"].startswith("None is advised")
-    assert pages.chosen_point(summary) is None
+    assert choosing.chosen_point(summary) is None
     for part in found.sweep.values():
         for row in part.rows:
             row["concept_similarity"] = None
@@ -199,8 +200,16 @@ def test_held_out_losses_that_are_not_there(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def common(tiny_model, tiny_clip, processed_data):
-    return dict(base_model=tiny_model, clip_model=tiny_clip, data_dir=processed_data, resolution=64, steps=2, seeds=4)
+def common(tiny_model, tiny_clip, processed_data, few_prompts):
+    return dict(
+        base_model=tiny_model,
+        clip_model=tiny_clip,
+        data_dir=processed_data,
+        prompts=few_prompts,
+        resolution=64,
+        steps=2,
+        seeds=4,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -221,17 +230,25 @@ def chosen(common, kept, tmp_path_factory):
 
 def test_what_a_choice_leaves(chosen, kept):
     folder, done = chosen
-    assert {"choose.html", "curves.png", "sweep_pictures.png"} <= {p.name for p in folder.iterdir()}
-    found = {p.name for p in (folder / "images" / "a-cat-sitting-on-a-couch").iterdir()}
+    assert {p.name for p in folder.iterdir()} == {
+        "choose.html",
+        "images",
+        "metrics.csv",
+        "metrics.json",
+        "overview.webp",
+        "report.html",
+        "summary.md",
+    }
+    found = {p.name for p in (folder / "images" / "a-yellow-raincoat").iterdir()}
     kinds = {name.rsplit("_", 1)[0] for name in found}
     assert kinds == {"base", "lora", "lora_step_000002", "lora_step_000004"} | {
         f"lora_step_00000{step}_scale_0.5" for step in (2, 4, 6)
     }
     assert len(found) == 4 * len(kinds)
     # The base is drawn once, each snapshot at each scale, and the run's own.
-    assert f"{7 * 4 * 7} images in" in done.stdout
+    assert f"{3 * 4 * 7} images in" in done.stdout
     record = json.loads((folder / "metrics.json").read_text())
-    assert "Fewer than 8 sampling seeds" in record["summary"]["sweep"]["advice"]
+    assert "reporting on the other needs 8" in record["summary"]["sweep"]["advice"]
     rows = record["summary"]["sweep"]["rows"]
     assert [(row["step"], row["scale"]) for row in rows] == [(s, c) for s in (2, 4, 6) for c in (0.5, 1.0)]
     assert ["held_out" in row for row in rows] == [False, True] * 3
@@ -242,22 +259,22 @@ def test_what_a_choice_leaves(chosen, kept):
     assert "choose.html" in (folder / "report.html").read_text()
 
 
-def test_pictures_come_first_then_advice_then_curves_then_tables(chosen):
+def test_advice_comes_first_then_images_then_curves_then_tables(chosen):
     page = (chosen[0] / "choose.html").read_text()
     record = json.loads((chosen[0] / "metrics.json").read_text())
     places = [
         page.index(text)
         for text in (
-            'class="strip"',
             record["summary"]["sweep"]["advice"].partition(". ")[0],
+            'class="strip"',
             "<h2>Curves",
             "<table>",
-            "<h2>How it was made",
+            "<h2>How this page was made",
         )
     ]
     assert places == sorted(places)
     assert "they say nothing of what another training run would give" in page
-    assert page.count('<figure><img src="data:image/webp') + page.count("taken") >= 7 * 7
+    assert page.count('<figure><img src="data:image/webp') + page.count("taken") >= 3 * 7
 
 
 def test_measured_again_it_is_the_same(chosen, common, tmp_path):
@@ -302,20 +319,15 @@ def test_what_is_wrong_with_snapshots_is_named(common, kept, tmp_path, damage, w
     assert not (tmp_path / "out").exists()
 
 
-def test_several_runs_have_a_choice_each(common, kept, tiny_model, processed_data, tmp_path):
-    weights = tmp_path / "weights"
+def test_several_runs_have_a_choice_each(common, kept, tmp_path):
+    weights, out = tmp_path / "weights", tmp_path / "out"
     shutil.copytree(kept, weights / f"{NAME}_seed1")
-    config = TINY_RUN | dict(
-        base_model=tiny_model,
-        data_dir=processed_data,
-        output_dir=weights,
-        snapshot_every=3,
-        seed=7,
-        run_name=f"{NAME}_seed7",
-    )
-    run("train.py", *options(**config))
-    out = tmp_path / "out"
-    run("inference.py", *options(**common | dict(lora_dir=weights, output_dir=out)), "--snapshots")
+    reseeded(kept, weights / f"{NAME}_seed7", 7, 0.5, snapshot_every=3)
+    snapshots = weights / f"{NAME}_seed7" / "snapshots"
+    (snapshots / "step_000002").rename(snapshots / "step_000003")
+    shutil.rmtree(snapshots / "step_000004")
+    config = common | dict(lora_dir=weights, output_dir=out, clip_model="none", seeds=1)
+    run("inference.py", *options(**config), "--snapshots")
     points = {}
     for place in sorted(out.glob("*_seed*")):
         assert (place / "choose.html").is_file()

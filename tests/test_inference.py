@@ -28,7 +28,9 @@ def tiny(model, clip, data):
 def evaluated(tiny_model, tiny_clip, processed_data, trained, tmp_path_factory):
     """All three tiny runs, evaluated in one go."""
     folder = tmp_path_factory.mktemp("results")
-    config = tiny(tiny_model, tiny_clip, processed_data) | dict(lora_dir=trained, output_dir=folder)
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text("a holographic raincoat\nnear: a yellow raincoat\nunrelated: a cat sitting on a couch\n")
+    config = tiny(tiny_model, tiny_clip, processed_data) | dict(lora_dir=trained, output_dir=folder, prompts=prompts)
     return folder, run("inference.py", *options(**config))
 
 
@@ -38,21 +40,17 @@ def test_what_an_evaluation_leaves(evaluated):
     assert names == ["comparison", "lora_weights_rank8", "lora_weights_rank_32", "lora_weights_unet_only"]
     one = folder / "lora_weights_rank8"
     assert sorted(p.name for p in one.iterdir()) == [
-        "comparison_all.png",
-        "unrelated_cases.png",
         "images",
         "metrics.csv",
         "metrics.json",
-        "near_cases.png",
         "overview.webp",
         "report.html",
-        "success_cases.png",
         "summary.md",
     ]
-    pictures = sorted(p.name for p in (one / "images" / "a-red-leather-jacket").iterdir())
+    pictures = sorted(p.name for p in (one / "images" / "a-cat-sitting-on-a-couch").iterdir())
     assert pictures == ["base_42.png", "base_43.png", "lora_42.png", "lora_43.png"]
     rows = list(csv.DictReader((one / "metrics.csv").open()))
-    assert len(rows) == 7 * 2 * 2
+    assert len(rows) == 3 * 2 * 2
     summary = json.loads((one / "metrics.json").read_text())
     assert summary["config"]["steps"] == 2
     assert summary["adapter"]["rank"] == {"text_encoder": 2, "unet": 2}
@@ -78,14 +76,28 @@ def test_figures_are_those_of_the_saved_pictures(evaluated, tiny_clip):
     rows = [
         r
         for r in json.loads((folder / "metrics.json").read_text())["pictures"]
-        if r["model"] == "lora" and r["prompt"] == "a red leather jacket"
+        if r["model"] == "lora" and r["prompt"] == "a cat sitting on a couch"
     ]
-    place = folder / "images" / "a-red-leather-jacket"
+    place = folder / "images" / "a-cat-sitting-on-a-couch"
     lora, base = ([Image.open(place / f"{kind}_{row['seed']}.png") for row in rows] for kind in ("lora", "base"))
     clip = clip_scores.load_clip(tiny_clip)
     assert_close(lpips_distances.lpips_distances(base, lora), [row["lpips"] for row in rows], 1e-3)
     scores = clip_scores.clip_scores(lora, [row["prompt"] for row in rows], clip)
     np.testing.assert_allclose(scores, [row["clip"] for row in rows], rtol=0, atol=COSINE)
+
+
+def test_another_evaluation_is_kept_before_any_model_is_loaded(evaluated, trained):
+    place = evaluated[0] / "lora_weights_rank_32"
+    before = (place / "metrics.json").read_bytes()
+    config = dict(base_model="nowhere", output_dir=place)
+    done = call("inference.py", *options(**config, lora_dir=trained / "lora_weights_rank8"))
+    assert_one_line(done, place, "another adapter, “lora_weights_rank_32”", "--overwrite")
+    done = call("inference.py", *options(**config, lora_dir=trained / "lora_weights_rank_32"))
+    assert_one_line(done, place, "steps 2 -> 28", "other prompts", "--overwrite")
+    assert_one_line(
+        call("inference.py", *options(**config, lora_dir=trained / "lora_weights_rank8"), "--overwrite"), "nowhere"
+    )
+    assert (place / "metrics.json").read_bytes() == before
 
 
 def test_a_picture_does_not_depend_on_its_batch(tiny_model):
@@ -101,7 +113,7 @@ def test_a_picture_does_not_depend_on_its_batch(tiny_model):
 
 def test_prompts_file(tmp_path, tiny_model, tiny_clip, processed_data, trained):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("# mine\n../../a <b>raincoat</b>\n\nfailure: a cat\nsuccess: A cat!\n")
+    prompts.write_text("# mine\n../../a <b>raincoat</b>\n\nunrelated: a cat\nsuccess: A cat!\n")
     config = tiny(tiny_model, tiny_clip, processed_data) | dict(
         lora_dir=trained / "lora_weights_rank8", output_dir=tmp_path / "out", prompts=prompts, seeds=1
     )
@@ -134,7 +146,7 @@ def test_an_adapter_that_cannot_be_switched_off_is_refused(tiny_model, trained, 
     applied = adapters.Applied(adapter, models)
     generation.check_switch(pipeline, applied, adapter, base)
     monkeypatch.setattr(applied, "set_scale", lambda scale: None)
-    with pytest.raises(UserError, match="switched off"):
+    with pytest.raises(UserError, match="at scale 0"):
         generation.check_switch(pipeline, applied, adapter, base)
 
 
@@ -166,12 +178,15 @@ def test_a_long_prompt_is_refused(tmp_path, tiny_model, tiny_clip, processed_dat
     assert_one_line(call("inference.py", *options(**config)), "tokens")
 
 
-def test_missing_training_pictures_are_said(tmp_path, tiny_model, tiny_clip, trained):
+def test_missing_training_images_are_reported_before_generation(tmp_path, tiny_model, tiny_clip, trained, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a coat")
     config = tiny(tiny_model, tiny_clip, tmp_path / "none") | dict(
-        lora_dir=trained / "lora_weights_rank8", output_dir=tmp_path / "out", seeds=1
+        lora_dir=trained / "lora_weights_rank8", output_dir=tmp_path / "out", seeds=1, prompts=tmp_path / "prompts.txt"
     )
-    done = run("inference.py", *options(**config))
-    assert "concept similarity is not computed" in done.stdout
+    generate_runs = generation.generate_runs
+    monkeypatch.setattr(generation, "generate_runs", lambda *rest: print("generating") or generate_runs(*rest))
+    done = call("inference.py", *options(**config))
+    assert "concept similarity is not measured" in done.stdout.partition("\ngenerating\n")[0]
     row = json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"][0]
     assert row["concept_similarity"] is None
     assert row["clip"] is not None

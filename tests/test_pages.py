@@ -1,23 +1,22 @@
 """The pages: what comes first, that words follow verdicts, that they fit a phone, and escape text."""
 
+import functools
 import html
 import json
 import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import browse, chromium
-from PIL import Image, ImageFont
+from PIL import Image
 from test_evaluation import MARGINS, PROMPTS, SEEDS, base_pairs, fake_run
 
 from lib.evaluation.comparison import compare
-from lib.evaluation.metrics.memorisation import UNTOLD
 from lib.evaluation.metrics.scores import TrainingSet
 from lib.evaluation.report import charts, pages, words
+from lib.evaluation.statistics import UNCLEAR
 from lib.evaluation.verdicts import analyse
-from lib.images import fit_lines
 
 EVIL = 'a <script>alert(1)</script> & "raincoat" onload=x'
 LONG = "aNameWithoutAnyPlaceToBreakItThatIsWiderThanATelephoneRank32UnetOnlyWithVariedCaptions"
@@ -29,6 +28,7 @@ def drawn(run, caption="a raincoat"):
     run.base = [Image.new("RGB", (64, 64), (90, 90, 90))] * count
     run.lora = [Image.new("RGB", (64, 64), (200, 0, 0))] * count
     run.adapter["metadata"]["caption"] = caption
+    run.target = Path("results", run.name)
     return run
 
 
@@ -68,8 +68,8 @@ def two_arms(first="one", second="two"):
 
 
 PAGES = {
-    "run": lambda: run_page(fake_run(LONG, concept=0.3, near=0.2)),
-    "comparison": lambda: comparison_page(two_arms(second=LONG)),
+    "run": functools.cache(lambda: run_page(fake_run(LONG, concept=0.3, near=0.2))),
+    "comparison": functools.cache(lambda: comparison_page(two_arms(second=LONG))),
 }
 
 
@@ -77,14 +77,14 @@ PAGES = {
 
 
 ORDERS = {
-    "run": ["<h1>", '<ul class="answers">', "<img", '<section class="told">', 'class="interval"', "<table>"],
+    "run": ["<h1>", '<ul class="answers">', "<img", '<section class="findings">', 'class="interval"', "<table>"],
     "comparison": [
         "<h1>",
         'class="beside"',
         "<img",
         'class="judged"',
         '<ul class="differences">',
-        '<section class="told">',
+        '<section class="findings">',
         'class="interval"',
         '<section class="forests">',
         "<table>",
@@ -97,7 +97,7 @@ def test_pictures_and_sentences_then_figures(kind):
     page = PAGES[kind]()
     places = [page.index(part) for part in ORDERS[kind]]
     assert places == sorted(places)
-    told = page.index('<section class="told">')
+    told = page.index('<section class="findings">')
     for _, prompt in PROMPTS:  # every prompt is seen before any figure
         assert page.index(f">“{prompt}”</") < told
 
@@ -129,27 +129,27 @@ def test_the_page_opens_with_what_the_verdicts_say():
     page = run_page(fake_run("one", concept=0.3, near=0.24, cat=0.03, noise=0.001))
     assert first_sentences(page)[:3] == [
         ("good", "It learned “a raincoat”."),
-        ("bad", "Prompts close to it take on most of it (80%)."),
-        ("bad", "Unrelated prompts take on a little of it (10%)."),
+        ("bad", "Prompts close to it pick up most of it (80%)."),
+        ("bad", "Unrelated prompts pick up a little of it (10%)."),
     ]
     page = run_page(fake_run("two"))
     assert first_sentences(page)[:3] == [
         ("bad", "It did not learn “a raincoat”."),
-        ("good", "Prompts close to it do not take it on; their images do change."),
-        ("good", "Unrelated prompts do not take it on; their images do change."),
+        ("good", "Prompts close to it do not pick it up; their images do change."),
+        ("good", "Unrelated prompts do not pick it up; their images do change."),
     ]
     page = run_page(fake_run("three", concept=0.3, clip_noise=0.3))
-    assert first_sentences(page)[0] == ("open", "Cannot be told: whether it learned “a raincoat”.")
+    assert first_sentences(page)[0] == ("open", "Unclear: did it learn “a raincoat”?")
 
 
 def test_pictures_that_hardly_changed_are_said_to_stay():
     quiet = judged(fake_run("quiet", lpips=0.0, noise=0.001))
     verdicts = {v["question"]: v for v in quiet["verdicts"]}
-    sentence = words.plain_sentence(verdicts["contaminated"], "it", quiet)
-    assert sentence == "Unrelated prompts do not take it on; their images stay as they were."
+    sentence = words.plain_sentence(verdicts["unrelated kept"], "it", quiet)
+    assert sentence == "Unrelated prompts do not pick it up; their images stay as they were."
 
 
-QUESTIONS = ["learned", "neighbours kept", "contaminated", "memorised", "collapsed"]
+QUESTIONS = ["learned", "near kept", "unrelated kept", "memorised", "collapsed"]
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -158,19 +158,19 @@ def test_each_answer_has_a_sentence_of_its_own(question):
     for more in (None, summary):
         found = {
             answer: words.plain_sentence(dict(question=question, answer=answer), "it", more)
-            for answer in ("yes", "no", UNTOLD)
+            for answer in ("yes", "no", UNCLEAR)
         }
         assert len(set(found.values())) == 3
-        assert [a for a, s in found.items() if s.startswith("Cannot be told: ")] == [UNTOLD]
-        assert all(s.endswith(".") and "{" not in s for s in found.values())
+        assert [a for a, s in found.items() if s.startswith("Unclear: ")] == [UNCLEAR]
+        assert all(s.endswith((".", "?")) and "{" not in s for s in found.values())
     with pytest.raises(KeyError):  # no answer passes for another
         words.plain_sentence(dict(question="learned", answer="perhaps"), "it", summary)
 
 
 def test_no_share_is_told_of_a_concept_that_was_not_gained():
     summary = judged(fake_run("one", near=0.2))
-    verdict = dict(question="neighbours kept", answer="no")
-    assert words.plain_sentence(verdict, "it", summary) == "Prompts close to it take it on."
+    verdict = dict(question="near kept", answer="no")
+    assert words.plain_sentence(verdict, "it", summary) == "Prompts close to it pick it up."
 
 
 def test_the_concept_is_called_by_its_caption_where_it_has_one():
@@ -199,9 +199,9 @@ def test_a_comparison_has_a_column_for_the_base_and_each_adapter():
     assert head == ["", "Base model", "rank 32", "protected"]
     pictures = rows[: len(PROMPTS)]
     labels = [
-        "“a raincoat” What was taught: should change. seeds 0, 1",
-        "“a yellow coat” Close to it, but not asked for: should stay as it was. seeds 0, 1",
-        "“a cat” Nothing to do with it: should stay as it was. seeds 0, 1",
+        "“a raincoat” The concept: should change. seeds 0, 1",
+        "“a yellow coat” Close to the concept: should stay as it was. seeds 0, 1",
+        "“a cat” Unrelated to it: should stay as it was. seeds 0, 1",
     ]
     assert [row[0] for row in pictures] == labels
     for row, (_, prompt) in zip(pictures, PROMPTS, strict=True):
@@ -219,12 +219,12 @@ def test_verdicts_stand_under_their_adapters():
     ]
     page = comparison_page(groups)
     rows = rows_of(page, ' class="judged"')
-    assert [row[0].split("?")[0] for row in rows] == ["Learned", "Neighbours kept", "Contaminated", "Collapsed"]
+    assert [row[0].split("?")[0] for row in rows] == ["Learned", "Near kept", "Unrelated kept", "Collapsed"]
     assert [row[1] for row in rows] == [""] * 4  # nothing is judged of the base model
     assert rows[0][2:] == ["✓ yes It learned “a raincoat”."] * 2
-    assert rows[1][2].startswith("✓ yes Prompts close to it do not take it on")
-    assert rows[1][3].startswith("✗ no Prompts close to it take on most of it (66%).")
-    assert rows[2][2].startswith("? cannot be told whether unrelated prompts take it on")
+    assert rows[1][2].startswith("✓ yes Prompts close to it do not pick it up")
+    assert rows[1][3].startswith("✗ no Prompts close to it pick up most of it (66%).")
+    assert rows[2][2].startswith("? unclear do unrelated prompts pick it up?")
     colours = re.findall(r'<div class="(good|bad|open)" role', page)
     marks = ["✓✗?".index(cell[0]) for row in rows for cell in row[2:]]
     assert colours == [("good", "bad", "open")[mark] for mark in marks]
@@ -244,7 +244,7 @@ def test_experiments_without_a_verdict_keep_their_column():
 def test_no_picture_of_a_comparison_is_shown_twice(adapters):
     prompts = [(category, f"{category} {n}") for n in range(3) for category in ("unrelated", "success", "near")]
     pictures = [Image.new("RGB", (8, 8))] * len(prompts) * 4
-    columns = [(str(number), pictures) for number in range(1 + adapters)]
+    columns = [pages.Column(str(number), pictures) for number in range(1 + adapters)]
     few, others = pages.comparison_sheets(columns, dict(prompts=prompts, seeds=[5, 6, 7, 8]))
     assert [row["prompt"] for row in few] == ["success 0", "success 1", "near 0", "unrelated 0", "unrelated 1"]
     each = [(row["prompt"], seed) for row in few + others for seed in row["seeds"]]
@@ -306,9 +306,9 @@ def test_bars_stand_where_their_intervals_do():
 
 def test_questions_about_the_similarity_share_a_scale():
     found = charts.verdict_bars({"one": judged(fake_run("one", concept=0.3, near=0.2, cat=0.0))})
-    zeros = {places(found[q]["one"])["zero"] for q in ("learned", "neighbours kept", "contaminated")}
+    zeros = {places(found[q]["one"])["zero"] for q in ("learned", "near kept", "unrelated kept")}
     assert len(zeros) == 1
-    means = [places(found[q]["one"])["mean"] for q in ("learned", "neighbours kept", "contaminated")]
+    means = [places(found[q]["one"])["mean"] for q in ("learned", "near kept", "unrelated kept")]
     assert means == sorted(means, reverse=True)
 
 
@@ -358,27 +358,38 @@ parent.document.title = JSON.stringify({out, width: wide, page: document.documen
 </script>"""
 
 
-@pytest.mark.skipif(chromium() is None, reason="no Chromium here: the style sheet's rules are tested instead")
-@pytest.mark.parametrize("kind", PAGES)
-@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
-def test_nothing_is_wider_than_the_window(kind, width, dark, tmp_path):
-    page = PAGES[kind]().replace("<details>", "<details open>")
-    frame = FRAME.format(width=width, page=html.escape(page + MEASURE))
+OUTER = """<!doctype html><meta name="color-scheme" content="light dark"><title></title><script>
+var reports = []; addEventListener("load", () => { document.title = JSON.stringify(reports) })
+</script>"""
+
+
+def measured(framed, script, tmp_path, *more):
+    """What `script` reports of each (page, width) of `framed`, all in one browser; `more` are its options."""
+    frames = [
+        FRAME.partition("\n")[2].format(
+            width=width, page=html.escape(page + script.replace("parent.document.title", f"parent.reports[{number}]"))
+        )
+        for number, (page, width) in enumerate(framed)
+    ]
     path = tmp_path / "page.html"
-    path.write_text(frame, encoding="utf-8")
-    done = browse(
-        path,
-        tmp_path,
-        "--window-size=1400,1000",
-        "--dump-dom",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-    )
-    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
-    assert found["width"] == width
-    assert found["out"] == []
-    assert found["page"] <= width
-    paper = [int(number) for number in re.findall(r"\d+", found["paper"])[:3]]
-    assert max(paper) < 60 if dark else min(paper) > 240
+    path.write_text(OUTER + "".join(frames), encoding="utf-8")
+    done = browse(path, tmp_path, "--window-size=1400,1000", "--dump-dom", *more)
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]
+    return [json.loads(report) for report in json.loads(html.unescape(title))]
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium here: the style sheet's rules are tested instead")
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+def test_nothing_is_wider_than_the_window(width, dark, tmp_path):
+    framed = [(page().replace("<details>", "<details open>"), width) for page in PAGES.values()]
+    reports = measured(framed, MEASURE, tmp_path, f"--blink-settings=preferredColorScheme={0 if dark else 1}")
+    assert len(reports) == len(PAGES)
+    for report in reports:
+        assert report["width"] == width
+        assert report["out"] == []
+        assert report["page"] <= width
+        paper = [int(number) for number in re.findall(r"\d+", report["paper"])[:3]]
+        assert max(paper) < 60 if dark else min(paper) > 240
 
 
 # Where the first row's images stand, where the first verdicts do, and whether they can be seen without scrolling.
@@ -393,23 +404,24 @@ parent.document.title = JSON.stringify({fits: scroller.scrollWidth <= scroller.c
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize(
-    ("width", "adapters", "fits", "side"),
-    [(1280, 2, True, 160), (1280, 4, True, 180), (1280, 9, False, 130), (390, 2, True, 110), (390, 4, False, 100)],
-)
-def test_adapters_stand_side_by_side(width, adapters, fits, side, tmp_path):
-    groups = {f"adapter {n}": [fake_run(f"adapter {n}", concept=0.3, seed=n)] for n in range(adapters)}
-    frame = FRAME.format(width=width, page=html.escape(comparison_page(groups) + PLACES))
-    path = tmp_path / "page.html"
-    path.write_text(frame, encoding="utf-8")
-    done = browse(path, tmp_path, "--window-size=1400,1000", "--dump-dom")
-    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
-    assert found["fits"] == fits
-    assert found["verdicts"] == found["pictures"]
-    assert found["pictures"] == sorted(found["pictures"])
-    assert found["side"] >= side  # large enough to see
-    assert found["scrolled"][:2] == found["pictures"][:2]  # label and base model stay in sight
-    assert (found["scrolled"][2:] == found["pictures"][2:]) == fits
+def test_adapters_stand_side_by_side(tmp_path):
+    cases = [
+        (1280, 2, True, 160),
+        (1280, 4, True, 180),
+        (1280, 9, False, 130),
+        (390, 2, True, 110),
+        (390, 4, False, 100),
+    ]
+    groups = {f"adapter {n}": [fake_run(f"adapter {n}", concept=0.3, seed=n)] for n in range(9)}
+    of = {n: comparison_page(dict(list(groups.items())[:n])) for n in (2, 4, 9)}
+    reports = measured([(of[adapters], width) for width, adapters, *_ in cases], PLACES, tmp_path)
+    for (_, _, fits, side), report in zip(cases, reports, strict=True):
+        assert report["fits"] == fits
+        assert report["verdicts"] == report["images"]
+        assert report["images"] == sorted(report["images"])
+        assert report["side"] >= side  # large enough to see
+        assert report["scrolled"][:2] == report["images"][:2]  # label and base model stay in sight
+        assert (report["scrolled"][2:] == report["images"][2:]) == fits
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
@@ -439,47 +451,15 @@ def test_the_style_sheet_folds_what_is_wide():
     assert 'name="viewport" content="width=device-width' in PAGES["run"]()
 
 
-# ---- the image that stands for a run -----------------------------------------------------
-
-
-@pytest.mark.parametrize(("adapters", "seeds"), [(1, 3), (2, 2), (3, 1), (7, 1)])
-def test_the_overview_has_the_base_left_and_the_adapters_beside_it(adapters, seeds):
-    categories = ["unrelated", "success", "success", "success", "near", "near", "unrelated"]
-    prompts = [(category, f"{EVIL} {number}" * 9) for number, category in enumerate(categories)]
-
-    def pictures(red):
-        return [Image.new("RGB", (32, 32), (red, 0, 40 * n)) for n in range(len(prompts)) for _ in range(4)]
-
-    columns = [("Base model", pictures(0))]
-    columns += [(f"{LONG} of {n}", pictures(20 * n)) for n in range(1, adapters + 1)]
-    pixels = np.asarray(charts.overview_figure(columns, prompts, side=64)).astype(int)
-    seen = []
-    for line in pixels:
-        places = np.flatnonzero((line[:, 1] == 0) & (line[:, 0] % 20 == 0) & (line[:, 2] % 40 == 0))
-        if len(places) == len(columns) * seeds * 64:
-            # From left to right the base model's, then each adapter's, in their order.
-            assert (line[places, 0] == np.repeat(20 * np.arange(1 + adapters), seeds * 64)).all()
-            assert len(set(line[places, 2])) == 1
-            seen.append(line[places[0], 2] // 40)
-    # Two that were taught, one near them, two unrelated, each as high as an image.
-    assert [seen[i] for i in range(0, len(seen), 64)] == [1, 2, 4, 0, 6]
-    assert len(seen) == 5 * 64
-
-
-def test_an_overview_of_very_many_adapters_fits_into_webp():
-    columns = [(str(number), [Image.new("RGB", (256, 256))]) for number in range(90)]
-    sheet = charts.overview_figure(columns, [("success", "a coat")])
-    assert 12_000 < sheet.width <= 16_383
-
-
-def test_titles_are_broken_between_words():
-    font = ImageFont.load_default(20)
-    for text in ("rank 32", "no text encoder and captions that vary", "x" * 50, f"short {'x' * 50} words"):
-        lines = fit_lines(text, font, 120)
-        assert len(lines) <= 2
-        assert all(font.getlength(line) <= 120 for line in lines)
-        kept = " ".join(lines)
-        assert kept == text or "…" in kept and text.startswith(kept.split("…")[0])
+def test_images_beyond_the_first_are_links_to_their_files(monkeypatch):
+    monkeypatch.setattr(pages, "EMBEDDED", 3)
+    sources = re.findall('<img[^>]* src="(.*?)"', run_page(fake_run("one")).partition('<section class="findings">')[0])
+    assert all(source.startswith("data:") for source in sources[:3])
+    assert sources[3] == "images/a-raincoat/lora_1.png"
+    assert sources[-1] == f"images/a-cat/lora_{SEEDS - 1}.png"
+    sources = re.findall('<img[^>]* src="(.*?)"', comparison_page(two_arms()))
+    assert "../one1/images/a-cat/base_0.png" in sources
+    assert "../two1/images/a-cat/lora_1.png" in sources
 
 
 # ---- the nearest training images ---------------------------------------------------------

@@ -28,6 +28,7 @@ from lib.evaluation import results
 from lib.evaluation.metrics.effects import effects
 from lib.evaluation.metrics.scores import Run
 from lib.evaluation.prompts import members, read_prompts
+from lib.evaluation.report.words import interval_text
 from lib.evaluation.statistics import mean_interval
 from lib.study import claims as study_claims
 from lib.study import page as study_page
@@ -742,6 +743,20 @@ def test_words_follow_the_figures(written):
     for limit in study_words.LIMITS:
         assert limit in table and limit in html.unescape(page)
     assert len(study_words.LIMITS) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((0.0117, -0.0031, 0.0267), "+0.012 [−0.003, +0.027]"),
+        ((0.00025, 0.00016, 0.00035), "+0.00025 [+0.00016, +0.00035]"),
+        ((-0.0004149, -0.001674, 0.000844), "−0.0004 [−0.0017, +0.0008]"),
+        ((0.0, 0.0, 0.0), "+0.000 [+0.000, +0.000]"),
+        ((0.25, float("nan"), float("nan")), "+0.2500"),
+    ],
+)
+def test_an_interval_has_two_significant_digits(values, text):
+    assert interval_text(dict(zip(("mean", "low", "high"), values, strict=True))) == text
 
 
 def test_a_claim_is_marked_by_all_its_parts():

@@ -1,6 +1,6 @@
-"""The study as study.py leaves it on disk, read back: scores alone, no images.
+"""Reads back the study that study.py left on disk: scores alone, no images.
 
-results/study/seed42/<arm>_seed42/metrics.json            every arm, as training left it
+results/study/seed42/<arm>_seed42/metrics.json            each arm at full scale
 results/study/seed42/comparison/metrics.json              written last
 results/study/scales_seed42/<arm>_seed42/metrics.json     some arms at several scales
 """
@@ -13,38 +13,43 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.evaluation.metrics.scores import Run
-from lib.evaluation.results import DRAWN_WITH
+from lib.evaluation.results import GENERATED_WITH
 from lib.evaluation.runs import check_fingerprints, group_runs
+
+MINIATURE = "demo/model"
 
 
 @dataclass
 class Study:
-    """What was measured, for the training seeds that are whole: of each every arm and every scale."""
+    """The scores of every arm and scale, for the complete training seeds."""
 
     training_seeds: list
     sampling_seeds: list
     prompts: list  # (category, prompt)
-    base_pairs: np.ndarray  # as for `effects`
-    arms: dict  # {arm: [Run of each training seed]}
-    scaled: dict  # {arm: {scale: [Run of each training seed]}}, without the scale 0
+    base_pairs: np.ndarray  # [prompts, seeds, seeds], as for `effects`
+    arms: dict  # {arm: [Run per training seed]}
+    scaled: dict  # {arm: {scale: [Run per training seed]}}, without the scale 0
     margins: dict
-    drawn_with: dict  # the settings of drawing
+    drawn_with: dict  # the settings of generation
     provenance: dict  # of the first evaluation
     files: list = field(default_factory=list)  # every metrics.json that was read
-    notes: list = field(default_factory=list)  # what was passed over: sentences
+    notes: list = field(default_factory=list)  # sentences on what was skipped
+
+    @property
+    def on_miniature(self):
+        return self.drawn_with["base_model"] == MINIATURE
 
 
 def read_study(folder, arms, scaled):
-    """The Study in `folder`; `arms` are the names of all, `scaled` of those drawn at several scales.
+    """The Study in `folder`. `arms` are the names of all arms, `scaled` of those with several scales.
 
-    A training seed that is not whole is passed over with a note, and where no seed has scales they are not asked for.
-    Raises UserError naming the file for what cannot be read, was drawn in another way than the rest, or is one adapter under two names.
+    Skips incomplete training seeds with a note. Scales are optional where no seed has any. UserError names the file
+    that cannot be read, has other settings than the rest, or holds the adapter of another name.
     """
     folder, notes, records = Path(folder), [], {}
     if scaled and not any(folder.glob("scales_seed*/*/metrics.json")):
         notes.append(
-            "No arm was drawn with less of its adapter, so between the base model and an arm a straight line "
-            "stands in for its scales."
+            "No arm has images at lower scales: its scores are interpolated between base model and full scale."
         )
         scaled = ()
     for place in sorted(folder.glob("seed*"), key=lambda place: (len(place.name), place.name)):
@@ -52,13 +57,11 @@ def read_study(folder, arms, scaled):
             continue
         seed = int(place.name.removeprefix("seed"))
         paths = {(arm, "own"): place / f"{arm}_seed{seed}" for arm in arms}
-        paths |= {(a, "scales"): folder / f"scales_{place.name}" / f"{a}_seed{seed}" for a in scaled}
+        paths |= {(arm, "scales"): folder / f"scales_{place.name}" / f"{arm}_seed{seed}" for arm in scaled}
         missing = [p for p in (*paths.values(), place / "comparison") if not (p / "metrics.json").is_file()]
         if missing:
-            notes.append(
-                f"Training seed {seed} is passed over: it is not whole ({missing[0]} and "
-                f"{len(missing) - 1} more are missing)."
-            )
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            notes.append(f"Training seed {seed} is incomplete and was skipped: no metrics.json in {missing[0]}{more}.")
             continue
         records[seed] = {key: (path, read_record(path)) for key, path in paths.items()}
     if not records:
@@ -67,7 +70,7 @@ def read_study(folder, arms, scaled):
 
 
 def read_record(folder):
-    """One metrics.json; UserError naming it if it is damaged or lacks what this needs."""
+    """One metrics.json. UserError names it if it is damaged or incomplete."""
     path = folder / "metrics.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -76,58 +79,59 @@ def read_record(folder):
         return record
     except (ValueError, KeyError, TypeError, OSError) as problem:
         raise UserError(
-            f"{path} is not what inference.py writes now ({problem!r}); draw it again, or "
-            "measure its images again with --rescore"
+            f"{path} is damaged or from another version ({problem!r}); measure its images again with inference.py "
+            "--rescore, or remove its folder and run study.py again"
         ) from None
 
 
 def study_of(records, arms, scaled, notes):
-    """A Study of {training seed: {(arm, "own" or "scales"): (folder, record)}}."""
-    every = [pair for found in records.values() for pair in found.values()]
+    """A Study from {training seed: {(arm, "own" or "scales"): (folder, record)}}."""
+    every = [pair for of_seed in records.values() for pair in of_seed.values()]
     first_place, first = every[0]
-    prompts, seeds = asked(first)
-    drawn = {key: first["config"].get(key) for key in DRAWN_WITH}
+    prompts, seeds = prompts_and_seeds(first)
+    drawn_with = {key: first["config"].get(key) for key in GENERATED_WITH}
     for place, record in every:
-        how = {key: record["config"].get(key) for key in DRAWN_WITH}
-        if (asked(record), how) != ((prompts, seeds), drawn):
-            raise UserError(f"{place} has other prompts, sampling seeds or settings than {first_place}; draw it again")
+        settings = {key: record["config"].get(key) for key in GENERATED_WITH}
+        if (prompts_and_seeds(record), settings) != ((prompts, seeds), drawn_with):
+            raise UserError(
+                f"{place} has other prompts, sampling seeds or settings than {first_place}; remove it and run study.py "
+                "again"
+            )
     shape = len(prompts), len(seeds)
     runs = {
-        key: [run_of(found[key][1], found[key][0], shape) for found in records.values()] for key in every_key(records)
+        key: [run_of(of_seed[key][1], of_seed[key][0], shape) for of_seed in records.values()]
+        for key in next(iter(records.values()))
     }
     by_arm = {arm: runs[arm, "own"] for arm in arms}
     own = [run for members in by_arm.values() for run in members]
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in own])
-    group_runs(own)  # raises where two runs of one arm differ in more than their seed
+    group_runs(own)  # raises if two runs of an arm differ in more than their seed
     by_scale = {}
     for arm in scaled:
-        same = zip(by_arm[arm], runs[arm, "scales"], strict=True)
-        for run, other in same:
+        for run, other in zip(by_arm[arm], runs[arm, "scales"], strict=True):
             if run.adapter.get("fingerprint") != other.adapter.get("fingerprint"):
-                raise UserError(f"{other.target} was drawn with another adapter than {run.target}; draw it again")
-        points = [points_of(found[arm, "scales"], shape) for found in records.values()]
-        common = sorted(set.intersection(*(set(p) for p in points)))
-        by_scale[arm] = {scale: [p[scale] for p in points] for scale in common}
+                raise UserError(
+                    f"{other.target} is of another adapter than {run.target}; remove it and run study.py again"
+                )
+        points = [runs_by_scale(*of_seed[arm, "scales"], shape) for of_seed in records.values()]
+        common = sorted(set.intersection(*map(set, points)))
+        by_scale[arm] = {scale: [of_seed[scale] for of_seed in points] for scale in common}
     return Study(
-        list(records),
-        seeds,
-        prompts,
-        full_pairs(first["pairs"]["base"], shape),
-        by_arm,
-        by_scale,
-        first["summary"]["margins"],
-        drawn,
-        {key: first.get(key) for key in ("versions", "commit", "device")},
-        [str(place / "metrics.json") for place, _ in every],
-        notes,
+        training_seeds=list(records),
+        sampling_seeds=seeds,
+        prompts=prompts,
+        base_pairs=full_pairs(first["pairs"]["base"], shape),
+        arms=by_arm,
+        scaled=by_scale,
+        margins=first["summary"]["margins"],
+        drawn_with=drawn_with,
+        provenance={key: first.get(key) for key in ("versions", "commit", "device")},
+        files=[str(place / "metrics.json") for place, _ in every],
+        notes=notes,
     )
 
 
-def every_key(records):
-    return next(iter(records.values())).keys()
-
-
-def asked(record):
+def prompts_and_seeds(record):
     """([(category, prompt)], [sampling seed]) of a metrics.json."""
     rows = record["pictures"]
     prompts = list(dict.fromkeys((row["category"], row["prompt"]) for row in rows))
@@ -135,23 +139,23 @@ def asked(record):
 
 
 def full_pairs(listed, shape):
-    """Distances between the images of each prompt, [prompts, seeds, seeds], from those of its pairs."""
+    """Distances between the images of each prompt as a symmetric array [prompts, seeds, seeds], from the upper
+    triangles that metrics.json lists."""
     prompts, seeds = shape
-    found = np.zeros((prompts, seeds, seeds))
+    pairs = np.zeros((prompts, seeds, seeds))
     first, second = np.triu_indices(seeds, 1)
-    found[:, first, second] = found[:, second, first] = np.asarray(listed).reshape(prompts, -1)
-    return found
+    pairs[:, first, second] = pairs[:, second, first] = np.asarray(listed).reshape(prompts, -1)
+    return pairs
 
 
 def run_of(record, folder, shape):
-    """A Run without images, of an adapter as training left it."""
+    """A Run without images, of an adapter at full scale."""
     pairs = full_pairs(record["pairs"]["lora"], shape)
     return Run(record["run"], folder, record["adapter"], [], [], rows=record["pictures"], pairs=pairs)
 
 
-def points_of(found, shape):
+def runs_by_scale(folder, record, shape):
     """{scale: Run} of an evaluation at several scales."""
-    folder, record = found
     base = [row for row in record["pictures"] if row["model"] == "base"]
     points = {1.0: run_of(record, folder, shape)}
     for part in record["swept"]:

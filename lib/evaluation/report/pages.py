@@ -1,26 +1,33 @@
-"""The HTML pages of an evaluation: each is one file that opens offline, written from templates/.
+"""The HTML pages of an evaluation, each one file that opens offline, rendered from templates/.
 
-The page that says which snapshot or scale of an adapter to take: images, advice, curves, tables.
+`run_page`: what one adapter learned and what it spoiled. `comparison_page`: several experiments side by side.
+`choose_page`: which snapshot or scale of an adapter to take.
 """
 
 import base64
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import jinja2
-import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
-from lib.evaluation.choosing import Point, grid_table
-from lib.evaluation.prompts import CATEGORIES, OVERVIEW, first_of_each
+from lib.evaluation.choosing import chosen_point, grid_table
+from lib.evaluation.metrics.table import DIFFERENCE, METRICS, questions
+from lib.evaluation.prompts import CATEGORIES, first_of_each, slugs
 from lib.evaluation.report import words
-from lib.evaluation.report.charts import distribution_figure, forest_bars, seeds_shown, verdict_bars
-from lib.images import strip, webp
+from lib.evaluation.report.charts import (
+    all_curves,
+    curve_figure,
+    distribution_figure,
+    forest_bars,
+    seeds_shown,
+    verdict_bars,
+)
+from lib.images import webp
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -29,10 +36,16 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-# The answers that one wants of an adapter: the concept learned, nothing else changed.
-WANTED = dict(learned="yes", memorised="no", collapsed="no") | {
-    question: kept for question, (_, _, kept) in words.OTHERS.items()
-}
+
+
+EMBEDDED = 240  # images within a page; further ones are linked, so that a page of a thousand prompts still opens
+
+
+def sources(images, links, side=512):
+    """The sources of <img> elements: data: URIs of the first EMBEDDED images, relative links to the files of the rest."""
+    with ThreadPoolExecutor() as pool:  # encoding takes most of a page's time
+        embedded = list(pool.map(lambda image: image_uri(image, side), images[:EMBEDDED]))
+    return embedded + [quote(link) for link in links[EMBEDDED:]]
 
 
 def image_uri(image, side=512):
@@ -50,10 +63,10 @@ def figure_uri(figure):
 
 
 def kind(question, answer):
-    """good, bad, or open where it cannot be told: how a page marks an answer."""
+    """good, bad, or open if it is unclear: how a page marks an answer."""
     if answer not in ("yes", "no"):
         return "open"
-    return "good" if answer == WANTED[question] else "bad"
+    return "good" if answer == questions()[question].wanted else "bad"
 
 
 def judged(summaries, concept):
@@ -61,7 +74,7 @@ def judged(summaries, concept):
     `name`, `kind`, `sentence` and `bar`, its interval drawn or None. `summaries` is {experiment:
     summary}."""
     bars = verdict_bars(summaries)
-    questions = {}
+    by_question = {}
     for name, summary in summaries.items():
         for v in summary["verdicts"]:
             more = dict(
@@ -70,18 +83,18 @@ def judged(summaries, concept):
                 bar=bars.get(v["question"], {}).get(name),
                 sentence=words.plain_sentence(v, concept, summary),
             )
-            questions.setdefault(v["question"], []).append(v | more)
-    return list(questions.items())
+            by_question.setdefault(v["question"], []).append(v | more)
+    return list(by_question.items())
 
 
 def by_category(rows):
     """[(title, category, rows)] of rows that have a `category`: what was taught first, unrelated
     prompts last."""
-    found = [
-        (title, category, [row for row in rows if row["category"] == category])
-        for category, title in words.CATEGORY_TITLES.items()
+    groups = [
+        (category.title, name, [row for row in rows if row["category"] == name])
+        for name, category in CATEGORIES.items()
     ]
-    return [group for group in found if group[2]]
+    return [group for group in groups if group[2]]
 
 
 def details_text(shown, adapters):
@@ -92,13 +105,13 @@ def details_text(shown, adapters):
 
 def score_table(rows):
     """Every pair's scores as rows of text, the head first; `rows` are a run's, base and LoRA in turn."""
-    scores = [key for key in ("clip", "concept_similarity") if rows[1][key] is not None]
-    head = ["Prompt and seed", *(f"{words.NAMES[key]}, base → LoRA" for key in scores), "LPIPS"]
+    measured = {k: m for k, m in METRICS.items() if m.scorer and m.shown and rows[1].get(k) is not None}
+    changes = {key for key, metric in measured.items() if metric.kind == DIFFERENCE}
+    head = ["Prompt and seed", *(m.name + (", base → LoRA" if k in changes else "") for k, m in measured.items())]
     return [head] + [
         [
             f"{base['prompt']}, seed {base['seed']}",
-            *(f"{base[key]:.3f} → {lora[key]:.3f}" for key in scores),
-            f"{lora['lpips']:.3f}",
+            *(f"{base[k]:.3f} → {lora[k]:.3f}" if k in changes else f"{lora[k]:.3f}" for k in measured),
         ]
         for base, lora in zip(rows[::2], rows[1::2], strict=True)
     ]
@@ -125,74 +138,81 @@ def nearest_cards(run, training, limit=12):
 
 
 def pair_rows(run, shown):
-    """The gallery of a run: for each prompt its pairs of base and LoRA images, a dict a seed."""
-    jobs = [(prompt, seed) for _, prompt in shown["prompts"] for seed in shown["seeds"]]
-    with ThreadPoolExecutor() as pool:  # most of it is encoding images
-        base, lora = (list(pool.map(image_uri, images)) for images in (run.base, run.lora))
-    pairs = [
-        dict(seed=seed, alt=f"“{prompt}”, seed {seed}", base=before, lora=after)
-        for (prompt, seed), before, after in zip(jobs, base, lora, strict=True)
+    """The gallery of a run: a dict a prompt, in it a dict a seed with the pair of base and LoRA images."""
+    prompts, seeds = shown["prompts"], shown["seeds"]
+    links = [
+        f"images/{slug}/{kind}_{seed}.png" for slug in slugs(prompts) for seed in seeds for kind in ("base", "lora")
     ]
-    count = len(shown["seeds"])
+    uris = iter(sources([image for pair in zip(run.base, run.lora, strict=True) for image in pair], links))
     return [
-        dict(category=category, prompt=prompt, pairs=pairs[index * count : (index + 1) * count])
-        for index, (category, prompt) in enumerate(shown["prompts"])
+        dict(
+            category=category,
+            prompt=prompt,
+            pairs=[dict(seed=seed, alt=f"“{prompt}”, seed {seed}", base=next(uris), lora=next(uris)) for seed in seeds],
+        )
+        for category, prompt in prompts
     ]
+
+
+class Column(NamedTuple):
+    """A column of a comparison: one model's images, prompt by prompt and seed by seed."""
+
+    title: str
+    images: list
+    folder: str = ""  # of the image files, relative to the page
+    kind: str = "lora"  # base or lora: how the files' names begin
 
 
 def columns_of(groups):
-    """The columns of a comparison, [(title, images)]: the base model, then each experiment, by the images
-    of its first run. `groups` is {experiment: [Run]}."""
+    """The Columns of a comparison: the base model, then the first run of each experiment; `groups` is
+    {experiment: [Run]}."""
     titles = words.plain_names(groups)
     firsts = {titles[name]: members[0] for name, members in groups.items()}
-    base = next(iter(firsts.values())).base
-    return [("Base model", base), *((title, run.lora) for title, run in firsts.items())]
+    folders = {title: f"../{run.target.name}/images" for title, run in firsts.items()}
+    title, run = next(iter(firsts.items()))
+    base = Column("Base model", run.base, folders[title], "base")
+    return [base, *(Column(title, run.lora, folders[title]) for title, run in firsts.items())]
 
 
 def sheet_rows(columns, shown, wanted):
-    """Rows of images side by side, a dict a prompt; `columns` as `columns_of` gives them, `wanted` is {index
-    of a prompt: places of the seeds that are shown of it}."""
-    count, rows = len(shown["seeds"]), []
-    with ThreadPoolExecutor() as pool:  # most of it is encoding images
-        for index, places in wanted.items():
-            category, prompt = shown["prompts"][index]
-            cells = [
+    """Rows of images side by side, a dict a prompt; `wanted` is {index of a prompt: indices of its seeds}."""
+    prompts, seeds, names = shown["prompts"], shown["seeds"], slugs(shown["prompts"])
+    jobs = [(column, index, place) for index, places in wanted.items() for column in columns for place in places]
+    uris = iter(
+        sources(
+            [column.images[index * len(seeds) + place] for column, index, place in jobs],
+            [f"{c.folder}/{names[index]}/{c.kind}_{seeds[place]}.png" for c, index, place in jobs],
+        )
+    )
+    return [
+        dict(
+            category=prompts[index][0],
+            prompt=prompts[index][1],
+            seeds=[str(seeds[place]) for place in places],
+            cells=[
                 dict(
-                    title=title,
+                    title=column.title,
                     cards=[
-                        dict(
-                            uri=pool.submit(image_uri, images[index * count + place]),
-                            alt=f"{title}: “{prompt}”, seed {shown['seeds'][place]}",
-                        )
+                        dict(uri=next(uris), alt=f"{column.title}: “{prompts[index][1]}”, seed {seeds[place]}")
                         for place in places
                     ],
                 )
-                for title, images in columns
-            ]
-            seeds = [str(shown["seeds"][place]) for place in places]
-            rows.append(
-                dict(
-                    category=category,
-                    prompt=prompt,
-                    seeds=seeds,
-                    cells=cells,
-                    kind=words.CATEGORY_TITLES[category],
-                    wished=words.WISHED[category],
-                )
-            )
-    for card in (card for row in rows for cell in row["cells"] for card in cell["cards"]):
-        card["uri"] = card["uri"].result()
-    return rows
+                for column in columns
+            ],
+            kind=CATEGORIES[prompts[index][0]].title,
+            wished=CATEGORIES[prompts[index][0]].wish,
+        )
+        for index, places in wanted.items()
+    ]
 
 
 def comparison_sheets(columns, shown, seeds=2):
-    """(the rows that stand for all, the others) of a comparison, as `sheet_rows` gives them; no image is in
-    both. Of each prompt at least `seeds` are shown, or all that there are."""
+    """(the rows of an overview, all other rows) of a comparison, as `sheet_rows` gives them; no image is in both. Each
+    prompt is shown with at least `seeds` images, or all that there are."""
     prompts, count = shown["prompts"], len(shown["seeds"])
-    few, first = first_of_each(prompts, OVERVIEW), seeds_shown(len(columns), count)
+    few, first = first_of_each(prompts), seeds_shown(len(columns), count)
     left = {
-        index: range(first if index in few else 0, min(seeds, count))
-        for index in first_of_each(prompts, dict.fromkeys(CATEGORIES, len(prompts)))
+        index: range(first if index in few else 0, min(seeds, count)) for index in first_of_each(prompts, len(prompts))
     }
     return (
         sheet_rows(columns, shown, dict.fromkeys(few, range(first))),
@@ -201,7 +221,8 @@ def comparison_sheets(columns, shown, seeds=2):
 
 
 def run_page(run, summary, shown):
-    """One run's report as HTML."""
+    """The report of one run as HTML; `shown` has what all pages share: prompts, seeds, config, warnings, provenance,
+    training (the TrainingSet or None)."""
     return TEMPLATES.get_template("run.html").render(
         title=run.name,
         verdicts=judged({run.name: summary}, words.concept_name([run.adapter])),
@@ -210,6 +231,7 @@ def run_page(run, summary, shown):
         groups=by_category(pair_rows(run, shown)),
         spread=words.spread_text(summary),
         table=words.summary_table(summary),
+        explained=words.explained([key for key in METRICS if key in summary["prompts"][0]]),
         tables=[words.kernel_table(summary), words.study_table(summary)],
         distribution=figure_uri(distribution_figure(run, shown["prompts"])),
         scores=score_table(run.rows),
@@ -234,7 +256,7 @@ def verdict_rows(verdicts, names):
     for question, found in verdicts:
         by_name = {verdict["name"]: verdict for verdict in found}
         cells = [by_name.get(name) for name in names]
-        rows.append(dict(question=question, plain=words.QUESTIONS[question], cells=cells))
+        rows.append(dict(question=question, plain=questions()[question].asks, cells=cells))
     return rows
 
 
@@ -253,7 +275,7 @@ def comparison_page(groups, summaries, pairs, shown):
     sheet, others = comparison_sheets(columns, shown)
     return TEMPLATES.get_template("comparison.html").render(
         title=comparison_title(list(summaries)),
-        columns=[title for title, _ in columns],
+        columns=[column.title for column in columns],
         sheet=sheet,
         others=others,
         judged=verdict_rows(verdicts, summaries),
@@ -270,173 +292,48 @@ def comparison_page(groups, summaries, pairs, shown):
     )
 
 
-matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold dollar signs
-
-COLOURS = ("#2f5ea8", "#c4572e", "#2a6b3f", "#8a4fae", "#b8860b", "#4a4f59")
-GREEN = "#2a6b3f"
-
-
-@dataclass
-class Curve:
-    """One panel: measures of `sweep.SWEPT` over steps or scales, and their value at the base model."""
-
-    title: str
-    measures: dict  # {measure: its name in the legend}
-    base: float = 0.0
-
-
-CURVES = (
-    Curve("Concept gained: similarity to the training images", {"concept_similarity success": "success prompts"}),
-    Curve("Match with the prompt: CLIP score against the base's", {"clip success": "success prompts"}),
-    Curve(
-        "Contamination: others moved toward the training images",
-        {"concept_similarity near": "near prompts", "concept_similarity unrelated": "unrelated prompts"},
-    ),
-    Curve(
-        "Change: others moved in any direction",
-        {"change near": "near prompts", "change unrelated": "unrelated prompts"},
-    ),
-    Curve("Diversity: variety over the seeds, the base's is 1", {"variety success": "success prompts"}, 1.0),
-    Curve(
-        "Nearest copy: similarity to one training image against the base's",
-        {"nearest_similarity success": "success prompts"},
-    ),
-    Curve("Held-out loss against before training, interval over the images", {"held_out": "held-out images"}),
-)
-
-
-def write_choose_page(run, sweep, shown, folder):
-    """Write a run's sweep into `folder`: sweep_pictures.png, curves.png and choose.html."""
-    labels = strip_labels(run)
-    count = len(shown["seeds"])
-    firsts = {label: images[::count] for label, images in labels.values()}
-    strip(firsts, [prompt for _, prompt in shown["prompts"]]).save(folder / "sweep_pictures.png")
-    curves_figure(sweep, run.name).savefig(folder / "curves.png")
-    page = choose_page(run, sweep, shown, labels)
-    (folder / "choose.html").write_text(page, encoding="utf-8")
-
-
-def strip_labels(run):
-    """{Point or None for the base: (label, images)} of a run, in order."""
-    found = {None: ("base", run.base)}
-    found |= {point: (str(point), images) for point, images in sorted(run.points.items()) if point.scale}
-    return found
-
-
-def chosen_point(sweep):
-    """The Point that is advised, or None."""
-    chosen = sweep["choice"] and sweep["choice"]["chosen"]
-    return Point(chosen["step"], chosen["scale"]) if chosen and chosen["scale"] else None
-
-
-def choose_page(run, sweep, shown, labels):
-    """The page as HTML."""
-    chosen, count = chosen_point(sweep), len(shown["seeds"])
-    strips = [
+def strips(run, shown, chosen):
+    """A dict a prompt: its first seed's images of the base model and of each point, the one at `chosen` marked."""
+    prompts, seeds = shown["prompts"], shown["seeds"]
+    columns = [(None, "base", "base", run.base)]  # point, label, how the files' names begin, images
+    for point, images in sorted(run.points.items()):
+        if point.scale:
+            columns.append((point, str(point), "lora" if run.is_own(point) else point.file_stem, images))
+    uris = iter(
+        sources(
+            [images[index * len(seeds)] for index in range(len(prompts)) for *_, images in columns],
+            [f"images/{slug}/{stem}_{seeds[0]}.png" for slug in slugs(prompts) for _, _, stem, _ in columns],
+            side=256,
+        )
+    )
+    return [
         dict(
             category=category,
             prompt=prompt,
-            seed=shown["seeds"][0],
+            seed=seeds[0],
             cards=[
-                dict(
-                    uri=image_uri(images[index * count], 256), label=label, taken=point == chosen and point is not None
-                )
-                for point, (label, images) in labels.items()
+                dict(uri=next(uris), label=label, taken=point is not None and point == chosen)
+                for point, label, *_ in columns
             ],
         )
-        for index, (category, prompt) in enumerate(shown["prompts"])
+        for category, prompt in prompts
     ]
-    found = [(curve, curve_figure(curve, sweep)) for curve in CURVES]
+
+
+def choose_page(run, sweep, shown):
+    """The choice among a run's snapshots and scales as HTML: advice, images, curves, tables."""
+    chosen, count = chosen_point(sweep), len(shown["seeds"])
+    curves = [(curve.title, curve_figure(curve, sweep)) for curve in all_curves()]
     return TEMPLATES.get_template("choose.html").render(
         title=run.name,
-        strips=strips,
+        strips=strips(run, shown, chosen),
         advice=sweep["advice"].partition(". ")[::2],
         speaks_of=words.spread_text(dict(runs=[run.name], seeds=count)),
         warnings=shown["warnings"],
         marked=chosen is not None,
-        curves=[dict(uri=figure_uri(figure), alt=curve.title) for curve, figure in found if figure],
+        curves=[dict(uri=figure_uri(figure), alt=title) for title, figure in curves if figure],
         grid=grid_table(sweep["rows"]),
         table=words.sweep_table(sweep["rows"]),
-        explained=words.SWEEP_EXPLAINED,
+        explained=words.sweep_explained(),
         details=details_text(shown, {run.name: run.adapter}),
     )
-
-
-def curve_figure(curve, sweep):
-    """One Curve as a figure of its own, or None where nothing of it was measured."""
-    figure = Figure(figsize=(4.6, 3.1), dpi=130, layout="constrained")
-    return figure if draw_curve(figure.subplots(), curve, sweep) else None
-
-
-def curves_figure(sweep, title):
-    """All curves on one sheet."""
-    known = [c for c in CURVES if any(key in row for row in sweep["rows"] for key in c.measures)]
-    lines = -(-len(known) // 2)
-    figure = Figure(figsize=(9.4, 0.4 + 3 * lines), dpi=110, layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    panels = np.atleast_1d(figure.subplots(lines, 2)).ravel()
-    for axes, curve in zip(panels, known, strict=False):
-        draw_curve(axes, curve, sweep)
-    for axes in panels[len(known) :]:
-        axes.set_visible(False)
-    return figure
-
-
-def lines_of(curve, rows, over):
-    """[(label, rows)] of a Curve over "step" or "scale": a line for each measure and value of the other."""
-    other = {"step": "scale", "scale": "step"}[over]
-    groups = list(dict.fromkeys(row[other] for row in rows if row["scale"]))
-    found = []
-    for group in groups:
-        for key, name in curve.measures.items():
-            parts = [name] if len(groups) == 1 or len(curve.measures) > 1 else []
-            parts += [f"{other} {group:g}"] if len(groups) > 1 else []
-            line = [row for row in rows if row[other] == group and key in row and row["scale"]]
-            found.append((", ".join(parts), [(row[over], row[key]) for row in line]))
-    return [(label, line) for label, line in found if line]
-
-
-def draw_curve(axes, curve, sweep):
-    """Draw a Curve over the steps, a line a scale, or over the scales where there is one step; returns
-    whether any of it was measured."""
-    over = "step" if len({row["step"] for row in sweep["rows"]}) > 1 else "scale"
-    lines = lines_of(curve, sweep["rows"], over)
-    if not lines:
-        return False
-    width = max(place for _, line in lines for place, _ in line)
-    for number, (label, line) in enumerate(lines):
-        # Beside one another, so that each interval is seen.
-        shift = 0.012 * width * (number - (len(lines) - 1) / 2)
-        draw_line(axes, line, shift, curve.base, COLOURS[number % len(COLOURS)], label)
-    axes.axhline(curve.base, color="#888888", linewidth=0.8, zorder=0)
-    chosen = chosen_point(sweep)
-    if chosen:
-        axes.axvline(getattr(chosen, over), color=GREEN, linewidth=1.2, linestyle="--", zorder=0)
-    axes.set_title(curve.title, fontsize=8.5, loc="left")
-    axes.set_xlabel({"step": "training steps", "scale": "scale of the adapter"}[over], fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the lines
-        # Over the line of the chosen step, which may run through it.
-        axes.legend(framealpha=1, edgecolor="none", fontsize=7.5, loc="upper left", ncols=2)
-    return True
-
-
-def draw_line(axes, line, shift, base, colour, label):
-    """A line through means with their intervals, [(place, interval)], from the base model at 0."""
-    places = [place + shift for place, _ in line]
-    means, lows, highs = ([interval[k] for _, interval in line] for k in ("mean", "low", "high"))
-    axes.plot(
-        [0, *places],
-        [base, *means],
-        color=colour,
-        linewidth=1.5,
-        marker="o",
-        markersize=4,
-        markevery=slice(1, None),
-        label=label,
-    )
-    axes.vlines(places, lows, highs, color=colour, linewidth=1.2, alpha=0.6)
