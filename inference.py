@@ -104,7 +104,7 @@ VALUES = (
     (values.whole(0), "batch_size"),
     (values.whole(0, 2**62), "seed"),
     (values.number(0, 100), "guidance_scale"),
-    (values.number(1e-6, 1 - 1e-6), "concept_margin clip_margin change_margin variety_margin copy_margin"),
+    (values.number(1e-6, 1 - 1e-6), " ".join(key for key in CONFIG if key.endswith("_margin"))),
     (values.several(values.number(0, 10), 1), "lora_scales"),
 )
 
@@ -134,6 +134,7 @@ def evaluate(config):
 
         from lib.evaluation import results
         from lib.evaluation.metrics import scores
+        from lib.evaluation.metrics.table import margins_of
         from lib.evaluation.runs import plan_runs
 
         if drawing:
@@ -144,13 +145,6 @@ def evaluate(config):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config["clip_model"] != CONFIG["clip_model"] and config["clip_revision"] == CONFIG["clip_revision"]:
         config["clip_revision"] = None  # the default revision is one of the default model
-    margins = dict(
-        concept_similarity=config["concept_margin"],
-        clip=config["clip_margin"],
-        change=config["change_margin"],
-        variety=config["variety_margin"],
-        copies=config["copy_margin"],
-    )
 
     # What to evaluate. Everything that can be wrong is looked at before a model is loaded, or before the
     # images are drawn.
@@ -188,7 +182,7 @@ def evaluate(config):
         base_pairs = scores.prompt_pairs(runs[0].base, len(seeds), device)
         scored = time.monotonic()
         shown = dict(prompts=prompts, seeds=seeds, config=config, training=training)
-        judge_and_write(runs, base_pairs, margins, shown, Path(config["output_dir"]), device)
+        judge_and_write(runs, base_pairs, margins_of(config), shown, Path(config["output_dir"]), device)
     finally:
         pool.shutdown(cancel_futures=True)  # of what is left where something went wrong
 

@@ -81,11 +81,11 @@ def test_the_earliest_from_which_more_gains_nothing(means, expected):
 def test_higher_is_above_the_margin_and_above_one_standard_error():
     steady, wide = np.array([0.9, 1.0, 1.1, 1.0]), np.array([-2.0, 4.0, 0.0, 2.0])
     assert steady.mean() == wide.mean() == 1
-    assert choosing.told_higher(steady, 0.5)
-    assert not choosing.told_higher(steady, 1.5)
-    assert not choosing.told_higher(wide, 0.5)  # a standard error of 1.29
-    assert choosing.told_higher(wide + 0.5, 0.5)
-    assert not choosing.told_higher(-steady, 0.5)
+    assert choosing.is_higher(steady, 0.5)
+    assert not choosing.is_higher(steady, 1.5)
+    assert not choosing.is_higher(wide, 0.5)  # a standard error of 1.29
+    assert choosing.is_higher(wide + 0.5, 0.5)
+    assert not choosing.is_higher(-steady, 0.5)
 
 
 def test_of_several_that_would_do_the_one_that_spoils_least():
@@ -124,11 +124,11 @@ def test_advice_over_steps():
     assert (choice["chosen"]["step"], choice["chosen"]["scale"]) == (200, 1.0)
     assert choice["seeds"] == [4, 4]
     assert advice.startswith("Take step 200. ")
-    assert f"{choice['chosen']['choosing']:+.3f} on the 4 seeds that chose" in advice
+    assert f"{choice['chosen']['choosing']:+.3f} on the 4 choosing seeds" in advice
     assert words.interval_text(choice["chosen"]["reported"]) in advice
-    assert "Going on to step 300 changed that by" in advice
+    assert "going on to step 300 changed it by" in advice
     assert "near prompts" in advice
-    assert "The held-out loss was lowest after step 100" in advice
+    assert "The held-out loss was lowest at step 100" in advice
     # Both halves: the first is of the even seeds alone, the second of the odd ones.
     gains = choosing.swept_values(found.sweep[Point(200, 1.0)], PROMPTS, base_pairs())[choosing.CONCEPT]
     assert choice["chosen"]["choosing"] == pytest.approx(gains[::2].mean())
@@ -148,7 +148,7 @@ def test_advice_over_scales_and_over_both():
     rows, choice, advice = choosing.sweep_summary(found, PROMPTS, base_pairs(), MARGINS).values()
     assert [row["scale"] for row in rows] == [0.0, 0.5, 1.0]
     assert advice.startswith("Take scale 0.5. ")
-    assert words.sweep_table(rows)[0][:2] == ["Scale", "Concept gained"]
+    assert words.sweep_table(rows)[0][:2] == ["Scale", "CLIP, success"]
     assert choosing.grid_table(rows) is None
     both = swept({Point(s, c): min(0.1, s * c / 1000) for s in (100, 200) for c in (0.5, 1.0)})
     rows, choice, advice = choosing.sweep_summary(both, PROMPTS, base_pairs(), MARGINS).values()
@@ -157,7 +157,7 @@ def test_advice_over_scales_and_over_both():
     assert [row[0] for row in table] == ["Step", "100", "200"]
     assert table[0][1:] == ["scale 0.5", "scale 1"]
     assert table[1][1].startswith(f"{rows[0][choosing.CONCEPT]['mean']:+.3f} / ")
-    concept, _, others, *_ = pages.CURVES
+    _, concept, others, *_ = pages.all_curves()
     assert pages.curve_figure(concept, dict(rows=rows, choice=choice))
     labels = [[label for label, _ in pages.lines_of(c, rows, "step")] for c in (concept, others)]
     assert labels == [
@@ -169,7 +169,7 @@ def test_advice_over_scales_and_over_both():
             "unrelated prompts, scale 1",
         ],
     ]
-    assert pages.curve_figure(pages.CURVES[-1], dict(rows=rows, choice=choice)) is None
+    assert pages.curve_figure(pages.all_curves()[-1], dict(rows=rows, choice=choice)) is None
 
 
 def test_no_advice_where_there_is_nothing_to_advise():
@@ -231,7 +231,7 @@ def test_what_a_choice_leaves(chosen, kept):
     # The base is drawn once, each snapshot at each scale, and the run's own.
     assert f"{7 * 4 * 7} images in" in done.stdout
     record = json.loads((folder / "metrics.json").read_text())
-    assert "Fewer than 8 sampling seeds" in record["summary"]["sweep"]["advice"]
+    assert "reporting on the other needs 8" in record["summary"]["sweep"]["advice"]
     rows = record["summary"]["sweep"]["rows"]
     assert [(row["step"], row["scale"]) for row in rows] == [(s, c) for s in (2, 4, 6) for c in (0.5, 1.0)]
     assert ["held_out" in row for row in rows] == [False, True] * 3

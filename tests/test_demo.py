@@ -70,8 +70,8 @@ def test_a_learning_rate_of_next_to_nothing_teaches_nothing(pictures, tmp_path):
         tmp_path, pictures, max_steps=20, unet_learning_rate=1e-7, text_encoder_learning_rate=1e-7
     )
     assert answers(record)["learned"] == "no"
-    assert answers(record)["neighbours kept"] == "yes"
-    assert answers(record)["contaminated"] == "no"
+    assert answers(record)["near kept"] == "yes"
+    assert answers(record)["unrelated kept"] == "yes"
 
 
 def test_the_same_seed_draws_the_same_picture():

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from lib.adapter_files import WEIGHTS
 from lib.errors import UserError
 from lib.evaluation import results
-from lib.evaluation.comparison import COMPARED, compare
+from lib.evaluation.comparison import compare
 from lib.evaluation.metrics import clip_scores, lpips_distances, scores
 from lib.evaluation.metrics.effects import effects, no_change_reason
-from lib.evaluation.metrics.memorisation import UNTOLD
 from lib.evaluation.metrics.scores import Run
+from lib.evaluation.metrics.table import measures
 from lib.evaluation.report import words
 from lib.evaluation.runs import group_runs
-from lib.evaluation.statistics import jackknife, mean_interval
+from lib.evaluation.statistics import UNCLEAR, jackknife, mean_interval
 from lib.evaluation.verdicts import analyse
 
 PROMPTS = [("success", "a raincoat"), ("near", "a yellow coat"), ("unrelated", "a cat")]
@@ -87,12 +87,7 @@ def answers(*runs):
 
 
 def test_nothing_done_is_a_claim_that_can_be_won():
-    assert answers(fake_run("a")) == {
-        "learned": "no",
-        "neighbours kept": "yes",
-        "contaminated": "no",
-        "collapsed": "no",
-    }
+    assert answers(fake_run("a")) == {"learned": "no", "near kept": "yes", "unrelated kept": "yes", "collapsed": "no"}
 
 
 @pytest.mark.parametrize(
@@ -104,13 +99,13 @@ def test_nothing_done_is_a_claim_that_can_be_won():
         (dict(concept=0.1, clip=-0.1), "learned", "no"),
         # The mean of the CLIP difference is allowed, its bound is not known well enough: on average
         # nothing was lost, but the interval reaches far below the margin.
-        (dict(concept=0.1, clip_noise=0.15), "learned", UNTOLD),
-        (dict(concept=0.1, noise=0.3), "learned", UNTOLD),
-        (dict(near=0.1), "neighbours kept", "no"),
-        (dict(near=0.02, noise=0.05), "neighbours kept", UNTOLD),
-        (dict(cat=0.1), "contaminated", "yes"),
-        (dict(cat=-0.1), "contaminated", "no"),
-        (dict(noise=0.2), "contaminated", UNTOLD),
+        (dict(concept=0.1, clip_noise=0.15), "learned", UNCLEAR),
+        (dict(concept=0.1, noise=0.3), "learned", UNCLEAR),
+        (dict(near=0.1), "near kept", "no"),
+        (dict(near=0.02, noise=0.05), "near kept", UNCLEAR),
+        (dict(cat=0.1), "unrelated kept", "no"),
+        (dict(cat=-0.1), "unrelated kept", "yes"),
+        (dict(noise=0.2), "unrelated kept", UNCLEAR),
         (dict(variety=0.3), "collapsed", "yes"),
         (dict(variety=0.9), "collapsed", "no"),
     ],
@@ -118,7 +113,7 @@ def test_nothing_done_is_a_claim_that_can_be_won():
 def test_verdicts_say_what_is_there_and_nothing_else(changes, question, answer):
     run = fake_run(f"run {changes}", **changes)
     assert answers(run)[question] == answer
-    others = {"learned": "no", "neighbours kept": "yes", "contaminated": "no", "collapsed": "no"}
+    others = {"learned": "no", "near kept": "yes", "unrelated kept": "yes", "collapsed": "no"}
     if "noise" not in changes:
         assert {k: v for k, v in answers(run).items() if k != question} == {
             k: v for k, v in others.items() if k != question
@@ -127,13 +122,13 @@ def test_verdicts_say_what_is_there_and_nothing_else(changes, question, answer):
 
 def test_what_cannot_be_told_says_what_would_decide_it():
     runs = [fake_run(f"u{i}", seed=i, cat=c, noise=0.005) for i, c in enumerate((0.0, 0.03, 0.0))]
-    verdict = next(v for v in analysed(*runs)["verdicts"] if v["question"] == "contaminated")
-    assert verdict["answer"] == UNTOLD
-    assert re.search(r"A change by about 0\.\d+ would have been found", verdict["text"])
-    assert re.search(r"with about \d+ training runs the margin of 0\.02 could be decided", verdict["text"])
+    verdict = next(v for v in analysed(*runs)["verdicts"] if v["question"] == "unrelated kept")
+    assert verdict["answer"] == UNCLEAR
+    assert re.search(r"With 3 training runs of 8 seeds only changes above about 0\.\d+ are noticed", verdict["text"])
+    assert re.search(r"about \d+ training runs would decide about a margin of 0\.02", verdict["text"])
     one = analysed(fake_run("one", cat=0.015, noise=0.03))
-    alone = next(v for v in one["verdicts"] if v["question"] == "contaminated")
-    assert "more sampling seeds than 8 decide about this run" in alone["text"]
+    alone = next(v for v in one["verdicts"] if v["question"] == "unrelated kept")
+    assert "try --seeds 16" in alone["text"]
 
 
 def test_a_change_is_a_share_of_its_own_prompts_ceiling():
@@ -175,7 +170,7 @@ def test_base_pictures_that_are_all_the_same_give_no_change_and_no_traceback():
     """A base model that draws black images in half precision is reported, not divided by."""
     flat = base_pairs()
     flat[1] = 0
-    assert "all the same" in no_change_reason(flat)
+    assert "all identical" in no_change_reason(flat)
     summary = analyse([fake_run("flat")], PROMPTS, flat, MARGINS)
     assert "change" not in summary["prompts"][0]
     assert words.summary_text(summary)
@@ -185,7 +180,7 @@ def test_several_training_runs_are_the_outer_level():
     """Runs that disagree widely say less than one of them alone pretends."""
     runs = [fake_run(f"r_seed{i}", concept=c, seed=i) for i, c in enumerate((0.3, -0.1, 0.05))]
     assert answers(runs[0])["learned"] == "yes"
-    assert answers(*runs)["learned"] == UNTOLD
+    assert answers(*runs)["learned"] == UNCLEAR
     summary = analysed(*runs)
     assert summary["categories"]["success"]["concept_similarity"]["runs"] == 3
     assert "3 training runs" in words.spread_text(summary)
@@ -206,7 +201,7 @@ def test_experiments_are_compared_in_pairs():
         "less": [fake_run(f"less_seed{i}", concept=0.05, seed=i) for i in range(5)],
     }
     rows = compared_rows(groups)
-    assert len(rows) == 3 * len(COMPARED)
+    assert len(rows) == 3 * len(measures("compared"))
     assert all(row["paired_by_training_seed"] for row in rows.values())
     key = ("concept_similarity", "success")
     assert rows["one", "same", *key]["answer"] == "equivalent"
@@ -229,7 +224,7 @@ def test_runs_are_paired_by_their_training_seed_not_their_order():
 
 
 def test_fewer_than_three_training_runs_claim_nothing():
-    for count, word in ((1, "One training run cannot tell"), (2, "Two training runs cannot tell")):
+    for count, word in ((1, "One training run does not show"), (2, "Two training runs do not show")):
         groups = {
             name: [fake_run(f"{name}{i}", concept=c, seed=i, noise=1e-3 * (i + 1)) for i in range(count)]
             for name, c in (("one", 0.2), ("two", 0.0))
@@ -421,7 +416,7 @@ def test_comparison_files(compared):
         assert 4 * 256 < overview.width < 5 * 256 + 100  # the base model and three adapters, a seed each
     record = json.loads((folder / "comparison" / "metrics.json").read_text())
     # Two seeds are too few for change and variety.
-    measured = [key for key, _ in COMPARED if key in ("clip", "concept_similarity")]
+    measured = [key for key, _ in measures("compared") if key in ("clip", "concept_similarity")]
     assert len(record["pairs"]) == 3 * len(measured)
     assert "undecided" in done.stdout
 

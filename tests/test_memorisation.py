@@ -8,7 +8,8 @@ import pytest
 from scipy import special, stats
 
 from lib.evaluation.metrics import clip_scores, memorisation
-from lib.evaluation.metrics.memorisation import UNTOLD, CopyStudy, memorised
+from lib.evaluation.metrics.memorisation import CopyStudy, memorised
+from lib.evaluation.statistics import UNCLEAR
 
 DIMENSIONS, SEEDS, PROMPTS = 32, 8, 3
 CENTRE = np.tile([1.0, 0.0, 0.0, 0.0], DIMENSIONS // 4) * 2
@@ -136,7 +137,7 @@ def test_pictures_that_prompts_share_count_once():
     assert 0.02 < one["p"] < 0.05
     assert three["p"] == pytest.approx(3 * one["p"])
     assert six["p"] == pytest.approx(6 * one["p"])
-    assert [one["answer"], three["answer"]] == ["yes", UNTOLD]
+    assert [one["answer"], three["answer"]] == ["yes", UNCLEAR]
     assert np.shape(six["p_values"]) == (2, 3)
 
 
@@ -211,16 +212,16 @@ def test_far_pictures_are_no_copies_and_too_few_of_them_cannot_be_told():
     assert found["share"] == 0
     assert found["high"] == pytest.approx(1 - 0.04 ** (1 / 8))
     assert "fewer than 33% of such images are near-copies" in found["text"]
-    assert memorised([study(trained_on, drawn)], margin=0.3)["answer"] == UNTOLD
+    assert memorised([study(trained_on, drawn)], margin=0.3)["answer"] == UNCLEAR
     found = memorised([study(trained_on, drawn[:, :5])])
-    assert found["answer"] == UNTOLD
+    assert found["answer"] == UNCLEAR
     assert "at least 8 seeds" in found["text"]
 
 
 def test_pictures_like_the_training_pictures_cannot_be_told():
     rng = np.random.default_rng(11)
     found = memorised([study(pictures(rng, 28), pictures(rng, PROMPTS, SEEDS))])
-    assert found["answer"] == UNTOLD
+    assert found["answer"] == UNCLEAR
     assert found["p"] > 0.05
     assert found["high"] > 1 / 3
 
@@ -248,7 +249,7 @@ def test_held_out_pictures_are_a_control_and_not_training_pictures():
 def test_a_few_pictures_are_refused_in_words_with_every_figure(m, level):
     rng = np.random.default_rng([13, m])
     found = memorised([study(pictures(rng, m), far(rng, PROMPTS, SEEDS), far(rng, 1))])
-    assert found["answer"] == UNTOLD
+    assert found["answer"] == UNCLEAR
     assert found["too_few"].startswith(f"Too few training images to tell: {m}, needs at least 7 with 8 seeds.")
     assert found["too_few"] in found["text"]
     assert found["p"] > 0.05

@@ -13,9 +13,9 @@ from PIL import Image, ImageFont
 from test_evaluation import MARGINS, PROMPTS, SEEDS, base_pairs, fake_run
 
 from lib.evaluation.comparison import compare
-from lib.evaluation.metrics.memorisation import UNTOLD
 from lib.evaluation.metrics.scores import TrainingSet
 from lib.evaluation.report import charts, pages, words
+from lib.evaluation.statistics import UNCLEAR
 from lib.evaluation.verdicts import analyse
 from lib.images import fit_lines
 
@@ -129,27 +129,27 @@ def test_the_page_opens_with_what_the_verdicts_say():
     page = run_page(fake_run("one", concept=0.3, near=0.24, cat=0.03, noise=0.001))
     assert first_sentences(page)[:3] == [
         ("good", "It learned “a raincoat”."),
-        ("bad", "Prompts close to it take on most of it (80%)."),
-        ("bad", "Unrelated prompts take on a little of it (10%)."),
+        ("bad", "Prompts close to it pick up most of it (80%)."),
+        ("bad", "Unrelated prompts pick up a little of it (10%)."),
     ]
     page = run_page(fake_run("two"))
     assert first_sentences(page)[:3] == [
         ("bad", "It did not learn “a raincoat”."),
-        ("good", "Prompts close to it do not take it on; their images do change."),
-        ("good", "Unrelated prompts do not take it on; their images do change."),
+        ("good", "Prompts close to it do not pick it up; their images do change."),
+        ("good", "Unrelated prompts do not pick it up; their images do change."),
     ]
     page = run_page(fake_run("three", concept=0.3, clip_noise=0.3))
-    assert first_sentences(page)[0] == ("open", "Cannot be told: whether it learned “a raincoat”.")
+    assert first_sentences(page)[0] == ("open", "Unclear: did it learn “a raincoat”?")
 
 
 def test_pictures_that_hardly_changed_are_said_to_stay():
     quiet = judged(fake_run("quiet", lpips=0.0, noise=0.001))
     verdicts = {v["question"]: v for v in quiet["verdicts"]}
-    sentence = words.plain_sentence(verdicts["contaminated"], "it", quiet)
-    assert sentence == "Unrelated prompts do not take it on; their images stay as they were."
+    sentence = words.plain_sentence(verdicts["unrelated kept"], "it", quiet)
+    assert sentence == "Unrelated prompts do not pick it up; their images stay as they were."
 
 
-QUESTIONS = ["learned", "neighbours kept", "contaminated", "memorised", "collapsed"]
+QUESTIONS = ["learned", "near kept", "unrelated kept", "memorised", "collapsed"]
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -158,19 +158,19 @@ def test_each_answer_has_a_sentence_of_its_own(question):
     for more in (None, summary):
         found = {
             answer: words.plain_sentence(dict(question=question, answer=answer), "it", more)
-            for answer in ("yes", "no", UNTOLD)
+            for answer in ("yes", "no", UNCLEAR)
         }
         assert len(set(found.values())) == 3
-        assert [a for a, s in found.items() if s.startswith("Cannot be told: ")] == [UNTOLD]
-        assert all(s.endswith(".") and "{" not in s for s in found.values())
+        assert [a for a, s in found.items() if s.startswith("Unclear: ")] == [UNCLEAR]
+        assert all(s.endswith((".", "?")) and "{" not in s for s in found.values())
     with pytest.raises(KeyError):  # no answer passes for another
         words.plain_sentence(dict(question="learned", answer="perhaps"), "it", summary)
 
 
 def test_no_share_is_told_of_a_concept_that_was_not_gained():
     summary = judged(fake_run("one", near=0.2))
-    verdict = dict(question="neighbours kept", answer="no")
-    assert words.plain_sentence(verdict, "it", summary) == "Prompts close to it take it on."
+    verdict = dict(question="near kept", answer="no")
+    assert words.plain_sentence(verdict, "it", summary) == "Prompts close to it pick it up."
 
 
 def test_the_concept_is_called_by_its_caption_where_it_has_one():
@@ -199,9 +199,9 @@ def test_a_comparison_has_a_column_for_the_base_and_each_adapter():
     assert head == ["", "Base model", "rank 32", "protected"]
     pictures = rows[: len(PROMPTS)]
     labels = [
-        "“a raincoat” What was taught: should change. seeds 0, 1",
-        "“a yellow coat” Close to it, but not asked for: should stay as it was. seeds 0, 1",
-        "“a cat” Nothing to do with it: should stay as it was. seeds 0, 1",
+        "“a raincoat” The concept: should change. seeds 0, 1",
+        "“a yellow coat” Close to the concept: should stay as it was. seeds 0, 1",
+        "“a cat” Unrelated to it: should stay as it was. seeds 0, 1",
     ]
     assert [row[0] for row in pictures] == labels
     for row, (_, prompt) in zip(pictures, PROMPTS, strict=True):
@@ -219,12 +219,12 @@ def test_verdicts_stand_under_their_adapters():
     ]
     page = comparison_page(groups)
     rows = rows_of(page, ' class="judged"')
-    assert [row[0].split("?")[0] for row in rows] == ["Learned", "Neighbours kept", "Contaminated", "Collapsed"]
+    assert [row[0].split("?")[0] for row in rows] == ["Learned", "Near kept", "Unrelated kept", "Collapsed"]
     assert [row[1] for row in rows] == [""] * 4  # nothing is judged of the base model
     assert rows[0][2:] == ["✓ yes It learned “a raincoat”."] * 2
-    assert rows[1][2].startswith("✓ yes Prompts close to it do not take it on")
-    assert rows[1][3].startswith("✗ no Prompts close to it take on most of it (66%).")
-    assert rows[2][2].startswith("? cannot be told whether unrelated prompts take it on")
+    assert rows[1][2].startswith("✓ yes Prompts close to it do not pick it up")
+    assert rows[1][3].startswith("✗ no Prompts close to it pick up most of it (66%).")
+    assert rows[2][2].startswith("? unclear do unrelated prompts pick it up?")
     colours = re.findall(r'<div class="(good|bad|open)" role', page)
     marks = ["✓✗?".index(cell[0]) for row in rows for cell in row[2:]]
     assert colours == [("good", "bad", "open")[mark] for mark in marks]
@@ -306,9 +306,9 @@ def test_bars_stand_where_their_intervals_do():
 
 def test_questions_about_the_similarity_share_a_scale():
     found = charts.verdict_bars({"one": judged(fake_run("one", concept=0.3, near=0.2, cat=0.0))})
-    zeros = {places(found[q]["one"])["zero"] for q in ("learned", "neighbours kept", "contaminated")}
+    zeros = {places(found[q]["one"])["zero"] for q in ("learned", "near kept", "unrelated kept")}
     assert len(zeros) == 1
-    means = [places(found[q]["one"])["mean"] for q in ("learned", "neighbours kept", "contaminated")]
+    means = [places(found[q]["one"])["mean"] for q in ("learned", "near kept", "unrelated kept")]
     assert means == sorted(means, reverse=True)
 
 

@@ -29,8 +29,8 @@ def test_categories_are_trimmed_and_of_any_case(tmp_path):
     [
         ("a coat\nfail: a cat", ["line 2", "“fail” is no category", "“success: fail: a cat”"]),
         ("unrelated:", ["line 1", "no prompt"]),
-        ("a coat\n\nnear: a coat", ["line 3", "there twice"]),
-        ("# nothing\n", ["holds no prompts"]),
+        ("a coat\n\nnear: a coat", ["line 3", "duplicate"]),
+        ("# nothing\n", ["has no prompts"]),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, text, words):

@@ -8,7 +8,8 @@ from torchmetrics.functional.image.lpips import _LPIPS
 from transformers import CLIPModel, CLIPProcessor
 
 from lib.evaluation import verdicts
-from lib.evaluation.metrics import clip_scores, lpips_distances, memorisation, scores
+from lib.evaluation.metrics import clip_scores, lpips_distances, scores
+from lib.evaluation.statistics import UNCLEAR
 
 
 @pytest.fixture(scope="module")
@@ -131,5 +132,5 @@ def test_few_training_pictures_are_no_traceback(count):
     margins = dict(concept_similarity=0.02, clip=0.02, change=0.05, variety=0.25, copies=1 / 3)
     summary = verdicts.analyse([run], prompts, pairs, margins, training_set(count))
     answers = {v["question"]: v["answer"] for v in summary["verdicts"]}
-    assert answers["memorised"] == memorisation.UNTOLD
+    assert answers["memorised"] == UNCLEAR
     assert ("kernel_distance" in summary["categories"]["success"]) == (count > 1)

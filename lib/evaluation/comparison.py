@@ -3,25 +3,17 @@
 import itertools
 
 from lib.evaluation.metrics.effects import effects
+from lib.evaluation.metrics.table import measures
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import FEWEST_RUNS, equivalence, holm, mean_interval
 from lib.evaluation.verdicts import TOO_FEW_RUNS, deciding_text
 
-# What two experiments are compared by, and where.
-COMPARED = (
-    ("concept_similarity", "success"),
-    ("clip", "success"),
-    ("variety", "success"),
-    ("concept_similarity", "near"),
-    ("change", "near"),
-    ("concept_similarity", "unrelated"),
-    ("change", "unrelated"),
-)
-
 
 def paired(a, b):
-    """The runs of two experiments in pairs: by their training seed, where both have it, else in
-    their order; whether they are paired by seed; and the names of those that found no partner."""
+    """(runs of `a`, runs of `b`, whether they are paired by training seed, names of unpaired runs).
+
+    Runs without a shared training seed are paired in their order.
+    """
     every = {run.name for run in (*a, *b)}
     seeds = [{run.training_seed for run in group} - {None} for group in (a, b)]
     shared = sorted(seeds[0] & seeds[1])
@@ -33,20 +25,18 @@ def paired(a, b):
 
 
 def difference(values, margin, **names):
-    """One comparison, not yet answered: (`names` with the figures of a difference, `values`).
-
-    `values` [runs, seeds] are second minus first, paired.
-    """
+    """One comparison before its answer: (`names` with the figures, `values`); `values` [runs, seeds] are second minus
+    first, paired."""
     same = equivalence(values, margin)
     return dict(names, margin=margin, **mean_interval(values), equivalence=same), values
 
 
 def differences(pairs, compared, prompts, base_pairs, margins, share=1.0):
-    """The comparisons of experiments that are asked for, as `difference` gives them: a list.
+    """Comparisons as `difference` returns them: a list.
 
-    `pairs` are ((name, runs), (name, runs)), `compared` (score, category)s; what was not measured is
-    left out. With a `share` other than 1, that share of the first one's effect is subtracted, and each row names it; the
-    margins shrink with it, but for 0, which leaves the second one's own effect.
+    `pairs` are ((name, runs), (name, runs)), `compared` (metric, category)s; what was not measured or has no margin is
+    left out. A `share` other than 1 subtracts that share of the first one's effect, and each row names it. The margins
+    shrink with it, except for 0, which leaves the second one's own effect.
     """
     found, named = [], {} if share == 1 else dict(share=share)
     for (first, a), (second, b) in pairs:
@@ -54,7 +44,7 @@ def differences(pairs, compared, prompts, base_pairs, margins, share=1.0):
         one, two = (effects(group, prompts, base_pairs) for group in (a, b))
         for key, category in compared:
             chosen = members(prompts, category)
-            if key in one and chosen:
+            if key in one and key in two and key in margins and chosen:
                 values = (two[key] - share * one[key])[:, chosen].mean(axis=1)
                 found.append(
                     difference(
@@ -73,16 +63,15 @@ def differences(pairs, compared, prompts, base_pairs, margins, share=1.0):
 
 
 def decided_by(row, values, tests):
-    """What would decide a comparison, one of `tests`: a sentence or two."""
+    """What would decide a comparison, one of `tests`: a sentence."""
     if row["runs"] in TOO_FEW_RUNS:
-        few = TOO_FEW_RUNS[row["runs"]]
-        return few[0].upper() + few[1:]
+        return TOO_FEW_RUNS[row["runs"]].capitalize() + "."
     return deciding_text(values, row["margin"], tests)
 
 
 def answered(found, decided_by=decided_by):
-    """The rows of comparisons (a list from `difference`) with their answers, corrected for their number;
-    an undecided one with what `decided_by` says of it."""
+    """The rows of comparisons (a list from `difference`) with their answers, after Holm's correction over all of them;
+    an undecided row gets `decides` from `decided_by`."""
     rows = [row for row, _ in found]
     for (row, values), p, same in zip(
         found, holm([row["p"] for row in rows]), holm([row["equivalence"]["p"] for row in rows]), strict=True
@@ -100,13 +89,12 @@ def answered(found, decided_by=decided_by):
 
 
 def compare(groups, prompts, base_pairs, margins):
-    """Every pair of experiments on the same prompts and seeds: a list of dicts.
+    """Compare every pair of experiments on the same prompts and seeds: a list of dicts.
 
-    `groups` is {experiment: [Run]}. A difference is second minus first, with its 95% interval, that
-    interval's p after Holm over all of them, and its 90% interval with the p-value of equivalence
-    within the margin, likewise corrected. The answer is higher, lower, equivalent (also where a
-    difference within the margin is certain) or undecided, then with `decides`, what would decide it.
-    With fewer than FEWEST_RUNS training runs nothing is claimed.
+    `groups` is {experiment: [Run]}. A difference is second minus first, with its 95% interval and that interval's p
+    after Holm's correction, and its 90% interval with the p-value of equivalence within the margin, likewise corrected.
+    The answer is higher, lower, equivalent (also for a certain difference within the margin) or undecided, then with
+    `decides`: what would decide it. With fewer than FEWEST_RUNS training runs nothing is claimed.
     """
     pairs = itertools.combinations(groups.items(), 2)
-    return answered(differences(pairs, COMPARED, prompts, base_pairs, margins))
+    return answered(differences(pairs, measures("compared"), prompts, base_pairs, margins))

@@ -67,20 +67,10 @@ def read_saved(output_dir, config):
             run.points[point] = [open_image(path) for path in paths]
         runs.append(run)
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
-    # How they were drawn is theirs, how they are scored is asked for now.
-    scoring = (
-        "clip_model",
-        "clip_revision",
-        "concept_margin",
-        "clip_margin",
-        "change_margin",
-        "variety_margin",
-        "copy_margin",
-        "data_dir",
-        "output_dir",
-        "rescore",
-    )
-    return runs, config | saved["config"] | {k: config[k] for k in scoring}, prompts, seeds
+    # How they were generated is saved; how they are scored and judged is configured now.
+    scoring = {"clip_model", "clip_revision", "data_dir", "output_dir", "rescore"}
+    scoring |= {key for key in config if key.endswith("_margin")}
+    return runs, config | saved["config"] | {key: config[key] for key in scoring}, prompts, seeds
 
 
 def saved_points(saved):

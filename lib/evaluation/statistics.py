@@ -43,7 +43,8 @@ import numpy as np
 from scipy import optimize, special, stats
 from scipy.stats import qmc
 
-# Two training runs differ by one number; nothing useful can be said of others from it.
+UNCLEAR = "unclear"  # the answer that is neither yes nor no
+# Two training runs differ by one number, which says nothing useful of others.
 FEWEST_RUNS = 3
 POINTS = 2**11  # of the expectation over chi2
 MOST_RUNS = 1000  # that are considered where more would decide

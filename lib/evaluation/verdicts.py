@@ -1,13 +1,11 @@
-"""What may be claimed of one experiment: its figures, and a yes, a no or an open answer to each question.
+"""What may be claimed of one experiment: its figures, and to each question yes, no or unclear.
 
-A claim needs its interval on one side of a line. An effect is there if its 95% interval leaves out
-0, and it is negligible if its 90% interval stays within the margin that CONFIG fixes for it (two
-one-sided tests, Schuirmann 1987); where the interval holds both, the answer is that it cannot be
-told. Claims that are tested together are corrected for their number (Holm 1979): those that make a
-yes among themselves, those that make a no among themselves.
+A claim needs its interval on one side of a line. An effect exists if its 95% interval excludes 0; it is negligible if
+its 90% interval lies within the margin set in CONFIG (two one-sided tests, Schuirmann 1987). If neither holds, the
+answer is unclear. Holm's correction (1979) is applied to the effects and to the negligible ones separately.
 
-Everything is paired by prompt and seed. Prompts are the ones that are named; training runs and
-sampling seeds are random and crossed (see statistics.py).
+Everything is paired by prompt and seed. The prompts are fixed; training runs and sampling seeds are random and crossed
+(see statistics.py).
 """
 
 from dataclasses import dataclass
@@ -16,36 +14,35 @@ import numpy as np
 
 from lib.evaluation.metrics.effects import copy_study, effects, grid, kernel_distances
 from lib.evaluation.metrics.lpips_distances import pair_mean
-from lib.evaluation.metrics.memorisation import UNTOLD, memorised
+from lib.evaluation.metrics.memorisation import memorised
+from lib.evaluation.metrics.table import DIFFERENCE, METRICS
 from lib.evaluation.prompts import CATEGORIES, members
 from lib.evaluation.report.words import interval_text
-from lib.evaluation.statistics import FEWEST_RUNS, holm, mean_interval, runs_to_decide, smallest_detectable
+from lib.evaluation.statistics import FEWEST_RUNS, UNCLEAR, holm, mean_interval, runs_to_decide, smallest_detectable
 
 TOO_FEW_RUNS = {
-    1: "one training run cannot tell how much training runs differ; five would.",
-    2: "two training runs cannot tell how much training runs differ; five would.",
+    1: "one training run does not show how much training runs differ; five would",
+    2: "two training runs do not show how much training runs differ; five would",
 }
 
 
 def analyse(runs, prompts, base_pairs, margins, training=None):
     """Every figure of one experiment with its interval, and the verdicts: a dict for metrics.json.
 
-    `runs` are the experiment's training runs; `base_pairs` as for `effects`; `margins` a dict by
-    score; `training` a TrainingSet, or None.
+    `runs` are the experiment's training runs, `base_pairs` as for `effects`, `margins` a dict by metric, `training` a
+    TrainingSet or None.
     """
     found = effects(runs, prompts, base_pairs)
+    differences = [key for key in found if METRICS[key].kind == DIFFERENCE]
     table = []
     for index, (category, prompt) in enumerate(prompts):
         row = dict(category=category, prompt=prompt)
         if "change" in found:
             row["lpips_ceiling"] = float(pair_mean(base_pairs[index]))
-        for key, values in found.items():
-            row[key] = mean_interval(values[:, index])
-        for key in ("clip", "concept_similarity"):
+        row |= {key: mean_interval(values[:, index]) for key, values in found.items()}
+        for key in differences:
             for model in ("base", "lora"):
-                if key in found:
-                    means = [grid(run, key, model, prompts)[index].mean() for run in runs]
-                    row[f"{model}_{key}"] = float(np.mean(means))
+                row[f"{model}_{key}"] = float(np.mean([grid(run, key, model, prompts)[index].mean() for run in runs]))
         table.append(row)
     totals = {}
     for category in CATEGORIES:
@@ -53,17 +50,12 @@ def analyse(runs, prompts, base_pairs, margins, training=None):
             totals[category] = total = {
                 key: mean_interval(values[:, chosen].mean(axis=1)) for key, values in found.items()
             }
-            for key in table[0]:
-                if key.startswith(("base_", "lora_")):
-                    total[key] = float(np.mean([table[i][key] for i in chosen]))
+            for key in (f"{model}_{key}" for key in differences for model in ("base", "lora")):
+                total[key] = float(np.mean([table[i][key] for i in chosen]))
             if training is not None and len(training.names) > 1 and "change" in found:
                 total["kernel_distance"] = kernel_distances(runs, chosen, training.embeddings)
     summary = dict(
-        runs=[run.name for run in runs],
-        seeds=found["lpips"].shape[2],
-        prompts=table,
-        categories=totals,
-        margins=margins,
+        runs=[run.name for run in runs], seeds=base_pairs.shape[-1], prompts=table, categories=totals, margins=margins
     )
     success = members(prompts, "success")
     if training is not None and success and summary["seeds"] > 1:
@@ -74,170 +66,146 @@ def analyse(runs, prompts, base_pairs, margins, training=None):
 
 @dataclass
 class Line:
-    """One quantity of a question: `yes` and `no` are (side, at), the mean's side of a value.
+    """One quantity that is tested: `claim` and `counterclaim` are (side, at), the mean's side of a value.
 
-    An effect is tested against 0 at 5% from both sides (a 95% interval), a margin at 5% from one side
-    (a 90% interval).
+    Values at which nothing changed are tested at 5% from both sides (a 95% interval), those at a margin at 5% from
+    one side (a 90% interval).
     """
 
     values: np.ndarray  # [runs, seeds]
-    yes: tuple
-    no: tuple
-    answer: bool = None  # None: cannot be told
-    tests: int = 1  # how many are decided together
+    claim: tuple
+    counterclaim: tuple
+    unchanged: float = 0.0
+    holds: bool = None  # the claim; False: the counterclaim does; None: unclear
+    tests: int = 1  # how many lines are tested together
 
     def p(self, side, at):
-        """p-value of the claim that the mean lies on this side of `at`."""
+        """p-value of the mean lying on this side of `at`."""
         interval = mean_interval(self.values - at)
         half = interval["p"] / 2
         there = (interval["mean"] > 0) == (side == "above")
         one_sided = half if there else 1 - half
-        return min(1.0, 2 * one_sided) if at == 0 else one_sided
+        return min(1.0, 2 * one_sided) if at == self.unchanged else one_sided
+
+
+def line_of(values, metric, category, margin):
+    """The Line of a Metric's test on one category; `values` [runs, seeds]."""
+    sides = [(side, metric.unchanged + margins * margin) for side, margins in metric.tested[category]]
+    return Line(values, *sides, metric.unchanged)
 
 
 def decide(lines):
-    """Give each Line its answer, corrected for their number; `no` goes before `yes`.
+    """Decide each Line, with Holm's correction over all claims and over all counterclaims.
 
-    A mean may lie above 0 for certain and still within the margin: then it is negligible.
+    A mean may lie above 0 for certain and still within the margin; then it is negligible, so counterclaims win.
     """
     for line in lines:
         line.tests = len(lines)
-    for side, answer in (("yes", True), ("no", False)):
+    for side, holds in (("claim", True), ("counterclaim", False)):
         corrected = holm([line.p(*getattr(line, side)) for line in lines])
         for line, p in zip(lines, corrected, strict=True):
             if p < 0.05:
-                line.answer = answer
+                line.holds = holds
 
 
 def verdicts(found, prompts, summary):
-    """[dict(question, answer, text)]: answer is yes, no or UNTOLD. Empty where one image a prompt
-    leaves no interval."""
-    if found["lpips"].shape[0] == found["lpips"].shape[2] == 1:
-        return []
+    """[dict(question, answer, text)] of `effects`; empty where one image a prompt leaves no interval."""
     margins, totals = summary["margins"], summary["categories"]
-
-    def values(key, category):
-        return found[key][:, members(prompts, category)].mean(axis=1)
-
-    lines = {}
-    if "concept_similarity" in found:
-        margin = margins["concept_similarity"]
-        for category in totals:
-            moved = values("concept_similarity", category)
-            lines[category] = Line(moved, yes=("above", 0), no=("below", margin))
-        if "success" in totals:
-            kept = ("above", -margins["clip"]), ("below", -margins["clip"])
-            lines["clip"] = Line(values("clip", "success"), *kept)
-    if "variety" in found and "success" in totals:
-        at = 1 - margins["variety"]
-        lines["variety"] = Line(values("variety", "success"), yes=("below", at), no=("above", at))
-    decide(list(lines.values()))
-
-    answers = []
-    if "clip" in lines:
-        answers.append(learned(lines, totals["success"], margins))
-    for category, question in (("near", "neighbours kept"), ("unrelated", "contaminated")):
-        if category in lines:
-            answers.append(moved_toward(lines[category], totals[category], margins, question))
-    if "memorised" in summary:
-        answers.append(
-            dict(question="memorised", answer=summary["memorised"]["answer"], text=summary["memorised"]["text"])
+    if len(summary["runs"]) == summary["seeds"] == 1:
+        return []
+    lines = {
+        (key, category): line_of(
+            found[key][:, members(prompts, category)].mean(axis=1), METRICS[key], category, margins[key]
         )
-    if "variety" in lines:
-        answers.append(collapsed(lines["variety"], totals["success"]["variety"], margins))
+        for key in found
+        if key in margins
+        for category in METRICS[key].tested
+        if category in totals
+    }
+    decide(list(lines.values()))
+    answers = []
+    for key, metric in METRICS.items():
+        for question in metric.questions:
+            line = lines.get((key, question.category))
+            if question.name == "learned":
+                if line and ("clip", "success") in lines:
+                    answers.append(learned(line, lines["clip", "success"], totals["success"], margins))
+            elif line:
+                answers.append(verdict(question, line, key, totals[question.category], margins[key]))
+    if "memorised" in summary:
+        copies = summary["memorised"]
+        answers.append(dict(question="memorised", answer=copies["answer"], text=copies["text"]))
     return answers
 
 
-def answer_word(answer):
-    """yes, no or UNTOLD for True, False or None."""
-    return {True: "yes", False: "no", None: UNTOLD}[answer]
+def answer_word(holds):
+    """yes, no or UNCLEAR for True, False or None."""
+    return {True: "yes", False: "no", None: UNCLEAR}[holds]
+
+
+def verdict(question, line, key, total, margin):
+    """The answer to a Question that rests on one Line, in words with figures."""
+    answer = answer_word(line.holds if line.holds is None or not question.inverted else not line.holds)
+    change = ""
+    if question.category != "success" and "change" in total:
+        change = f"; they moved, in any direction, {interval_text(total['change'], sign=False)} of the way to another "
+        change += "image of the same prompt"
+    text = question.text.format(
+        interval=interval_text(total[key], METRICS[key].signed),
+        margin=margin,
+        bound=line.counterclaim[1],
+        change=change,
+    )
+    return dict(
+        question=question.name,
+        answer=answer,
+        text=text + (question.ends.get(answer) or deciding_text(line.values, margin, line.tests)),
+    )
+
+
+def learned(concept, clip, success, margins):
+    """Whether concept similarity rose on success prompts and the CLIP score did not fall by the margin."""
+    moved = success["concept_similarity"]
+    text = (
+        f"On success prompts the similarity to the training images changed by {interval_text(moved)} (negligible below "
+        f"{margins['concept_similarity']:g}), the CLIP score by {interval_text(success['clip'])} (it may fall by less "
+        f"than {margins['clip']:g}). "
+    )
+    if concept.holds is False:
+        holds, end = False, "The images did not become more similar to them."
+        if moved["high"] < 0:
+            end = "The images became less similar to them."
+        elif moved["low"] > 0:
+            end = "The images became more similar to them, but by less than the margin."
+    elif clip.holds is False:
+        holds, end = False, "The match with the prompt fell by more than the margin."
+        if concept.holds:
+            end = "The images became more similar to them, but the match with the prompt fell by more than the margin."
+    elif concept.holds and clip.holds:
+        holds, end = True, "The concept was learned."
+    elif concept.holds:
+        holds, end = None, "The images became more similar to them. Unclear: did the match with the prompt fall? "
+        end += deciding_text(clip.values, margins["clip"], clip.tests)
+    else:
+        holds, end = None, deciding_text(concept.values, margins["concept_similarity"], concept.tests)
+    return dict(question="learned", answer=answer_word(holds), text=text + end)
 
 
 def deciding_text(values, margin, tests=1):
-    """What would decide about the mean of `values`, one of `tests`: a sentence or two."""
+    """What a study like `values` [runs, seeds], one of `tests`, notices in 80% of repetitions, and what would decide."""
     runs, seeds = values.shape
     if values.size == 1:
         return "One image a prompt and one training run decide nothing."
     least = smallest_detectable(values, 0.05 / tests)
-    text = f"A change by about {least:.3f} would have been found in four of five repetitions"
+    size = f"{runs} training runs of {seeds} seeds" if runs > 1 else f"{seeds} seeds"
+    text = f"With {size} only changes above about {least:.3f} are noticed reliably; "
     if runs == 1:
-        return f"{text}; more sampling seeds than {seeds} decide about this run."
+        return text + f"try --seeds {max(16, 2 * seeds)}."
     if runs < FEWEST_RUNS:
-        return f"{text}; {TOO_FEW_RUNS[runs]}"
+        return text + TOO_FEW_RUNS[runs] + "."
     needed = runs_to_decide(values, margin, 0.05 / tests)
     if needed is None:
-        return f"{text}; a margin of {margin:g} takes more sampling seeds than {seeds}."
+        return text + f"a margin of {margin:g} needs more than {seeds} sampling seeds."
     if needed <= runs:
-        return f"{text}; the mean lies too near the margin of {margin:g} for {runs} training runs."
-    return f"{text}; with about {needed} training runs the margin of {margin:g} could be decided."
-
-
-def learned(lines, success, margins):
-    """Concept similarity rose on success prompts, and CLIP did not fall by the margin."""
-    concept, clip = lines["success"], lines["clip"]
-    text = (
-        f"On success prompts the images' similarity to the training images changed by "
-        f"{interval_text(success['concept_similarity'])} (negligible below {margins['concept_similarity']:g}), "
-        f"the CLIP score by {interval_text(success['clip'])} (it may fall by less than {margins['clip']:g}). "
-    )
-    if False in (concept.answer, clip.answer):
-        answer = False
-        if concept.answer is False:
-            moved = success["concept_similarity"]
-            end = "It did not come nearer to them."
-            if moved["high"] < 0:
-                end = "It moved away from them."
-            elif moved["low"] > 0:
-                end = "It came nearer to them, but by less than the margin."
-        else:
-            end = "It looks more like them, but the match with the prompt fell by more than the margin."
-            if not concept.answer:
-                end = "The match with the prompt fell by more than the margin."
-    elif concept.answer and clip.answer:
-        answer, end = True, "The concept was learned."
-    else:
-        answer = None
-        if concept.answer is None:
-            end = deciding_text(concept.values, margins["concept_similarity"], concept.tests)
-        else:
-            end = (
-                "It looks more like them; whether the match with the prompt fell by the margin cannot be told. "
-                + deciding_text(clip.values, margins["clip"], clip.tests)
-            )
-    return dict(question="learned", answer=answer_word(answer), text=text + end)
-
-
-def moved_toward(line, total, margins, question):
-    """Whether prompts that were not taught moved toward the training images."""
-    kept = question == "neighbours kept"
-    prompts = "prompts near the concept" if kept else "unrelated prompts"
-    margin = margins["concept_similarity"]
-    text = (
-        f"On {prompts} the similarity to the training images changed by {interval_text(total['concept_similarity'])} "
-        f"(negligible below {margin:g})"
-    )
-    if "change" in total:
-        text += (
-            f"; the images moved, in any direction, {interval_text(total['change'], sign=False)} of the "
-            "way to another image of the same prompt"
-        )
-    end = {
-        True: "The concept bleeds into them." if kept else "The adapter contaminates them.",
-        False: "They do not move toward the training images by the margin.",
-    }.get(line.answer) or deciding_text(line.values, margin, line.tests)
-    answer = line.answer if not kept or line.answer is None else not line.answer
-    return dict(question=question, answer=answer_word(answer), text=f"{text}. {end}")
-
-
-def collapsed(line, variety, margins):
-    """Whether the LoRA images of one prompt are less varied over the seeds than the base's."""
-    text = (
-        f"The images of one success prompt differ from seed to seed {interval_text(variety, sign=False)} times "
-        f"as much as the base model's (collapsed below {1 - margins['variety']:g}). "
-    )
-    end = {True: "They lost more of their variety than the margin.", False: "They stay varied."}
-    return dict(
-        question="collapsed",
-        answer=answer_word(line.answer),
-        text=text + (end.get(line.answer) or deciding_text(line.values, margins["variety"], line.tests)),
-    )
+        return text + f"the mean is too close to the margin of {margin:g} for {runs} training runs."
+    return text + f"about {needed} training runs would decide about a margin of {margin:g}."

@@ -8,7 +8,7 @@ import jinja2
 
 from lib.evaluation.comparison import differences
 from lib.evaluation.metrics.effects import effects
-from lib.evaluation.prompts import CATEGORIES, first_of_each, members
+from lib.evaluation.prompts import first_of_each, members
 from lib.evaluation.report import pages
 from lib.evaluation.report.charts import difference_bar, placed
 from lib.evaluation.report.words import comparison_table, interval_text
@@ -195,7 +195,7 @@ def write_strip(path, folders, prompts, sampling_seed):
 
     `folders` is {arm: folder of its evaluation}. Returns False, and writes nothing, if images are missing.
     """
-    chosen = first_of_each(prompts, dict.fromkeys(CATEGORIES, SHOWN))
+    chosen = first_of_each(prompts, SHOWN)
     columns = {"base model": (next(iter(folders.values())), "base")}
     columns |= {words.arm_name(arm): (folder, "lora") for arm, folder in folders.items()}
     paths = {}

@@ -1,7 +1,8 @@
 """The study in sentences and Markdown tables, made from its figures."""
 
+from lib.evaluation.metrics.table import metric_name
 from lib.evaluation.prompts import CATEGORIES, members
-from lib.evaluation.report.words import NAMES, concept_name, interval_text, markdown_table
+from lib.evaluation.report.words import concept_name, interval_text, markdown_table
 from lib.study.measures import BASELINE, NOT_ASKED, PROTECTED
 
 LIMITS = (
@@ -87,7 +88,7 @@ def comparison_text(row):
 
 def comparison_label(row):
     """“change, near prompts”."""
-    label = f"{NAMES.get(row['metric'], row['metric'])}, {row['category']} prompts"
+    label = f"{metric_name(row['metric'])}, {row['category']} prompts"
     if "share" in row:
         label += f", minus {row['share']:.0%} of rank 32's" if row["share"] else ", the arm alone"
     return label

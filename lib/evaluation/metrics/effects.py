@@ -1,77 +1,56 @@
-"""What adapters changed, paired by prompt and seed: arrays over training runs, prompts and seeds."""
+"""What adapters changed, paired by prompt and seed: arrays [runs, prompts, seeds]."""
 
 import numpy as np
 
 from lib.evaluation.metrics.clip_scores import kernel_distance
-from lib.evaluation.metrics.lpips_distances import pair_mean
+from lib.evaluation.metrics.lpips_distances import no_change_reason
 from lib.evaluation.metrics.memorisation import CopyStudy
+from lib.evaluation.metrics.table import DIFFERENCE, METRICS, SHARE
 from lib.evaluation.statistics import jackknife, mean_interval
-
-# Fewer seeds a prompt say too little of what chance alone varies: 4 are 6 pairs of images.
-FEWEST_SEEDS = 4
 
 
 def grid(run, key, model, prompts):
-    """The scores `key` of a run's base or LoRA images as an array [prompts, seeds]."""
-    values = [row[key] for row in run.rows if row["model"] == model]
-    return np.array(values, np.float64).reshape(len(prompts), -1)
+    """The scores `key` of a run's base or LoRA images: [prompts, seeds], or None if they were not measured."""
+    values = [row.get(key) for row in run.rows if row["model"] == model]
+    return None if None in values else np.array(values, np.float64).reshape(len(prompts), -1)
 
 
-def no_change_reason(base_pairs):
-    """Why change and variety cannot be had from `base_pairs`, a sentence, or None if they can."""
-    seeds = base_pairs.shape[-1]
-    if seeds < FEWEST_SEEDS:
-        few = f"{seeds} seed{'s' if seeds > 1 else ''} a prompt"
-        return f"{few} give no LPIPS ceiling to speak of: change and variety need {FEWEST_SEEDS}"
-    without = [np.delete(np.arange(seeds), seed) for seed in range(seeds)]
-    if min(pair_mean(base_pairs[:, kept][:, :, kept]).min() for kept in without) <= 0:
-        return "base images of one prompt are all the same, so change and variety have no scale"
-    return None
+def scored_effect(runs, key, prompts):
+    """What the adapters of `runs` changed in a metric of single images: [runs, prompts, seeds], or None."""
+    lora, base = ([grid(run, key, model, prompts) for run in runs] for model in ("lora", "base"))
+    if METRICS[key].kind != DIFFERENCE:
+        base = [0] * len(runs)
+    if any(values is None for values in (*lora, *base)):
+        return None
+    return np.stack([after - before for after, before in zip(lora, base, strict=True)])
 
 
-def effects(runs, prompts, base_pairs):
-    """What the adapters of one experiment changed, arrays [runs, prompts, seeds].
+def effects(runs, prompts, base_pairs, hidden=False):
+    """What the adapters of one experiment changed, by every metric that was measured: {metric: [runs, prompts, seeds]}.
 
-    clip and concept_similarity: LoRA minus base. lpips: base to LoRA. change: lpips as a share of its
-    ceiling, the LPIPS between base images of that prompt at different seeds (`base_pairs`,
-    [prompts, seeds, seeds]). variety: the LPIPS between LoRA images at different seeds as a share
-    of the same ceiling. Those two are ratios of means over the seeds, so their values are the
-    jackknife's, which carry the ceiling's own error. What was not computed, or cannot be
-    (`no_change_reason`), is left out.
+    `base_pairs` [prompts, seeds, seeds] are the LPIPS between base images of a prompt. `hidden` includes the metrics
+    that no table shows.
     """
-    found = {"lpips": np.stack([grid(run, "lpips", "lora", prompts) for run in runs])}
-    for key in ("clip", "concept_similarity"):
-        if runs[0].rows[0][key] is not None:
-            found[key] = np.stack([grid(run, key, "lora", prompts) - grid(run, key, "base", prompts) for run in runs])
-    seeds = found["lpips"].shape[2]
-    if no_change_reason(base_pairs) is None:
-
-        def ceiling(kept):
-            return pair_mean(base_pairs[:, kept][:, :, kept])
-
-        def change(kept):
-            return found["lpips"][:, :, kept].mean(axis=2) / ceiling(kept)
-
-        def variety(kept):
-            return pair_mean(lora_pairs[:, :, kept][:, :, :, kept]) / ceiling(kept)
-
-        found["change"] = jackknife(change, seeds)
-        if all(run.pairs is not None for run in runs):
-            lora_pairs = np.stack([run.pairs for run in runs])
-            found["variety"] = jackknife(variety, seeds)
-    return found
+    found, no_ceiling = {}, no_change_reason(base_pairs)
+    for key, metric in METRICS.items():
+        if metric.kind == SHARE and no_ceiling:
+            continue
+        values = scored_effect(runs, key, prompts) if metric.scorer else metric.effect(runs, found, base_pairs)
+        if values is not None:
+            found[key] = values
+    return {key: values for key, values in found.items() if hidden or METRICS[key].shown}
 
 
 def kernel_distances(runs, chosen, training):
-    """Kernel distances to the training images over the prompts `chosen`: a dict.
+    """Kernel distances to the training images over the prompts `chosen`: dict(base, lora, difference).
 
-    base and lora, means over the runs, and difference, LoRA minus base with its interval.
+    `base` and `lora` are means over the runs, `difference` the interval of LoRA minus base.
     """
     seeds = runs[0].embeddings["lora"].shape[1]
 
     def distance(run, model, kept):
-        found = run.embeddings[model][chosen][:, kept]
-        return kernel_distance(found.reshape(-1, found.shape[-1]), training)
+        embeddings = run.embeddings[model][chosen][:, kept]
+        return kernel_distance(embeddings.reshape(-1, embeddings.shape[-1]), training)
 
     def difference(kept):
         base = distance(runs[0], "base", kept)
@@ -86,7 +65,7 @@ def kernel_distances(runs, chosen, training):
 
 
 def copy_study(run, chosen, training):
-    """What memorisation.py judges a run by: its success images, `chosen`, and its own training set."""
+    """The CopyStudy of a run: its images of the prompts `chosen` and its own training set."""
     trained = training.trained_on(run.adapter)
     held_out = np.setdiff1d(np.arange(len(training.names)), trained)
     return CopyStudy(

@@ -1,8 +1,7 @@
-"""LPIPS: how different two images look.
+"""LPIPS, the perceptual distance of two images, and what is measured by it: change and variety.
 
-AlexNet v0.1 of the `lpips` package (Zhang et al. 2018, https://arxiv.org/abs/1801.03924) on images in
-[-1, 1] at their own size; its layers come from the two safetensors files in weights/, so that nothing
-is downloaded and nothing unpickled.
+AlexNet v0.1 of the `lpips` package (Zhang et al. 2018, https://arxiv.org/abs/1801.03924) on images in [-1, 1] at
+their own size. Its layers are the two safetensors files in weights/: no download, no pickle.
 """
 
 import functools
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lib.errors import UserError
+from lib.evaluation.statistics import jackknife
 
 # Scores are fp32; cuDNN would otherwise round convolutions to TF32 on a GPU.
 torch.backends.cudnn.allow_tf32 = False
@@ -31,8 +31,8 @@ def lpips_model(device="cpu"):
     for path in (ALEXNET, LINEAR):
         if not path.is_file():
             raise UserError(f"{path.name} is missing in {path.parent}; restore it from git")
-    # Left to itself the package fetches AlexNet from the network and unpickles its own layers. Made without memory
-    # the network draws no random weights, which takes longer than the scores of forty images.
+    # By default the package downloads AlexNet and unpickles its own layers. On the meta device it initialises no random
+    # weights, which takes longer than scoring forty images.
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore", UserWarning)  # torchvision's renamed `pretrained`
         model = lpips.LPIPS(net="alex", version="0.1", pretrained=False, pnet_rand=True, verbose=False)
@@ -47,16 +47,15 @@ def lpips_model(device="cpu"):
         layer = {"model.1.weight": linear.pop(key)}
         getattr(model, f"lin{number}").load_state_dict(layer, assign=True)
     if features or linear:
-        raise RuntimeError(f"layers that LPIPS has not: {sorted(features | linear)}")
+        raise RuntimeError(f"unexpected layers in the LPIPS weights: {sorted(features | linear)}")
     return model.eval().requires_grad_(False).to(device)
 
 
 @torch.no_grad()
 def lpips_distances(images_a, images_b, device="cpu"):
-    """LPIPS of each pair of images, float32 [n]: 0 for equal ones, about 0.7 for unrelated ones.
+    """LPIPS of each pair of images, float32 [n]: 0 for equal images, about 0.7 for unrelated ones.
 
-    Raises ValueError if the lists differ in length or a pair in size; nothing is resized, because
-    that would change the figure.
+    ValueError if the lists differ in length or a pair in size: resizing would change the distance.
     """
     if len(images_a) != len(images_b):
         raise ValueError(f"{len(images_a)} images against {len(images_b)}")
@@ -78,25 +77,66 @@ def lpips_distances(images_a, images_b, device="cpu"):
 
 
 def pairwise_lpips(images, device="cpu"):
-    """LPIPS between all pairs of `images`: float64 [n, n], symmetric, 0 on its diagonal.
+    """LPIPS between all pairs of `images`: float64 [n, n], symmetric with a zero diagonal.
 
-    For base images of one prompt at different seeds its mean over the pairs is LPIPS's *ceiling*:
-    what "an unrelated image of the same prompt" measures. For LoRA images it is their variety.
+    For base images of one prompt at different seeds, the mean over the pairs is LPIPS's *ceiling*: the distance
+    of unrelated images of the same prompt. For LoRA images it is their variety.
     """
-    found = np.zeros((len(images), len(images)))
+    distances = np.zeros((len(images), len(images)))
     first, second = np.triu_indices(len(images), 1)
     if len(first):
         pairs = [images[i] for i in first], [images[i] for i in second]
-        found[first, second] = found[second, first] = lpips_distances(*pairs, device)
-    return found
+        distances[first, second] = distances[second, first] = lpips_distances(*pairs, device)
+    return distances
 
 
 def pair_mean(distances):
-    """Mean over the pairs of symmetric `distances` [..., n, n] with a zero diagonal: [...].
-
-    NaN for fewer than two images.
-    """
+    """Mean over the pairs of symmetric `distances` [..., n, n] with a zero diagonal: [...]; NaN for n < 2."""
     count = distances.shape[-1]
     if count < 2:
         return np.full(distances.shape[:-2], np.nan)
     return distances.sum(axis=(-2, -1)) / (count * (count - 1))
+
+
+def subset_mean(distances, seeds):
+    """`pair_mean` over a subset of the seeds."""
+    return pair_mean(distances[..., seeds, :][..., seeds])
+
+
+# ---- shares of the ceiling: ratios of means over the seeds, so their values per seed are the jackknife's, which
+# carry the ceiling's own error --------------------------------------------------------------
+
+FEWEST_SEEDS = 4  # per prompt, 6 pairs of images; fewer do not show how much images vary by chance
+
+
+def no_change_reason(base_pairs):
+    """Why change and variety are unavailable with these `base_pairs` [prompts, seeds, seeds]: a sentence, or None."""
+    seeds = base_pairs.shape[-1]
+    if seeds < FEWEST_SEEDS:
+        few = f"{seeds} seed{'s' if seeds > 1 else ''} a prompt"
+        return f"{few} cannot estimate the LPIPS ceiling; change and variety need {FEWEST_SEEDS}"
+    without = [np.delete(np.arange(seeds), seed) for seed in range(seeds)]
+    if min(subset_mean(base_pairs, kept).min() for kept in without) <= 0:
+        return "the base images of one prompt are all identical; change and variety need a base model that varies"
+    return None
+
+
+def change(runs, effects, base_pairs):
+    """Distance to the base image / ceiling: [runs, prompts, seeds]."""
+
+    def share(seeds):
+        return effects["lpips"][:, :, seeds].mean(axis=2) / subset_mean(base_pairs, seeds)
+
+    return jackknife(share, base_pairs.shape[-1])
+
+
+def variety(runs, effects, base_pairs):
+    """Distance between LoRA images at different seeds / ceiling: [runs, prompts, seeds], or None without them."""
+    if any(run.pairs is None for run in runs):
+        return None
+    pairs = np.stack([run.pairs for run in runs])
+
+    def share(seeds):
+        return subset_mean(pairs, seeds) / subset_mean(base_pairs, seeds)
+
+    return jackknife(share, base_pairs.shape[-1])

@@ -52,6 +52,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from lib.evaluation.metrics.clip_scores import similarities
+from lib.evaluation.statistics import UNCLEAR
 
 AT_ONCE = 2**22  # similarities held at a time, 16 MB; the products of smaller blocks take longer
 KEPT = 8  # searches that are remembered
@@ -176,7 +177,6 @@ LEVEL_ALPHA = 0.01  # the part of ALPHA that the reference level may use; the sh
 MARGIN = 1 / 3
 DRAWS = 9999
 TIE = 1e-5  # cosines are float32; sums that differ by less than their rounding are equal
-UNTOLD = "cannot be told from these images"
 
 
 @dataclass
@@ -401,7 +401,7 @@ def memorised(studies, margin=MARGIN, draws=DRAWS, seed=0):
     kinds = zip(*nearest, strict=True)
     drawn, held_out, trained_on = (group(*pair) for pair in zip(kinds, above, strict=True))
     found = dict(
-        answer=UNTOLD,
+        answer=UNCLEAR,
         p=float(min(1, tests * p_values.min())),
         p_values=p_values.tolist(),
         share=share,

@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.evaluation.prompts import OVERVIEW, first_of_each
-from lib.evaluation.report.words import CATEGORY_TITLES, NAMES, OTHERS, WISHED, interval_text
+from lib.evaluation.metrics.table import DIFFERENCE, MEMORISED, METRICS, metric_name
+from lib.evaluation.prompts import CATEGORIES, first_of_each
+from lib.evaluation.report.words import interval_text
 from lib.images import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
 
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
@@ -64,7 +65,7 @@ def overview_figure(columns, prompts, side=256):
     them those of the same noise with each adapter; a row a prompt. A PIL image.
 
     `columns` are (title, images), the base model's first; its images are PIL images, prompt by prompt
-    and seed by seed. `prompts` are (category, prompt); those of OVERVIEW are shown. Images are `side` pixels
+    and seed by seed. `prompts` are (category, prompt); the first of each category are shown. Images are `side` pixels
     wide, fewer where there are very many columns. The letters stay readable at half its size, as a README
     shows it.
     """
@@ -77,7 +78,7 @@ def overview_figure(columns, prompts, side=256):
     line = side // 4
     titles = [fit_lines(title, big, block) for title, _ in columns]
     head = between + max(map(len, titles)) * between
-    chosen = first_of_each(prompts, OVERVIEW)
+    chosen = first_of_each(prompts)
     width = len(columns) * (block + between) + between
     tall = max(
         height_at(image, side) for _, images in columns for index in chosen for image in images[index * count :][:seeds]
@@ -90,7 +91,7 @@ def overview_figure(columns, prompts, side=256):
     for number, index in enumerate(chosen):
         category, prompt = prompts[index]
         y = head + number * (line + tall)
-        kind = f"{CATEGORY_TITLES[category].lower()}: {WISHED[category]}"
+        kind = f"{CATEGORIES[category].title.lower()}: {CATEGORIES[category].wish}"
         end = width - between - small.getlength(kind)
         prompt = fit_text(f"“{prompt}”", small, end - 2 * between)
         draw.text((between, y + line // 3), prompt, INK, small)
@@ -140,7 +141,9 @@ def forest_figure(pairs):
     """A matplotlib forest plot of the differences of each two experiments, in units of their margins."""
     figure = Figure(figsize=(9, 1.4 + 0.36 * max(len(pairs), 1)), dpi=120, layout="constrained")
     axes = figure.subplots()
-    labels = [f"{NAMES[r['metric']]} (±{r['margin']:g}), {r['category']}: {r['second']} − {r['first']}" for r in pairs]
+    labels = [
+        f"{metric_name(r['metric'])} (±{r['margin']:g}), {r['category']}: {r['second']} − {r['first']}" for r in pairs
+    ]
     forest_panel(axes, [in_margins(row) for row in pairs], labels)
     axes.set_xlabel(
         "difference in units of its margin (shaded); thin 95%, thick 90% interval\n"
@@ -152,7 +155,7 @@ def forest_figure(pairs):
 def distribution_figure(run, prompts):
     """For each prompt the scores of every image, base beside LoRA: one panel a score."""
     rows = run.rows
-    keys = [k for k in ("concept_similarity", "clip", "lpips") if rows[1][k] is not None]
+    keys = [key for key, metric in METRICS.items() if metric.scorer and metric.shown and rows[1].get(key) is not None]
     figure = Figure(figsize=(9, 1.1 + 0.62 * len(prompts)), dpi=110, layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(keys), sharey=True))
     for axes, key in zip(panels, keys, strict=True):
@@ -161,7 +164,7 @@ def distribution_figure(run, prompts):
                 values = [r[key] for r in rows if r["prompt"] == prompt and r["model"] == model]
                 values = [value for value in values if value is not None]
                 axes.plot(values, [y + shift] * len(values), "o", color=colour, alpha=0.55, markersize=5)
-        axes.set_title({"lpips": "LPIPS, base to LoRA"}.get(key, NAMES[key]), fontsize=9)
+        axes.set_title(METRICS[key].name + ("" if METRICS[key].kind == DIFFERENCE else ", base to LoRA"), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     labels = [prompt if len(prompt) < 40 else prompt[:38] + "…" for _, prompt in prompts]
@@ -169,12 +172,6 @@ def distribution_figure(run, prompts):
     panels[0].invert_yaxis()
     figure.supxlabel("grey: base, red: LoRA; one dot a seed", fontsize=9)
     return figure
-
-
-# The verdicts that rest on the similarity to the training images, and on which prompts.
-SIMILARITY_OF = {"learned": ("success", "prompts that ask for it")} | {
-    question: (category, who) for question, (category, who, _) in OTHERS.items()
-}
 
 
 def placed(rows):
@@ -226,47 +223,37 @@ def verdict_bars(summaries):
 
 
 def rows_of(summary):
-    """The rows of `verdict_bars` for one summary, not yet placed; equal `scale`s share a scale."""
+    """The rows of `verdict_bars` for one summary, before they are placed; rows with the same `scale` share a scale."""
     margins, totals = summary["margins"], summary["categories"]
     rows = []
-    for question, (category, who) in SIMILARITY_OF.items():
-        moved = totals.get(category, {}).get("concept_similarity")
-        if moved:
-            margin = margins["concept_similarity"]
-            rows.append(
-                dict(
-                    question=question,
-                    scale="similarity",
-                    band=(-margin, margin),
-                    label=f"similarity to the training images gained, {who}",
-                    text=interval_text(moved),
-                    **ends(moved),
+    for key, metric in METRICS.items():
+        for question in metric.questions:
+            interval = totals.get(question.category, {}).get(key)
+            if interval and key in margins:
+                above = margins[key] if metric.kind == DIFFERENCE else 0
+                rows.append(
+                    dict(
+                        question=question.name,
+                        scale=key,
+                        band=(metric.unchanged - margins[key], metric.unchanged + above),
+                        label=question.bar,
+                        text=interval_text(interval, metric.signed),
+                        **ends(interval),
+                    )
                 )
-            )
     copies = summary.get("memorised")
     if copies and copies["share"] is not None:
         share, high = copies["share"], copies["high"]
         rows.append(
             dict(
-                question="memorised",
-                scale="copies",
+                question=MEMORISED.name,
+                scale=MEMORISED.name,
                 band=(0, copies["margin"]),
-                label="share of near-copies, up to its upper bound",
+                label=MEMORISED.bar,
                 text=f"{share:.0%}, at most {high:.0%}",
                 mean=share,
                 low=share,
                 high=high,
-            )
-        )
-    if varied := totals.get("success", {}).get("variety"):
-        rows.append(
-            dict(
-                question="collapsed",
-                scale="variety",
-                band=(1 - margins["variety"], 1),
-                label="variety over the seeds, as a share of the base model's",
-                text=interval_text(varied, sign=False),
-                **ends(varied),
             )
         )
     return rows
@@ -289,7 +276,7 @@ def difference_bar(row, label, relative=True):
 def forest_bars(pairs):
     """[(title, rows)]: the differences of each two experiments as bars in units of their margins."""
     rows = [
-        difference_bar(pair, f"{NAMES[pair['metric']]}, {pair['category']} prompts")
+        difference_bar(pair, f"{metric_name(pair['metric'])}, {pair['category']} prompts")
         | dict(title=f"{pair['second']} minus {pair['first']}")
         for pair in pairs
     ]

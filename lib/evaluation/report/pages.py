@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lib.evaluation.choosing import Point, grid_table
-from lib.evaluation.prompts import CATEGORIES, OVERVIEW, first_of_each
+from lib.evaluation.metrics.table import DIFFERENCE, METRICS, questions
+from lib.evaluation.prompts import CATEGORIES, first_of_each
 from lib.evaluation.report import words
 from lib.evaluation.report.charts import distribution_figure, forest_bars, seeds_shown, verdict_bars
 from lib.images import strip, webp
@@ -29,10 +30,6 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-# The answers that one wants of an adapter: the concept learned, nothing else changed.
-WANTED = dict(learned="yes", memorised="no", collapsed="no") | {
-    question: kept for question, (_, _, kept) in words.OTHERS.items()
-}
 
 
 def image_uri(image, side=512):
@@ -50,10 +47,10 @@ def figure_uri(figure):
 
 
 def kind(question, answer):
-    """good, bad, or open where it cannot be told: how a page marks an answer."""
+    """good, bad, or open if it is unclear: how a page marks an answer."""
     if answer not in ("yes", "no"):
         return "open"
-    return "good" if answer == WANTED[question] else "bad"
+    return "good" if answer == questions()[question].wanted else "bad"
 
 
 def judged(summaries, concept):
@@ -61,7 +58,7 @@ def judged(summaries, concept):
     `name`, `kind`, `sentence` and `bar`, its interval drawn or None. `summaries` is {experiment:
     summary}."""
     bars = verdict_bars(summaries)
-    questions = {}
+    by_question = {}
     for name, summary in summaries.items():
         for v in summary["verdicts"]:
             more = dict(
@@ -70,18 +67,18 @@ def judged(summaries, concept):
                 bar=bars.get(v["question"], {}).get(name),
                 sentence=words.plain_sentence(v, concept, summary),
             )
-            questions.setdefault(v["question"], []).append(v | more)
-    return list(questions.items())
+            by_question.setdefault(v["question"], []).append(v | more)
+    return list(by_question.items())
 
 
 def by_category(rows):
     """[(title, category, rows)] of rows that have a `category`: what was taught first, unrelated
     prompts last."""
-    found = [
-        (title, category, [row for row in rows if row["category"] == category])
-        for category, title in words.CATEGORY_TITLES.items()
+    groups = [
+        (category.title, name, [row for row in rows if row["category"] == name])
+        for name, category in CATEGORIES.items()
     ]
-    return [group for group in found if group[2]]
+    return [group for group in groups if group[2]]
 
 
 def details_text(shown, adapters):
@@ -92,13 +89,13 @@ def details_text(shown, adapters):
 
 def score_table(rows):
     """Every pair's scores as rows of text, the head first; `rows` are a run's, base and LoRA in turn."""
-    scores = [key for key in ("clip", "concept_similarity") if rows[1][key] is not None]
-    head = ["Prompt and seed", *(f"{words.NAMES[key]}, base → LoRA" for key in scores), "LPIPS"]
+    measured = {k: m for k, m in METRICS.items() if m.scorer and m.shown and rows[1].get(k) is not None}
+    changes = {key for key, metric in measured.items() if metric.kind == DIFFERENCE}
+    head = ["Prompt and seed", *(m.name + (", base → LoRA" if k in changes else "") for k, m in measured.items())]
     return [head] + [
         [
             f"{base['prompt']}, seed {base['seed']}",
-            *(f"{base[key]:.3f} → {lora[key]:.3f}" for key in scores),
-            f"{lora['lpips']:.3f}",
+            *(f"{base[k]:.3f} → {lora[k]:.3f}" if k in changes else f"{lora[k]:.3f}" for k in measured),
         ]
         for base, lora in zip(rows[::2], rows[1::2], strict=True)
     ]
@@ -176,8 +173,8 @@ def sheet_rows(columns, shown, wanted):
                     prompt=prompt,
                     seeds=seeds,
                     cells=cells,
-                    kind=words.CATEGORY_TITLES[category],
-                    wished=words.WISHED[category],
+                    kind=CATEGORIES[category].title,
+                    wished=CATEGORIES[category].wish,
                 )
             )
     for card in (card for row in rows for cell in row["cells"] for card in cell["cards"]):
@@ -189,10 +186,9 @@ def comparison_sheets(columns, shown, seeds=2):
     """(the rows that stand for all, the others) of a comparison, as `sheet_rows` gives them; no image is in
     both. Of each prompt at least `seeds` are shown, or all that there are."""
     prompts, count = shown["prompts"], len(shown["seeds"])
-    few, first = first_of_each(prompts, OVERVIEW), seeds_shown(len(columns), count)
+    few, first = first_of_each(prompts), seeds_shown(len(columns), count)
     left = {
-        index: range(first if index in few else 0, min(seeds, count))
-        for index in first_of_each(prompts, dict.fromkeys(CATEGORIES, len(prompts)))
+        index: range(first if index in few else 0, min(seeds, count)) for index in first_of_each(prompts, len(prompts))
     }
     return (
         sheet_rows(columns, shown, dict.fromkeys(few, range(first))),
@@ -210,6 +206,7 @@ def run_page(run, summary, shown):
         groups=by_category(pair_rows(run, shown)),
         spread=words.spread_text(summary),
         table=words.summary_table(summary),
+        explained=words.explained([key for key in METRICS if key in summary["prompts"][0]]),
         tables=[words.kernel_table(summary), words.study_table(summary)],
         distribution=figure_uri(distribution_figure(run, shown["prompts"])),
         scores=score_table(run.rows),
@@ -234,7 +231,7 @@ def verdict_rows(verdicts, names):
     for question, found in verdicts:
         by_name = {verdict["name"]: verdict for verdict in found}
         cells = [by_name.get(name) for name in names]
-        rows.append(dict(question=question, plain=words.QUESTIONS[question], cells=cells))
+        rows.append(dict(question=question, plain=questions()[question].asks, cells=cells))
     return rows
 
 
@@ -278,31 +275,22 @@ GREEN = "#2a6b3f"
 
 @dataclass
 class Curve:
-    """One panel: measures of `sweep.SWEPT` over steps or scales, and their value at the base model."""
+    """One panel: swept measures over steps or scales."""
 
     title: str
     measures: dict  # {measure: its name in the legend}
-    base: float = 0.0
+    base: float = 0.0  # their value at the base model
 
 
-CURVES = (
-    Curve("Concept gained: similarity to the training images", {"concept_similarity success": "success prompts"}),
-    Curve("Match with the prompt: CLIP score against the base's", {"clip success": "success prompts"}),
-    Curve(
-        "Contamination: others moved toward the training images",
-        {"concept_similarity near": "near prompts", "concept_similarity unrelated": "unrelated prompts"},
-    ),
-    Curve(
-        "Change: others moved in any direction",
-        {"change near": "near prompts", "change unrelated": "unrelated prompts"},
-    ),
-    Curve("Diversity: variety over the seeds, the base's is 1", {"variety success": "success prompts"}, 1.0),
-    Curve(
-        "Nearest copy: similarity to one training image against the base's",
-        {"nearest_similarity success": "success prompts"},
-    ),
-    Curve("Held-out loss against before training, interval over the images", {"held_out": "held-out images"}),
-)
+def all_curves():
+    """A Curve of each measure that is swept, and of the held-out loss."""
+    curves = [
+        Curve(title, {f"{key} {category}": CATEGORIES[category].noun for category in categories}, metric.unchanged)
+        for key, metric in METRICS.items()
+        for categories, title in metric.swept.items()
+    ]
+    held_out = Curve("Held-out loss minus its value before training, interval over the images", {"held_out": "images"})
+    return [*curves, held_out]
 
 
 def write_choose_page(run, sweep, shown, folder):
@@ -346,7 +334,7 @@ def choose_page(run, sweep, shown, labels):
         )
         for index, (category, prompt) in enumerate(shown["prompts"])
     ]
-    found = [(curve, curve_figure(curve, sweep)) for curve in CURVES]
+    found = [(curve, curve_figure(curve, sweep)) for curve in all_curves()]
     return TEMPLATES.get_template("choose.html").render(
         title=run.name,
         strips=strips,
@@ -357,7 +345,7 @@ def choose_page(run, sweep, shown, labels):
         curves=[dict(uri=figure_uri(figure), alt=curve.title) for curve, figure in found if figure],
         grid=grid_table(sweep["rows"]),
         table=words.sweep_table(sweep["rows"]),
-        explained=words.SWEEP_EXPLAINED,
+        explained=words.sweep_explained(),
         details=details_text(shown, {run.name: run.adapter}),
     )
 
@@ -370,7 +358,7 @@ def curve_figure(curve, sweep):
 
 def curves_figure(sweep, title):
     """All curves on one sheet."""
-    known = [c for c in CURVES if any(key in row for row in sweep["rows"] for key in c.measures)]
+    known = [c for c in all_curves() if any(key in row for row in sweep["rows"] for key in c.measures)]
     lines = -(-len(known) // 2)
     figure = Figure(figsize=(9.4, 0.4 + 3 * lines), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=11)
