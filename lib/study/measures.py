@@ -6,11 +6,11 @@ from scipy import stats
 
 from lib.evaluation.metrics.effects import grid, no_change_reason
 from lib.evaluation.metrics.lpips_distances import pair_mean
-from lib.evaluation.prompts import members
+from lib.evaluation.prompts import UNTAUGHT, members
 from lib.evaluation.statistics import jackknife, mean_interval
 
 BASELINE, PROTECTED = "rank32", "protected"
-NOT_ASKED = ("near", "unrelated")  # categories of prompts that do not ask for the concept
+NOT_ASKED = tuple(category.name for category in UNTAUGHT)  # prompts that do not ask for the concept: near, unrelated
 # (metric, category)s that are compared at equal concept.
 AT_EQUAL = tuple((metric, category) for category in NOT_ASKED for metric in ("change", "concept_similarity"))
 
