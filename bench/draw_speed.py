@@ -106,7 +106,7 @@ def ours(args, how, batch_size, merged=True, graph=True):
         pipeline.load_lora_weights(ROOT / args.lora_dir)
     if graph:
         size = generation.latent_size(pipeline, how["resolution"])
-        generation.record_unet(pipeline, batch_size, size, how["guidance_scale"] > 1)
+        generation.capture_unet(pipeline, batch_size, size, how["guidance_scale"] > 1)
     generation.generate(pipeline, JOBS[:batch_size], batch_size=batch_size, title="", **how | dict(steps=2))
     started = waited()
     images = generation.generate(pipeline, JOBS, batch_size=batch_size, title="", **how)

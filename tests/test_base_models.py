@@ -214,7 +214,7 @@ def test_what_a_recorded_unet_does_not_know_goes_to_the_plain_one(tiny_model):
         return plain(*inputs, **known)
 
     unet.forward = watched
-    generation.record_unet(pipeline, 2, (8, 8), False)
+    generation.capture_unet(pipeline, 2, (8, 8), False)
     latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
     when = torch.tensor(500)
     expected = plain(latents, when, text, return_dict=False)[0]

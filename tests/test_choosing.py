@@ -221,7 +221,15 @@ def chosen(common, kept, tmp_path_factory):
 
 def test_what_a_choice_leaves(chosen, kept):
     folder, done = chosen
-    assert {"choose.html", "curves.png", "sweep_pictures.png"} <= {p.name for p in folder.iterdir()}
+    assert {p.name for p in folder.iterdir()} == {
+        "choose.html",
+        "images",
+        "metrics.csv",
+        "metrics.json",
+        "overview.webp",
+        "report.html",
+        "summary.md",
+    }
     found = {p.name for p in (folder / "images" / "a-cat-sitting-on-a-couch").iterdir()}
     kinds = {name.rsplit("_", 1)[0] for name in found}
     assert kinds == {"base", "lora", "lora_step_000002", "lora_step_000004"} | {
@@ -242,14 +250,14 @@ def test_what_a_choice_leaves(chosen, kept):
     assert "choose.html" in (folder / "report.html").read_text()
 
 
-def test_pictures_come_first_then_advice_then_curves_then_tables(chosen):
+def test_advice_comes_first_then_images_then_curves_then_tables(chosen):
     page = (chosen[0] / "choose.html").read_text()
     record = json.loads((chosen[0] / "metrics.json").read_text())
     places = [
         page.index(text)
         for text in (
-            'class="strip"',
             record["summary"]["sweep"]["advice"].partition(". ")[0],
+            'class="strip"',
             "<h2>Curves",
             "<table>",
             "<h2>How it was made",

@@ -410,7 +410,7 @@ def test_one_adapter_under_two_names_stops_the_run(tmp_path, common, trained):
 def test_comparison_files(compared):
     folder, done = compared
     names = sorted(p.name for p in (folder / "comparison").iterdir())
-    assert names == ["comparison.csv", "forest.png", "metrics.json", "overview.webp", "report.html", "summary.md"]
+    assert names == ["comparison.csv", "metrics.json", "overview.webp", "report.html", "summary.md"]
     with Image.open(folder / "comparison" / "overview.webp") as overview:
         assert overview.format == "WEBP"
         assert 4 * 256 < overview.width < 5 * 256 + 100  # the base model and three adapters, a seed each

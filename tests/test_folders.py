@@ -30,7 +30,7 @@ def sources(tmp_path_factory):
     for number in range(1, 5):
         picture(number).save(folder / "data" / f"{number}.png")
     make_processed(folder / "processed", 4)
-    (folder / "prompts.txt").write_text("a coat\nfailure: a cat\n")
+    (folder / "prompts.txt").write_text("a coat\nunrelated: a cat\n")
     return folder
 
 

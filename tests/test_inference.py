@@ -38,15 +38,11 @@ def test_what_an_evaluation_leaves(evaluated):
     assert names == ["comparison", "lora_weights_rank8", "lora_weights_rank_32", "lora_weights_unet_only"]
     one = folder / "lora_weights_rank8"
     assert sorted(p.name for p in one.iterdir()) == [
-        "comparison_all.png",
-        "unrelated_cases.png",
         "images",
         "metrics.csv",
         "metrics.json",
-        "near_cases.png",
         "overview.webp",
         "report.html",
-        "success_cases.png",
         "summary.md",
     ]
     pictures = sorted(p.name for p in (one / "images" / "a-red-leather-jacket").iterdir())
@@ -101,7 +97,7 @@ def test_a_picture_does_not_depend_on_its_batch(tiny_model):
 
 def test_prompts_file(tmp_path, tiny_model, tiny_clip, processed_data, trained):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("# mine\n../../a <b>raincoat</b>\n\nfailure: a cat\nsuccess: A cat!\n")
+    prompts.write_text("# mine\n../../a <b>raincoat</b>\n\nunrelated: a cat\nsuccess: A cat!\n")
     config = tiny(tiny_model, tiny_clip, processed_data) | dict(
         lora_dir=trained / "lora_weights_rank8", output_dir=tmp_path / "out", prompts=prompts, seeds=1
     )
@@ -134,7 +130,7 @@ def test_an_adapter_that_cannot_be_switched_off_is_refused(tiny_model, trained, 
     applied = adapters.Applied(adapter, models)
     generation.check_switch(pipeline, applied, adapter, base)
     monkeypatch.setattr(applied, "set_scale", lambda scale: None)
-    with pytest.raises(UserError, match="switched off"):
+    with pytest.raises(UserError, match="at scale 0"):
         generation.check_switch(pipeline, applied, adapter, base)
 
 

@@ -1109,7 +1109,7 @@ def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures(times):
     jobs = [("a red leather jacket", seed) for seed in range(8)]
     how = dict(steps=8, guidance_scale=6.0, resolution=resolution, title="")
     plain = [generation.generate(pipeline, jobs, batch_size=size, **how) for size in (1, 8)]
-    generation.record_unet(pipeline, 8, generation.latent_size(pipeline, resolution), True)
+    generation.capture_unet(pipeline, 8, generation.latent_size(pipeline, resolution), True)
     recorded = generation.generate(pipeline, jobs, batch_size=8, **how)
     base, batched, graph = (np.stack([np.asarray(i, np.float32) for i in images]) for images in (*plain, recorded))
     assert np.abs(batched - base).mean() < 1
@@ -1119,9 +1119,9 @@ def test_drawing_by_graph_and_in_any_batch_gives_the_same_pictures(times):
 
 def test_how_many_pictures_are_drawn_at_once(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert generation.images_at_once(40, 0, 512, cpu) == 4
-    assert generation.images_at_once(40, 7, 512, cpu) == 7
-    assert generation.images_at_once(11, 8, 512, cpu) == 6  # two batches, evened out
+    assert generation.choose_batch_size(40, 0, 512, cpu) == 4
+    assert generation.choose_batch_size(40, 7, 512, cpu) == 7
+    assert generation.choose_batch_size(11, 8, 512, cpu) == 6  # two batches, evened out
     for free, resolution, expected in (
         (0.5, 512, 1),
         (3.0, 512, 7),
@@ -1131,7 +1131,7 @@ def test_how_many_pictures_are_drawn_at_once(monkeypatch):
         (70.0, 1024, 8),
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 80 * 2**30))
-        assert generation.images_at_once(40 if expected != 7 else 42, 0, resolution, gpu) == expected
+        assert generation.choose_batch_size(40 if expected != 7 else 42, 0, resolution, gpu) == expected
 
 
 def test_a_recorded_unet_draws_the_same_pictures(tiny_model, monkeypatch):
@@ -1149,7 +1149,7 @@ def test_a_recorded_unet_draws_the_same_pictures(tiny_model, monkeypatch):
         return [lambda: made.append(1) or texts(), lambda: calls.append(1) or prediction()]
 
     monkeypatch.setattr(generation, "captured", counted)
-    generation.record_unet(pipeline, 4, (8, 8), True)
+    generation.capture_unet(pipeline, 4, (8, 8), True)
     found = generation.generate(pipeline, jobs, guidance_scale=6.0, **how)
     assert len(calls) == 2 * 4  # two batches, each of a call more than steps
     assert len(made) == 2  # keys and values, once a batch

@@ -250,7 +250,7 @@ def test_a_few_pictures_are_refused_in_words_with_every_figure(m, level):
     rng = np.random.default_rng([13, m])
     found = memorised([study(pictures(rng, m), far(rng, PROMPTS, SEEDS), far(rng, 1))])
     assert found["answer"] == UNCLEAR
-    assert found["too_few"].startswith(f"Too few training images to tell: {m}, needs at least 7 with 8 seeds.")
+    assert found["too_few"].startswith(f"Too few training images: {m}, needs at least 7 with 8 seeds.")
     assert found["too_few"] in found["text"]
     assert found["p"] > 0.05
     assert (found["level"] is not None) == (found["high"] is not None) == level

@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from lib.adapter_files import model_card
+from lib.evaluation.metrics.scores import Run
+from lib.evaluation.report import card
 from lib.files import written_files
 
 NAME = "lora_weights_rank_32"
@@ -183,6 +185,19 @@ def test_an_evaluation_puts_pictures_and_verdicts_into_the_card(
     known = written_files(run_folder, "config.json")
     there = {p.relative_to(run_folder).as_posix() for p in run_folder.rglob("*") if p.is_file()}
     assert there == known
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [(7, 1), (3, 8)])
+def test_a_trial_leaves_a_larger_evaluation_in_the_card(run_folder, prompts, seeds, capsys):
+    model_card.update_card(run_folder, card.EXTENT.format(7, 8), [], {})
+    before = (run_folder / "README.md").read_bytes()
+    run = Run(NAME, None, {}, [], [], folder=run_folder)
+    shown = dict(prompts=[("success", "a coat")] * prompts, seeds=range(seeds), config=dict(overwrite=False))
+    card.update_model_card(run, None, shown)
+    assert (run_folder / "README.md").read_bytes() == before
+    note = capsys.readouterr().out
+    assert "keeps its evaluation of 7 prompts and 8 sampling seeds" in note
+    assert f"this one has {prompts} and {seeds}" in note
 
 
 def test_a_new_run_takes_the_samples_away(run_folder, tiny_model, tiny_clip, processed_data, tmp_path):

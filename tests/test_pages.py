@@ -29,6 +29,7 @@ def drawn(run, caption="a raincoat"):
     run.base = [Image.new("RGB", (64, 64), (90, 90, 90))] * count
     run.lora = [Image.new("RGB", (64, 64), (200, 0, 0))] * count
     run.adapter["metadata"]["caption"] = caption
+    run.target = Path("results", run.name)
     return run
 
 
@@ -244,7 +245,7 @@ def test_experiments_without_a_verdict_keep_their_column():
 def test_no_picture_of_a_comparison_is_shown_twice(adapters):
     prompts = [(category, f"{category} {n}") for n in range(3) for category in ("unrelated", "success", "near")]
     pictures = [Image.new("RGB", (8, 8))] * len(prompts) * 4
-    columns = [(str(number), pictures) for number in range(1 + adapters)]
+    columns = [pages.Column(str(number), pictures) for number in range(1 + adapters)]
     few, others = pages.comparison_sheets(columns, dict(prompts=prompts, seeds=[5, 6, 7, 8]))
     assert [row["prompt"] for row in few] == ["success 0", "success 1", "near 0", "unrelated 0", "unrelated 1"]
     each = [(row["prompt"], seed) for row in few + others for seed in row["seeds"]]
@@ -405,11 +406,11 @@ def test_adapters_stand_side_by_side(width, adapters, fits, side, tmp_path):
     done = browse(path, tmp_path, "--window-size=1400,1000", "--dump-dom")
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
     assert found["fits"] == fits
-    assert found["verdicts"] == found["pictures"]
-    assert found["pictures"] == sorted(found["pictures"])
+    assert found["verdicts"] == found["images"]
+    assert found["images"] == sorted(found["images"])
     assert found["side"] >= side  # large enough to see
-    assert found["scrolled"][:2] == found["pictures"][:2]  # label and base model stay in sight
-    assert (found["scrolled"][2:] == found["pictures"][2:]) == fits
+    assert found["scrolled"][:2] == found["images"][:2]  # label and base model stay in sight
+    assert (found["scrolled"][2:] == found["images"][2:]) == fits
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")

@@ -1055,7 +1055,7 @@ def test_out_of_memory_while_drawing_advises_a_smaller_batch():
             Full(), [("a coat", 1)] * 8, steps=1, guidance_scale=1, resolution=64, batch_size=8, title="base"
         )
     first, second = str(error.value).splitlines()
-    assert "drawing 8 images at once" in first
+    assert "generating 8 images at once" in first
     assert "--batch-size 4" in second
 
 

@@ -100,7 +100,7 @@ def test_a_recorded_unet_knows_its_shape(tiny_model, monkeypatch):
         return [functions[0], lambda: calls.append(1) or functions[1]()]
 
     monkeypatch.setattr(generation, "captured", counted)
-    generation.record_unet(pipeline, 2, generation.latent_size(pipeline, "64x96"), True)
+    generation.capture_unet(pipeline, 2, generation.latent_size(pipeline, "64x96"), True)
     found = generation.generate(pipeline, JOBS, resolution="64x96", **HOW)
     assert len(calls) == 3  # a call more than steps
     for a, b in zip(expected, found, strict=True):
@@ -112,7 +112,7 @@ def test_a_recorded_unet_knows_its_shape(tiny_model, monkeypatch):
 def test_how_many_at_once_goes_by_the_area(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3.2 * 2**30, 80 * 2**30))
-    at_once = [generation.images_at_once(840, 0, size, gpu) for size in ("256x1024", 512, "512x768")]
+    at_once = [generation.choose_batch_size(840, 0, size, gpu) for size in ("256x1024", 512, "512x768")]
     assert at_once == [8, 8, 5]
 
 
@@ -183,7 +183,7 @@ def test_sheets_show_pictures_in_their_shape(size):
 @pytest.fixture(scope="module")
 def common(tiny_model, tiny_clip, tmp_path_factory):
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    prompts.write_text("a holographic raincoat\nnear: a raincoat\nfailure: a cat\n")
+    prompts.write_text("a holographic raincoat\nnear: a raincoat\nunrelated: a cat\n")
     return dict(base_model=tiny_model, clip_model=tiny_clip, steps=1, seeds=2, prompts=prompts)
 
 
@@ -211,8 +211,8 @@ def test_what_an_evaluation_of_portraits_leaves(portrait):
     (warning,) = [text for text in record["warnings"] if "no training image has" in text]
     assert f"warning: {warning}" in done.stdout
     assert warning in (folder / "report.html").read_text()
-    with Image.open(folder / "sweep_pictures.png") as sheet:
-        assert sheet.height == 24 + 3 * (192 * 96 // 64 + 6 + 24)
+    with Image.open(folder / "overview.webp") as sheet:  # a row each of the three prompts, its line above it
+        assert sheet.height == 256 // 6 * 2 + 3 * (256 // 4 + 256 * 96 // 64) + 256 // 6
 
 
 def test_portraits_measured_again_are_the_same(portrait, tmp_path):
@@ -270,9 +270,9 @@ def test_previews_have_the_commonest_size(bucketed):
 
 def test_a_run_on_buckets_is_drawn_at_any_size(common, bucketed, tmp_path):
     data, folder = bucketed
-    config = common | dict(data_dir=data, lora_dir=folder, output_dir=tmp_path / "out", seeds=1)
+    config = common | dict(data_dir=data, lora_dir=folder, seeds=1)
     for size, told in (("80x64", False), (128, False), ("96x32", True)):
-        done = call("inference.py", *options(**config, resolution=size))
+        done = call("inference.py", *options(**config, resolution=size, output_dir=tmp_path / str(size)))
         assert done.returncode == 0, done.stderr
         assert "was trained on other images" not in done.stdout
         assert ("no training image has" in done.stdout) == told, size

@@ -174,7 +174,7 @@ def test_pytorchs_compiler_is_not_loaded(script):
         for node in ast.walk(tree)
         if isinstance(node, ast.With) and "quick_imports" in ast.unparse(node.items[0])
     ]
-    given = "from lib.imports import quick_imports\ndrawing = True"
+    given = "from lib.imports import quick_imports\ngenerating = True"
     code = "\n".join([given, *blocks, "import gc, sys"])
     code += "\nprint([m for m in sys.modules if m == 'torch._inductor.compile_fx'])"
     code += "\nprint('peft' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 10**5)"

@@ -1,4 +1,4 @@
-"""An evaluation on disk: read back, to be measured again, and written, whole or not at all."""
+"""An evaluation on disk: read to be measured again, protected against replacement, written whole or not at all."""
 
 import csv
 import json
@@ -12,53 +12,57 @@ from PIL import Image
 from lib.errors import UserError
 from lib.evaluation.choosing import Point
 from lib.evaluation.metrics.scores import Run
-from lib.evaluation.prompts import CATEGORIES, slugs
+from lib.evaluation.prompts import slugs
 from lib.evaluation.report import charts, pages, words
 from lib.evaluation.runs import MARKER, check_fingerprints
 from lib.files import check_output_folder, fresh_folder, recover_folder, replace_folder, unfinished, write_marker
 
-# What images must share to be compared.
-DRAWN_WITH = ("base_model", "revision", "steps", "guidance_scale", "resolution")
+# The settings that images must share to be compared.
+GENERATED_WITH = ("base_model", "revision", "steps", "guidance_scale", "resolution")
+
+
+def read_record(folder):
+    """(metrics.json of an evaluation, its prompts, its seeds); UserError naming the file if it cannot be read."""
+    try:
+        record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        prompts = list(dict.fromkeys((row["category"], row["prompt"]) for row in record["pictures"]))
+        seeds = list(dict.fromkeys(row["seed"] for row in record["pictures"]))
+        record["run"], record["adapter"], record["config"]["lora_scales"]  # a KeyError if one is missing
+        return record, prompts, seeds
+    except (ValueError, KeyError, TypeError, OSError) as problem:
+        raise UserError(f"{folder / MARKER} cannot be read as an evaluation: {problem!r}") from None
 
 
 def read_saved(output_dir, config):
     """The runs that an earlier evaluation saved in `output_dir` or its subfolders.
 
-    Returns (runs, the configuration they were drawn with, prompts, seeds).
+    Returns (runs, the configuration that they were generated with, prompts, seeds).
     """
-    found = (
+    folders = (
         [output_dir]
         if (output_dir / MARKER).is_file()
         else sorted(p.parent for p in output_dir.glob(f"*/{MARKER}") if p.parent.name != "comparison")
     )
-    for folder in [folder for folder in found if not (folder / "images").is_dir()]:
-        print(f"note: {folder} is passed over, it holds no images")
-        found.remove(folder)
-    if not found:
-        raise UserError(f"{output_dir}: no metrics.json beside images in it or one folder down; nothing to rescore")
-    runs, drawn = [], None
-    for folder in found:
-        try:
-            saved = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            prompts = list(dict.fromkeys((r["category"], r["prompt"]) for r in saved["pictures"]))
-            seeds = list(dict.fromkeys(row["seed"] for row in saved["pictures"]))
-            points = saved_points(saved)
-            run = Run(saved["run"], folder, saved["adapter"], [], [])
-        except (ValueError, KeyError, TypeError, OSError) as problem:
-            raise UserError(f"{folder / 'metrics.json'} cannot be read: {problem}") from None
-        if "held_out" not in run.adapter and run.adapter:
-            print(
-                f"note: {folder} was written before configurations were kept with the results: it counts as "
-                "an experiment of its own, and which images it held out is not known"
-            )
-        how = {key: saved["config"].get(key) for key in DRAWN_WITH}
-        if drawn not in (None, (prompts, seeds, how)):
-            raise UserError(f"{folder} has other prompts, seeds or settings than {found[0]}; rescore them apart")
-        drawn = (prompts, seeds, how)
+    for folder in [folder for folder in folders if not (folder / "images").is_dir()]:
+        print(f"note: {folder} holds no images and is skipped")
+        folders.remove(folder)
+    if not folders:
+        raise UserError(
+            f"{output_dir}: no metrics.json with images beside it, here or one folder down; nothing to rescore"
+        )
+    runs, first = [], None
+    for folder in folders:
+        record, prompts, seeds = read_record(folder)
+        settings = prompts, seeds, {key: record["config"].get(key) for key in GENERATED_WITH}
+        if first not in (None, settings):
+            raise UserError(f"{folder} has other prompts, seeds or settings than {folders[0]}; rescore them separately")
+        first = settings
+        run = Run(record["run"], folder, record["adapter"], [], [])
         run.base, run.lora = (
             [open_image(path) for path in image_paths(folder, prompts, seeds, [kind])] for kind in ("base", "lora")
         )
-        run.points = dict.fromkeys(points)
+        points = [Point(step and int(step), float(scale)) for step, scale in record["points"]]
+        run.points = dict.fromkeys(points)  # all of them: `is_own` compares with the others
         for point in points:
             if point.scale == 0 or run.is_own(point):
                 run.points[point] = run.lora if point.scale else run.base
@@ -67,49 +71,71 @@ def read_saved(output_dir, config):
             run.points[point] = [open_image(path) for path in paths]
         runs.append(run)
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
-    # How they were generated is saved; how they are scored and judged is configured now.
-    scoring = {"clip_model", "clip_revision", "data_dir", "output_dir", "rescore"}
+    # How images were generated is saved; how they are scored and judged is configured now.
+    scoring = {"clip_model", "clip_revision", "data_dir", "output_dir", "overwrite", "rescore"}
     scoring |= {key for key in config if key.endswith("_margin")}
-    return runs, config | saved["config"] | {key: config[key] for key in scoring}, prompts, seeds
+    return runs, config | record["config"] | {key: config[key] for key in scoring}, prompts, seeds
 
 
-def saved_points(saved):
-    """The points of a metrics.json, a list; those written before snapshots could be looked at name only
-    the scales."""
-    scales = [float(scale) for scale in saved["config"]["lora_scales"]]
-    if "points" not in saved:
-        return [Point(None, scale) for scale in scales] if scales != [1.0] else []
-    return [Point(step and int(step), float(scale)) for step, scale in saved["points"]]
+def check_replaceable(runs, config, prompts, seeds):
+    """UserError if this evaluation would replace one of another adapter, or of images generated with other settings;
+    nothing is checked with `overwrite`."""
+    for run in runs:
+        if config["overwrite"] or not (run.target / MARKER).is_file():
+            continue
+        record, *saved = read_record(run.target)
+        before, now = image_settings(record["config"], *saved), image_settings(config, prompts, seeds)
+        changes = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+        if record["adapter"].get("fingerprint") != run.adapter.get("fingerprint"):
+            earlier = "an earlier" if record["run"] == run.name else "another adapter,"
+            content = f"the evaluation of {earlier} “{record['run']}”"
+        elif saved[0] != prompts or changes:
+            changes += ["other prompts"] if saved[0] != prompts else []
+            content = f"an evaluation of “{run.name}” with other settings ({', '.join(changes)})"
+        else:
+            continue
+        raise UserError(f"{run.target} holds {content}; choose another --output-dir, or replace it with --overwrite")
+
+
+def image_settings(config, prompts, seeds):
+    """The settings that decide an evaluation's images, besides the prompts, as text: {setting: value}."""
+    keys = ("score_dir",) if config.get("score_dir") else (*GENERATED_WITH, "snapshots")
+    scales = ", ".join(f"{scale:g}" for scale in sorted({*map(float, config["lora_scales"])}))
+    return {key: str(config.get(key)) for key in keys} | {
+        "lora_scales": scales,
+        "seeds": f"{min(seeds)} to {max(seeds)}",
+    }
 
 
 def image_paths(folder, prompts, seeds, kinds=("base", "lora")):
-    """Where the images of each kind lie, kind by kind, prompt by prompt and seed by seed."""
+    """The paths of the images of each kind: kind by kind, prompt by prompt and seed by seed."""
     return [
         folder / "images" / slug / f"{kind}_{seed}.png" for kind in kinds for slug in slugs(prompts) for seed in seeds
     ]
 
 
 def natural_order(path):
-    """A sort key of file names by which 2 comes before 10."""
+    """A sort key for file names that puts 2 before 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name.lower())]
 
 
 def read_pair(score_dir, output_dir, prompts):
-    """One run from two folders of images that this script did not draw, and numbers for seeds.
+    """([one Run], seeds 1, 2, …) of two folders of images that this script did not generate.
 
-    The images of each folder, in the natural order of their names, are those of the prompts in
-    order, the same number for each prompt. Where both names of a pair hold numbers, the last ones
-    must agree. Raises UserError naming the files that do not.
+    Each folder holds, in natural order of the names, the same number of images for each prompt in turn. Where both
+    names of a pair contain numbers, the last ones must agree. Raises UserError naming the files that do not.
     """
     check_output_folder(output_dir, MARKER)
-    places = [Path(part.strip()) for part in str(score_dir).split(",")]
-    if len(places) != 2 or not all(place.is_dir() for place in places):
+    folders = [Path(part.strip()) for part in str(score_dir).split(",")]
+    if len(folders) != 2 or not all(folder.is_dir() for folder in folders):
         raise UserError(f"score_dir {score_dir!r} must be two folders, BASE_FOLDER,LORA_FOLDER")
     endings = (".png", ".jpg", ".jpeg", ".webp")
-    files = [sorted((p for p in place.iterdir() if p.suffix.lower() in endings), key=natural_order) for place in places]
+    files = [
+        sorted((p for p in folder.iterdir() if p.suffix.lower() in endings), key=natural_order) for folder in folders
+    ]
     if len(files[0]) != len(files[1]) or not files[0] or len(files[0]) % len(prompts):
         raise UserError(
-            f"{places[0]} has {len(files[0])} images and {places[1]} {len(files[1])}; both must "
+            f"{folders[0]} has {len(files[0])} images and {folders[1]} {len(files[1])}; both must "
             f"have the same number, and a multiple of the {len(prompts)} prompts"
         )
     for pair in zip(*files, strict=True):
@@ -124,14 +150,14 @@ def read_pair(score_dir, output_dir, prompts):
     for index, (a, b, path) in enumerate(zip(base, lora, files[1], strict=True)):
         if a.size != b.size:
             raise UserError(f"{path} is {b.size}, its base image {a.size}; nothing is resized")
-        first = index - index % count  # each is compared with the others of its prompt
+        first = index - index % count  # the first image of the same prompt
         if b.size != lora[first].size:
             raise UserError(
                 f"{path} is {b.size}, {files[1][first]} of the same prompt {lora[first].size}; nothing is resized"
             )
         if min(b.size) < 32:
             raise UserError(f"{path} is {b.size}, too small for LPIPS, which needs 32 pixels a side")
-    run = Run(places[1].name, output_dir, {}, base, lora)
+    run = Run(folders[1].name, output_dir, {}, base, lora)
     return [run], list(range(1, count + 1))
 
 
@@ -140,18 +166,15 @@ def open_image(path):
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             return image.convert("RGB")
-    # A decoder may raise almost anything on a damaged file.
-    except Exception as problem:
+    except Exception as problem:  # a decoder may raise almost anything on a damaged file
         raise UserError(f"{path} cannot be read as an image: {problem}") from None
 
 
 def raw_scores(run, base_pairs):
-    """What `effects` needs beside the rows of a run's images, so that metrics.json alone can be judged
-    again: {"pairs", "swept"}.
+    """What judging from metrics.json alone needs beside the images' rows: {"pairs", "swept"}.
 
-    `pairs` are the LPIPS between images of one prompt at different seeds, {"base", "lora"}: for each
-    prompt those of the seeds (0, 1), (0, 2), …, (1, 2), …. `swept` has, of each other point that was
-    drawn, its step and scale, its LoRA images' rows and their pairs.
+    `pairs`, {"base", "lora"}, are the LPIPS between the images of each prompt at seeds (0, 1), (0, 2), …, (1, 2), ….
+    `swept` lists, for each other point that was generated, its step, scale, LoRA images' rows and pairs.
     """
     first, second = np.triu_indices(base_pairs.shape[-1], 1)
 
@@ -167,57 +190,40 @@ def raw_scores(run, base_pairs):
 
 
 def begin_images(runs, prompts, seeds, pool):
-    """Begin to write each run's images and sheets into the unfinished folder that `write_run` completes, in the
-    threads of `pool`: encoding keeps a core busy, and no lock, so it goes on beside the scoring."""
-    count = len(seeds)
-    few = min(3, count)
+    """Starts writing each run's images and overview into the unfinished folder that `write_run` completes.
 
-    def write_sheet(place, rows):
-        charts.comparison_figure(*rows).save(place)
+    Encoding in the threads of `pool` keeps a core busy without a lock, so it runs beside the scoring.
+    """
 
-    def write_overview(place, run):
+    def write_overview(path, run):
         columns = [("Base model", run.base), ("The same noise, with the LoRA", run.lora)]
-        charts.overview_figure(columns, prompts).save(place, quality=90)
+        charts.overview_figure(columns, prompts).save(path, quality=90)
 
     for run in runs:
-        new = fresh_folder(run.target)
-        by_prompt = [
-            dict(
-                category=category,
-                prompt=prompt,
-                base=run.base[i * count : (i + 1) * count],
-                lora=run.lora[i * count : (i + 1) * count],
-            )
-            for i, (category, prompt) in enumerate(prompts)
-        ]
-        paths, images = image_paths(new, prompts, seeds), run.base + run.lora
-        for point, drawn in run.points.items():
-            if point.scale and not run.is_own(point):  # those two are there already
-                paths += image_paths(new, prompts, seeds, [point.file_stem])
-                images += drawn
+        folder = fresh_folder(run.target)
+        paths, images = image_paths(folder, prompts, seeds), run.base + run.lora
+        for point, of_point in run.points.items():
+            if point.scale and not run.is_own(point):  # these two are the base's and the run's own
+                paths += image_paths(folder, prompts, seeds, [point.file_stem])
+                images += of_point
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-        sheets = {"comparison_all.png": (by_prompt, run.name, few)}
-        for category in CATEGORIES:
-            chosen = [row for row in by_prompt if row["category"] == category]
-            if chosen:
-                sheets[f"{category}_cases.png"] = chosen, f"{run.name}: {category}", count
-
-        # The large ones first, so that none is left at the end.
-        run.saving = [pool.submit(write_sheet, new / name, rows) for name, rows in sheets.items()]
-        run.saving.append(pool.submit(write_overview, new / "overview.webp", run))
+        run.saving = [pool.submit(write_overview, folder / "overview.webp", run)]  # the longest job first
         run.saving += [pool.submit(image.save, path) for image, path in zip(images, paths, strict=True)]
 
 
 def write_run(run, summary, shown, base_pairs):
-    """Write one run's tables and page beside the images that `begin_images` began, which are waited for, so
-    that its folder appears whole or not at all; `base_pairs` as for `effects`."""
-    new = unfinished(run.target)
-    page = pages.run_page(run, summary, shown)
+    """Completes the folder that `begin_images` started with tables and pages, so that it appears whole or not at all;
+    `base_pairs` as for `effects`."""
+    folder = unfinished(run.target)
+    (folder / "report.html").write_text(pages.run_page(run, summary, shown), encoding="utf-8")
+    if run.points:
+        (folder / "choose.html").write_text(pages.choose_page(run, summary["sweep"], shown), encoding="utf-8")
     for saved in run.saving:
         saved.result()
-    if run.points:
-        pages.write_choose_page(run, summary["sweep"], shown, new)
+    write_csv(folder / "metrics.csv", run.rows)
+    text = words.summary_text(summary)
+    (folder / "summary.md").write_text(f"# {run.name}\n\n{text}\n", encoding="utf-8")
     record = dict(
         run=run.name,
         config=shown["config"],
@@ -229,11 +235,7 @@ def write_run(run, summary, shown, base_pairs):
         pictures=run.rows,
         **raw_scores(run, base_pairs),
     )
-    write_csv(new / "metrics.csv", run.rows)
-    text = words.summary_text(summary)
-    (new / "summary.md").write_text(f"# {run.name}\n\n{text}\n", encoding="utf-8")
-    (new / "report.html").write_text(page, encoding="utf-8")
-    write_marker(new / MARKER, record)  # last: with it the folder is whole
+    write_marker(folder / MARKER, record)  # last: it marks the folder as whole
     replace_folder(run.target, MARKER)
     print(f"\n{run.name}\n{text}\n\nopen {run.target / 'report.html'}")
     if run.points:
@@ -241,27 +243,27 @@ def write_run(run, summary, shown, base_pairs):
 
 
 def write_comparison(target, groups, summaries, pairs, shown):
-    """Write what several experiments have in common and where they differ, and their images side by side."""
-    new = fresh_folder(target)
-    overview = charts.overview_figure(pages.columns_of(groups), shown["prompts"])
-    overview.save(new / "overview.webp", quality=90)
-    if pairs:  # several experiments; several runs of one have nothing to compare
-        charts.forest_figure(pairs).savefig(new / "forest.png")
-        write_csv(new / "comparison.csv", [flattened(row) for row in pairs])
+    """Writes the comparison of several experiments: verdicts, differences, and images side by side."""
+    folder = fresh_folder(target)
+    columns = [(column.title, column.images) for column in pages.columns_of(groups)]
+    overview = charts.overview_figure(columns, shown["prompts"])
+    overview.save(folder / "overview.webp", quality=90)
+    if pairs:  # several experiments; the runs of a single one are not compared
+        write_csv(folder / "comparison.csv", [flattened(row) for row in pairs])
+    text = words.comparison_text(summaries, pairs)
+    (folder / "summary.md").write_text(f"# Comparison\n\n{text}\n", encoding="utf-8")
+    page = pages.comparison_page(groups, summaries, pairs, shown)
+    (folder / "report.html").write_text(page, encoding="utf-8")
     record = dict(
         experiments=summaries, pairs=pairs, config=shown["config"], **shown["provenance"], warnings=shown["warnings"]
     )
-    text = words.comparison_text(summaries, pairs)
-    (new / "summary.md").write_text(f"# Comparison\n\n{text}\n", encoding="utf-8")
-    page = pages.comparison_page(groups, summaries, pairs, shown)
-    (new / "report.html").write_text(page, encoding="utf-8")
-    write_marker(new / MARKER, record)
+    write_marker(folder / MARKER, record)
     replace_folder(target, MARKER)
     print(f"\ncomparison\n{text}\n\nopen {target / 'report.html'}")
 
 
 def flattened(pair):
-    """A comparison as one row of a table: its equivalence in columns of its own."""
+    """A comparison as one row of a table, its equivalence in columns of its own."""
     row = pair | {f"equivalence_{key}": value for key, value in pair["equivalence"].items()}
     row |= dict(left_out=", ".join(pair["left_out"]), decides=pair.get("decides", ""))
     return {key: value for key, value in row.items() if key != "equivalence"}
@@ -275,7 +277,7 @@ def write_csv(path, rows):
 
 
 def recover(output_dir):
-    """Mend what a killed run left, in `output_dir` itself and in the folders of its runs."""
+    """Completes or undoes the replacements of a killed run, of `output_dir` itself and of the folders in it."""
     recover_folder(output_dir, MARKER)
     links = [path for path in output_dir.glob("*") if path.is_symlink()]
     for ending in (".old", ".unfinished"):

@@ -1,8 +1,7 @@
-"""Which adapters are evaluated: what will be drawn, which are training runs of one experiment, and
-which are one and the same.
+"""The adapters under evaluation: what to generate, which runs form one experiment, which are identical.
 
-Runs belong together if their configurations (config.json, which train.py writes beside an adapter)
-differ in the training seed alone, whatever they are called.
+Runs form one experiment if their configurations (train.py's config.json beside the adapter) differ in the training
+seed alone, whatever their names.
 """
 
 import json
@@ -13,11 +12,11 @@ from lib import adapter_files, adapters
 from lib.errors import UserError
 from lib.evaluation.metrics.scores import Run
 from lib.files import check_output_folder
-from lib.models import base_model_name, fetch_base_model
+from lib.models import base_model_name
 
-MARKER = "metrics.json"  # the file of a results folder that is written last
-# Keys of train.py's CONFIG that may differ between two runs of one experiment: where a run lies and
-# how often it reports change nothing of what it learns. Of the data its hash counts, not its place.
+MARKER = "metrics.json"  # written last into a results folder
+# Keys of train.py's CONFIG that may differ between runs of one experiment: where a run is stored and how often it
+# reports do not change what it learns. The data count by their hash, not by their folder.
 WITHOUT_EFFECT = (
     "seed",
     "data_dir",
@@ -39,76 +38,69 @@ WITHOUT_EFFECT = (
     "push_to_hub",
 )
 
-# What config.json says of how long a run took, where.
+# The keys of config.json for a run's duration, memory and device.
 SPEED = ("steps_a_second", "set_up_seconds", "peak_gib_reserved", "device")
 
 
 def plan_runs(config, device):
-    """What will be drawn: ([(Run, {step: Adapter})], base-model folder), all checked; the runs have no
-    images. Of several adapters of a run, its snapshots, its own comes last; where they are not asked for it
-    is alone, under None."""
-    found = adapter_files.find_adapters(config["lora_dir"])
-    output_dir, base_model = Path(config["output_dir"]), config["base_model"]
-    targets = [output_dir / name if len(found) > 1 else output_dir for name, _ in found]
-    for target in [*targets, *([output_dir / "comparison"] if len(found) > 1 else [])]:
+    """What to generate: [(Run without images, {step: Adapter})], everything checked.
+
+    The adapters of a run are its snapshots and, last, its own. Without `snapshots` its own is alone, under None.
+    """
+    places = adapter_files.find_adapters(config["lora_dir"])
+    names, output_dir = [name for name, _ in places], Path(config["output_dir"])
+    targets = [output_dir / name if len(places) > 1 else output_dir for name in names]
+    for target in [*targets, *([output_dir / "comparison"] if len(places) > 1 else [])]:
         check_output_folder(target, MARKER)
-    for left in sorted(Path(config["lora_dir"]).glob("*/config.json")):
-        if len(found) > 1 and left.parent.name not in [name for name, _ in found]:
-            print(f"note: {left.parent} is a run without its weights, and is passed over")
-    read = [(name, adapter_files.read_adapter(path)) for name, path in found]
-    runs = [
-        Run(name, target, describe(adapter), [], [], folder=adapter.path)
-        for (name, adapter), target in zip(read, targets, strict=True)
-    ]
-    steps = [
-        with_snapshots(run, adapter) if config["snapshots"] else {None: adapter}
-        for run, (_, adapter) in zip(runs, read, strict=True)
-    ]
+    for path in sorted(Path(config["lora_dir"]).glob("*/config.json")) if len(places) > 1 else ():
+        if path.parent.name not in names:
+            print(f"note: {path.parent} is a run without weights and is skipped")
+    plan = []
+    for (name, path), target in zip(places, targets, strict=True):
+        adapter = adapter_files.read_adapter(path)
+        run = Run(name, target, describe(adapter), [], [], folder=adapter.path)
+        plan.append((run, with_snapshots(run, adapter) if config["snapshots"] else {None: adapter}))
+        trained_on = adapter.metadata.get("base_model")
+        if trained_on and base_model_name(trained_on) != base_model_name(config["base_model"]):
+            print(f"note: {name} was trained on {trained_on}; its images are generated with {config['base_model']}")
     check_fingerprints(
         [
             (f"{run.name}, step {step}" if step else run.name, adapters.fingerprint(adapter))
-            for run, kept in zip(runs, steps, strict=True)
-            for step, adapter in kept.items()
+            for run, steps in plan
+            for step, adapter in steps.items()
         ]
     )
-    group_runs(runs)
+    group_runs([run for run, _ in plan])
     if device.type == "cpu":
-        print("no CUDA GPU found: drawing on the CPU, in fp32")
-    for name, adapter in read:
-        known = adapter.metadata.get("base_model")
-        if known and base_model_name(known) != base_model_name(base_model):
-            print(f"note: {name} was trained on {known}, here it is drawn with {base_model}")
-    half = device.type == "cuda"
-    folder = fetch_base_model(base_model, config["revision"], half, config["resolution"])
-    return list(zip(runs, steps, strict=True)), folder
+        print("no CUDA GPU found: generating on the CPU, in fp32")
+    return plan
 
 
 def with_snapshots(run, adapter):
     """{step: Adapter} of a run's snapshots and, last, its own adapter; UserError if there are none.
 
-    Notes in `run.adapter` the held-out losses of these steps and of step 0, where the log has them.
+    Puts the held-out losses of these steps and of step 0, as far as the log has them, into `run.adapter`.
     """
-    folder = Path(adapter.path)
-    found = {}
+    folder, steps = Path(adapter.path), {}
     for place in sorted((folder / "snapshots").glob("step_*")):
         number = place.name.removeprefix("step_")
         if number.isdecimal() and adapter_files.adapter_files(place):
-            found[int(number)] = adapter_files.read_adapter(place)
+            steps[int(number)] = adapter_files.read_adapter(place)
     last = (run.adapter["training"] or {}).get("max_steps")
-    if not found or last is None:
-        what = "its config.json" if found else "snapshots"
+    if not steps or last is None:
+        missing = "config.json" if steps else "snapshots"
         raise UserError(
-            f"{folder}: --snapshots needs {what}, and there is none; train.py keeps them with --snapshot-every N"
+            f"{folder}: --snapshots needs {missing}, which this run lacks; train.py --snapshot-every N writes them"
         )
-    late = [step for step in found if step >= last]
+    late = [step for step in steps if step >= last]
     if late:
-        raise UserError(f"{folder}: a snapshot of step {late[0]}, but the run ended after {last}")
-    run.adapter["held_out_losses"] = held_out_losses(folder / "log.jsonl", (0, *found, last))
-    return found | {last: adapter}
+        raise UserError(f"{folder}: a snapshot of step {late[0]}, but the run ended after {last}; remove the snapshot")
+    run.adapter["held_out_losses"] = held_out_losses(folder / "log.jsonl", (0, *steps, last))
+    return steps | {last: adapter}
 
 
 def held_out_losses(path, steps):
-    """{step: losses of the held-out images} as a run's log holds them, of those of `steps` that it has."""
+    """{step: losses of the held-out images} from a run's log, for those of `steps` that it has."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return {
@@ -117,20 +109,20 @@ def held_out_losses(path, steps):
             if row["step"] in steps and "validation_losses" in row
         }
     except OSError:
-        print(f"note: there is no {path}, so no held-out loss")
+        print(f"note: {path} is missing, so there is no held-out loss")
         return {}
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{path} is not what train.py writes ({problem!r}); remove it to go without") from None
 
 
 def describe(adapter):
-    """What the results say of a read adapter: a dict for metrics.json.
+    """A read adapter's entry in metrics.json: a dict.
 
-    `training` is what decides its experiment, or None where it has no config.json; `speed` what that
-    says of the time and memory that the run took.
+    `training` holds the settings that define its experiment, None without a config.json; `speed` the run's time and
+    memory.
     """
     metadata = {k: v for k, v in adapter.metadata.items() if k not in ("lora_adapter_metadata", "format")}
-    found = dict(
+    entry = dict(
         fingerprint=adapters.fingerprint(adapter),
         rank=adapter.rank,
         alpha=adapter.alpha,
@@ -138,40 +130,39 @@ def describe(adapter):
         training=None,
         held_out=[],
     )
-    record = Path(adapter.path) / "config.json"
-    if record.is_file():
-        try:
-            written = json.loads(record.read_text(encoding="utf-8"))
-            if "config" not in written:
-                print(f"note: {record} is not train.py's, and is passed over")
-                return found
-            config, data = written["config"], written["data"]
-            # What was computed in, over how many processes, and rates changed on the way count too.
-            found["training"] = dict(
-                config,
-                data_sha256=data["sha256"],
-                processes=written.get("processes"),
-                mixed_precision=written.get("mixed_precision"),
-                learning_rate_changes=written.get("learning_rate_changes") or [],
-            )
-            found["held_out"] = list(data["held_out"])
-            found["speed"] = {key: written[key] for key in SPEED if key in written}
-            found["metadata"] = {"seed": str(config["seed"])} | metadata
-        except (ValueError, KeyError, TypeError, OSError) as problem:
-            raise UserError(
-                f"{record} is not what train.py writes ({problem!r}); restore it, or remove it to "
-                "evaluate the adapter without"
-            ) from None
-    return found
+    path = Path(adapter.path) / "config.json"
+    if not path.is_file():
+        return entry
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if "config" not in record:
+            print(f"note: {path} was not written by train.py and is ignored")
+            return entry
+        # Precision, number of processes and learning rates changed on the way belong to the experiment too.
+        entry["training"] = dict(
+            record["config"],
+            data_sha256=record["data"]["sha256"],
+            processes=record.get("processes"),
+            mixed_precision=record.get("mixed_precision"),
+            learning_rate_changes=record.get("learning_rate_changes") or [],
+        )
+        entry["held_out"] = list(record["data"]["held_out"])
+        entry["speed"] = {key: record[key] for key in SPEED if key in record}
+        entry["metadata"] = {"seed": str(record["config"]["seed"])} | metadata
+    except (ValueError, KeyError, TypeError, OSError) as problem:
+        raise UserError(
+            f"{path} is not what train.py writes ({problem!r}); restore it, or remove it to evaluate without"
+        ) from None
+    return entry
 
 
 def group_runs(runs):
-    """{experiment: [Run]}: runs whose configurations differ in the seed alone are one experiment.
+    """{experiment: [Run]}: runs whose configurations differ in the seed alone form one experiment.
 
-    It is called as its first run is, less an ending _seed<N>. A run without config.json is an
-    experiment of its own. They are in the order of how many settings are switched on, so that what adds
-    something to a recipe stands behind it, wherever the two are shown or subtracted. Raises UserError, naming the keys, for two runs of one seed and
-    configuration, and for runs of one experiment's name whose configurations differ.
+    An experiment has the name of its first run, without a final _seed<N>. A run without config.json is an experiment
+    of its own. Experiments are ordered by the number of settings that are switched on: a recipe comes before the same
+    recipe with an addition, wherever the two are shown or subtracted. Raises UserError, naming the keys, for two runs
+    of the same seed and configuration, and for runs of one experiment's name whose configurations differ.
     """
     groups, first_of_name = {}, {}
     for run in runs:
@@ -185,7 +176,7 @@ def group_runs(runs):
         differing = sorted(k for k in settings | known if settings.get(k) != known.get(k))
         if differing:
             raise UserError(
-                f"{other.name} and {run.name} are named as runs of one experiment, but differ in "
+                f"{other.name} and {run.name} have the names of runs of one experiment, but differ in "
                 f"{', '.join(differing)}; rename one of them"
             )
         same = [group for group in groups.values() if experiment_settings(group[0]) == settings]
@@ -205,17 +196,17 @@ def group_runs(runs):
 
 
 def experiment_settings(run):
-    """What the seeds of one experiment have in common, or None for a run without config.json."""
+    """The settings that all seeds of an experiment share, or None for a run without config.json."""
     training = run.adapter.get("training")
     return training and {k: v for k, v in training.items() if k not in WITHOUT_EFFECT}
 
 
-def check_fingerprints(found):
-    """Raise UserError naming both if two adapters under comparison are the same: the published study
-    scored one adapter under two names and called the equality a finding. `found` is a list of
-    (name, fingerprint), which is None for images that were drawn elsewhere."""
+def check_fingerprints(named):
+    """Raises UserError, naming both, if two adapters under comparison are the same: the published study scored one
+    adapter under two names and called the equality a finding. `named` is [(name, fingerprint)], the fingerprint None
+    for images from elsewhere."""
     owners = {}
-    for name, key in found:
+    for name, key in named:
         if key is not None and key in owners:
             raise UserError(
                 f"{owners[key]} and {name} are the same adapter (fingerprint {key[:12]}…); a comparison "

@@ -13,7 +13,7 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.evaluation.metrics.scores import Run
-from lib.evaluation.results import DRAWN_WITH
+from lib.evaluation.results import GENERATED_WITH
 from lib.evaluation.runs import check_fingerprints, group_runs
 
 MINIATURE = "demo/model"
@@ -89,9 +89,9 @@ def study_of(records, arms, scaled, notes):
     every = [pair for of_seed in records.values() for pair in of_seed.values()]
     first_place, first = every[0]
     prompts, seeds = prompts_and_seeds(first)
-    drawn_with = {key: first["config"].get(key) for key in DRAWN_WITH}
+    drawn_with = {key: first["config"].get(key) for key in GENERATED_WITH}
     for place, record in every:
-        settings = {key: record["config"].get(key) for key in DRAWN_WITH}
+        settings = {key: record["config"].get(key) for key in GENERATED_WITH}
         if (prompts_and_seeds(record), settings) != ((prompts, seeds), drawn_with):
             raise UserError(
                 f"{place} has other prompts, sampling seeds or settings than {first_place}; remove it and run study.py "

@@ -1,8 +1,7 @@
-"""Figures of an evaluation: sheets of images (PIL) and charts (matplotlib).
+"""Charts of an evaluation: a sheet of images (PIL), forest plots and distributions (matplotlib), and bars.
 
-Intervals as bars of a page: where each begins and ends, in per cent of the bar's width.
-
-A page draws them from these numbers with HTML alone, so that they follow its width and its colours.
+A bar is an interval on a page, drawn with HTML alone so that it follows the page's width and colours. Its positions are
+per cent of its width.
 """
 
 import math
@@ -20,54 +19,24 @@ from lib.images import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
 
 
-def comparison_figure(rows, title, pairs, side=256):
-    """Base and LoRA side by side: a row a prompt, `pairs` seeds in it, as one PIL image.
+# ---- a sheet of images ---------------------------------------------------------------------
 
-    `rows` are dicts with `prompt`, `category`, and `base` and `lora`, lists of PIL images; `side` is
-    the width of each in pixels. Rows of more than four pairs are wrapped, so that an image stays large
-    enough to see.
-    """
-    big, small = ImageFont.load_default(22), ImageFont.load_default(15)
-    gap, between, head = 6, 22, 54
-    a_line = min(pairs, 4)
-    lines = -(-pairs // a_line)
-    width = a_line * (2 * side + gap + between) + between
-    tall = max(height_at(image, side) for row in rows for image in row["base"] + row["lora"])
-    height = head + len(rows) * (lines * (tall + gap) + 34) + between
-    figure = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(figure)
-    draw.text((between, 14), fit_text(title, big, width - 2 * between), INK, big)
-    y = head
-    for row in rows:
-        label = f"“{row['prompt']}”  {row['category']}; in each pair base on the left, LoRA on the right"
-        draw.text((between, y), fit_text(label, small, width - 2 * between), INK, small)
-        y += 24
-        for index in range(pairs):
-            x = between + index % a_line * (2 * side + gap + between)
-            top = y + index // a_line * (tall + gap)
-            for offset, image in ((0, row["base"][index]), (side + gap, row["lora"][index])):
-                figure.paste(shown(image, side), (x + offset, top))
-        y += lines * (tall + gap) + 10
-    return figure
-
-
-ACROSS = 6  # images of a prompt that an overview shows side by side, where its columns leave room for several
-WIDEST = 16_000  # pixels of a sheet; WebP holds 16,383
+ACROSS = 6  # at most this many images of a prompt side by side in an overview
+WIDEST = 16_000  # pixels of a sheet; WebP allows 16,383
 
 
 def seeds_shown(columns, seeds):
-    """How many of a prompt's `seeds` images each of so many `columns` of an overview shows."""
+    """How many of a prompt's `seeds` images each of an overview's `columns` shows."""
     return max(1, min(seeds, ACROSS // columns))
 
 
 def overview_figure(columns, prompts, side=256):
-    """What adapters changed, to be read without a word more: on the left images of the base model, beside
-    them those of the same noise with each adapter; a row a prompt. A PIL image.
+    """What adapters changed at a glance, a row a prompt: the base model's images on the left, beside them those of each
+    adapter from the same noise. A PIL image.
 
-    `columns` are (title, images), the base model's first; its images are PIL images, prompt by prompt
-    and seed by seed. `prompts` are (category, prompt); the first of each category are shown. Images are `side` pixels
-    wide, fewer where there are very many columns. The letters stay readable at half its size, as a README
-    shows it.
+    `columns` are (title, images), the base model's first; images are prompt by prompt and seed by seed. `prompts` are
+    (category, prompt); the first of each category are shown. Images are `side` pixels wide, or fewer with very many
+    columns. Text stays readable at half size, as in a README.
     """
     count = len(columns[0][1]) // len(prompts)
     seeds = seeds_shown(len(columns), count)
@@ -101,6 +70,9 @@ def overview_figure(columns, prompts, side=256):
             for offset, image in enumerate(images[index * count :][:seeds]):
                 figure.paste(shown(image, side), (left + offset * (side + gap), y + line))
     return figure
+
+
+# ---- matplotlib ----------------------------------------------------------------------------
 
 
 ANSWER_COLOURS = {"equivalent": "#2a6b3f", "undecided": "#8492a6"}
@@ -153,7 +125,7 @@ def forest_figure(pairs):
 
 
 def distribution_figure(run, prompts):
-    """For each prompt the scores of every image, base beside LoRA: one panel a score."""
+    """The scores of every image, base and LoRA, a row a prompt and a panel a metric."""
     rows = run.rows
     keys = [key for key, metric in METRICS.items() if metric.scorer and metric.shown and rows[1].get(key) is not None]
     figure = Figure(figsize=(9, 1.1 + 0.62 * len(prompts)), dpi=110, layout="constrained")
@@ -174,11 +146,14 @@ def distribution_figure(run, prompts):
     return figure
 
 
-def placed(rows):
-    """`rows` with `style`, the places of their parts as CSS properties, on one common scale.
+# ---- bars: rows of a page with their places ------------------------------------------------
 
-    A row has `mean`, `low` and `high` (not finite where there is no interval), and `band`, the values that count as
-    no effect, or `threshold`. The scale holds all of them and 0.
+
+def placed(rows):
+    """`rows` with `style`, the positions of their parts as CSS properties, on one common scale.
+
+    A row has `mean`, `low` and `high` (not finite without an interval), and `band`, the values that count as no effect,
+    or `threshold`. The scale includes all of them and 0.
     """
     values = [0.0]
     for row in rows:
@@ -194,7 +169,7 @@ def placed(rows):
     def part(name, low, high):
         return f"--{name}-at: {at(low):.2f}%; --{name}-width: {at(high) - at(low):.2f}%"
 
-    found = []
+    with_style = []
     for row in rows:
         known = math.isfinite(row["low"])
         ends = (row["low"], row["high"]) if known else (row["mean"], row["mean"])
@@ -203,23 +178,22 @@ def placed(rows):
             style.append(part("band", *row["band"]))
         if "threshold" in row:
             style.append(f"--threshold: {at(row['threshold']):.2f}%")
-        found.append(row | dict(style="; ".join(style)))
-    return found
+        with_style.append(row | dict(style="; ".join(style)))
+    return with_style
 
 
 def verdict_bars(summaries):
-    """{question: {experiment: row}}: the interval that each verdict rests on, with a label and the
-    figures. `summaries` is {experiment: summary}.
+    """{question: {experiment: row}}: the interval that each verdict rests on, with a label and its figures.
 
-    A question has one scale for all experiments, and the three that rest on the similarity share
-    one, so that it shows how much of the concept went where.
+    `summaries` is {experiment: summary}. All experiments and all questions of one metric share a scale, so that the
+    bars show how much of the concept went where.
     """
     rows = [dict(row, name=name) for name, summary in summaries.items() for row in rows_of(summary)]
-    found = {}
+    bars = {}
     for scale in dict.fromkeys(row["scale"] for row in rows):
         for row in placed([row for row in rows if row["scale"] == scale]):
-            found.setdefault(row["question"], {})[row["name"]] = row
-    return found
+            bars.setdefault(row["question"], {})[row["name"]] = row
+    return bars
 
 
 def rows_of(summary):
@@ -260,15 +234,14 @@ def rows_of(summary):
 
 
 def ends(interval):
-    """What a bar needs of an interval."""
+    """The mean and bounds of an interval."""
     return {end: interval[end] for end in ENDS}
 
 
 def difference_bar(row, label, relative=True):
     """A comparison as a row for `placed`: its margin is the band, and the unit if `relative`."""
     margin, unit = row["margin"], row["margin"] if relative else 1
-    found = {end: row[end] / unit for end in ENDS}
-    return found | dict(
+    return {end: row[end] / unit for end in ENDS} | dict(
         label=label, answer=row["answer"] or "", text=interval_text(row), band=(-margin / unit, margin / unit)
     )
 
@@ -280,7 +253,7 @@ def forest_bars(pairs):
         | dict(title=f"{pair['second']} minus {pair['first']}")
         for pair in pairs
     ]
-    found = {}
+    groups = {}
     for row in placed(rows) if rows else ():
-        found.setdefault(row["title"], []).append(row)
-    return list(found.items())
+        groups.setdefault(row["title"], []).append(row)
+    return list(groups.items())

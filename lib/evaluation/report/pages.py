@@ -1,6 +1,7 @@
-"""The HTML pages of an evaluation: each is one file that opens offline, written from templates/.
+"""The HTML pages of an evaluation, each one file that opens offline, rendered from templates/.
 
-The page that says which snapshot or scale of an adapter to take: images, advice, curves, tables.
+`run_page`: what one adapter learned and what it spoiled. `comparison_page`: several experiments side by side.
+`choose_page`: which snapshot or scale of an adapter to take.
 """
 
 import base64
@@ -9,19 +10,20 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import jinja2
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
 from lib.evaluation.choosing import Point, grid_table
 from lib.evaluation.metrics.table import DIFFERENCE, METRICS, questions
-from lib.evaluation.prompts import CATEGORIES, first_of_each
+from lib.evaluation.prompts import CATEGORIES, first_of_each, slugs
 from lib.evaluation.report import words
 from lib.evaluation.report.charts import distribution_figure, forest_bars, seeds_shown, verdict_bars
-from lib.images import strip, webp
+from lib.images import webp
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -30,6 +32,16 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
+
+
+EMBEDDED = 240  # images within a page; further ones are linked, so that a page of a thousand prompts still opens
+
+
+def sources(images, links, side=512):
+    """The sources of <img> elements: data: URIs of the first EMBEDDED images, relative links to the files of the rest."""
+    with ThreadPoolExecutor() as pool:  # encoding takes most of a page's time
+        embedded = list(pool.map(lambda image: image_uri(image, side), images[:EMBEDDED]))
+    return embedded + [quote(link) for link in links[EMBEDDED:]]
 
 
 def image_uri(image, side=512):
@@ -122,69 +134,77 @@ def nearest_cards(run, training, limit=12):
 
 
 def pair_rows(run, shown):
-    """The gallery of a run: for each prompt its pairs of base and LoRA images, a dict a seed."""
-    jobs = [(prompt, seed) for _, prompt in shown["prompts"] for seed in shown["seeds"]]
-    with ThreadPoolExecutor() as pool:  # most of it is encoding images
-        base, lora = (list(pool.map(image_uri, images)) for images in (run.base, run.lora))
-    pairs = [
-        dict(seed=seed, alt=f"“{prompt}”, seed {seed}", base=before, lora=after)
-        for (prompt, seed), before, after in zip(jobs, base, lora, strict=True)
+    """The gallery of a run: a dict a prompt, in it a dict a seed with the pair of base and LoRA images."""
+    prompts, seeds = shown["prompts"], shown["seeds"]
+    links = [
+        f"images/{slug}/{kind}_{seed}.png" for slug in slugs(prompts) for seed in seeds for kind in ("base", "lora")
     ]
-    count = len(shown["seeds"])
+    uris = iter(sources([image for pair in zip(run.base, run.lora, strict=True) for image in pair], links))
     return [
-        dict(category=category, prompt=prompt, pairs=pairs[index * count : (index + 1) * count])
-        for index, (category, prompt) in enumerate(shown["prompts"])
+        dict(
+            category=category,
+            prompt=prompt,
+            pairs=[dict(seed=seed, alt=f"“{prompt}”, seed {seed}", base=next(uris), lora=next(uris)) for seed in seeds],
+        )
+        for category, prompt in prompts
     ]
+
+
+class Column(NamedTuple):
+    """A column of a comparison: one model's images, prompt by prompt and seed by seed."""
+
+    title: str
+    images: list
+    folder: str = ""  # of the image files, relative to the page
+    kind: str = "lora"  # base or lora: how the files' names begin
 
 
 def columns_of(groups):
-    """The columns of a comparison, [(title, images)]: the base model, then each experiment, by the images
-    of its first run. `groups` is {experiment: [Run]}."""
+    """The Columns of a comparison: the base model, then the first run of each experiment; `groups` is
+    {experiment: [Run]}."""
     titles = words.plain_names(groups)
     firsts = {titles[name]: members[0] for name, members in groups.items()}
-    base = next(iter(firsts.values())).base
-    return [("Base model", base), *((title, run.lora) for title, run in firsts.items())]
+    folders = {title: f"../{run.target.name}/images" for title, run in firsts.items()}
+    title, run = next(iter(firsts.items()))
+    base = Column("Base model", run.base, folders[title], "base")
+    return [base, *(Column(title, run.lora, folders[title]) for title, run in firsts.items())]
 
 
 def sheet_rows(columns, shown, wanted):
-    """Rows of images side by side, a dict a prompt; `columns` as `columns_of` gives them, `wanted` is {index
-    of a prompt: places of the seeds that are shown of it}."""
-    count, rows = len(shown["seeds"]), []
-    with ThreadPoolExecutor() as pool:  # most of it is encoding images
-        for index, places in wanted.items():
-            category, prompt = shown["prompts"][index]
-            cells = [
+    """Rows of images side by side, a dict a prompt; `wanted` is {index of a prompt: indices of its seeds}."""
+    prompts, seeds, names = shown["prompts"], shown["seeds"], slugs(shown["prompts"])
+    jobs = [(column, index, place) for index, places in wanted.items() for column in columns for place in places]
+    uris = iter(
+        sources(
+            [column.images[index * len(seeds) + place] for column, index, place in jobs],
+            [f"{c.folder}/{names[index]}/{c.kind}_{seeds[place]}.png" for c, index, place in jobs],
+        )
+    )
+    return [
+        dict(
+            category=prompts[index][0],
+            prompt=prompts[index][1],
+            seeds=[str(seeds[place]) for place in places],
+            cells=[
                 dict(
-                    title=title,
+                    title=column.title,
                     cards=[
-                        dict(
-                            uri=pool.submit(image_uri, images[index * count + place]),
-                            alt=f"{title}: “{prompt}”, seed {shown['seeds'][place]}",
-                        )
+                        dict(uri=next(uris), alt=f"{column.title}: “{prompts[index][1]}”, seed {seeds[place]}")
                         for place in places
                     ],
                 )
-                for title, images in columns
-            ]
-            seeds = [str(shown["seeds"][place]) for place in places]
-            rows.append(
-                dict(
-                    category=category,
-                    prompt=prompt,
-                    seeds=seeds,
-                    cells=cells,
-                    kind=CATEGORIES[category].title,
-                    wished=CATEGORIES[category].wish,
-                )
-            )
-    for card in (card for row in rows for cell in row["cells"] for card in cell["cards"]):
-        card["uri"] = card["uri"].result()
-    return rows
+                for column in columns
+            ],
+            kind=CATEGORIES[prompts[index][0]].title,
+            wished=CATEGORIES[prompts[index][0]].wish,
+        )
+        for index, places in wanted.items()
+    ]
 
 
 def comparison_sheets(columns, shown, seeds=2):
-    """(the rows that stand for all, the others) of a comparison, as `sheet_rows` gives them; no image is in
-    both. Of each prompt at least `seeds` are shown, or all that there are."""
+    """(the rows of an overview, all other rows) of a comparison, as `sheet_rows` gives them; no image is in both. Each
+    prompt is shown with at least `seeds` images, or all that there are."""
     prompts, count = shown["prompts"], len(shown["seeds"])
     few, first = first_of_each(prompts), seeds_shown(len(columns), count)
     left = {
@@ -197,7 +217,8 @@ def comparison_sheets(columns, shown, seeds=2):
 
 
 def run_page(run, summary, shown):
-    """One run's report as HTML."""
+    """The report of one run as HTML; `shown` has what all pages share: prompts, seeds, config, warnings, provenance,
+    training (the TrainingSet or None)."""
     return TEMPLATES.get_template("run.html").render(
         title=run.name,
         verdicts=judged({run.name: summary}, words.concept_name([run.adapter])),
@@ -250,7 +271,7 @@ def comparison_page(groups, summaries, pairs, shown):
     sheet, others = comparison_sheets(columns, shown)
     return TEMPLATES.get_template("comparison.html").render(
         title=comparison_title(list(summaries)),
-        columns=[title for title, _ in columns],
+        columns=[column.title for column in columns],
         sheet=sheet,
         others=others,
         judged=verdict_rows(verdicts, summaries),
@@ -293,51 +314,47 @@ def all_curves():
     return [*curves, held_out]
 
 
-def write_choose_page(run, sweep, shown, folder):
-    """Write a run's sweep into `folder`: sweep_pictures.png, curves.png and choose.html."""
-    labels = strip_labels(run)
-    count = len(shown["seeds"])
-    firsts = {label: images[::count] for label, images in labels.values()}
-    strip(firsts, [prompt for _, prompt in shown["prompts"]]).save(folder / "sweep_pictures.png")
-    curves_figure(sweep, run.name).savefig(folder / "curves.png")
-    page = choose_page(run, sweep, shown, labels)
-    (folder / "choose.html").write_text(page, encoding="utf-8")
-
-
-def strip_labels(run):
-    """{Point or None for the base: (label, images)} of a run, in order."""
-    found = {None: ("base", run.base)}
-    found |= {point: (str(point), images) for point, images in sorted(run.points.items()) if point.scale}
-    return found
-
-
 def chosen_point(sweep):
     """The Point that is advised, or None."""
     chosen = sweep["choice"] and sweep["choice"]["chosen"]
     return Point(chosen["step"], chosen["scale"]) if chosen and chosen["scale"] else None
 
 
-def choose_page(run, sweep, shown, labels):
-    """The page as HTML."""
-    chosen, count = chosen_point(sweep), len(shown["seeds"])
-    strips = [
+def strips(run, shown, chosen):
+    """A dict a prompt: its first seed's images of the base model and of each point, the one at `chosen` marked."""
+    prompts, seeds = shown["prompts"], shown["seeds"]
+    columns = [(None, "base", "base", run.base)]  # point, label, how the files' names begin, images
+    for point, images in sorted(run.points.items()):
+        if point.scale:
+            columns.append((point, str(point), "lora" if run.is_own(point) else point.file_stem, images))
+    uris = iter(
+        sources(
+            [images[index * len(seeds)] for index in range(len(prompts)) for *_, images in columns],
+            [f"images/{slug}/{stem}_{seeds[0]}.png" for slug in slugs(prompts) for _, _, stem, _ in columns],
+            side=256,
+        )
+    )
+    return [
         dict(
             category=category,
             prompt=prompt,
-            seed=shown["seeds"][0],
+            seed=seeds[0],
             cards=[
-                dict(
-                    uri=image_uri(images[index * count], 256), label=label, taken=point == chosen and point is not None
-                )
-                for point, (label, images) in labels.items()
+                dict(uri=next(uris), label=label, taken=point is not None and point == chosen)
+                for point, label, *_ in columns
             ],
         )
-        for index, (category, prompt) in enumerate(shown["prompts"])
+        for category, prompt in prompts
     ]
+
+
+def choose_page(run, sweep, shown):
+    """The choice among a run's snapshots and scales as HTML: advice, images, curves, tables."""
+    chosen, count = chosen_point(sweep), len(shown["seeds"])
     found = [(curve, curve_figure(curve, sweep)) for curve in all_curves()]
     return TEMPLATES.get_template("choose.html").render(
         title=run.name,
-        strips=strips,
+        strips=strips(run, shown, chosen),
         advice=sweep["advice"].partition(". ")[::2],
         speaks_of=words.spread_text(dict(runs=[run.name], seeds=count)),
         warnings=shown["warnings"],
@@ -354,20 +371,6 @@ def curve_figure(curve, sweep):
     """One Curve as a figure of its own, or None where nothing of it was measured."""
     figure = Figure(figsize=(4.6, 3.1), dpi=130, layout="constrained")
     return figure if draw_curve(figure.subplots(), curve, sweep) else None
-
-
-def curves_figure(sweep, title):
-    """All curves on one sheet."""
-    known = [c for c in all_curves() if any(key in row for row in sweep["rows"] for key in c.measures)]
-    lines = -(-len(known) // 2)
-    figure = Figure(figsize=(9.4, 0.4 + 3 * lines), dpi=110, layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    panels = np.atleast_1d(figure.subplots(lines, 2)).ravel()
-    for axes, curve in zip(panels, known, strict=False):
-        draw_curve(axes, curve, sweep)
-    for axes in panels[len(known) :]:
-        axes.set_visible(False)
-    return figure
 
 
 def lines_of(curve, rows, over):
