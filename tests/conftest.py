@@ -151,6 +151,14 @@ def make_processed(folder, count, caption="a holographic raincoat"):
     return folder
 
 
+@pytest.fixture(scope="session")
+def few_prompts(tmp_path_factory):
+    """A prompts file with one prompt of each category."""
+    path = tmp_path_factory.mktemp("few") / "prompts.txt"
+    path.write_text("a holographic raincoat\nnear: a yellow raincoat\nunrelated: a red leather jacket\n")
+    return path
+
+
 def command(script, *options, env=None, launcher=(sys.executable,), check=True):
     """Run a script at the root as a user would, in a process of its own with one thread: some ten
     seconds of imports. Returns the finished process (text output)."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import COSINE, assert_close, picture
+from PIL import Image
 from torchmetrics.functional.image.lpips import _LPIPS
 from transformers import CLIPModel, CLIPProcessor
 
@@ -134,3 +135,55 @@ def test_few_training_pictures_are_no_traceback(count):
     answers = {v["question"]: v["answer"] for v in summary["verdicts"]}
     assert answers["memorised"] == UNCLEAR
     assert ("kernel_distance" in summary["categories"]["success"]) == (count > 1)
+
+
+def test_the_lpips_ceiling_is_the_mean_of_all_pairs():
+    images = [picture(seed) for seed in range(4)]
+    pairs = lpips_distances.pairwise_lpips(images)
+    np.testing.assert_array_equal(pairs, pairs.T)
+    for i in range(4):
+        for j in range(4):
+            expected = lpips_distances.lpips_distances([images[i]], [images[j]])[0]
+            assert pairs[i, j] == pytest.approx(expected, abs=1e-5)
+    every = [pairs[i, j] for i in range(4) for j in range(i)]
+    assert lpips_distances.pair_mean(pairs) == pytest.approx(np.mean(every))
+    assert np.isnan(lpips_distances.pair_mean(lpips_distances.pairwise_lpips(images[:1])))
+
+
+def unit(rng, count, shift):
+    points = rng.standard_normal((count, 32)).astype(np.float32) + shift
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
+
+
+def test_kernel_distance_is_the_unbiased_one():
+    rng = np.random.default_rng(5)
+    a, b = unit(rng, 20, 0.3), unit(rng, 20, 0.6)
+
+    def kernel(x, y):
+        return (x @ y.T + 1) ** 3
+
+    def within(x):
+        k = kernel(x, x)
+        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+
+    expected = within(a) + within(b) - 2 * kernel(a, b).mean()
+    assert clip_scores.kernel_distance(a, b) == pytest.approx(expected, rel=1e-3)
+    same = [clip_scores.kernel_distance(unit(rng, 16, 0.3), unit(rng, 24, 0.3)) for _ in range(30)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / 30**0.5  # 0 on average for equal sets
+    torch.manual_seed(1)
+    before = torch.rand(1)
+    torch.manual_seed(1)
+    clip_scores.kernel_distance(a, b)
+    assert torch.rand(1) == before  # it disturbs nobody's random numbers
+
+
+def test_warnings_for_flat_and_shared_pictures():
+    prompts, seeds = [("success", "x")], [1, 2]
+    good = [picture(1), picture(2)]
+    one = scores.Run("one", None, {}, good, [picture(3), Image.new("RGB", (64, 64))])
+    two = scores.Run("two", None, {}, good, [picture(3), picture(5)])
+    found = scores.image_warnings([one, two], prompts, seeds)
+    assert len(found) == 2
+    assert "flat colour" in found[0]
+    assert "seed 2" in found[0]
+    assert "one and two have the same image" in found[1]

@@ -45,9 +45,9 @@ def covered(values, truth, level=0.95):
 )
 def test_95_percent_intervals_hold_a_known_difference(runs, seeds, run_noise, seed_noise, noise):
     rng = np.random.default_rng(0)
-    trials = simulate(rng, 5000, runs, seeds, run_noise, seed_noise, noise, effect=0.7)
-    # 95%, and what chance allows over 5,000; too wide would be no achievement either.
-    assert 0.95 - 1.65 * np.sqrt(0.05 * 0.95 / 5000) <= covered(trials, 0.7).mean() <= 0.98
+    trials = simulate(rng, 2500, runs, seeds, run_noise, seed_noise, noise, effect=0.7)
+    # 95%, less what chance allows over 2,500; much wider intervals would fail as well.
+    assert 0.95 - 1.65 * np.sqrt(0.05 * 0.95 / 2500) <= covered(trials, 0.7).mean() <= 0.98
 
 
 @pytest.mark.parametrize("level", [0.9, 0.997])
@@ -86,17 +86,14 @@ def test_one_study_is_measured_as_a_batch_is():
         assert inside == (interval["low"] <= 0 <= interval["high"])
 
 
-@pytest.mark.parametrize(
-    ("runs", "noises"),
-    [(1, (0, 0, 1)), (1, (0, 1, 1)), (2, (1, 0.3, 0.3)), (3, (1, 0.3, 0.3)), (3, (0, 1, 1)), (5, (1, 0.3, 0.3))],
-)
+@pytest.mark.parametrize(("runs", "noises"), [(1, (0, 1, 1)), (2, (1, 0.3, 0.3)), (3, (1, 0.3, 0.3)), (3, (0, 1, 1))])
 def test_a_study_of_nothing_finds_nothing(runs, noises):
     """At least 95% of whole studies, four tests each corrected by Holm, find nothing."""
     rng = np.random.default_rng(1)
-    trials = simulate(rng, 4 * 1000, runs, 8, *noises)
-    p_values = 2 * one_sided(trials, np.abs(trials.mean(axis=(1, 2)))).reshape(1000, 4)
+    trials = simulate(rng, 4 * 600, runs, 8, *noises)
+    p_values = 2 * one_sided(trials, np.abs(trials.mean(axis=(1, 2)))).reshape(600, 4)
     found = sum((statistics.holm(p) < 0.05).any() for p in p_values)
-    assert found <= 50 + 1.65 * np.sqrt(1000 * 0.05 * 0.95)  # 5%, and what chance allows over 1000
+    assert found <= 30 + 1.65 * np.sqrt(600 * 0.05 * 0.95)  # 5%, and what chance allows over 600
 
 
 def test_one_run_is_students_interval():
@@ -249,16 +246,15 @@ def test_runs_to_tell_is_about_the_number_that_tells_in_80_percent(effect, margi
     """Difference or equivalence, whichever comes first, at the truth that the study appears to show."""
     rng = np.random.default_rng(1)
     numbers = []
-    for values in simulate(rng, 41, 12, 8, 1, 0.3, 0.3):
+    for values in simulate(rng, 15, 12, 8, 1, 0.3, 0.3):
         values = values - values.mean() + effect  # as spread as studies are, its mean the truth
         numbers.append(statistics.runs_to_tell(values, margin) or np.inf)
-    number = int(np.median(numbers))
-    told = []
-    for values in simulate(rng, 400, number, 8, 1, 0.3, 0.3, effect=effect):
-        p = statistics.mean_interval(values)["p"]
-        same = margin is not None and statistics.equivalence(values, margin)["p"] < 0.05
-        told.append(p < 0.05 or same)
-    assert 0.7 <= np.mean(told) <= 0.93
+    trials = simulate(rng, 1000, int(np.median(numbers)), 8, 1, 0.3, 0.3, effect=effect)
+    means = np.abs(trials.mean(axis=(1, 2)))
+    told = 2 * one_sided(trials, means) < 0.05
+    if margin is not None:
+        told |= one_sided(trials, margin - means) < 0.05
+    assert 0.7 <= told.mean() <= 0.93
 
 
 def test_runs_to_tell_where_no_number_of_runs_does():

@@ -103,27 +103,6 @@ def forest_panel(axes, rows, labels, margin=1):
     axes.grid(axis="x", alpha=0.25)
 
 
-def in_margins(row):
-    """A comparison with its intervals in units of its margin."""
-    inner = {end: row["equivalence"][end] / row["margin"] for end in ("low", "high")}
-    return row | {end: row[end] / row["margin"] for end in ENDS} | dict(equivalence=inner)
-
-
-def forest_figure(pairs):
-    """A matplotlib forest plot of the differences of each two experiments, in units of their margins."""
-    figure = Figure(figsize=(9, 1.4 + 0.36 * max(len(pairs), 1)), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    labels = [
-        f"{metric_name(r['metric'])} (±{r['margin']:g}), {r['category']}: {r['second']} − {r['first']}" for r in pairs
-    ]
-    forest_panel(axes, [in_margins(row) for row in pairs], labels)
-    axes.set_xlabel(
-        "difference in units of its margin (shaded); thin 95%, thick 90% interval\n"
-        "red: higher or lower; green: equivalent; grey: undecided"
-    )
-    return figure
-
-
 def distribution_figure(run, prompts):
     """The scores of every image, base and LoRA, a row a prompt and a panel a metric."""
     rows = run.rows
