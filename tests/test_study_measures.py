@@ -166,22 +166,24 @@ def test_a_record_holds_all_that_effects_need():
 
 
 def test_an_evaluation_keeps_scales_and_speed(trained, tiny_model, tiny_clip, processed_data, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a coat\nnear: a dress\n")
     config = dict(
+        prompts=tmp_path / "prompts.txt",
         base_model=tiny_model,
         clip_model=tiny_clip,
         data_dir=processed_data,
         resolution=64,
         steps=2,
-        seeds=4,
+        seeds=2,
         lora_dir=trained / "lora_weights_rank_32",
         output_dir=tmp_path / "out",
     )
     run("inference.py", *options(**config), "--lora-scales", "0,0.5,1,2")
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [part["scale"] for part in record["swept"]] == [0.5, 2.0]
-    asked = len(record["pictures"]) // 2
-    assert all(len(part["pictures"]) == asked for part in record["swept"])
-    assert np.array(record["pairs"]["base"]).shape == (asked // 4, 6)
+    assert len(record["pictures"]) == 2 * 2 * 2  # models, prompts, seeds
+    assert all(len(part["pictures"]) == 2 * 2 for part in record["swept"])
+    assert np.array(record["pairs"]["base"]).shape == (2, 1)
     written = json.loads((trained / "lora_weights_rank_32" / "config.json").read_text())
     assert record["adapter"]["speed"]["steps_a_second"] == written["steps_a_second"]
 
