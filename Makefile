@@ -27,7 +27,7 @@ demo: .venv/installed
 	$(BIN)/python preprocess.py
 	$(BIN)/python train.py --demo
 	$(BIN)/python train_experiment_protected.py --demo
-	$(BIN)/python inference.py --demo --lora-dir lora_weights/demo_runs --output-dir results/demo
+	$(BIN)/python inference.py --demo --overwrite --lora-dir lora_weights/demo_runs --output-dir results/demo
 	@echo
 	@echo "Open this page to see what each adapter learned and what it spoiled:"
 	@echo "  $(CURDIR)/results/demo/comparison/report.html"

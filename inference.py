@@ -59,7 +59,7 @@ CONFIG = dict(
     # how it is scored
     clip_model="openai/clip-vit-base-patch32",
     clip_revision="refs/pr/15",  # the same weights as safetensors; the main branch has a pickle only
-    # What counts as negligible: effects within these margins are called equivalent, or no contamination.
+    # Effects within these margins are negligible, differences within them equivalent.
     concept_margin=0.02,  # cosine; a tenth of what the concept gains on the miniature
     clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
     change_margin=0.05,  # a twentieth of the way to another image of the same prompt

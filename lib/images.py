@@ -1,5 +1,6 @@
 """Sheets of images: thumbnails with a title under each, and strips that show how images change."""
 
+import bisect
 import io
 
 from PIL import Image, ImageDraw, ImageFont
@@ -26,32 +27,31 @@ def contact_sheet(images, titles, columns=8, side=160):
 
 
 def height_at(image, width):
-    """How high a PIL image is when it is `width` pixels wide."""
+    """The height of a PIL image scaled to `width` pixels."""
     return max(1, round(width * image.height / image.width))
 
 
 def shown(image, width):
-    """A PIL image resized to `width` pixels, in its own shape."""
+    """A PIL image scaled to `width` pixels, its aspect ratio kept."""
     return image.resize((width, height_at(image, width)), Image.Resampling.LANCZOS)
 
 
 def strip(columns, prompts, side=192):
-    """A table of images, one PIL image: a row a prompt, a column for each of `columns`.
+    """A table of images as one PIL image: a row a prompt, a column a label.
 
-    `columns` is {label: images}, an image of any size for each of `prompts`; `side` is their width in
-    pixels.
+    `columns` is {label: one image a prompt, of any size}; `side` is the width of each in pixels.
     """
     font = ImageFont.load_default(15)
     gap, line = 6, 24
-    # A prompt stands above its row, which may be narrower at first.
+    # Wide enough for the prompt above a row, even with one column.
     width = max(gap + len(columns) * (side + gap), 480)
     height = max(height_at(image, side) for images in columns.values() for image in images)
     sheet = Image.new("RGB", (width, line + len(prompts) * (height + gap + line)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for column, (label, pictures) in enumerate(columns.items()):
+    for column, (label, images) in enumerate(columns.items()):
         x = gap + column * (side + gap)
         draw.text((x, 3), fit_text(label, font, side), INK, font)
-        for row, (prompt, image) in enumerate(zip(prompts, pictures, strict=True)):
+        for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             y = line + row * (height + gap + line)
             if column == 0:
                 draw.text((x, y + 3), fit_text(prompt, font, width - 2 * gap), QUIET, font)
@@ -67,8 +67,8 @@ def webp(image, quality=90, exif=None):
 
 
 def fit_lines(text, font, width, most=2):
-    """`text` broken between words into at most `most` lines, none wider than `width` pixels: a list. What is
-    too wide then ends in an ellipsis."""
+    """`text` broken between words into a list of at most `most` lines of `width` pixels; a line that is still too wide
+    ends in an ellipsis."""
     lines = []
     for word in text.split():
         if lines and (len(lines) == most or font.getlength(f"{lines[-1]} {word}") <= width):
@@ -79,9 +79,8 @@ def fit_lines(text, font, width, most=2):
 
 
 def fit_text(text, font, width):
-    """`text`, its end replaced by an ellipsis where it is wider than `width` pixels."""
+    """`text`, its end replaced by an ellipsis if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    fitting = bisect.bisect_right(range(1, len(text)), width, key=lambda end: font.getlength(text[:end] + "…"))
+    return text[:fitting] + "…"

@@ -14,7 +14,7 @@ from lib.adapter_files import WEIGHTS
 from lib.evaluation import choosing
 from lib.evaluation.choosing import BASE, Point, choose
 from lib.evaluation.metrics.scores import Run
-from lib.evaluation.report import pages, words
+from lib.evaluation.report import charts, words
 from lib.evaluation.runs import held_out_losses
 from lib.evaluation.statistics import mean_interval
 
@@ -61,7 +61,7 @@ def test_the_seeds_that_report_have_no_say():
         ((0.05, 0.1, 0.15, 0.2, 0.2, 0.2, 0.2, 0.2), 400),
         # Something more at every step, each above the margin.
         ((0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4), 800),
-        # More that is told, and within the margin: negligible.
+        # A measurable gain within the margin is negligible.
         ((0.05, 0.1, 0.15, 0.2, 0.202, 0.204, 0.206, 0.207), 400),
         # It is better in the middle than at the end.
         ((0.05, 0.1, 0.15, 0.2, 0.25, 0.2, 0.1, 0.0), 500),
@@ -158,9 +158,9 @@ def test_advice_over_scales_and_over_both():
     assert [row[0] for row in table] == ["Step", "100", "200"]
     assert table[0][1:] == ["scale 0.5", "scale 1"]
     assert table[1][1].startswith(f"{rows[0][choosing.CONCEPT]['mean']:+.3f} / ")
-    _, concept, others, *_ = pages.all_curves()
-    assert pages.curve_figure(concept, dict(rows=rows, choice=choice))
-    labels = [[label for label, _ in pages.lines_of(c, rows, "step")] for c in (concept, others)]
+    _, concept, others, *_ = charts.all_curves()
+    assert charts.curve_figure(concept, dict(rows=rows, choice=choice))
+    labels = [[label for label, _ in charts.curve_lines(c, rows, "step")] for c in (concept, others)]
     assert labels == [
         ["scale 0.5", "scale 1"],
         [
@@ -170,14 +170,14 @@ def test_advice_over_scales_and_over_both():
             "unrelated prompts, scale 1",
         ],
     ]
-    assert pages.curve_figure(pages.all_curves()[-1], dict(rows=rows, choice=choice)) is None
+    assert charts.curve_figure(charts.all_curves()[-1], dict(rows=rows, choice=choice)) is None
 
 
 def test_no_advice_where_there_is_nothing_to_advise():
     found = swept({Point(100, 1.0): 0.0, Point(200, 1.0): 0.0})
     summary = choosing.sweep_summary(found, PROMPTS, base_pairs(), MARGINS)
     assert summary["advice"].startswith("None is advised")
-    assert pages.chosen_point(summary) is None
+    assert choosing.chosen_point(summary) is None
     for part in found.sweep.values():
         for row in part.rows:
             row["concept_similarity"] = None
@@ -269,7 +269,7 @@ def test_advice_comes_first_then_images_then_curves_then_tables(chosen):
             'class="strip"',
             "<h2>Curves",
             "<table>",
-            "<h2>How it was made",
+            "<h2>How this page was made",
         )
     ]
     assert places == sorted(places)

@@ -158,7 +158,7 @@ def test_make_demo_ends_on_the_comparison_of_what_it_trained():
         line.split("python ")[1].split() for line in done.stdout.splitlines() if "python " in line and ".py" in line
     ]
     assert [step[0] for step in steps] == ["preprocess.py", "train.py", "train_experiment_protected.py", "inference.py"]
-    evaluated = dict(zip(steps[-1][2::2], steps[-1][3::2], strict=True))
+    evaluated = dict(zip(steps[-1][3::2], steps[-1][4::2], strict=True))
     assert evaluated["--lora-dir"] == train.DEMO["output_dir"]  # where both lie
     page = ROOT / evaluated["--output-dir"] / "comparison" / "report.html"
     assert done.stdout.splitlines()[-1] == f'echo "  {page}"'

@@ -269,8 +269,8 @@ def test_what_would_do_is_derived_from_seeds_and_tests():
     assert "or" not in say(5, 8, 15).split(".")[0]  # no number of seeds makes up for it
     rng = np.random.default_rng(14)
     drawn = far(rng, PROMPTS, SEEDS)
-    for m, told in ((6, False), (7, True)):  # 7 do for 8 seeds and 3 prompts …
-        assert (memorised([study(pictures(rng, m), drawn)])["too_few"] is None) == told
+    for m, enough in ((6, False), (7, True)):  # 7 are enough for 8 seeds and 3 prompts …
+        assert (memorised([study(pictures(rng, m), drawn)])["too_few"] is None) == enough
     five = [study(pictures(rng, 9), drawn)] * 5  # … but not for five runs
     assert "needs at least 10" in memorised(five, draws=199)["too_few"]
 

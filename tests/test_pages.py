@@ -1,15 +1,15 @@
 """The pages: what comes first, that words follow verdicts, that they fit a phone, and escape text."""
 
+import functools
 import html
 import json
 import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import browse, chromium
-from PIL import Image, ImageFont
+from PIL import Image
 from test_evaluation import MARGINS, PROMPTS, SEEDS, base_pairs, fake_run
 
 from lib.evaluation.comparison import compare
@@ -17,7 +17,6 @@ from lib.evaluation.metrics.scores import TrainingSet
 from lib.evaluation.report import charts, pages, words
 from lib.evaluation.statistics import UNCLEAR
 from lib.evaluation.verdicts import analyse
-from lib.images import fit_lines
 
 EVIL = 'a <script>alert(1)</script> & "raincoat" onload=x'
 LONG = "aNameWithoutAnyPlaceToBreakItThatIsWiderThanATelephoneRank32UnetOnlyWithVariedCaptions"
@@ -69,8 +68,8 @@ def two_arms(first="one", second="two"):
 
 
 PAGES = {
-    "run": lambda: run_page(fake_run(LONG, concept=0.3, near=0.2)),
-    "comparison": lambda: comparison_page(two_arms(second=LONG)),
+    "run": functools.cache(lambda: run_page(fake_run(LONG, concept=0.3, near=0.2))),
+    "comparison": functools.cache(lambda: comparison_page(two_arms(second=LONG))),
 }
 
 
@@ -78,14 +77,14 @@ PAGES = {
 
 
 ORDERS = {
-    "run": ["<h1>", '<ul class="answers">', "<img", '<section class="told">', 'class="interval"', "<table>"],
+    "run": ["<h1>", '<ul class="answers">', "<img", '<section class="findings">', 'class="interval"', "<table>"],
     "comparison": [
         "<h1>",
         'class="beside"',
         "<img",
         'class="judged"',
         '<ul class="differences">',
-        '<section class="told">',
+        '<section class="findings">',
         'class="interval"',
         '<section class="forests">',
         "<table>",
@@ -98,7 +97,7 @@ def test_pictures_and_sentences_then_figures(kind):
     page = PAGES[kind]()
     places = [page.index(part) for part in ORDERS[kind]]
     assert places == sorted(places)
-    told = page.index('<section class="told">')
+    told = page.index('<section class="findings">')
     for _, prompt in PROMPTS:  # every prompt is seen before any figure
         assert page.index(f">“{prompt}”</") < told
 
@@ -359,27 +358,38 @@ parent.document.title = JSON.stringify({out, width: wide, page: document.documen
 </script>"""
 
 
-@pytest.mark.skipif(chromium() is None, reason="no Chromium here: the style sheet's rules are tested instead")
-@pytest.mark.parametrize("kind", PAGES)
-@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
-def test_nothing_is_wider_than_the_window(kind, width, dark, tmp_path):
-    page = PAGES[kind]().replace("<details>", "<details open>")
-    frame = FRAME.format(width=width, page=html.escape(page + MEASURE))
+OUTER = """<!doctype html><meta name="color-scheme" content="light dark"><title></title><script>
+var reports = []; addEventListener("load", () => { document.title = JSON.stringify(reports) })
+</script>"""
+
+
+def measured(framed, script, tmp_path, *more):
+    """What `script` reports of each (page, width) of `framed`, all in one browser; `more` are its options."""
+    frames = [
+        FRAME.partition("\n")[2].format(
+            width=width, page=html.escape(page + script.replace("parent.document.title", f"parent.reports[{number}]"))
+        )
+        for number, (page, width) in enumerate(framed)
+    ]
     path = tmp_path / "page.html"
-    path.write_text(frame, encoding="utf-8")
-    done = browse(
-        path,
-        tmp_path,
-        "--window-size=1400,1000",
-        "--dump-dom",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-    )
-    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
-    assert found["width"] == width
-    assert found["out"] == []
-    assert found["page"] <= width
-    paper = [int(number) for number in re.findall(r"\d+", found["paper"])[:3]]
-    assert max(paper) < 60 if dark else min(paper) > 240
+    path.write_text(OUTER + "".join(frames), encoding="utf-8")
+    done = browse(path, tmp_path, "--window-size=1400,1000", "--dump-dom", *more)
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]
+    return [json.loads(report) for report in json.loads(html.unescape(title))]
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium here: the style sheet's rules are tested instead")
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+def test_nothing_is_wider_than_the_window(width, dark, tmp_path):
+    framed = [(page().replace("<details>", "<details open>"), width) for page in PAGES.values()]
+    reports = measured(framed, MEASURE, tmp_path, f"--blink-settings=preferredColorScheme={0 if dark else 1}")
+    assert len(reports) == len(PAGES)
+    for report in reports:
+        assert report["width"] == width
+        assert report["out"] == []
+        assert report["page"] <= width
+        paper = [int(number) for number in re.findall(r"\d+", report["paper"])[:3]]
+        assert max(paper) < 60 if dark else min(paper) > 240
 
 
 # Where the first row's images stand, where the first verdicts do, and whether they can be seen without scrolling.
@@ -394,23 +404,24 @@ parent.document.title = JSON.stringify({fits: scroller.scrollWidth <= scroller.c
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize(
-    ("width", "adapters", "fits", "side"),
-    [(1280, 2, True, 160), (1280, 4, True, 180), (1280, 9, False, 130), (390, 2, True, 110), (390, 4, False, 100)],
-)
-def test_adapters_stand_side_by_side(width, adapters, fits, side, tmp_path):
-    groups = {f"adapter {n}": [fake_run(f"adapter {n}", concept=0.3, seed=n)] for n in range(adapters)}
-    frame = FRAME.format(width=width, page=html.escape(comparison_page(groups) + PLACES))
-    path = tmp_path / "page.html"
-    path.write_text(frame, encoding="utf-8")
-    done = browse(path, tmp_path, "--window-size=1400,1000", "--dump-dom")
-    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
-    assert found["fits"] == fits
-    assert found["verdicts"] == found["images"]
-    assert found["images"] == sorted(found["images"])
-    assert found["side"] >= side  # large enough to see
-    assert found["scrolled"][:2] == found["images"][:2]  # label and base model stay in sight
-    assert (found["scrolled"][2:] == found["images"][2:]) == fits
+def test_adapters_stand_side_by_side(tmp_path):
+    cases = [
+        (1280, 2, True, 160),
+        (1280, 4, True, 180),
+        (1280, 9, False, 130),
+        (390, 2, True, 110),
+        (390, 4, False, 100),
+    ]
+    groups = {f"adapter {n}": [fake_run(f"adapter {n}", concept=0.3, seed=n)] for n in range(9)}
+    of = {n: comparison_page(dict(list(groups.items())[:n])) for n in (2, 4, 9)}
+    reports = measured([(of[adapters], width) for width, adapters, *_ in cases], PLACES, tmp_path)
+    for (_, _, fits, side), report in zip(cases, reports, strict=True):
+        assert report["fits"] == fits
+        assert report["verdicts"] == report["images"]
+        assert report["images"] == sorted(report["images"])
+        assert report["side"] >= side  # large enough to see
+        assert report["scrolled"][:2] == report["images"][:2]  # label and base model stay in sight
+        assert (report["scrolled"][2:] == report["images"][2:]) == fits
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
@@ -438,49 +449,6 @@ def test_the_style_sheet_folds_what_is_wide():
     assert re.search(r"\.forests \.interval \{ grid-template-columns: 1fr;", narrow)
     assert re.search(r"^body \{[^}]*overflow-wrap: anywhere", wide, re.M)
     assert 'name="viewport" content="width=device-width' in PAGES["run"]()
-
-
-# ---- the image that stands for a run -----------------------------------------------------
-
-
-@pytest.mark.parametrize(("adapters", "seeds"), [(1, 3), (2, 2), (3, 1), (7, 1)])
-def test_the_overview_has_the_base_left_and_the_adapters_beside_it(adapters, seeds):
-    categories = ["unrelated", "success", "success", "success", "near", "near", "unrelated"]
-    prompts = [(category, f"{EVIL} {number}" * 9) for number, category in enumerate(categories)]
-
-    def pictures(red):
-        return [Image.new("RGB", (32, 32), (red, 0, 40 * n)) for n in range(len(prompts)) for _ in range(4)]
-
-    columns = [("Base model", pictures(0))]
-    columns += [(f"{LONG} of {n}", pictures(20 * n)) for n in range(1, adapters + 1)]
-    pixels = np.asarray(charts.overview_figure(columns, prompts, side=64)).astype(int)
-    seen = []
-    for line in pixels:
-        places = np.flatnonzero((line[:, 1] == 0) & (line[:, 0] % 20 == 0) & (line[:, 2] % 40 == 0))
-        if len(places) == len(columns) * seeds * 64:
-            # From left to right the base model's, then each adapter's, in their order.
-            assert (line[places, 0] == np.repeat(20 * np.arange(1 + adapters), seeds * 64)).all()
-            assert len(set(line[places, 2])) == 1
-            seen.append(line[places[0], 2] // 40)
-    # Two that were taught, one near them, two unrelated, each as high as an image.
-    assert [seen[i] for i in range(0, len(seen), 64)] == [1, 2, 4, 0, 6]
-    assert len(seen) == 5 * 64
-
-
-def test_an_overview_of_very_many_adapters_fits_into_webp():
-    columns = [(str(number), [Image.new("RGB", (256, 256))]) for number in range(90)]
-    sheet = charts.overview_figure(columns, [("success", "a coat")])
-    assert 12_000 < sheet.width <= 16_383
-
-
-def test_titles_are_broken_between_words():
-    font = ImageFont.load_default(20)
-    for text in ("rank 32", "no text encoder and captions that vary", "x" * 50, f"short {'x' * 50} words"):
-        lines = fit_lines(text, font, 120)
-        assert len(lines) <= 2
-        assert all(font.getlength(line) <= 120 for line in lines)
-        kept = " ".join(lines)
-        assert kept == text or "…" in kept and text.startswith(kept.split("…")[0])
 
 
 # ---- the nearest training images ---------------------------------------------------------

@@ -159,12 +159,9 @@ def test_sheets_show_pictures_in_their_shape(size):
     side = size[0] // 2
     top = (size[1] - side) // 2
     marked.paste((255, 0, 0), (side // 2, top, side // 2 + side, top + side))
-    row = dict(prompt="a coat", category="success")
     # The marked image's row is the first, so that one of the next would lie over what is too tall.
     prompts = [("success", "a coat")] * 2
-    rows = [row | dict(base=[marked], lora=[plain]), row | dict(base=[plain], lora=[plain])]
     sheets = [
-        charts.comparison_figure(rows, "title", 1, side=128),
         charts.overview_figure([("base", [marked, plain]), ("lora", [plain, plain])], prompts, side=128),
         strip({"base": [marked, plain], "lora": [plain, plain]}, ["a coat"] * 2, side=128),
     ]

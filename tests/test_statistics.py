@@ -197,7 +197,7 @@ def test_a_single_value_has_no_interval():
 
 @pytest.mark.parametrize("values", [[[1.0, np.nan]], [[]], [1.0, 2.0]])
 def test_values_that_are_no_study_are_refused(values):
-    with pytest.raises(ValueError, match="finite values"):
+    with pytest.raises(ValueError, match="must be finite"):
         statistics.mean_interval(values)
 
 

@@ -226,6 +226,12 @@ def going_on_text(further, last):
     return text + "."
 
 
+def chosen_point(sweep):
+    """The Point that a sweep's summary advises, or None."""
+    chosen = sweep["choice"] and sweep["choice"]["chosen"]
+    return Point(chosen["step"], chosen["scale"]) if chosen and chosen["scale"] else None
+
+
 def grid_table(rows):
     """Rows of text, steps down and scales across: the gain of success prompts / movement of near and unrelated ones;
     None if there is only one step or one scale."""

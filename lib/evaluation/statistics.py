@@ -1,40 +1,38 @@
 """What a study of several training runs and sampling seeds can claim: intervals, tests, power.
 
-`values` is always an array [runs, seeds] of one figure, say the change of the concept similarity:
-every training run drew the same seeds, so runs and seeds are crossed random factors,
+`values` is always an array [runs, seeds] of one figure, say the change in concept similarity. Every training run used the
+same seeds, so runs and seeds are crossed random factors,
 
     value[i, j] = mean + run[i] + seed[j] + rest[i, j],
 
-each of the three normal with a spread of its own, and each cell holds one value. The sums of squares
-of runs, seeds and rest are then independent of the mean of all values and of one another, each its
-expected mean square times a chi-square, and the variance of that mean is
+each of the three normal with a variance of its own, one value a cell. The sums of squares of runs, seeds and rest are
+independent of one another and of the mean of all values, each its expected mean square times a chi-square variable. The
+variance of that mean is
 
     (expected mean square of runs + of seeds - of rest) / (runs * seeds).
 
-No exact interval exists for such a sum. Here it is the generalised one (Weerahandi, "Generalized
-confidence intervals", JASA 88, 1993; "Exact Statistical Methods for Data Analysis", 1995): each sum
-of squares is divided by a chi-square draw of its own,
+No exact interval exists for such a sum. The one used here is the generalised interval (Weerahandi, "Generalized
+confidence intervals", JASA 88, 1993; "Exact Statistical Methods for Data Analysis", 1995): each sum of squares is divided
+by a chi-square draw of its own,
 
     V* = max(SS_runs / chi2_runs + SS_seeds / chi2_seeds - SS_rest / chi2_rest,
              SS_rest / chi2_rest) / (runs * seeds),
 
-the maximum because the rest's part is always there, and the mean is normal around the truth with
-the variance V*: a true mean beyond the distance d on one side has the generalised p-value
-E[Phi(-d / sqrt(V*))], the expectation over the draws of chi2. Interval, p-value and equivalence all
-come from this one function of d, so they cannot contradict one another. Where only one factor varies
-(one run, or one seed) it is Student's distribution itself.
+with the maximum because the rest always contributes. The mean is normal around the truth with variance V*, so a true mean
+beyond the distance d on one side has the generalised p-value E[Phi(-d / sqrt(V*))], the expectation over the draws of
+chi2. Interval, p-value and equivalence all come from this one function of d and cannot contradict one another. If only
+one factor varies (one run, or one seed) it is Student's distribution.
 
-What it replaced was not good enough. Where training runs differ (spreads of runs, seeds and rest 1,
-0.3 and 0.3; 8 seeds) the 95% interval of a percentile bootstrap over runs and seeds held the truth in
-63% of simulated studies of two runs and in 77% of three, and a two-way model that takes the larger
-mean square with its own degrees of freedom in 90% and 94%: with that one 15 comparisons, corrected
-by Holm, found something where nothing was in 49%, 17% and 8% of studies of two, three and five runs.
-This one holds the truth in 95% or more at every spread, and finds something in 4% or less. Its price
-is width, where runs are few: with 8 seeds at the median up to 4.4 times as wide as if the spreads
-were known at two runs, 2.0 at three, 1.55 at five and 1.35 at ten (`python bench/coverage.py`).
+Simpler intervals cover too little. Where training runs differ (standard deviations of runs, seeds and rest 1, 0.3 and 0.3;
+8 seeds) the 95% interval of a percentile bootstrap over runs and seeds covered the truth in 63% of simulated studies of
+two runs and in 77% of three, and a two-way model that takes the larger mean square with its own degrees of freedom in 90%
+and 94%: with that one, 15 comparisons corrected by Holm found an effect where there was none in 49%, 17% and 8% of
+studies of two, three and five runs. The generalised interval covers the truth in 95% or more at every spread, and finds
+an effect in 4% or less. Its price is width with few runs: with 8 seeds the median interval is up to 4.4 times as wide as
+with known spreads at two runs, 2.0 at three, 1.55 at five and 1.35 at ten (`python bench/coverage.py`).
 
-The expectation is taken over a fixed set of points (Sobol's, crowded where chi2 is small, because
-there the long tails of few runs come from), so that the same images give the same figures.
+The expectation is taken over a fixed set of points, so that the same images give the same figures: Sobol's points,
+concentrated where chi2 is small, where the long tails of few runs come from.
 """
 
 import functools
@@ -47,14 +45,14 @@ UNCLEAR = "unclear"  # the answer that is neither yes nor no
 # Two training runs differ by one number, which says nothing useful of others.
 FEWEST_RUNS = 3
 POINTS = 2**11  # of the expectation over chi2
-MOST_RUNS = 1000  # that are considered where more would decide
+MOST_RUNS = 1000  # the largest study considered
 
 
 @functools.lru_cache(maxsize=64)
 def chi_square_points(runs, seeds):
     """(1 / chi2 [3, points] of runs, seeds and rest, weights [points]) of the expectation over chi2."""
     places = qmc.Sobol(3, scramble=False).random(POINTS).T + 0.5 / POINTS
-    # The share of draws below a point is its place cubed: a third of the points lies below 4%.
+    # A point at place x is the x^3 quantile: a third of the points lies below 4%.
     weights = np.prod(places**2, axis=0)
     freedom = [[runs - 1], [seeds - 1], [(runs - 1) * (seeds - 1)]]
     return 1 / stats.chi2.ppf(places**3, freedom), weights / weights.sum()
@@ -63,7 +61,7 @@ def chi_square_points(runs, seeds):
 def sums_of_squares(values):
     """Sums of squares of runs, seeds and rest, [studies, 3], of `values` [studies, runs, seeds]."""
     _, runs, seeds = values.shape
-    # Against the first value, so that equal values give 0, not what their mean is rounded by.
+    # Relative to the first value, so that equal values give exactly 0.
     values = values - values[:, :1, :1]
     mean = values.mean(axis=(1, 2), keepdims=True)
     by_run = values.mean(axis=2, keepdims=True) - mean
@@ -82,16 +80,14 @@ def inverse_errors(squares, runs, seeds):
 
 
 def students_error(squares, runs, seeds):
-    """(standard error [studies], degrees of freedom) where one factor alone varies."""
+    """(standard error [studies], degrees of freedom) if only one factor varies."""
     freedom = runs * seeds - 1
     return np.sqrt(squares.sum(axis=1) / (freedom * runs * seeds)), freedom
 
 
 def upper_tails(distances, squares, runs, seeds):
-    """Generalised one-sided p-value, [studies], of a truth that lies `distances` [studies] away.
-
-    `squares` [studies, 3], from `sums_of_squares`, not all 0.
-    """
+    """Generalised one-sided p-value [studies] of a truth at `distances` [studies]; `squares` [studies, 3] from
+    `sums_of_squares`, not all 0."""
     if min(runs, seeds) == 1:
         error, freedom = students_error(squares, runs, seeds)
         return stats.t.sf(distances / error, freedom)
@@ -100,41 +96,40 @@ def upper_tails(distances, squares, runs, seeds):
 
 
 def half_widths(squares, runs, seeds, tail):
-    """The distance, [studies], whose one-sided p-value is `tail` (below 0.5): `upper_tails` inverted."""
+    """The distance [studies] whose one-sided p-value is `tail` < 0.5: the inverse of `upper_tails`."""
     if min(runs, seeds) == 1:
         error, freedom = students_error(squares, runs, seeds)
         return stats.t.isf(tail, freedom) * error
     inverse, weights = inverse_errors(squares, runs, seeds)
     distances = special.ndtri(1 - tail) / (inverse @ weights)
-    for _ in range(100):  # Newton's method on the logarithms of both; five or six steps
+    for _ in range(100):  # Newton's method in log-log coordinates; five or six steps
         scaled = distances[:, None] * inverse
-        found = special.ndtr(-scaled) @ weights
+        p = special.ndtr(-scaled) @ weights
         slope = (scaled * np.exp(-(scaled**2) / 2)) @ weights / np.sqrt(2 * np.pi)
-        step = np.clip(np.log(found / tail) * found / slope, -1, 1)
+        step = np.clip(np.log(p / tail) * p / slope, -1, 1)
         distances = distances * np.exp(step)
-        if np.abs(step).max() < 1e-7:  # each error is about the square of the one before
+        if np.abs(step).max() < 1e-7:  # convergence is quadratic
             return distances
-    raise RuntimeError(f"no interval found for sums of squares {squares[np.abs(step).argmax()]}")
+    raise RuntimeError(f"no interval converged for sums of squares {squares[np.abs(step).argmax()]}")
 
 
 def one_study(values):
     """(mean, sums of squares [1, 3], runs, seeds) of `values` [runs, seeds]."""
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"finite values [runs, seeds] are needed, not {values.shape}: {values}")
-    first = values[0, 0]  # the mean of equal values is that value, not what summing rounds it to
+        raise ValueError(f"values must be finite and [runs, seeds], not {values.shape}: {values}")
+    first = values[0, 0]  # the mean of equal values is then exactly that value
     return first + (values - first).mean(), sums_of_squares(values[None]), *values.shape
 
 
 def mean_interval(values, level=0.95):
     """Mean of `values` [runs, seeds] with its confidence interval and two-sided p-value against 0.
 
-    The generalised interval of the two-way random model, see above; with one run only the seeds
-    vary, and it is Student's interval over them (it then speaks of that run alone); with one seed,
-    over the runs. p < 1 - level exactly where the interval leaves out 0.
+    The generalised interval of the two-way random model, see above. With one run it is Student's interval over the seeds
+    (and covers that run alone), with one seed over the runs. p < 1 - level exactly if the interval excludes 0.
 
-    Returns a dict: mean, low, high, p, runs, seeds. With a single value the interval is unknown
-    (NaN), and p is 1; where all values are equal it is certain, and p is 0 or 1.
+    Returns a dict: mean, low, high, p, runs, seeds. A single value has no interval (NaN), and p is 1; equal values have
+    an interval of width 0, and p is 0 or 1.
     """
     mean, squares, runs, seeds = one_study(values)
     if runs * seeds == 1:
@@ -148,11 +143,11 @@ def mean_interval(values, level=0.95):
 
 
 def equivalence(values, margin):
-    """Whether the mean of `values` [runs, seeds] lies within ±`margin`: a dict of low, high and p.
+    """Whether the mean of `values` [runs, seeds] lies within ±`margin`: dict(low, high, p).
 
-    Two one-sided tests (Schuirmann 1987, https://doi.org/10.1007/BF01068419) under the distribution
-    of `mean_interval`: p is the larger of their p-values, below 0.05 exactly where the 90% interval
-    [low, high] lies inside the margin. With a single value the interval is NaN and p is 1.
+    Two one-sided tests (Schuirmann 1987, https://doi.org/10.1007/BF01068419) under the distribution of `mean_interval`: p
+    is the larger of their p-values, below 0.05 exactly if the 90% interval [low, high] lies inside the margin. With a
+    single value the interval is NaN and p is 1.
     """
     if not margin > 0:
         raise ValueError(f"a margin above 0 is needed, not {margin}")
@@ -168,7 +163,7 @@ def equivalence(values, margin):
 
 
 def holm(p_values):
-    """p-values corrected for testing several at once (Holm 1979), in the order given."""
+    """`p_values` corrected for multiple tests (Holm 1979), in the same order."""
     p_values = np.asarray(p_values, float)
     order = np.argsort(p_values)
     scaled = p_values[order] * np.arange(len(p_values), 0, -1)
@@ -178,13 +173,12 @@ def holm(p_values):
 
 
 def estimated_variances(squares, runs, seeds):
-    """Variances [3] of runs, seeds and rest that the sums of squares [3] of one study speak for.
+    """Variances [3] of runs, seeds and rest, estimated from the sums of squares [3] of one study; none is below 0.
 
-    Each sum is divided by the median of its chi-square, not by the mean: half of all studies then
-    estimate too little and half too much, where the mean is too little in 68% (two runs) or 63%
-    (three), and power would be promised that is not there. No variance is below 0.
+    Each sum is divided by the median of its chi-square, not by the mean: half of all studies then underestimate and half
+    overestimate. The mean underestimates in 68% (two runs) or 63% (three), which would overstate the power.
     """
-    if min(runs, seeds) == 1:  # the sum of the factor that varies has what the rest adds in it
+    if min(runs, seeds) == 1:  # the sum of the factor that varies includes the rest
         return squares / stats.chi2.median(runs * seeds - 1)
     freedom = np.array([runs - 1, seeds - 1, (runs - 1) * (seeds - 1)])
     of_runs, of_seeds, rest = squares / stats.chi2.median(freedom)
@@ -192,15 +186,15 @@ def estimated_variances(squares, runs, seeds):
 
 
 def repetitions(variances, runs, seeds):
-    """A study of this size repeated: (sums of squares [32, 3], standard deviation of its mean).
+    """Repetitions of a study of this size: (sums of squares [32, 3], standard deviation of its mean).
 
-    The sums are the expected mean squares times points that fill the range of their chi-squares.
+    The sums are the expected mean squares times points that cover the range of their chi-squares.
     """
     of_runs, of_seeds, rest = variances
     expected = np.array([seeds * of_runs + rest, runs * of_seeds + rest, rest])
     places = qmc.Sobol(3, scramble=False).random(32) + 0.5 / 32
     freedom = np.array([runs - 1, seeds - 1, (runs - 1) * (seeds - 1)])
-    # A factor that does not vary has no degrees of freedom, and its sum is 0.
+    # A factor with a single level has no degrees of freedom, and its sum is 0.
     draws = np.where(freedom > 0, stats.chi2.ppf(places, np.maximum(freedom, 1)), 0)
     return expected * draws, np.sqrt(of_runs / runs + of_seeds / seeds + rest / (runs * seeds))
 
@@ -208,9 +202,9 @@ def repetitions(variances, runs, seeds):
 def smallest_detectable(values, alpha=0.05, power=0.8):
     """The true difference that a study like `values` [runs, seeds] finds in `power` of repetitions.
 
-    As large and as spread as this study appears to be, tested on two sides at `alpha` (for the first
-    step of Holm's correction 0.05 over the number of tests). The spreads are estimates: with few
-    runs it may be off by half. NaN with a single value, 0 where all values are equal.
+    For a study of this size and apparent variances, tested on two sides at `alpha` (0.05 over the number of tests for the
+    first step of Holm's correction). The variances are estimates: with few runs the result may be off by half. NaN with a
+    single value, 0 if all values are equal.
     """
     _, squares, runs, seeds = one_study(values)
     if runs * seeds == 1:
@@ -221,19 +215,18 @@ def smallest_detectable(values, alpha=0.05, power=0.8):
     half = half_widths(again, runs, seeds, alpha / 2)
 
     def lacking(difference):
-        found = special.ndtr((difference - half) / error) + special.ndtr((-difference - half) / error)
-        return power - found.mean()
+        detected = special.ndtr((difference - half) / error) + special.ndtr((-difference - half) / error)
+        return power - detected.mean()
 
     return float(optimize.brentq(lacking, 0, half.max() + 10 * error, rtol=1e-6))
 
 
 def runs_to_decide(values, margin, alpha=0.05, power=0.8):
-    """Training runs with which "equivalent within ±`margin`" is found in `power` of studies, or None.
+    """The fewest training runs that find "equivalent within ±`margin`" in `power` of studies, or None.
 
-    The smallest number (2 to 1,000, and maybe fewer than there are), at `values`' [runs, seeds] number
-    of seeds and apparent spreads, if the true difference is 0 and equivalence is tested at `alpha`.
-    None if 1,000 runs would not do, because the seeds alone vary too much for the margin, and with
-    fewer than two runs, which leave the spread between runs unknown.
+    From 2 to 1,000 (possibly fewer than there are), for the number of seeds and the apparent variances of `values`
+    [runs, seeds], a true difference of 0 and a test at `alpha`. None if 1,000 runs are not enough, because the seeds alone
+    vary too much for the margin, and with fewer than two runs, which leave the variance between runs unknown.
     """
     if not margin > 0:
         raise ValueError(f"a margin above 0 is needed, not {margin}")
@@ -253,11 +246,11 @@ def runs_to_decide(values, margin, alpha=0.05, power=0.8):
 
 
 def runs_to_tell(values, margin=None, alpha=0.05, power=0.8, seeds=None):
-    """Training runs with which `power` of studies tell that the mean is not 0 or, with a `margin`, that it
-    lies within ±`margin`, whichever takes fewer, if the true mean is that of `values` [runs, seeds].
+    """The fewest training runs with which `power` of studies show that the mean is not 0 or, with a `margin`, that it
+    lies within ±`margin`, if the true mean is that of `values` [runs, seeds].
 
-    Both are tested at `alpha`, with `seeds` sampling seeds, as many as there are if None. None if 1,000 runs
-    would not do, and with fewer than two runs.
+    Both are tested at `alpha`, with `seeds` sampling seeds (None: those of `values`). None if 1,000 runs are not enough,
+    and with fewer than two runs.
     """
     mean, squares, runs, drawn = one_study(values)
     seeds = seeds or drawn
@@ -270,19 +263,19 @@ def runs_to_tell(values, margin=None, alpha=0.05, power=0.8, seeds=None):
     def enough(number):
         again, error = repetitions(variances, number, seeds)
         half = half_widths(again, number, seeds, alpha / 2)
-        found = special.ndtr((abs(mean) - half) / error).mean()
+        decided = special.ndtr((abs(mean) - half) / error).mean()
         if margin is not None:
             room = margin - half_widths(again, number, seeds, alpha)
             within = special.ndtr((room - mean) / error) - special.ndtr((-room - mean) / error)
-            found = max(found, np.maximum(within, 0).mean())
-        return found >= power
+            decided = max(decided, np.maximum(within, 0).mean())
+        return decided >= power
 
     return fewest(enough)
 
 
 def fewest(enough):
-    """The smallest number from 2 to MOST_RUNS for which `enough`, or None; it is monotone."""
-    few, many = 1, MOST_RUNS  # too few, and enough
+    """The smallest number from 2 to MOST_RUNS for which the monotone `enough` is true, or None."""
+    few, many = 1, MOST_RUNS  # too few, enough
     if not enough(many):
         return None
     while many - few > 1:
@@ -292,12 +285,12 @@ def fewest(enough):
 
 
 def jackknife(statistic, seeds):
-    """A statistic over the seeds as one value a seed, [..., seeds], whose mean it is.
+    """A statistic over the seeds as one value per seed, [..., seeds], with the statistic as their mean.
 
-    `statistic` takes an array of seed indices and returns an array of any shape. The values are
-    Tukey's pseudo-values (Miller 1974, https://doi.org/10.1093/biomet/61.1.1), shifted so that their
-    mean is the statistic over all seeds: their spread is that of the statistic, so that an interval
-    over them also holds the error of what it was divided by, or of pairs that share a seed.
+    `statistic` takes an array of seed indices and returns an array of any shape. The values are Tukey's pseudo-values
+    (Miller 1974, https://doi.org/10.1093/biomet/61.1.1), shifted so that their mean is the statistic over all seeds. Their
+    spread is that of the statistic, so an interval over them includes the error of a denominator, or of pairs that share
+    a seed.
     """
     every = np.arange(seeds)
     whole = np.asarray(statistic(every), np.float64)

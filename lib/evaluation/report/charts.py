@@ -1,16 +1,18 @@
-"""Charts of an evaluation: a sheet of images (PIL), forest plots and distributions (matplotlib), and bars.
+"""Charts of an evaluation: a sheet of images (PIL), forest plots, distributions and curves (matplotlib), bars.
 
 A bar is an interval on a page, drawn with HTML alone so that it follows the page's width and colours. Its positions are
 per cent of its width.
 """
 
 import math
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from lib.evaluation.choosing import chosen_point
 from lib.evaluation.metrics.table import DIFFERENCE, MEMORISED, METRICS, metric_name
 from lib.evaluation.prompts import CATEGORIES, first_of_each
 from lib.evaluation.report.words import interval_text
@@ -122,6 +124,80 @@ def distribution_figure(run, prompts):
     panels[0].set_yticks(range(len(prompts)), labels, fontsize=8)
     panels[0].invert_yaxis()
     figure.supxlabel("grey: base, red: LoRA; one dot a seed", fontsize=9)
+    return figure
+
+
+COLOURS = ("#2f5ea8", "#c4572e", "#2a6b3f", "#8a4fae", "#b8860b", "#4a4f59")
+ADVISED = "#2a6b3f"
+
+
+@dataclass
+class Curve:
+    """A chart of swept measures over steps or scales."""
+
+    title: str
+    measures: dict  # {measure: its name in the legend}
+    base: float = 0.0  # their value at the base model
+
+
+def all_curves():
+    """A Curve of each measure that is swept, and of the held-out loss."""
+    curves = [
+        Curve(title, {f"{key} {category}": CATEGORIES[category].noun for category in categories}, metric.unchanged)
+        for key, metric in METRICS.items()
+        for categories, title in metric.swept.items()
+    ]
+    held_out = Curve("Held-out loss minus its value before training, interval over the images", {"held_out": "images"})
+    return [*curves, held_out]
+
+
+def curve_lines(curve, rows, over):
+    """The lines of a Curve over "step" or "scale", one for each measure and each value of the other: [(label,
+    [(place, interval)])]."""
+    other = {"step": "scale", "scale": "step"}[over]
+    groups = list(dict.fromkeys(row[other] for row in rows if row["scale"]))
+    lines = []
+    for group in groups:
+        for key, name in curve.measures.items():
+            parts = [name] if len(groups) == 1 or len(curve.measures) > 1 else []
+            parts += [f"{other} {group:g}"] if len(groups) > 1 else []
+            line = [(row[over], row[key]) for row in rows if row[other] == group and key in row and row["scale"]]
+            lines.append((", ".join(parts), line))
+    return [(label, line) for label, line in lines if line]
+
+
+def curve_figure(curve, sweep):
+    """A Curve over the steps, a line a scale, or over the scales if there is one step; None if nothing was measured.
+
+    Each line starts at the base model's value at 0; a dashed line marks the advised point.
+    """
+    over = "step" if len({row["step"] for row in sweep["rows"]}) > 1 else "scale"
+    lines = curve_lines(curve, sweep["rows"], over)
+    if not lines:
+        return None
+    figure = Figure(figsize=(4.6, 3.1), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    width = max(place for _, line in lines for place, _ in line)
+    for number, (label, line) in enumerate(lines):
+        colour = COLOURS[number % len(COLOURS)]
+        shift = 0.012 * width * (number - (len(lines) - 1) / 2)  # intervals beside one another
+        places = [place + shift for place, _ in line]
+        means, lows, highs = ([interval[end] for _, interval in line] for end in ENDS)
+        axes.plot([0, *places], [curve.base, *means], color=colour, linewidth=1.5, label=label)
+        axes.plot(places, means, "o", color=colour, markersize=4)
+        axes.vlines(places, lows, highs, color=colour, linewidth=1.2, alpha=0.6)
+    axes.axhline(curve.base, color="#888888", linewidth=0.8, zorder=0)
+    if chosen := chosen_point(sweep):
+        axes.axvline(getattr(chosen, over), color=ADVISED, linewidth=1.2, linestyle="--", zorder=0)
+    axes.set_title(curve.title, fontsize=8.5, loc="left")
+    axes.set_xlabel({"step": "training steps", "scale": "scale of the adapter"}[over], fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    if len(lines) > 1:
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the lines
+        axes.legend(framealpha=1, edgecolor="none", fontsize=7.5, loc="upper left", ncols=2)
     return figure
 
 

@@ -8,21 +8,25 @@ import base64
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
 import jinja2
-import matplotlib
-from matplotlib.figure import Figure
 from PIL import Image
 
-from lib.evaluation.choosing import Point, grid_table
+from lib.evaluation.choosing import chosen_point, grid_table
 from lib.evaluation.metrics.table import DIFFERENCE, METRICS, questions
 from lib.evaluation.prompts import CATEGORIES, first_of_each, slugs
 from lib.evaluation.report import words
-from lib.evaluation.report.charts import distribution_figure, forest_bars, seeds_shown, verdict_bars
+from lib.evaluation.report.charts import (
+    all_curves,
+    curve_figure,
+    distribution_figure,
+    forest_bars,
+    seeds_shown,
+    verdict_bars,
+)
 from lib.images import webp
 
 TEMPLATES = jinja2.Environment(
@@ -288,38 +292,6 @@ def comparison_page(groups, summaries, pairs, shown):
     )
 
 
-matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold dollar signs
-
-COLOURS = ("#2f5ea8", "#c4572e", "#2a6b3f", "#8a4fae", "#b8860b", "#4a4f59")
-GREEN = "#2a6b3f"
-
-
-@dataclass
-class Curve:
-    """One panel: swept measures over steps or scales."""
-
-    title: str
-    measures: dict  # {measure: its name in the legend}
-    base: float = 0.0  # their value at the base model
-
-
-def all_curves():
-    """A Curve of each measure that is swept, and of the held-out loss."""
-    curves = [
-        Curve(title, {f"{key} {category}": CATEGORIES[category].noun for category in categories}, metric.unchanged)
-        for key, metric in METRICS.items()
-        for categories, title in metric.swept.items()
-    ]
-    held_out = Curve("Held-out loss minus its value before training, interval over the images", {"held_out": "images"})
-    return [*curves, held_out]
-
-
-def chosen_point(sweep):
-    """The Point that is advised, or None."""
-    chosen = sweep["choice"] and sweep["choice"]["chosen"]
-    return Point(chosen["step"], chosen["scale"]) if chosen and chosen["scale"] else None
-
-
 def strips(run, shown, chosen):
     """A dict a prompt: its first seed's images of the base model and of each point, the one at `chosen` marked."""
     prompts, seeds = shown["prompts"], shown["seeds"]
@@ -351,7 +323,7 @@ def strips(run, shown, chosen):
 def choose_page(run, sweep, shown):
     """The choice among a run's snapshots and scales as HTML: advice, images, curves, tables."""
     chosen, count = chosen_point(sweep), len(shown["seeds"])
-    found = [(curve, curve_figure(curve, sweep)) for curve in all_curves()]
+    curves = [(curve.title, curve_figure(curve, sweep)) for curve in all_curves()]
     return TEMPLATES.get_template("choose.html").render(
         title=run.name,
         strips=strips(run, shown, chosen),
@@ -359,75 +331,9 @@ def choose_page(run, sweep, shown):
         speaks_of=words.spread_text(dict(runs=[run.name], seeds=count)),
         warnings=shown["warnings"],
         marked=chosen is not None,
-        curves=[dict(uri=figure_uri(figure), alt=curve.title) for curve, figure in found if figure],
+        curves=[dict(uri=figure_uri(figure), alt=title) for title, figure in curves if figure],
         grid=grid_table(sweep["rows"]),
         table=words.sweep_table(sweep["rows"]),
         explained=words.sweep_explained(),
         details=details_text(shown, {run.name: run.adapter}),
     )
-
-
-def curve_figure(curve, sweep):
-    """One Curve as a figure of its own, or None where nothing of it was measured."""
-    figure = Figure(figsize=(4.6, 3.1), dpi=130, layout="constrained")
-    return figure if draw_curve(figure.subplots(), curve, sweep) else None
-
-
-def lines_of(curve, rows, over):
-    """[(label, rows)] of a Curve over "step" or "scale": a line for each measure and value of the other."""
-    other = {"step": "scale", "scale": "step"}[over]
-    groups = list(dict.fromkeys(row[other] for row in rows if row["scale"]))
-    found = []
-    for group in groups:
-        for key, name in curve.measures.items():
-            parts = [name] if len(groups) == 1 or len(curve.measures) > 1 else []
-            parts += [f"{other} {group:g}"] if len(groups) > 1 else []
-            line = [row for row in rows if row[other] == group and key in row and row["scale"]]
-            found.append((", ".join(parts), [(row[over], row[key]) for row in line]))
-    return [(label, line) for label, line in found if line]
-
-
-def draw_curve(axes, curve, sweep):
-    """Draw a Curve over the steps, a line a scale, or over the scales where there is one step; returns
-    whether any of it was measured."""
-    over = "step" if len({row["step"] for row in sweep["rows"]}) > 1 else "scale"
-    lines = lines_of(curve, sweep["rows"], over)
-    if not lines:
-        return False
-    width = max(place for _, line in lines for place, _ in line)
-    for number, (label, line) in enumerate(lines):
-        # Beside one another, so that each interval is seen.
-        shift = 0.012 * width * (number - (len(lines) - 1) / 2)
-        draw_line(axes, line, shift, curve.base, COLOURS[number % len(COLOURS)], label)
-    axes.axhline(curve.base, color="#888888", linewidth=0.8, zorder=0)
-    chosen = chosen_point(sweep)
-    if chosen:
-        axes.axvline(getattr(chosen, over), color=GREEN, linewidth=1.2, linestyle="--", zorder=0)
-    axes.set_title(curve.title, fontsize=8.5, loc="left")
-    axes.set_xlabel({"step": "training steps", "scale": "scale of the adapter"}[over], fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the lines
-        # Over the line of the chosen step, which may run through it.
-        axes.legend(framealpha=1, edgecolor="none", fontsize=7.5, loc="upper left", ncols=2)
-    return True
-
-
-def draw_line(axes, line, shift, base, colour, label):
-    """A line through means with their intervals, [(place, interval)], from the base model at 0."""
-    places = [place + shift for place, _ in line]
-    means, lows, highs = ([interval[k] for _, interval in line] for k in ("mean", "low", "high"))
-    axes.plot(
-        [0, *places],
-        [base, *means],
-        color=colour,
-        linewidth=1.5,
-        marker="o",
-        markersize=4,
-        markevery=slice(1, None),
-        label=label,
-    )
-    axes.vlines(places, lows, highs, color=colour, linewidth=1.2, alpha=0.6)
