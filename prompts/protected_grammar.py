@@ -263,7 +263,7 @@ a {colour} {class} beside another {class} | a {class} among {number} {fruit*} | 
 a {class} under a {tree} | a {colour} {class} on a {furniture}""",
     ),
     (
-        "Pictures of it",
+        "Images of it",
         60,
         """
 a {shot} of a {class} | a {shot} of a {colour} {class} | a {shot} of a {state} {class} {place} | {medium} of a {class}

@@ -1,9 +1,12 @@
-"""A study whose truth is known, written as study.py leaves it: metrics.json files, without images."""
+"""Studies whose truth is known: metrics.json records without images, in memory or as study.py leaves them."""
 
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
+
+from lib.study.files import study_of
 
 ARMS = ("rank32", "rank8", "unet_only", "dora", "protected", "protected_plain_loss", "varied_captions", "large_batch")
 SCALED = ("rank32",)
@@ -19,9 +22,8 @@ PROMPTS = [
 ]
 CEILING = 0.5
 
-# What an arm does to each kind of prompts, (movement toward the concept, change), and to CLIP of success
-# prompts, at full scale.
-PLAIN = dict(success=(0.2, 0.8), near=(0.1, 0.5), unrelated=(0.01, 0.2), clip=0.1, seconds=100.0)
+# Effects of an arm at full scale: (movement toward the concept, change) of each category, and CLIP of success prompts.
+PLAIN = dict(success=(0.2, 0.8), near=(0.1, 0.5), unrelated=(0.01, 0.2), clip=0.1)
 
 
 def pairs(rng, spread=0.02):
@@ -30,12 +32,12 @@ def pairs(rng, spread=0.02):
     return (CEILING + spread * rng.standard_normal((len(PROMPTS), count))).round(6).tolist()
 
 
-def rows_of(does, scale, rng, noise, of_run, base):
-    """Base and LoRA rows of an arm at a scale; movement and change grow with it in a straight line."""
+def rows_of(effect, scale, rng, noise, of_run, base):
+    """Base and LoRA rows of an arm at a scale; movement and change are proportional to it."""
     rows = []
     for index, (category, prompt) in enumerate(PROMPTS):
-        moved, change = does[category]
-        clip = does["clip"] if category == "success" else 0.0
+        moved, change = effect[category]
+        clip = effect["clip"] if category == "success" else 0.0
         for seed in range(SEEDS):
             job = dict(prompt=prompt, category=category, seed=seed)
             concept, match = base[index, seed]
@@ -52,57 +54,42 @@ def rows_of(does, scale, rng, noise, of_run, base):
     return rows
 
 
-def write_study(
-    folder, seeds=(1, 2, 3, 4, 5, 6), noise=0.003, of_runs=0.002, scales=SCALES, base_model="demo/model", **arms
-):
-    """Write a study into `folder`; `arms` are {arm: what differs from PLAIN}. `noise` is an image's, `of_runs`
-    a run's own share."""
+def made_records(seeds, noise=0.003, of_runs=0.002, scales=SCALES, base_model="demo/model", **arms):
+    """{training seed: {(arm, "own" or "scales"): (folder, record)}} as `read_study` reads them.
 
-    def record(*of, **more):
-        found = record_of(*of) | more
-        return found | dict(config=found["config"] | dict(base_model=base_model))
-
+    `arms` are {arm: differences to PLAIN}, `noise` is the spread of an image, `of_runs` that of a run.
+    """
     base = np.random.default_rng(0).normal(0.4, 0.01, (len(PROMPTS), SEEDS, 2))
     base_pairs = pairs(np.random.default_rng(1))
+    records = {}
     for seed in seeds:
+        records[seed] = of_seed = {}
         for arm in ARMS:
-            does, name = PLAIN | arms.get(arm, {}), f"{arm}_seed{seed}"
+            effect, name = PLAIN | arms.get(arm, {}), f"{arm}_seed{seed}"
             rng = np.random.default_rng(zlib.crc32(name.encode()))
             shift = of_runs * rng.standard_normal()
-            own = rows_of(does, 1.0, rng, noise, shift, base)
-            write(folder / f"seed{seed}" / name, record(name, arm, seed, does, own, base_pairs, rng))
+            rows = rows_of(effect, 1.0, rng, noise, shift, base)
+            record = record_of(name, arm, seed, rows, base_pairs, rng, base_model)
+            of_seed[arm, "own"] = Path(f"seed{seed}", name), record
             if arm in SCALED:
                 swept = []
                 for scale in scales:
                     if scale != 1:
-                        rows = rows_of(does, scale, rng, noise, shift, base)
-                        lora = [row for row in rows if row["model"] == "lora"]
+                        lower = rows_of(effect, scale, rng, noise, shift, base)
+                        lora = [row for row in lower if row["model"] == "lora"]
                         swept.append(dict(step=None, scale=scale, pictures=lora, pairs=pairs(rng)))
-                found = record(name, arm, seed, does, own, base_pairs, rng, swept=swept)
-                write(folder / f"scales_seed{seed}" / name, found)
-        write(folder / f"seed{seed}" / "comparison", {})
-    return folder
+                of_seed[arm, "scales"] = Path(f"scales_seed{seed}", name), record | dict(swept=swept)
+    return records
 
 
-def record_of(name, arm, seed, does, rows, base_pairs, rng):
-    """A metrics.json, as far as a study reads it."""
-    steps = 1000
-    training = dict(max_steps=steps, seed=seed, arm=arm, data_sha256="0" * 64)
-    adapter = dict(
-        fingerprint=name,
-        metadata=dict(seed=str(seed)),
-        training=training,
-        held_out=[],
-        speed=dict(
-            steps_a_second=steps / does["seconds"] * rng.normal(1, 0.01),
-            device="a made-up device",
-            peak_gib_reserved=1.0,
-        ),
-    )
+def record_of(name, arm, seed, rows, base_pairs, rng, base_model):
+    """The keys of a metrics.json that a study reads."""
+    training = dict(max_steps=1000, seed=seed, arm=arm, data_sha256="0" * 64, data_dir="processed_data")
+    metadata = dict(seed=str(seed), caption="a holographic raincoat")
     return dict(
         run=name,
-        config=dict(steps=28, guidance_scale=6.0, resolution=64),
-        adapter=adapter,
+        config=dict(steps=28, guidance_scale=6.0, resolution=64, base_model=base_model),
+        adapter=dict(fingerprint=name, metadata=metadata, training=training, held_out=[]),
         summary=dict(margins=MARGINS),
         pictures=rows,
         pairs=dict(base=base_pairs, lora=pairs(rng)),
@@ -113,6 +100,15 @@ def record_of(name, arm, seed, does, rows, base_pairs, rng):
     )
 
 
-def write(folder, found):
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(found))
+def made_study(seeds=6, **truth):
+    """A Study of `seeds` training seeds; `truth` as for `made_records`."""
+    return study_of(made_records(range(1, seeds + 1), **truth), ARMS, SCALED, [])
+
+
+def write_study(folder, seeds=(1, 2, 3, 4, 5, 6), **truth):
+    """Write a study into `folder` as study.py leaves it; `truth` as for `made_records`."""
+    for seed, records in made_records(seeds, **truth).items():
+        for place, record in (*records.values(), (Path(f"seed{seed}", "comparison"), {})):
+            (folder / place).mkdir(parents=True)
+            (folder / place / "metrics.json").write_text(json.dumps(record))
+    return folder

@@ -4,21 +4,24 @@ at equal concept, and equal columns of figures."""
 import numpy as np
 from scipy import stats
 
-from lib.evaluation.metrics.effects import grid, no_change_reason
-from lib.evaluation.metrics.lpips_distances import pair_mean
-from lib.evaluation.prompts import members
+from lib.evaluation.metrics.effects import grid
+from lib.evaluation.metrics.lpips_distances import no_change_reason, pair_mean
+from lib.evaluation.prompts import UNTAUGHT, members
 from lib.evaluation.statistics import jackknife, mean_interval
 
 BASELINE, PROTECTED = "rank32", "protected"
-NOT_ASKED = ("near", "unrelated")  # categories of prompts that do not ask for the concept
+NOT_ASKED = tuple(category.name for category in UNTAUGHT)  # prompts that do not ask for the concept: near, unrelated
 # (metric, category)s that are compared at equal concept.
 AT_EQUAL = tuple((metric, category) for category in NOT_ASKED for metric in ("change", "concept_similarity"))
 
 
 def has_movement(study):
     """Whether the study has change and concept similarity."""
-    scored = study.arms[BASELINE][0].rows[0]["concept_similarity"] is not None
-    return scored and no_change_reason(study.base_pairs) is None
+    return has_score(study, "concept_similarity") and no_change_reason(study.base_pairs) is None
+
+
+def has_score(study, metric):
+    return study.arms[BASELINE][0].rows[0].get(metric) is not None
 
 
 def has_every_category(study):
@@ -169,14 +172,14 @@ def equal_concept_intervals(study):
 
 
 def columns(study, one=BASELINE, other="rank8"):
-    """The published study's three figures for two arms, from one image a prompt, or None without its prompts.
+    """The published study's three figures for two arms, from one image a prompt, or None without its prompts or CLIP.
 
     The figures are the mean CLIP score and LPIPS of the first three success prompts, and the LPIPS of the cat.
     Returns a dict: `same` [training seeds, sampling seeds], whether all three agree to four digits, and `apart`,
     the mean distance of each.
     """
     success, cat = members(study.prompts, "success")[:3], ("unrelated", "a cat sitting on a couch")
-    if len(success) < 3 or cat not in study.prompts:
+    if len(success) < 3 or cat not in study.prompts or not has_score(study, "clip"):
         return None
     figures = []
     for arm in (one, other):  # [training seeds, prompts, sampling seeds]

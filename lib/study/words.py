@@ -165,7 +165,7 @@ def claims_markdown(study, claims, rows):
         "# An answer to every claim",
         *introduction(study),
         "Differences are the arm minus rank 32, paired by training seed: means with 95% intervals. How a claim is made: "
-        "lib/evaluation/README.md. report.html has the charts, forest.png every arm beside rank 32, change_and_concept.png "
+        "lib/study/README.md. report.html has the charts, forest.png every arm beside rank 32, change_and_concept.png "
         "the points of claim 3, study.json every figure and the files that they are from.",
         markdown_table(claims_table(claims)).replace("|--:", "|---"),
         " ".join(limits(study)),
