@@ -14,7 +14,8 @@ from peft import inject_adapter_in_model as inject
 from safetensors.torch import load_file, save_file
 from test_adapters import models_of, rewrite
 
-from lib import adapter_files, adapters, kohya
+from lib import adapter_files, adapters
+from lib.adapter_files import kohya
 from lib.errors import UserError
 from lib.evaluation.generation import load_pipeline, probe
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_adapters import models_of
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lib import adapter_files, adapters, kohya
+from lib import adapter_files, adapters
+from lib.adapter_files import kohya
 from lib.errors import UserError
 from lib.evaluation.generation import load_pipeline, probe
 from lib.training.run_folder import preview_thumbnail
