@@ -280,9 +280,9 @@ pairs = st.builds(
     st.sampled_from([2, 2, 2, 1, 0]),
     *[st.sampled_from([1.0, 1.0, 1.0, 0.0, float("nan"), -float("inf")])] * 2,
 )
+PEFT_KEYS = ("lora_alpha", "r", "target_modules", "rank_pattern", "alpha_pattern", "init_lora_weights")
 header_values = st.text(max_size=30) | (
-    json_values
-    | st.fixed_dictionaries({}, optional={f"unet.{key}": json_values for key in ("lora_alpha", "r", "target_modules")})
+    json_values | st.fixed_dictionaries({}, optional={f"unet.{key}": json_values for key in PEFT_KEYS})
 ).map(json.dumps)
 
 

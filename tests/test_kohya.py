@@ -332,7 +332,7 @@ def a_gap(tensors):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (one_factor, "lacks a factor"),
+        (one_factor, "lack a factor"),
         (no_number, "alpha of"),
         (another_model, "are not in the model"),
         (a_gap, "1 layers of the model get nothing"),

@@ -49,17 +49,14 @@ def plan_runs(config, device):
     is alone, under None."""
     found = adapter_files.find_adapters(config["lora_dir"])
     output_dir, base_model = Path(config["output_dir"]), config["base_model"]
-    targets = [output_dir / name if len(found) > 1 else output_dir for name, _ in found]
-    for target in [*targets, *([output_dir / "comparison"] if len(found) > 1 else [])]:
+    targets = {name: output_dir / name if len(found) > 1 else output_dir for name, _ in found}
+    for target in [*targets.values(), *([output_dir / "comparison"] if len(found) > 1 else [])]:
         check_output_folder(target, MARKER)
     for left in sorted(Path(config["lora_dir"]).glob("*/config.json")):
         if len(found) > 1 and left.parent.name not in [name for name, _ in found]:
             print(f"note: {left.parent} is a run without its weights, and is passed over")
-    read = [(name, adapter_files.read_adapter(path)) for name, path in found]
-    runs = [
-        Run(name, target, describe(adapter), [], [], folder=adapter.path)
-        for (name, adapter), target in zip(read, targets, strict=True)
-    ]
+    read = read_adapters(found)
+    runs = [Run(name, targets[name], describe(adapter), [], [], folder=adapter.path) for name, adapter in read]
     steps = [
         with_snapshots(run, adapter) if config["snapshots"] else {None: adapter}
         for run, (_, adapter) in zip(runs, read, strict=True)
@@ -78,9 +75,31 @@ def plan_runs(config, device):
         known = adapter.metadata.get("base_model")
         if known and base_model_name(known) != base_model_name(base_model):
             print(f"note: {name} was trained on {known}, here it is drawn with {base_model}")
+        clip_skip = adapter.metadata.get("clip_skip", "1")
+        if clip_skip not in ("0", "1"):
+            print(
+                f"note: {name} was trained with clip skip {clip_skip}; here the text encoder's last layer is used, so its "
+                "effect may differ from that in programs with this setting"
+            )
     half = device.type == "cuda"
     folder = fetch_base_model(base_model, config["revision"], half, config["resolution"])
     return list(zip(runs, steps, strict=True)), folder
+
+
+def read_adapters(places):
+    """[(name, Adapter)] of `places`, [(name, path)]. Of several, those that are refused are skipped with a note;
+    UserError if none is left."""
+    read = []
+    for name, path in places:
+        try:
+            read.append((name, adapter_files.read_adapter(path)))
+        except UserError as problem:
+            if len(places) == 1:
+                raise
+            print(f"note: {name} is skipped: {problem}")
+    if not read:
+        raise UserError(f"{places[0][1].parent}: none of its {len(places)} adapters can be read; see the notes above")
+    return read
 
 
 def with_snapshots(run, adapter):
