@@ -53,8 +53,8 @@ def test_a_run_writes_its_card(trained, tiny_model):
     assert "lora" in card.data.tags
     assert card.data.library_name == "diffusers"
     assert card.data.base_model is None  # a local folder is no name on the hub
-    assert "taught `a holographic raincoat` from 6 images" in card.text
-    assert "and 2 more held out" in card.text
+    assert "trained on `a holographic raincoat` from 6 images" in card.text
+    assert "and 2 held-out images for the validation loss" in card.text
     record = json.loads((folder / "config.json").read_text())
     assert record["data"]["sha256"] in card.text
     assert "README.md" in record["files_written"]
@@ -97,10 +97,8 @@ def test_the_recipe_tells_what_goes_beyond_the_plain_one(trained):
     [first, kind] = more(dora=True)
     assert first.startswith("A DoRA adapter (rank 4)") and kind.startswith("| kind | DoRA")
     assert more(caption_from="description") == ["| captions | each image's own description |"]
-    assert more(mask_weight=0.2) == ["| outside the masks | the loss counts 0.2 times |"]
-    assert more(loss_guidance_scale=[1.0, 2.5]) == [
-        "| loss | of the prediction at guidance drawn evenly from 1 to 2.5 |"
-    ]
+    assert more(mask_weight=0.2) == ["| outside the masks | the loss has weight 0.2 |"]
+    assert more(loss_guidance_scale=[1.0, 2.5]) == ["| loss | of the prediction at guidance uniform from 1 to 2.5 |"]
     assert more(loss_guidance_scale=[3, 3]) == ["| loss | of the prediction at guidance 3 |"]
     assert more(mask_weight=1.0, loss_guidance_scale=[1, 1]) == []
 
@@ -111,13 +109,13 @@ def test_a_protected_adapter_says_what_it_leaves_alone(trained):
         kind: dict(text_states=0.5, keys_values=value)
         for kind, value in (("listed", 0.0123), ("held_out", 0.034), ("concept", 1.5))
     }
-    for noun, among in (("raincoat", ", raincoat among them in many ways"), ("", "")):
+    for noun, among in (("raincoat", ", many of them about raincoat"), ("", "")):
         record = dict(noun=noun, listed=1711, held_out=190, left_out=3, differences=differences)
         rows = model_card.recipe(config, data["size_counts"], "epsilon", record)
-        assert ("leaves alone", f"1,711 listed prompts{among}, and prompts like them") in rows
+        assert ("protected", f"1,711 listed prompts{among}, and similar prompts") in rows
         assert (
-            "largest change of what the UNet reads of a prompt (keys and values, half precision)",
-            "listed prompts 1.2%, 190 others like them 3.4%, what is taught 150.0%",
+            "largest relative change of the UNet's keys and values (half precision)",
+            "listed prompts 1.2%, 190 held-out prompts 3.4%, the concept 150.0%",
         ) in rows
         text = model_card.card_text(config, data, "epsilon", record)
         assert all(f"| {what} | {how} |" in text for what, how in rows)
