@@ -357,7 +357,7 @@ def sdxl(tensors):
         (without("model.diffusion_model.middle_block.1"), "weights are missing (mid_block.attentions.0"),
         (without("cond_stage_model.transformer.text_model.encoder.layers.1"), "missing (text_model.encoder.layers.1"),
         (other_shape, "1 weights are of another shape (conv_out.bias)"),
-        (nine_channels, "made for inpainting (9 input channels)"),
+        (nine_channels, "is for inpainting (9 input channels)"),
         (distilled, "1 weights are left over (model.diffusion_model.time_embed.cond_proj.weight)"),
         (flat, "0 input channels"),
         (without("first_stage_model.decoder.up.3.upsample.conv.bias"), "its vae cannot be converted"),
@@ -453,7 +453,7 @@ def test_a_full_disk_while_it_is_made_leaves_nothing(one_file, monkeypatch, tmp_
             models.fetch_base_model(str(file))
     if isinstance(error.value, UserError):
         assert "No space left on device" in str(error.value)
-        assert "needed; HF_HOME names another place" in str(error.value)
+        assert "needed; set HF_HOME to another place" in str(error.value)
         assert "\n" not in str(error.value)
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert left == []
