@@ -19,27 +19,17 @@ from lib.files import what_else, write_bytes
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name, inside an adapter folder
 COMPONENTS = ("unet", "text_encoder")
-# The spellings of the two factors: PEFT's, diffusers' older ones, and kohya's.
-FACTORS = {
-    "lora_A": "A",
-    "lora.down": "A",
-    "lora_linear_layer.down": "A",
-    "lora_down": "A",
-    "lora_B": "B",
-    "lora.up": "B",
-    "lora_linear_layer.up": "B",
-    "lora_up": "B",
-}
+FACTORS = {"A": "A", "down": "A", "B": "B", "up": "B"}  # PEFT's lora_A, diffusers' older lora.down, kohya's lora_down
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's
 KEY = re.compile(
     r"(?:(?P<component>unet|text_encoder)\.)?(?:base_model\.model\.)?(?P<layer>.+?)\."
-    rf"(?:(?P<factor>{'|'.join(re.escape(name) for name in FACTORS)})(?:\.default)?\.weight"
+    r"(?:(?:lora_|lora\.|lora_linear_layer\.)(?P<factor>A|B|down|up)(?:\.default)?\.weight"
     rf"|{MAGNITUDE}(?:\.default)?(?:\.weight)?)"
 )
 OLD_KEY = re.compile(r"\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
-# Settings of PEFT with which a layer is more than W + scale * B A of the base model's W.
-UNREAD = ("modules_to_save", "layer_replication", "use_qalora")
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that change W too
+# PEFT's settings under which the trained weight is not W + scale * B A with the base model's W.
+UNSUPPORTED = ("modules_to_save", "layer_replication", "use_qalora")
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that also change W
 
 
 def save_adapter(folder, models, rank, alpha, targets, metadata, half=False):
@@ -271,8 +261,8 @@ def header_config(header, part, path):
 
 
 def checked(config, path):
-    """`config`, PEFT's settings of a component; UserError naming the file `path` for settings that have no meaning here."""
-    extras = [name for name in UNREAD if config.get(name)]
+    """`config`, PEFT's settings of a component; UserError naming the file `path` for unsupported or invalid settings."""
+    extras = [name for name in UNSUPPORTED if config.get(name)]
     if str(config.get("init_lora_weights")).startswith(BASE_CHANGING):
         extras.append(f"init_lora_weights {config['init_lora_weights'][:20]}")
     if extras:
