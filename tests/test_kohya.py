@@ -336,7 +336,7 @@ def a_gap(tensors):
         (one_factor, "lack a factor"),
         (no_number, "alpha of"),
         (another_model, "are not in the model"),
-        (a_gap, "1 layers of the model get nothing"),
+        (a_gap, "1 layers of the model have no weights"),
         (lambda t: {k: v * 0 if "lora_up" in k else v for k, v in t.items()}, "does nothing"),
         (lambda t: {k: v * float("inf") if "lora_up" in k else v for k, v in t.items()}, "NaN or infinity"),
     ],
