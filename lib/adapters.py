@@ -173,9 +173,9 @@ def match_layers(rows, model, targets, path, component):
         bare = {name.removeprefix("text_model."): factor for name, factor in rows.items()}
         rows = {f"text_model.{name}" if prefixed else name: f for name, f in bare.items()}
     unknown = sorted(set(rows) - set(linear))
-    # A number needs the name before it, as in `to_out.0`. A file may adapt only attn1 (self-attention) or only attn2.
-    endings = targets or {re.search(r"(attn\d\.)?[^.]+(\.\d+)?$", name)[0] for name in rows}
-    empty = sorted({name for name in linear if matches(name, endings)} - set(rows))
+    empty = sorted({name for name in linear if matches(name, targets or endings(rows))} - set(rows))
+    if not targets:  # a file that does not state its layers may lack whole blocks
+        empty = [name for name in empty if block(name) in set(map(block, rows))]
     problems = []
     if unknown:
         problems.append(f"{len(unknown)} of {len(rows)} layers in the file are not in the model ({some(unknown)})")
@@ -191,6 +191,37 @@ def match_layers(rows, model, targets, path, component):
             "Was it trained on another base model, or is the file damaged?"
         )
     return rows
+
+
+def endings(layers):
+    """The kinds of layers among names. A number needs the name before it (to_out.0), and attn1 (self-attention) and
+    attn2 (cross-attention) are different kinds."""
+    return {re.search(r"(attn\d\.)?[^.]+(\.\d+)?$", name)[0] for name in layers}
+
+
+def block(layer):
+    """The block that a layer is part of: down_blocks.0.attentions.1, encoder.layers.3, or else the layer itself."""
+    match = re.match(r".*?(attentions|resnets|layers|downsamplers|upsamplers)\.\d+", layer)
+    return match[0] if match else layer
+
+
+def adapted_parts(adapter, models):
+    """What an adapter adapts of `models` if that is only a part of the blocks or one kind of attention, and its file does
+    not state so: a list of phrases."""
+    phrases = []
+    for component, rows in adapter.factors.items():
+        if adapter.targets.get(component):
+            continue
+        rows = match_layers(rows, models[component], None, adapter.path, component)
+        matrices = (name for name, module in models[component].named_modules() if is_matrix(module))
+        blocks = {block(name) for name in matrices if matches(name, endings(rows))}
+        adapted = sorted(set(map(block, rows)))
+        if len(adapted) < len(blocks):
+            phrases.append(f"{len(adapted)} of {len(blocks)} blocks of the {component} ({some(adapted)})")
+        kinds = {kind for name in rows for kind in ("attn1", "attn2") if f".{kind}." in name}
+        if len(kinds) == 1:
+            phrases.append("cross-attention (attn2)" if "attn2" in kinds else "self-attention (attn1)")
+    return phrases
 
 
 def is_matrix(module):

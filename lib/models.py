@@ -15,30 +15,29 @@ from lib.errors import UserError, one_line
 from lib.files import describe_content
 from lib.provenance import ROOT
 
-# The scripts show bars of their own work; the libraries' bars for reading a file only blink.
+# The scripts have progress bars of their own.
 transformers.utils.logging.disable_progress_bar()
 
-# The parts of a base model that have weights, and what their files are called.
+# The parts of a base model that have weights, and the stems of their files.
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
 def fetch_base_model(name, revision=None, half=False, resolution=None):
-    """The local folder of a Stable Diffusion pipeline, `name` being a folder, a hub id, or a safetensors
-    file that holds all of a model (of which a folder is made, see lib/single_file.py).
+    """The local folder of a Stable Diffusion pipeline.
 
-    From the hub only what is used is fetched: UNet, VAE, text encoder, tokenizer and scheduler,
-    as safetensors, in half precision where `half` is set and the repository has such a variant.
-    Raises UserError, naming the model and what to do, when it is not there, not whole, of another kind
-    or unable to draw `resolution` pixels; for the last two no weights are fetched.
+    `name` is a folder, a hub id or a safetensors file of a whole model, which is converted (lib/single_file.py). From the
+    hub only the files in use are fetched: UNet, VAE, text encoder, tokenizer and scheduler as safetensors, in half
+    precision if `half` is set and the repository has that variant. Raises UserError, naming the model and what to do, if
+    it is missing, incomplete, of another kind or does not support `resolution` pixels. In the last two cases no weights
+    are fetched.
     """
     configs = ["model_index.json", "*/*.json", "tokenizer/merges.txt"]
-    endings = (".safetensors", *PICKLES)
-    if Path(name).suffix.lower() in endings and not Path(name).is_dir():
+    if Path(name).suffix.lower() in (".safetensors", *PICKLES) and not Path(name).is_dir():
         name = folder_of_file(Path(name))
     folder = fetch_model(name, revision, [], half, configs)
     needed = ["model_index.json", "scheduler/scheduler_config.json"]
     needed += [f"{part}/config.json" for part in PARTS]
-    # Without its vocabulary the tokenizer would load, and read every word as unknown.
+    # Without its vocabulary the tokenizer would load and take every word for unknown.
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
         needed += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
     missing = [path for path in needed if not (folder / path).is_file()]
@@ -49,8 +48,8 @@ def fetch_base_model(name, revision=None, half=False, resolution=None):
     missing += [f"{part}/{stem}.safetensors" for part, stem in PARTS.items() if not weight_files(folder / part, stem)]
     if missing:
         raise UserError(
-            f"base model {name}: {', '.join(missing)} missing; it must be a folder in diffusers' "
-            "layout with safetensors weights, such as pipeline.save_pretrained() writes"
+            f"base model {name}: {', '.join(missing)} missing; a base model is a folder in diffusers' layout with "
+            "safetensors weights, as pipeline.save_pretrained() writes it"
         )
     return folder
 
@@ -59,11 +58,10 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def folder_of_file(path):
-    """The folder that is made of a base model in one file; UserError if there is none, or a pickle."""
+    """The folder converted from a base model in one file; UserError if the file is missing or a pickle."""
     if path.suffix.lower() in PICKLES:
         raise UserError(
-            f"base model {path} is a pickle, which can run any program when it is opened, and is not read; "
-            "take the model's .safetensors file"
+            f"base model {path} is a pickle, which can run any program when opened; use the model's .safetensors file"
         )
     if not path.is_file():
         raise UserError(f"base model {path}: no such file")
@@ -72,7 +70,7 @@ def folder_of_file(path):
     return str(converted(path))
 
 
-# What the configuration files of a base model may state; what they leave out is the first of each.
+# Supported values in the configuration files of a base model; the first is the default of a missing key.
 SUPPORTED = {
     "model_index.json": {
         "text_encoder_2": (None, [None, None]),  # Stable Diffusion XL
@@ -90,20 +88,19 @@ SUPPORTED = {
     "text_encoder/config.json": {"model_type": ("clip_text_model",), "max_position_embeddings": (77,)},
     "scheduler/scheduler_config.json": {
         "prediction_type": ("epsilon", "v_prediction"),
-        "rescale_betas_zero_snr": (False, None),  # the scheduler that draws has no such noise
+        "rescale_betas_zero_snr": (False, None),  # zero terminal SNR, which the sampler does not have
     },
 }
 
 
 def check_base_model(folder, resolution=None):
-    """UserError naming the configuration file and the key, unless the base model in `folder` is a Stable
-    Diffusion of version 1 or 2 for text to image, whether it predicts noise or velocity, whose VAE tiles
-    `resolution` pixels."""
+    """UserError, naming the configuration file and the key, unless `folder` holds a Stable Diffusion 1.x or 2.x for text
+    to image, predicting noise or velocity, whose VAE supports `resolution` pixels."""
 
-    def refuse(path, what):
+    def refuse(path, problem):
         raise UserError(
-            f"{folder / path}: {what}; supported are Stable Diffusion 1.x and 2.x for text to "
-            "image, predicting noise (epsilon) or velocity (v_prediction)"
+            f"{folder / path}: {problem}; supported are Stable Diffusion 1.x and 2.x for text to image, predicting noise "
+            "(epsilon) or velocity (v_prediction)"
         )
 
     stated = {}
@@ -113,7 +110,7 @@ def check_base_model(folder, resolution=None):
         except (OSError, ValueError, RecursionError) as problem:
             raise UserError(f"{folder / path} cannot be read as JSON: {one_line(problem, 100)}") from None
         if not isinstance(stated[path], dict):
-            raise UserError(f"{folder / path} holds no JSON object")
+            raise UserError(f"{folder / path} is not a JSON object")
         for key, allowed in keys.items():
             value = stated[path].get(key, allowed[0])
             if value not in allowed:
@@ -121,8 +118,8 @@ def check_base_model(folder, resolution=None):
     width = stated["text_encoder/config.json"].get("hidden_size", 512)
     expected = stated["unet/config.json"].get("cross_attention_dim", 1280)
     if expected != width:
-        what = f"cross_attention_dim is {expected}, but the text encoder's hidden_size is {width}"
-        refuse("unet/config.json", what)
+        problem = f"cross_attention_dim is {expected}, but the text encoder's hidden_size is {width}"
+        refuse("unet/config.json", problem)
     latents = stated["vae/config.json"].get("latent_channels", 4)
     for key in ("in_channels", "out_channels"):  # in: 9 for inpainting, 5 with depth, 8 for editing
         channels = stated["unet/config.json"].get(key, 4)
@@ -134,25 +131,24 @@ def check_base_model(folder, resolution=None):
     pixels = 2 ** (len(blocks) - 1)
     if resolution and any(side % pixels for side in image_size(resolution)):
         raise UserError(
-            f"resolution is {resolution}, but must be a multiple of {pixels}, the side of what "
-            f"{folder / 'vae'} makes one latent of"
+            f"resolution is {resolution}, but must be a multiple of {pixels}, the pixels a side for each latent of "
+            f"{folder / 'vae'}"
         )
 
 
 def is_hub_form(name):
-    """Whether `name` is of the form owner/name, as hub ids are."""
+    """Whether `name` has the form of a hub id, owner/name."""
     return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
 
 
 def hub_id(name):
-    """The base model `name` if it is a hub id, not a local folder or file; else None."""
+    """The base model `name` if it is a hub id and not a local folder or file, else None."""
     there = Path(name).exists() or (ROOT / name).exists()
     return str(name) if is_hub_form(name) and not there else None
 
 
 def base_model_name(name):
-    """A base model as others may read it: a hub id, the embedded one's place, or the name of a local
-    folder or file without the way to it."""
+    """A base model's public name: its hub id, the embedded model's path in the project, or the last part of a local path."""
     embedded = not Path(name).is_absolute() and (ROOT / name).is_dir()
     if hub_id(name) or embedded:
         return str(name)
@@ -161,9 +157,9 @@ def base_model_name(name):
 
 
 def fetch_model(name, revision, stems, half, others):
-    """The local folder of `name`: itself if it is a folder, else a hub snapshot of the weights
-    `stems` (paths without .safetensors) and of files that match the patterns `others`."""
-    for place in (Path(name), ROOT / name):  # demo/model lies beside the scripts
+    """The local folder of `name`: itself if it is a folder, else a hub snapshot with the weights `stems` (paths without
+    .safetensors) and the files that match the patterns `others`."""
+    for place in (Path(name), ROOT / name):  # demo/model is relative to the scripts
         if place.is_dir():
             return place
     if not is_hub_form(name):
@@ -174,73 +170,63 @@ def fetch_model(name, revision, stems, half, others):
 
     try:
         files = {entry.rfilename for entry in HfApi().model_info(name, revision=revision).siblings}
-        wanted = list(others)
-        for stem in stems:
-            wanted += [f"{stem}{variant_suffix(files, stem, half)}"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except Exception as problem:  # offline, no such repository, a gated one: try the cache first
+        halves = [half and f"{stem}.fp16.safetensors" in files for stem in stems]
+        weights = [f"{s}{'.fp16' if fp16 else ''}.safetensors" for s, fp16 in zip(stems, halves, strict=True)]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*others, *weights]))
+    except Exception as problem:  # offline, or a missing or gated repository: perhaps it is in the cache
         try:
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         except Exception:
             reason = str(problem).strip().splitlines()[0] if str(problem).strip() else "no answer"
             if wrong := odd_token():
-                raise UserError(f"model {name} cannot be had: {wrong}") from None
+                raise UserError(f"model {name} is unavailable: {wrong}") from None
             raise UserError(
-                f"model {name} cannot be had: it is not in the cache and the hub says "
-                f"“{type(problem).__name__}: {reason[:160]}”; connect to the network, or pass a "
-                "local folder in its place"
+                f"model {name} is unavailable: it is not in the cache, and the hub answers “{type(problem).__name__}: "
+                f"{reason[:160]}”; connect to the network or use a local folder"
             ) from None
 
 
-def variant_suffix(files, stem, half):
-    """The ending of the weights file to take: the fp16 variant where wanted and there."""
-    if half and f"{stem}.fp16.safetensors" in files:
-        return ".fp16.safetensors"
-    return ".safetensors"
-
-
 def weight_files(folder, stem=""):
-    """The safetensors files of one model folder, whole or in shards."""
+    """The safetensors files of a model's folder, in one piece or in shards."""
     return sorted(folder.glob(f"{stem}*.safetensors"))
 
 
 def is_half(path):
-    """Whether a weights file is of the fp16 variant, whole or in shards."""
+    """Whether a weights file is of the fp16 variant, in one piece or in shards."""
     return ".fp16." in path.name or ".fp16-" in path.name
 
 
 def loaded_weights(folder, stem, half):
-    """The weight files of a model's folder that are loaded where both precisions may lie in it, as after two
-    fetches: the fp16 variant if `half` is wanted and there, else the others."""
-    ours = re.compile(rf"{stem}(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
-    found = [path for path in weight_files(folder, stem) if ours.fullmatch(path.name)]
-    return [path for path in found if is_half(path) == half] or found
+    """The weight files of a model's folder that are loaded. If both precisions are there, as after two fetches, they are
+    the fp16 variant for `half` and the others otherwise."""
+    pattern = re.compile(rf"{stem}(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
+    paths = [path for path in weight_files(folder, stem) if pattern.fullmatch(path.name)]
+    return [path for path in paths if is_half(path) == half] or paths
 
 
 def digest_of(files):
-    """SHA-256 over the contents of files, in their order."""
+    """SHA-256 of the contents of files, in their order: moving them changes nothing."""
     return hashlib.sha256(" ".join(map(content_digest, files)).encode()).hexdigest()
 
 
 def model_digest(folder):
-    """SHA-256 over the JSON and the weight files in a model's folder."""
+    """SHA-256 of the JSON and weight files in a model's folder."""
     return digest_of([*sorted(folder.glob("*.json")), *weight_files(folder)])
 
 
 def base_model_digest(folder, half):
-    """SHA-256 over what is loaded of a base model's folder, where `half` precision is wanted or not: other files
-    may come and go."""
+    """SHA-256 of the files of a base model's folder that are loaded, in `half` precision or not. Other files do not count."""
     files = ["scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)]
     files += [f"tokenizer/{name}" for name in ("tokenizer.json", "vocab.json", "merges.txt")]
-    found = [folder / name for name in files if (folder / name).is_file()]
+    paths = [folder / name for name in files if (folder / name).is_file()]
     for part, stem in PARTS.items():
-        found += loaded_weights(folder / part, stem, half)
-    return digest_of(found)
+        paths += loaded_weights(folder / part, stem, half)
+    return digest_of(paths)
 
 
 @contextlib.contextmanager
 def loading(path):
-    """Turn whatever a library raises on a damaged file into one line that names `path`."""
+    """Turns any error of a library about a damaged file into one line that names `path`."""
     try:
         yield
     except Exception as problem:
@@ -249,7 +235,7 @@ def loading(path):
 
 
 def load_part(cls, folder, part, dtype, **options):
-    """`cls.from_pretrained` of one part of a base-model folder, refusing half-filled weights."""
+    """`cls.from_pretrained` for one part of a base model's folder; UserError if weights are missing."""
     files = loaded_weights(folder / part, PARTS[part], dtype == torch.float16)
     for path in files:
         if reason := describe_content(path):
@@ -267,7 +253,7 @@ def load_part(cls, folder, part, dtype, **options):
     if missing or report.get("mismatched_keys"):
         wrong = missing or [str(key) for key in report["mismatched_keys"]]
         raise UserError(
-            f"{folder / part}: {len(wrong)} weights are missing or of another shape, such as "
-            f"{wrong[0]}; the folder is damaged or not a Stable Diffusion 1.x or 2.x model"
+            f"{folder / part}: {len(wrong)} weights are missing or have another shape, such as {wrong[0]}; the folder is "
+            "damaged or not a Stable Diffusion 1.x or 2.x model"
         )
     return model

@@ -166,11 +166,11 @@ def unknown_key(tensors):
     [
         (dropped_layer, "1 layers of the model have no weights"),
         (renamed_layer, "1 of 32 layers in the file are not in the model"),
-        (dropped_factor, "one factor only"),
+        (dropped_factor, "lack a factor"),
         (zeroed, "does nothing"),
         (not_finite, "NaN"),
         (other_shape, "another shape"),
-        (unknown_key, "no key of a LoRA adapter"),
+        (unknown_key, "is not a key of a LoRA adapter"),
     ],
 )
 def test_a_wrong_file_is_refused_and_named(tmp_path, trained, pipeline, change, words):

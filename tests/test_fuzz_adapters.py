@@ -13,6 +13,7 @@ from test_fuzz import check_line, json_values, many, mutated
 from lib import adapter_files, adapters
 from lib.errors import UserError
 
+PEFT_KEYS = ("lora_alpha", "r", "target_modules", "rank_pattern", "alpha_pattern", "init_lora_weights")
 STATED = {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]}
 
 
@@ -131,8 +132,7 @@ pairs = st.builds(
     *[st.sampled_from([1.0, 1.0, 1.0, 0.0, float("nan"), -float("inf")])] * 2,
 )
 header_values = st.text(max_size=30) | (
-    json_values
-    | st.fixed_dictionaries({}, optional={f"unet.{key}": json_values for key in ("lora_alpha", "r", "target_modules")})
+    json_values | st.fixed_dictionaries({}, optional={f"unet.{key}": json_values for key in PEFT_KEYS})
 ).map(json.dumps)
 
 

@@ -3,13 +3,17 @@
 import base64
 import contextlib
 import json
-import os
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import TINY_RUN, assert_one_line, command, make_processed, options
+from conftest import TINY_RUN, assert_one_line, call, make_processed, options
+from huggingface_hub import HfApi, close_session, constants
+
+from lib import models
+from lib.adapter_files import hub as ours
+from lib.errors import UserError
 
 NAME = "lora_weights_rank_32"
 TOKEN = "hf_stand_in"
@@ -102,32 +106,33 @@ def hub():
     server.server_close()
 
 
-def train(hub, tmp_path, tiny_model, repository="anna/coat", token=TOKEN, name=NAME, **env):
+@pytest.fixture
+def online(hub, monkeypatch, tmp_path):
+    """This process as one whose hub is `hub`: a function that takes its address and the token, None for none."""
+
+    def connect(address=hub.address, token=TOKEN, offline=False):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HF_TOKEN", token or "")
+        monkeypatch.setattr(ours, "HfApi", lambda: HfApi(endpoint=address))
+        close_session()
+
+    connect()
+    yield connect
+    close_session()
+
+
+def train(tmp_path, tiny_model, name=NAME):
     data = make_processed(tmp_path / "data", 4)
-    config = TINY_RUN | dict(
-        base_model=tiny_model,
-        data_dir=data,
-        output_dir=tmp_path / "runs",
-        max_steps=2,
-        push_to_hub=repository,
-        run_name=name,
-    )
-    # A home without a token, and no proxy between this machine and itself.
-    known = dict(
-        HF_ENDPOINT=hub.address,
-        HF_HUB_OFFLINE="0",
-        HF_HUB_DISABLE_XET="1",
-        HF_TOKEN=token or "",
-        HF_HOME=str(tmp_path / "home"),
-        NO_PROXY="127.0.0.1",
-        no_proxy="127.0.0.1",
-    )
-    return command("train.py", *options(**config), env=known | env, check=False)
+    run = dict(base_model=tiny_model, data_dir=data, output_dir=tmp_path / "runs", max_steps=2, run_name=name)
+    return call("train.py", *options(**TINY_RUN | run, push_to_hub="anna/coat"))
 
 
-@pytest.mark.parametrize("name", [NAME, "coat [v2] (a+b)"])
-def test_a_finished_run_is_uploaded(hub, tmp_path, tiny_model, name):
-    done = train(hub, tmp_path, tiny_model, name=name)
+def test_a_finished_run_is_uploaded(hub, online, tmp_path, tiny_model):
+    name = "coat [v2] (a+b)"
+    done = train(tmp_path, tiny_model, name)
     assert done.returncode == 0, done.stderr
     assert f"uploaded to {hub.address}/anna/coat" in done.stdout
     made = hub.asked.index("POST /api/repos/create")
@@ -147,42 +152,28 @@ def test_a_finished_run_is_uploaded(hub, tmp_path, tiny_model, name):
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_that_a_repository_is_public_is_said_before_training(hub, tmp_path, monkeypatch, capsys, private):
-    import huggingface_hub
-
-    from lib.adapter_files import hub as ours
-
+def test_a_public_repository_is_reported_before_training(hub, online, capsys, private):
     hub.private = private
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(ours, "HfApi", lambda: huggingface_hub.HfApi(endpoint=hub.address))
-    huggingface_hub.close_session()
     ours.check_push("anna/coat")
     assert ("anna/coat exists and is public" in capsys.readouterr().out) == (not private)
-    huggingface_hub.close_session()
 
 
 @pytest.mark.parametrize("token", ["hf_abc\u200bdef", "hf_abc\ndef", "hf_абв", "hf_a b"])
-def test_a_token_with_an_odd_letter_is_named(monkeypatch, tmp_path, token):
-    from lib import models
-    from lib.adapter_files import hub as ours
-    from lib.errors import UserError
-
+def test_a_token_with_an_odd_character_is_named(monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)
     for ask in (lambda: ours.check_push("anna/coat"), lambda: models.fetch_model("anna/coat", None, [], False, [])):
-        with pytest.raises(UserError, match="HF_TOKEN holds .* as its letter") as error:
+        with pytest.raises(UserError, match="HF_TOKEN has .* as its character") as error:
             ask()
         assert "\n" not in str(error.value)
     monkeypatch.setenv("HF_TOKEN", f" {TOKEN}\n")  # as a file's end or a paste leaves it, which the hub's client drops
     assert ours.odd_token() is None
 
 
-def test_an_upload_that_fails_leaves_the_run_whole(hub, tmp_path, tiny_model):
+def test_an_upload_that_fails_leaves_the_run_complete(hub, online, tmp_path, tiny_model):
     hub.broken = True
-    done = train(hub, tmp_path, tiny_model)
+    done = train(tmp_path, tiny_model)
     folder = tmp_path / "runs" / NAME
-    assert_one_line(done, f"{folder} is whole", "could not be uploaded to anna/coat")
+    assert_one_line(done, f"{folder} is complete", "could not be uploaded to anna/coat")
     assert f"hf upload anna/coat {folder} --exclude config.json" in done.stderr
     assert json.loads((folder / "config.json").read_text())["config"]["push_to_hub"] == "anna/coat"
 
@@ -197,42 +188,29 @@ def closed_port():
     ("how", "words"),
     [
         (dict(token=None), "no token for the hub"),
-        (dict(token="hf_wrong"), "does not accept the token"),
+        (dict(token="hf_wrong"), "rejects the token"),
         (dict(role="read"), "can only read"),
-        (dict(repository="berta/coat"), "cannot write for berta; it can be one of anna, coats"),
+        (dict(repository="berta/coat"), "cannot write for berta; the owner can be anna, coats"),
         (dict(repository="coat"), "must be owner/name"),
-        (dict(repository="a/b/c"), "no repository"),
+        (dict(repository="a/b/c"), "is not a repository"),
         (dict(endpoint="closed"), "the hub cannot be reached"),
-        (dict(offline="1"), "the hub cannot be reached"),
+        (dict(offline=True), "the hub cannot be reached"),
     ],
 )
-def test_what_is_wrong_is_said_before_training(hub, tmp_path, monkeypatch, how, words):
-    """In this process, as `train.main` asks before it calls `train`; a run of its own takes ten seconds."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    from lib.adapter_files import hub as ours
-    from lib.errors import UserError
-
+def test_what_is_wrong_is_reported_before_training(hub, online, how, words):
     hub.role = how.get("role", "write")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how.get("offline") == "1")
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_TOKEN", "" if how.get("token", TOKEN) is None else how.get("token", TOKEN))
     address = closed_port() if how.get("endpoint") else hub.address
-    monkeypatch.setattr(ours, "HfApi", lambda: huggingface_hub.HfApi(endpoint=address))
-    huggingface_hub.close_session()
+    online(address, how.get("token", TOKEN), how.get("offline", False))
     with pytest.raises(UserError) as error:
         ours.check_push(how.get("repository", "anna/coat"))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not [line for line in hub.asked if line.startswith("POST")]
-    huggingface_hub.close_session()
 
 
-def test_the_script_asks_before_it_trains(hub, tmp_path, tiny_model):
-    done = train(hub, tmp_path, tiny_model, token=None)
+def test_the_script_checks_before_it_trains(online, tmp_path, tiny_model):
+    online(token=None)
+    done = train(tmp_path, tiny_model)
     assert_one_line(done, "no token for the hub", "hf auth login")
     assert not list((tmp_path / "runs").glob("*"))
     assert "step" not in done.stdout
-    assert os.environ.get("HF_HUB_OFFLINE") == "1"  # the tests' own; the script was told otherwise

@@ -55,8 +55,8 @@ def test_a_run_writes_its_card(trained, tiny_model):
     assert "lora" in card.data.tags
     assert card.data.library_name == "diffusers"
     assert card.data.base_model is None  # a local folder is no name on the hub
-    assert "taught `a holographic raincoat` from 6 images" in card.text
-    assert "and 2 more held out" in card.text
+    assert "trained on `a holographic raincoat` from 6 images" in card.text
+    assert "and 2 held-out images for the validation loss" in card.text
     record = json.loads((folder / "config.json").read_text())
     assert record["data"]["sha256"] in card.text
     assert "README.md" in record["files_written"]
@@ -99,10 +99,8 @@ def test_the_recipe_tells_what_goes_beyond_the_plain_one(trained):
     [first, kind] = more(dora=True)
     assert first.startswith("A DoRA adapter (rank 4)") and kind.startswith("| kind | DoRA")
     assert more(caption_from="description") == ["| captions | each image's own description |"]
-    assert more(mask_weight=0.2) == ["| outside the masks | the loss counts 0.2 times |"]
-    assert more(loss_guidance_scale=[1.0, 2.5]) == [
-        "| loss | of the prediction at guidance drawn evenly from 1 to 2.5 |"
-    ]
+    assert more(mask_weight=0.2) == ["| outside the masks | the loss has weight 0.2 |"]
+    assert more(loss_guidance_scale=[1.0, 2.5]) == ["| loss | of the prediction at guidance uniform from 1 to 2.5 |"]
     assert more(loss_guidance_scale=[3, 3]) == ["| loss | of the prediction at guidance 3 |"]
     assert more(mask_weight=1.0, loss_guidance_scale=[1, 1]) == []
 
@@ -113,13 +111,13 @@ def test_a_protected_adapter_says_what_it_leaves_alone(trained):
         kind: dict(text_states=0.5, keys_values=value)
         for kind, value in (("listed", 0.0123), ("held_out", 0.034), ("concept", 1.5))
     }
-    for noun, among in (("raincoat", ", raincoat among them in many ways"), ("", "")):
+    for noun, among in (("raincoat", ", many of them about raincoat"), ("", "")):
         record = dict(noun=noun, listed=1711, held_out=190, left_out=3, differences=differences)
         rows = model_card.recipe(config, data["size_counts"], "epsilon", record)
-        assert ("leaves alone", f"1,711 listed prompts{among}, and prompts like them") in rows
+        assert ("protected", f"1,711 listed prompts{among}, and similar prompts") in rows
         assert (
-            "largest change of what the UNet reads of a prompt (keys and values, half precision)",
-            "listed prompts 1.2%, 190 others like them 3.4%, what is taught 150.0%",
+            "largest relative change of the UNet's keys and values (half precision)",
+            "listed prompts 1.2%, 190 held-out prompts 3.4%, the concept 150.0%",
         ) in rows
         text = model_card.card_text(config, data, "epsilon", record)
         assert all(f"| {what} | {how} |" in text for what, how in rows)
@@ -200,8 +198,9 @@ def test_a_trial_leaves_a_larger_evaluation_in_the_card(run_folder, prompts, see
     assert f"this one has {prompts} and {seeds}" in note
 
 
-def test_a_new_run_takes_the_samples_away(run_folder, tiny_model, tiny_clip, processed_data, tmp_path):
-    evaluate(tiny_model, tiny_clip, processed_data, run_folder, tmp_path / "out")
+def test_a_new_run_takes_the_samples_away(run_folder, tiny_model, tmp_path):
+    model_card.update_card(run_folder, "section", [], {"samples/01_lora.webp": b"x"})
+    assert "section" in (run_folder / "README.md").read_text()
     assert list((run_folder / "samples").iterdir())
     data = make_processed(tmp_path / "data", 4)
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=data, output_dir=tmp_path, max_steps=3)

@@ -1,8 +1,10 @@
 """What the scripts share: models from a hub or a folder, and the command line."""
 
 import importlib
+import os
 import re
 import shutil
+import time
 import types
 
 import huggingface_hub
@@ -16,7 +18,7 @@ from transformers import CLIPTextModel
 import inference
 import study
 import train
-from lib import models, values
+from lib import cache, models, values
 from lib.config import parse_config
 from lib.errors import UserError
 from lib.evaluation.metrics import clip_scores
@@ -90,7 +92,7 @@ def test_without_a_hub_the_cache_is_tried_and_then_one_line_says_so(monkeypatch,
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
     assert models.fetch_base_model("owner/model") == tiny_model
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match="owner/model cannot be had") as error:
+    with pytest.raises(UserError, match="owner/model is unavailable") as error:
         models.fetch_base_model("owner/model")
     assert "\n" not in str(error.value)
 
@@ -136,6 +138,45 @@ def test_files_that_are_not_loaded_may_come_and_go(tiny_model, tmp_path):
         assert models.base_model_digest(folder, False) != whole
         (folder / name).write_bytes(content)
     assert models.base_model_digest(folder, False) == whole
+
+
+@pytest.mark.parametrize("digest", [models.model_digest, lambda folder: models.base_model_digest(folder.parent, False)])
+def test_a_model_is_known_by_its_content(tiny_model, tmp_path, monkeypatch, digest):
+    """Wherever it lies, whatever lay there before with the same sizes and times of change."""
+    monkeypatch.setattr(cache, "CLOCK_TICK", -(10**12))  # so that these digests, too, are cached
+    one, two = (tmp_path / name / "unet" for name in ("one", "two"))
+    for folder in (one, two):
+        shutil.copytree(tiny_model, folder.parent)
+    path = two / "diffusion_pytorch_model.safetensors"
+    content, state = bytearray(path.read_bytes()), (one / path.name).stat()
+    content[len(content) // 2] ^= 1
+    time.sleep(0.02)  # more than a tick of the clock
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    first, second = digest(one), digest(two)
+    assert first != second
+    for folder, name in ((one, "aside"), (two, "one"), (tmp_path / "aside" / "unet", "two")):
+        folder.parent.rename(tmp_path / name)
+    assert (digest(one), digest(two)) == (second, first)
+
+
+@pytest.mark.parametrize("place", ["digests", "."])
+def test_digests_whose_cache_cannot_be_read_or_written(tiny_model, tmp_path, monkeypatch, capsys, place):
+    expected = models.model_digest(tiny_model / "unet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cache, "CLOCK_TICK", -(10**12))
+    (tmp_path / "home" / place).parent.mkdir(exist_ok=True)
+    (tmp_path / "home" / place).write_text("a file where the folder would be")
+    for _ in range(2):
+        assert models.model_digest(tiny_model / "unet") == expected
+        assert "cannot be written" in capsys.readouterr().out
+    (tmp_path / "home" / place).unlink()
+    assert models.model_digest(tiny_model / "unet") == expected
+    assert "cannot be written" not in capsys.readouterr().out
+    for record in (tmp_path / "home" / "digests").iterdir():
+        record.unlink()
+        record.mkdir()  # which no reader opens
+    assert models.model_digest(tiny_model / "unet") == expected
 
 
 def test_weights_that_are_missing_or_of_another_shape_are_named(tiny_model, tmp_path):

@@ -352,7 +352,7 @@ PROTECTED = dict(protected_prompts=ROOT / "prompts" / "protected_demo.txt", unet
         (dict(resolution=60), "multiple of 8"),
         (dict(run_name="../elsewhere"), "run_name"),
         (dict(base_model="./no/such/folder"), "no such folder"),
-        (dict(base_model="some-owner/no-such-model"), "some-owner/no-such-model cannot be had"),
+        (dict(base_model="some-owner/no-such-model"), "some-owner/no-such-model is unavailable"),
         (dict(unet_learning_rate="fast"), "--unet-learning-rate"),
         (dict(unet_targets="to_z"), "to_z"),
         (dict(caption_from="words"), "caption_from is 'words'"),

@@ -1,9 +1,8 @@
 """LoRA adapters in kohya's file format, which ComfyUI, A1111, Forge, InvokeAI and SD.Next read.
 
-One safetensors file holds, for each layer, lora_down.weight (A), lora_up.weight (B) and alpha; the
-layer's name is `lora_unet_` or `lora_te_` and the module's path with _ in place of the dots. The
-header says ss_… (kohya's sd-scripts) and modelspec.… (https://github.com/Stability-AI/ModelSpec)
-what was trained and how.
+A safetensors file with three tensors a layer: lora_down.weight (A), lora_up.weight (B) and alpha. A layer's name is
+`lora_unet_` or `lora_te_` and the module's path with _ for each dot. The keys ss_… (kohya's sd-scripts) and modelspec.…
+(https://github.com/Stability-AI/ModelSpec) of the header describe the training.
 """
 
 import base64
@@ -27,42 +26,13 @@ KEY = re.compile(
     r"(?P<what>lora_down\.weight|lora_up\.weight|alpha|dora_scale)"
 )
 COMPONENTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder"}
-# The names between the dots that hold an underscore themselves: those of the UNet's and the text
-# encoder's layers. Where several would fit, the longest is meant.
-NAMES = (
-    "down_blocks",
-    "up_blocks",
-    "mid_block",
-    "transformer_blocks",
-    "proj_in",
-    "proj_out",
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out",
-    "conv_in",
-    "conv_out",
-    "conv_norm_out",
-    "conv_shortcut",
-    "time_embedding",
-    "time_emb_proj",
-    "linear_1",
-    "linear_2",
-    "text_model",
-    "self_attn",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "out_proj",
-    "layer_norm1",
-    "layer_norm2",
-    "final_layer_norm",
-    "token_embedding",
-    "position_embedding",
-    "group_norm",
-)
+FACTORS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha", "dora_scale": "m"}
+# Path elements of UNet and text encoder layers that contain an underscore. The longest match wins.
+NAMES = """down_blocks up_blocks mid_block transformer_blocks proj_in proj_out to_q to_k to_v to_out conv_in conv_out
+conv_norm_out conv_shortcut time_embedding time_emb_proj linear_1 linear_2 text_model self_attn q_proj k_proj v_proj
+out_proj layer_norm1 layer_norm2 final_layer_norm token_embedding position_embedding group_norm""".split()
 PART = re.compile(rf"(?:{'|'.join(sorted(NAMES, key=len, reverse=True))}|[^_]+)(?=_|$)")
-# What a key of another kind of adapter holds, and what that kind is called.
+# How the keys of other kinds of adapters begin, after the layer's name, and the name of that kind.
 OTHER_KINDS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -78,16 +48,15 @@ OTHER_KINDS = {
 }
 
 
-# ---- written -------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------
 
 
 def save_kohya(path, layers, alpha, header, scales=None):
-    """Write an adapter to the file `path` in half precision, whole or not at all.
+    """Write an adapter to the file `path` in half precision, atomically.
 
-    `layers` is {component: {layer name: (A, B)}}, A of shape (rank, in) and B of shape (out, rank);
-    `header` a dict of strings, to which the hash of the tensors is added. `scales` is {component: {layer
-    name: dora_scale}} of DoRA, [out, 1] each, as ComfyUI reads them; they stay in float32. diffusers
-    means another thing by a dora_scale and refuses this shape, so nothing is done for it there.
+    `layers` is {component: {layer name: (A [rank, in], B [out, rank])}}, `header` a dict of strings, to which the hash
+    of the tensors is added. `scales` is {component: {layer name: dora_scale [out, 1]}} of DoRA as ComfyUI reads it, in
+    float32. diffusers expects another shape and refuses such a file.
     """
     tensors = {}
     for component, rows in layers.items():
@@ -95,11 +64,9 @@ def save_kohya(path, layers, alpha, header, scales=None):
         rows = rows | (idle_layers(rows) if component == "text_encoder" and not dora else {})
         for name, pair in rows.items():
             scale = dora.get(name)
-            if component == "text_encoder" and not name.startswith("text_model."):
-                name = f"text_model.{name}"
-            key = f"{PREFIXES[component]}_{name.replace('.', '_')}"
+            key = f"{PREFIXES[component]}_{prefixed(component, name).replace('.', '_')}"
             for factor, weight in zip(("down", "up"), pair, strict=True):
-                # A copy of its own: the parameters may be views of one flat vector.
+                # Cloned: the parameters may be views of one flat vector.
                 tensors[f"{key}.lora_{factor}.weight"] = weight.detach().half().cpu().clone()
             tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
             if scale is not None:
@@ -110,27 +77,32 @@ def save_kohya(path, layers, alpha, header, scales=None):
     write_bytes(Path(path), safetensors.torch.save(tensors, metadata=header))
 
 
+def prefixed(component, layer):
+    """A layer's name in a file: that of a text encoder's layer begins with `text_model.`, whatever transformers says."""
+    return f"text_model.{layer.removeprefix('text_model.')}" if component == "text_encoder" else layer
+
+
 def idle_layers(rows):
-    """Layers of zeros, {name: (A, B)} of rank 1, for the output projections of a text encoder whose
-    adapter has none: diffusers (0.42) takes kohya's text encoder for one by them alone, and refuses
-    the whole file where they are missing. (It also mistakes alphas that differ, so these have the
-    same, which scales nothing.)"""
-    found = {}
+    """Layers of zeros for the output projections that a text encoder's adapter lacks: {name: (A, B)} of rank 1.
+
+    diffusers (0.42) recognises kohya's text encoder by them alone and refuses the whole file without them. It also
+    mishandles alphas that differ, so these layers get the alpha of the others, which scales nothing.
+    """
+    idle = {}
     for name, (a, _) in rows.items():
         place, layer = name.rsplit(".", 1)
         if place.endswith("self_attn") and layer != "out_proj":
             width = a.shape[1]
-            found[f"{place}.out_proj"] = (torch.zeros(1, width), torch.zeros(width, 1))
-    return {name: pair for name, pair in found.items() if name not in rows}
+            idle[f"{place}.out_proj"] = (torch.zeros(1, width), torch.zeros(width, 1))
+    return {name: pair for name, pair in idle.items() if name not in rows}
 
 
 def kohya_header(config, data, width, prediction_type, thumbnail=None):
     """The header of kohya's file: a dict of strings.
 
-    `config` is train.py's, `data` what config.json says of the data set, `width` that of the text
-    encoder's states (1024: version 2; any other, the miniature's too: version 1), `prediction_type`
-    the scheduler's, `thumbnail` a PIL image or None. Of a base model in a local folder only the
-    folder's name is told, and no image's name at all.
+    `config` is train.py's, `data` the data set's entry in config.json, `width` the width of the text encoder's states
+    (1024: version 2; any other, including the miniature's: version 1), `prediction_type` the scheduler's, `thumbnail`
+    a PIL image or None. A base model in a local folder is named by that folder's name only. No image is named.
     """
     rates = {name: config[f"{name}_learning_rate"] for name in ("unet", "text_encoder")}
     second = width == 1024
@@ -139,7 +111,7 @@ def kohya_header(config, data, width, prediction_type, thumbnail=None):
     architecture = "stable-diffusion-v1"
     if second:
         architecture = "stable-diffusion-v2-" + ("768-v" if prediction_type == "v_prediction" else "512")
-    pictures, per_step = sum(captions.values()), config["batch_size"] * config["gradient_accumulation_steps"]
+    images, per_step = sum(captions.values()), config["batch_size"] * config["gradient_accumulation_steps"]
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": config["rank"],
@@ -149,10 +121,10 @@ def kohya_header(config, data, width, prediction_type, thumbnail=None):
         "ss_sd_model_name": base_model_name(config["base_model"]),
         "ss_output_name": config["run_name"],
         "ss_tag_frequency": json.dumps({config["run_name"]: captions}, ensure_ascii=False),
-        "ss_num_train_images": pictures,
+        "ss_num_train_images": images,
         "ss_steps": config["max_steps"],
         "ss_max_train_steps": config["max_steps"],
-        "ss_num_epochs": -(-config["max_steps"] * per_step // pictures),
+        "ss_num_epochs": -(-config["max_steps"] * per_step // images),
         "ss_batch_size_per_device": config["batch_size"],
         "ss_gradient_accumulation_steps": config["gradient_accumulation_steps"],
         "ss_gradient_checkpointing": config["gradient_checkpointing"],
@@ -171,7 +143,7 @@ def kohya_header(config, data, width, prediction_type, thumbnail=None):
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": config["run_name"],
-        "modelspec.resolution": next(iter(data["size_counts"])),  # the commonest
+        "modelspec.resolution": next(iter(data["size_counts"])),  # the most frequent
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
         "modelspec.trigger_phrase": trigger,
         "modelspec.tags": trigger,
@@ -189,11 +161,11 @@ def thumbnail_uri(image, side=256):
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-# ---- read ----------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------
 
 
 def is_kohya(keys):
-    """Whether a file with these keys is in kohya's format, of whatever kind of adapter."""
+    """Whether a file with these keys is in kohya's format, whatever the kind of adapter."""
     return any(key.startswith(("lora_unet_", "lora_te", "lycoris_", "bundle_emb.")) for key in keys)
 
 
@@ -202,85 +174,74 @@ def dotted(layer):
     return ".".join(PART.findall(layer))
 
 
-def read_kohya(tensors, path):
-    """{component: {layer: (A, B, scale, dora_scale or None)}} of the tensors of a file in kohya's format, in float32.
+def as_matrix(key, tensor, path):
+    """A factor in float32, a 1x1 convolution's as a matrix; UserError if the kernel is larger (LoCon)."""
+    if tensor.ndim == 4:
+        if tuple(tensor.shape[2:]) != (1, 1):
+            refuse(key, tensor, path)
+        tensor = tensor[:, :, 0, 0]
+    return tensor.float()
 
-    `scale` is alpha / rank, 1 where a layer has no alpha. A 1x1 convolution's factors come as
-    matrices, and a kind of layer (to_q, out_proj) that is zero everywhere is left out, unless all
-    are. Raises UserError naming the file `path` for what is no plain LoRA, by its name, and for
-    a layer that lacks a factor.
+
+def read_kohya(tensors, path):
+    """The layers of a file in kohya's format: {component: {layer: {"A", "B", and if stated "alpha", "m"}}}, in float32.
+
+    "m" is the dora_scale. The factors of a 1x1 convolution become matrices. A kind of layer (to_q, out_proj) whose B
+    are all zero is left out, unless all kinds are. Raises UserError naming the file `path` for other kinds of adapters,
+    by their name, for an invalid alpha and for a dora_scale of the wrong shape.
     """
-    found = {}
+    layers = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
-        if match is None or (tensor.ndim == 4 and tuple(tensor.shape[2:]) != (1, 1)):
-            raise UserError(
-                f"{path}: only plain LoRA and DoRA of Stable Diffusion 1.x and 2.x are read, {key} is "
-                f"{kind_of(key, tensor)}"
-            )
-        rows = found.setdefault(COMPONENTS[match["component"]], {})
-        row, what = rows.setdefault(dotted(match["layer"]), {}), match["what"]
-        if what in row:
-            raise UserError(f"{path}: {what} of {dotted(match['layer'])} is there twice")
-        row[what] = tensor.float()
-    layers = {}
-    for component, rows in found.items():
-        layers[component] = {}
+        if match is None:
+            refuse(key, tensor, path)
+        layer, factor = dotted(match["layer"]), FACTORS[match["what"]]
+        row = layers.setdefault(COMPONENTS[match["component"]], {}).setdefault(layer, {})
+        if factor in row:
+            raise UserError(f"{path}: {match['what']} of {layer} is in the file twice; save it again")
+        row[factor] = alpha_value(tensor, layer, path) if factor == "alpha" else as_matrix(key, tensor, path)
+    for rows in layers.values():
         for name, row in rows.items():
-            if not {"lora_down.weight", "lora_up.weight"} <= row.keys():
-                raise UserError(f"{path}: {name} of the {component} lacks a factor; the file is damaged")
-            a, b = (row[f"lora_{half}.weight"] for half in ("down", "up"))
-            a, b = (w[:, :, 0, 0] if w.ndim == 4 else w for w in (a, b))
-            if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] > 0:
+            if not {"A", "B", "m"} <= row.keys():
+                continue
+            if tuple(row["m"].shape) not in ((*row["B"].shape[:1], 1), (1, *row["A"].shape[1:])):
                 raise UserError(
-                    f"{path}: the factors of {name} have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
-                    "which do not fit one another"
+                    f"{path}: dora_scale of {name} has shape {tuple(row['m'].shape)}, but must have one value for each "
+                    "output or for each input; the file is damaged"
                 )
-            dora = row.get("dora_scale")
-            if dora is not None:
-                dora = dora[:, :, 0, 0] if dora.ndim == 4 else dora
-                if dora.shape not in ((len(b), 1), (1, a.shape[1])):
-                    raise UserError(
-                        f"{path}: dora_scale of {name} has shape {tuple(dora.shape)}, which is neither "
-                        "one for each output nor one for each input"
-                    )
-            scale = scale_of(row.get("alpha"), a, name, path)
-            layers[component][name] = (a, b, scale, dora)
     return {component: without_idle(rows) for component, rows in layers.items()}
 
 
 def without_idle(rows):
-    """`rows` ({layer: (A, B, …)}) without the kinds of layers whose B are all zero."""
-    active = {name.rsplit(".", 1)[-1] for name, (_, b, *_) in rows.items() if b.any()}
-    return {n: row for n, row in rows.items() if n.rsplit(".", 1)[-1] in active} or rows
+    """`rows` ({layer: factors}) without the kinds of layers whose B are all zero."""
+    active = {name.rsplit(".", 1)[-1] for name, row in rows.items() if "B" not in row or row["B"].any()}
+    return {name: row for name, row in rows.items() if name.rsplit(".", 1)[-1] in active} or rows
 
 
-def scale_of(alpha, a, name, path):
-    """alpha / rank of a layer, 1 without an alpha; UserError if the alpha is no number above zero."""
-    if alpha is None:
-        return 1.0
-    if alpha.numel() != 1 or not 1e-6 <= alpha.item() <= 1e6:
-        raise UserError(f"{path}: alpha of {name} is {alpha.flatten()[:3].tolist()}, but must be a positive number")
-    return alpha.item() / a.shape[0]
+def alpha_value(tensor, layer, path):
+    """The alpha of a layer; UserError if it is not one positive number."""
+    if tensor.numel() != 1 or not 1e-6 <= tensor.item() <= 1e6:
+        raise UserError(f"{path}: alpha of {layer} is {tensor.flatten()[:3].tolist()}, but must be a positive number")
+    return tensor.item()
 
 
-def kind_of(key, tensor):
-    """What a key belongs to that is no plain LoRA's, in words."""
+def refuse(key, tensor, path):
+    """UserError naming the kind of adapter that a key of the file `path` belongs to."""
     ending = key.split(".", 1)[-1]
-    for part, kind in OTHER_KINDS.items():
-        if ending.startswith(part):
-            return f"of {kind}"
-    if key.startswith(("lora_te2_", "lora_te3_")):
-        return "of Stable Diffusion XL or later (a second text encoder)"
-    if key.startswith("bundle_emb."):
-        return "an embedding that the file carries beside its LoRA"
-    if tensor.ndim == 4:
-        return "of LoCon (a convolution)"
-    return "of no kind that is known"
+    kind = next((f"of {kind}" for part, kind in OTHER_KINDS.items() if ending.startswith(part)), None)
+    if kind is None and key.startswith(("lora_te2_", "lora_te3_")):
+        kind = "of Stable Diffusion XL or later (a second text encoder)"
+    elif kind is None and key.startswith("bundle_emb."):
+        kind = "an embedding beside the LoRA"
+    elif kind is None:
+        kind = "of LoCon (a convolution)" if tensor.ndim == 4 else "of an unknown kind"
+    raise UserError(
+        f"{path}: only plain LoRA and DoRA of Stable Diffusion 1.x and 2.x can be read, but {key} is {kind}"
+    )
 
 
 def adapter_header(header):
-    """What the results keep of a kohya header, under this project's names: a dict of strings."""
+    """The entries of a kohya header that the results show, under this project's names: a dict of strings."""
     names = {
         "base_model": "ss_sd_model_name",
         "caption": "modelspec.trigger_phrase",
@@ -288,7 +249,8 @@ def adapter_header(header):
         "seed": "ss_seed",
         "rank": "ss_network_dim",
         "alpha": "ss_network_alpha",
+        "clip_skip": "ss_clip_skip",
         "title": "modelspec.title",
     }
-    known = {name: str(header.get(key, "None"))[:300] for name, key in names.items()}
-    return {name: value for name, value in known.items() if value not in ("", "None")}
+    values = {name: str(header.get(key, "None"))[:300] for name, key in names.items()}
+    return {name: value for name, value in values.items() if value not in ("", "None")}

@@ -1,5 +1,7 @@
-"""The model card of a run: README.md in the adapter's folder, in the form that the Hugging Face Hub
-reads. train.py writes it, inference.py puts the images and verdicts of an evaluation into it."""
+"""The model card of a run: README.md in the adapter's folder, in the Hugging Face Hub's format.
+
+train.py writes it; inference.py adds the images and verdicts of an evaluation.
+"""
 
 import json
 import re
@@ -13,7 +15,7 @@ from lib.files import locked, write_bytes, write_json
 from lib.models import base_model_name, hub_id
 
 CARD = "README.md"
-# An evaluation writes what is between these anew, and leaves all else of the card alone.
+# An evaluation replaces the text between these marks and leaves the rest of the card unchanged.
 MARKS = ("<!-- evaluation: written by inference.py -->", "<!-- end of evaluation -->")
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -25,7 +27,7 @@ TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 
 
 def code(text):
-    """Anybody's words as Markdown's code: nothing in them has a meaning there."""
+    """Any text as Markdown code, in which no character is markup."""
     return "`" + " ".join(str(text).replace("`", "'").split()) + "`"
 
 
@@ -34,10 +36,10 @@ TEMPLATES.filters["tojson"] = lambda text: json.dumps(text, ensure_ascii=False)
 
 
 def card_text(config, data, prediction_type, protection=None):
-    """The card of a run that was not evaluated yet, as text.
+    """The card of a run that is not evaluated yet, as text.
 
-    `config` is train.py's, `data` what config.json says of the data set, `protection` what it says of that. Captions are told, and the
-    number and hash of the images, but no file's name and no folder of this machine.
+    `config` is train.py's; `data` and `protection` are config.json's entries. The card holds captions and the number and
+    hash of the images, but no file name and no local folder.
     """
     captions = sorted(data["caption_counts"].items(), key=lambda pair: (-pair[1], pair[0]))
     name, base, repository = config["run_name"], hub_id(config["base_model"]), config["push_to_hub"]
@@ -48,29 +50,27 @@ def card_text(config, data, prediction_type, protection=None):
         tags=["text-to-image", "stable-diffusion", "lora", "diffusers", "template:sd-lora"],
         instance_prompt=captions[0][0],
     )
-    known = base_model_name(config["base_model"])
-    if known.endswith(".safetensors"):
-        loader = f"from_single_file({json.dumps(f'path/to/{known}', ensure_ascii=False)}"
-    else:
-        loader = f"from_pretrained({json.dumps(base or f'path/to/{known}', ensure_ascii=False)}"
+    model = base_model_name(config["base_model"])
+    single = model.endswith(".safetensors")
+    source = json.dumps(base if base and not single else f"path/to/{model}", ensure_ascii=False)
     body = TEMPLATES.get_template("model_card.md").render(
         name=name,
         config=config,
         captions=captions,
-        pictures=sum(count for _, count in captions),
+        images=sum(count for _, count in captions),
         held_out=len(data["held_out"]),
         sha256=data["sha256"],
         repository=repository,
         marks=MARKS,
-        loader=loader,
-        base=f"[{base}](https://huggingface.co/{base})" if base else code(known),
+        loader=f"{'from_single_file' if single else 'from_pretrained'}({source}",
+        base=f"[{base}](https://huggingface.co/{base})" if base else code(model),
         recipe=recipe(config, data["size_counts"], prediction_type, protection),
     )
     return f"---\n{front.to_yaml()}\n---\n{body}"
 
 
 def recipe(config, size_counts, prediction_type, protection=None):
-    """[(what, how)] of a training configuration and of its images' sizes, in words."""
+    """The table of a training configuration and its images' sizes: [(setting, value)]."""
     rates = f"UNet {config['unet_learning_rate']:g}"
     trained = "UNet " + ", ".join(config["unet_targets"])
     if config["train_text_encoder"]:
@@ -97,68 +97,67 @@ def recipe(config, size_counts, prediction_type, protection=None):
 
 
 def special(config, protection):
-    """What of a configuration goes beyond the plain recipe, as rows of `recipe`; `protection` as for `card_text`."""
+    """Rows of `recipe` for settings other than the plain recipe's; `protection` as for `card_text`."""
     rows = []
     if config["dora"]:
-        rows.append(("kind", "DoRA: each output's norm is trained beside LoRA's factors"))
+        rows.append(("kind", "DoRA: LoRA's factors and a trained norm for each output"))
     if config["caption_from"] != "text":
         rows.append(("captions", f"each image's own {config['caption_from']}"))
     if config["mask_weight"] < 1:
-        rows.append(("outside the masks", f"the loss counts {config['mask_weight']:g} times"))
+        rows.append(("outside the masks", f"the loss has weight {config['mask_weight']:g}"))
     if protection:
         rows += protected_rows(protection)
     if tuple(config["loss_guidance_scale"]) != (1, 1):
         low, high = config["loss_guidance_scale"]
-        scales = f"{low:g}" if low == high else f"drawn evenly from {low:g} to {high:g}"
+        scales = f"{low:g}" if low == high else f"uniform from {low:g} to {high:g}"
         rows.append(("loss", f"of the prediction at guidance {scales}"))
     return rows
 
 
 def protected_rows(protection):
-    """What config.json says of a protection, as rows of `recipe`."""
-    listed, others, concept = (
+    """Rows of `recipe` for config.json's entry on protection."""
+    listed, held_out, concept = (
         f"{protection['differences'][kind]['keys_values']:.1%}" for kind in ("listed", "held_out", "concept")
     )
     noun = " ".join(protection["noun"].replace("|", "/").split())
-    kinds = f", {noun} among them in many ways" if noun else ""
+    kinds = f", many of them about {noun}" if noun else ""
     return [
-        ("leaves alone", f"{protection['listed']:,} listed prompts{kinds}, and prompts like them"),
+        ("protected", f"{protection['listed']:,} listed prompts{kinds}, and similar prompts"),
         (
-            "largest change of what the UNet reads of a prompt (keys and values, half precision)",
-            f"listed prompts {listed}, {protection['held_out']} others like them {others}, what is taught {concept}",
+            "largest relative change of the UNet's keys and values (half precision)",
+            f"listed prompts {listed}, {protection['held_out']} held-out prompts {held_out}, the concept {concept}",
         ),
     ]
 
 
 def update_card(folder, section, widget, files):
-    """Put an evaluation into the card of the adapter folder `folder`, if it has one of ours.
+    """Write an evaluation into the card of the adapter folder `folder`, if train.py wrote one.
 
-    `section` is Markdown, `widget` what the Hub shows ([{"text", "output": {"url"}}]), `files` the
-    images that both name ({name in the folder: bytes}). Every file is written beside and then
-    renamed, and named in config.json as this project's own. A card that cannot be written is said
-    and does not stop the evaluation.
+    `section` is Markdown, `widget` the Hub's gallery ([{"text", "output": {"url"}}]), `files` the images of both ({name
+    in the folder: bytes}). Files are written atomically and listed in config.json as this project's own. If the card
+    cannot be written, a note is printed and the evaluation goes on.
     """
     folder = Path(folder)
     card = folder / CARD
     if not (card.is_file() and (folder / "config.json").is_file()):
-        return  # a file, or a folder that train.py did not write
+        return  # not written by train.py
     try:
         text = card.read_text(encoding="utf-8")
         if not all(text.count(mark) == 1 for mark in MARKS):
-            raise UserError("the marks around its evaluation are gone")
+            raise UserError("it lacks the marks around the evaluation")
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with locked(folder):
-            # First the list, so that no image is ever left that nobody claims.
+            # The list first: an interruption leaves no image that is not listed.
             record["files_written"] = sorted({*record["files_written"], *files})
             write_json(folder / "config.json", record)
             for name, content in files.items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 write_bytes(folder / name, content)
-            found = ModelCard(text)
-            found.data.widget = widget
-            pattern = re.escape(MARKS[0]) + ".*" + re.escape(MARKS[1])
+            updated = ModelCard(text)
+            updated.data.widget = widget
+            marked = f"{re.escape(MARKS[0])}.*{re.escape(MARKS[1])}"
             new = f"{MARKS[0]}\n{section}\n{MARKS[1]}"
-            found.text = re.sub(pattern, lambda match: new, found.text, flags=re.DOTALL)
-            write_bytes(card, str(found).encode())
+            updated.text = re.sub(marked, lambda match: new, updated.text, flags=re.DOTALL)
+            write_bytes(card, str(updated).encode())
     except (UserError, OSError, ValueError, KeyError, TypeError) as problem:
         print(f"note: the model card {card} was not updated: {problem}")

@@ -1,7 +1,7 @@
 """LoRA and DoRA adapters in files: found, read into an `Adapter`, written in diffusers' format.
 
-diffusers' single file, PEFT's folders, as the published study wrote them, and kohya's files
-(lib/adapter_files/kohya.py) are read.
+Three layouts are read: diffusers' single file, PEFT's folders (as in the published study) and kohya's file
+(lib/adapter_files/kohya.py).
 """
 
 import json
@@ -12,72 +12,59 @@ import safetensors.torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
-from lib.adapter_files.kohya import adapter_header, is_kohya, read_kohya
+from lib.adapter_files.kohya import adapter_header, as_matrix, is_kohya, prefixed, read_kohya
 from lib.adapters import Adapter, factors, magnitudes, some
 from lib.errors import UserError, one_line
 from lib.files import describe_content, write_bytes
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name, inside an adapter folder
 COMPONENTS = ("unet", "text_encoder")
-# The spellings of the two factors: PEFT's, diffusers' older ones, and kohya's.
-FACTORS = {
-    "lora_A": "A",
-    "lora.down": "A",
-    "lora_linear_layer.down": "A",
-    "lora_down": "A",
-    "lora_B": "B",
-    "lora.up": "B",
-    "lora_linear_layer.up": "B",
-    "lora_up": "B",
-}
+FACTORS = {"A": "A", "down": "A", "B": "B", "up": "B"}  # PEFT's lora_A, diffusers' older lora.down, kohya's lora_down
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's
 KEY = re.compile(
     r"(?:(?P<component>unet|text_encoder)\.)?(?:base_model\.model\.)?(?P<layer>.+?)\."
-    rf"(?:(?P<factor>{'|'.join(re.escape(name) for name in FACTORS)})(?:\.default)?\.weight"
+    r"(?:(?:lora_|lora\.|lora_linear_layer\.)(?P<factor>A|B|down|up)(?:\.default)?\.weight"
     rf"|{MAGNITUDE}(?:\.default)?(?:\.weight)?)"
 )
+OLD_KEY = re.compile(r"\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
+# PEFT's settings under which the trained weight is not W + scale * B A with the base model's W.
+UNSUPPORTED = ("modules_to_save", "layer_replication", "use_qalora")
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that also change W
 
 
 def save_adapter(folder, models, rank, alpha, targets, metadata, half=False):
     """Write the LoRA layers of `models` to `folder` in diffusers' format, in float32 or in half precision.
 
-    `models` and `targets` are dicts by component ("unet", "text_encoder"); `metadata` is a dict of
-    strings for the file's header. `pipeline.load_lora_weights(folder)` loads the result, on
-    versions of transformers with and without the `text_model.` level.
+    `models` and `targets` are dicts by component ("unet", "text_encoder"), `metadata` a dict of strings for the file's
+    header. `pipeline.load_lora_weights(folder)` loads the result, whether or not the installed transformers has the
+    `text_model.` level.
     """
     tensors, peft = {}, {}
     for component, model in models.items():
-        for name, pair in factors(model).items():
-            if component == "text_encoder" and not name.startswith("text_model."):
-                name = f"text_model.{name}"
+        for layer, pair in factors(model).items():
             for factor, weight in zip("AB", pair, strict=True):
-                # A copy of its own: the parameters may be views of one flat vector.
-                key = f"{component}.{name}.lora_{factor}.weight"
-                weight = weight.detach().cpu().clone()
-                tensors[key] = weight.half() if half else weight.float()
+                weight = weight.detach().cpu().clone()  # cloned: the parameters may be views of one flat vector
+                tensors[f"{component}.{prefixed(component, layer)}.lora_{factor}.weight"] = (
+                    weight.half() if half else weight.float()
+                )
         dora = magnitudes(model)
-        for name, magnitude in dora.items():
-            if component == "text_encoder" and not name.startswith("text_model."):
-                name = f"text_model.{name}"
-            key = f"{component}.{name}.{MAGNITUDE}.weight"
-            # In full precision always: they are few, and one's rounding would scale a whole row.
+        for layer, magnitude in dora.items():
+            # Always float32: they are few, and a rounded one would scale a whole row.
+            key = f"{component}.{prefixed(component, layer)}.{MAGNITUDE}.weight"
             tensors[key] = magnitude.detach().float().cpu().clone()
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets[component]), use_dora=bool(dora))
-        for key, value in config.to_dict().items():
-            # What diffusers needs to rebuild the layers; the rest would tie the file to one PEFT.
-            if key in ("r", "lora_alpha", "target_modules") or (key == "use_dora" and value):
-                peft[f"{component}.{key}"] = sorted(value) if isinstance(value, set) else value
+        for name, value in config.to_dict().items():
+            # What diffusers needs to rebuild the layers; more would tie the file to one version of PEFT.
+            if name in ("r", "lora_alpha", "target_modules") or (name == "use_dora" and value):
+                peft[f"{component}.{name}"] = sorted(value) if isinstance(value, set) else value
     header = {"format": "pt", "rank": str(rank), "alpha": str(alpha)} | metadata
     header["lora_adapter_metadata"] = json.dumps(peft, sort_keys=True)
     write_bytes(Path(folder) / WEIGHTS, safetensors.torch.save(tensors, metadata=header))
 
 
 def find_adapters(folder):
-    """The adapters in `folder`: [(name, path)], itself if it is one (a folder, or a safetensors file),
-    else its subfolders that are, else the safetensors files in it.
-
-    Raises UserError if there is none.
-    """
+    """The adapters in `folder`: [(name, path)]. Itself if it is one (a folder or a safetensors file), else its
+    subfolders that are, else its safetensors files. UserError if there are none."""
     folder = Path(folder)
     if folder.is_file():
         return [(folder.stem, folder)]
@@ -85,25 +72,25 @@ def find_adapters(folder):
         raise UserError(f"{folder}: no such folder; train an adapter first (python train.py)")
     if adapter_files(folder):
         return [(folder.resolve().name, folder)]
-    found = [
+    places = [
         (child.name, child)
         for child in sorted(folder.iterdir())
         if child.is_dir() and not child.name.startswith(".") and adapter_files(child)
     ]
-    found = found or [(path.stem, path) for path in sorted(folder.glob("[!.]*.safetensors"))]
-    if not found:
+    places = places or [(path.stem, path) for path in sorted(folder.glob("[!.]*.safetensors"))]
+    if not places:
         raise UserError(
-            f"{folder}: no adapter in it; looked for {WEIGHTS} and for PEFT's adapter_config.json, "
-            "here, in unet/ and text_encoder/, and one folder down, and for safetensors files here"
+            f"{folder}: no adapter in it; looked for {WEIGHTS} and PEFT's adapter_config.json in it, in unet/ and "
+            "text_encoder/ and in its subfolders, and for safetensors files in it"
         )
-    return found
+    return places
 
 
 def adapter_files(folder):
-    """[(component or None, safetensors path, adapter_config or None)] of one adapter.
+    """The files of one adapter: [(component or None, safetensors path, adapter_config.json or None)].
 
-    The layouts are a single file, diffusers' or kohya's, and the published study's PEFT folders:
-    `unet/` and `text_encoder/`, or one at the root (then the component is None and told by its keys).
+    Either a single file, diffusers' or kohya's, or PEFT folders: `unet/` and `text_encoder/`, or the folder itself,
+    whose keys then show the component.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -121,69 +108,121 @@ def adapter_files(folder):
 def read_adapter(folder):
     """Read an adapter, a folder or a file in any of the layouts, into an Adapter.
 
-    Raises UserError naming the file for anything that is not a whole LoRA adapter: a damaged file,
-    a key of an unknown kind, one factor without the other, ranks that disagree, values that are not
-    finite, or B factors that are all zero (an adapter that does nothing).
+    A text encoder whose B are all zero beside a UNet that is adapted is left out with a note. Raises UserError naming
+    the file for anything that is not a whole LoRA adapter: a damaged file, an unknown key or kind of adapter, a missing
+    factor, ranks that disagree, values that are not finite, or B that are all zero.
     """
     folder = Path(folder)
     files = adapter_files(folder)
     if not files:
         raise UserError(f"{folder}: neither {WEIGHTS} nor PEFT's adapter_config.json in it")
-    adapter = Adapter(path=folder)
-    halves, alphas = {}, {}
+    adapter, layers, configs = Adapter(path=folder), {}, {}
     for component, path, config_path in files:
-        config = read_peft_config(config_path) if config_path else {}
+        config = read_peft_config(config_path) if config_path else None
         tensors, header = read_tensors(path)
         if is_kohya(tensors):
             adapter.metadata |= adapter_header(header)
-            add_kohya(adapter, read_kohya(tensors, path))
-            return adapter
-        adapter.metadata |= header
-        for key, tensor in tensors.items():
-            found = KEY.fullmatch(key)
-            if found is None:
-                raise UserError(f"{path}: {key} is no key of a LoRA adapter; {len(tensors)} keys read")
-            layer = found["layer"]
-            part = found["component"] or component or guess_component(layer)
-            half = halves.setdefault(part, {}).setdefault(layer, {})
-            factor = FACTORS.get(found["factor"], "m")
-            if factor in half:
-                raise UserError(f"{path}: factor {found['factor']} of {layer} is there twice")
-            half[factor] = tensor.float()
-        for part in halves:
-            if part not in alphas:
-                alphas[part], adapter.targets[part] = alpha_and_targets(config, header, part, path)
-    for part, layers in halves.items():
-        check_factors(layers, folder, part)
-        adapter.factors[part] = {name: (half["A"], half["B"]) for name, half in layers.items()}
-        if any("m" in half for half in layers.values()):
-            adapter.magnitudes[part] = {name: half["m"] for name, half in layers.items()}
-        adapter.rank[part] = next(iter(layers.values()))["A"].shape[0]
-        # diffusers' convention where a file does not say: alpha is the rank.
-        adapter.alpha[part] = alphas[part] or adapter.rank[part]
+            parts, header = read_kohya(tensors, path), {}
+        else:
+            adapter.metadata |= header
+            parts = read_diffusers(tensors, path, component)
+        for part, rows in parts.items():
+            layers.setdefault(part, {}).update(rows)
+            if part not in configs:
+                configs[part] = checked(header_config(header, part, path) if config is None else config, path)
+    for part, rows in layers.items():
+        check_factors(rows, folder, part)
+    idle = [part for part, rows in layers.items() if not any(row["B"].any() for row in rows.values())]
+    if "unet" in idle or len(idle) == len(layers):
+        raise UserError(f"{folder}: every lora_B of the {idle[0]} is zero; this adapter does nothing")
+    for part in idle:
+        print(
+            f"note: every lora_B of the {part} in {folder} is zero, as if trained at rate 0; only the unet is adapted"
+        )
+        del layers[part]
+    for part, rows in layers.items():
+        add_component(adapter, part, rows, configs[part])
     return adapter
 
 
-def add_kohya(adapter, layers):
-    """Put the layers of a kohya file ({component: {layer: (A, B, alpha / rank, dora_scale)}}) into an Adapter.
+def add_component(adapter, part, rows, config):
+    """Put the layers of a component ({layer: {"A", "B", and if stated "alpha", "m"}}) into an Adapter.
 
-    The adapter's rank is the largest. Where alpha / rank differs from layer to layer, B takes the
-    layer's, and the adapter's alpha is its rank.
+    The adapter's rank is the largest. If all layers have the same scale, its alpha is scale * rank; otherwise each B
+    is multiplied by its layer's scale and alpha is the rank. UserError if a rank is not the one that `config` states.
     """
+    ranks, alphas = {name: len(row["A"]) for name, row in rows.items()}, {}
+    for name, row in rows.items():
+        stated = setting(config, "r", "rank_pattern", name)
+        if isinstance(stated, int) and stated != ranks[name]:
+            raise UserError(
+                f"{adapter.path}: the factors of {name} have rank {ranks[name]}, but the file's settings state "
+                f"{str(stated)[:20]}; the file is damaged"
+            )
+        alphas[name] = row.get("alpha") or setting(config, "lora_alpha", "alpha_pattern", name) or ranks[name]
+        if config.get("use_rslora"):  # scale = alpha / sqrt(rank), Kalajdzievski 2023, https://arxiv.org/abs/2312.03732
+            alphas[name] *= ranks[name] ** 0.5
+    scales = {name: alphas[name] / ranks[name] for name in rows}
+    largest = max(ranks, key=ranks.get)
+    alike = len(set(scales.values())) == 1
+    adapter.rank[part] = ranks[largest]
+    adapter.alpha[part] = alphas[largest] if alike else float(ranks[largest])
+    adapter.targets[part] = targets(config)
+    adapter.factors[part] = {
+        name: (row["A"], row["B"] if alike else row["B"] * scales[name]) for name, row in rows.items()
+    }
+    if norms := {name: row["m"] for name, row in rows.items() if "m" in row}:
+        adapter.magnitudes[part] = norms
+
+
+# ---- diffusers' and PEFT's files -----------------------------------------------------------
+
+
+def read_diffusers(tensors, path, component):
+    """The layers of a file in diffusers' or PEFT's format: {component: {layer: {"A", "B", and of DoRA "m"}}}, in float32.
+
+    `component` is that of keys without a prefix; None if their names show it. The factors of a 1x1 convolution become
+    matrices. Raises UserError naming the file `path` and the key for anything else.
+    """
+    layers = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(modern(key))
+        if match is None:
+            raise UserError(f"{path}: {key} is not a key of a LoRA adapter; the file has {len(tensors)} keys")
+        layer = match["layer"]
+        part = match["component"] or component or guess_component(layer)
+        row = layers.setdefault(part, {}).setdefault(layer, {})
+        factor = FACTORS.get(match["factor"], "m")
+        if factor in row:
+            raise UserError(f"{path}: factor {match['factor']} of {layer} is in the file twice; save it again")
+        if factor == "m":  # of a convolution: [1, out, 1, 1]
+            row[factor] = tensor.float().flatten() if tensor.ndim == 4 else tensor.float()
+        else:
+            row[factor] = as_matrix(key, tensor, path)
     for part, rows in layers.items():
-        halves = {name: dict(A=a, B=b) for name, (a, b, *_) in rows.items()}
-        norms = {name: dora for name, (*_, dora) in rows.items() if dora is not None}
-        if not all(dora.isfinite().all() for dora in norms.values()):
-            raise UserError(f"{adapter.path}: a dora_scale of the {part} holds NaN or infinity")
-        if norms:  # a layer without one is plain LoRA
-            adapter.magnitudes[part] = norms
-        check_factors(halves, adapter.path, part, one_rank=False)
-        rank = adapter.rank[part] = max(a.shape[0] for a, *_ in rows.values())
-        scales = {scale for _, _, scale, _ in rows.values()}
-        alike = len(scales) == 1
-        adapter.alpha[part] = rank * scales.pop() if alike else float(rank)
-        adapter.targets[part] = None
-        adapter.factors[part] = {name: (a, b if alike else b * scale) for name, (a, b, scale, _) in rows.items()}
+        scaled = [row for row in rows.values() if "m" in row]
+        if scaled and not all("m" in r and "B" in r and r["m"].shape == r["B"].shape[:1] for r in rows.values()):
+            raise UserError(
+                f"{path}: DoRA's magnitudes of the {part} do not fit its factors: each of {len(rows)} layers needs one "
+                "magnitude for each output; the file is damaged"
+            )
+    return layers
+
+
+def modern(key):
+    """A key in today's spelling: diffusers of early 2023 wrote attn1.processor.to_q_lora.down for attn1.to_q.lora_A."""
+
+    def spelled(match):
+        name, factor = match.groups()
+        layer = f"{name}_proj" if ".self_attn." in key else {"out": "to_out.0"}.get(name, f"to_{name}")
+        return f".{layer}.lora.{factor}.weight"
+
+    return OLD_KEY.sub(spelled, key.replace(".processor.", "."))
+
+
+def guess_component(layer):
+    """The component of a layer name without a prefix: CLIP's layers are named as no UNet's are."""
+    return "text_encoder" if ".self_attn." in layer or ".mlp.fc" in layer else "unet"
 
 
 def read_tensors(path):
@@ -201,66 +240,81 @@ def read_tensors(path):
 
 
 def read_peft_config(path):
-    """A PEFT adapter_config.json; UserError if it is damaged or of a kind that is not plain LoRA."""
+    """A PEFT adapter_config.json; UserError if it is damaged or not of LoRA."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(f"{path} is not a PEFT adapter configuration") from None
-    extras = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
-    if kind != "LORA" or extras:
-        raise UserError(f"{path}: only plain LoRA and DoRA are read, this is {' '.join([str(kind)[:40], *extras])}")
+    if kind != "LORA":
+        raise UserError(f"{path}: only plain LoRA and DoRA can be read, this is {str(kind)[:40]}")
     return config
 
 
-def alpha_and_targets(config, header, part, path):
-    """(alpha or None, target endings or None) as a PEFT config or a diffusers header states them.
+def header_config(header, part, path):
+    """PEFT's settings of a component as diffusers writes them into a file's header; {} if there are none."""
+    try:
+        stated = json.loads(header.get("lora_adapter_metadata", "{}"))
+        return {name.removeprefix(f"{part}."): v for name, v in stated.items() if name.startswith(f"{part}.")}
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"{path}: lora_adapter_metadata is not a JSON object; the file is damaged") from None
 
-    Raises UserError naming the file `path` if it states them in a form that means nothing.
-    """
-    if not config:
+
+def checked(config, path):
+    """`config`, PEFT's settings of a component; UserError naming the file `path` for unsupported or invalid settings."""
+    extras = [name for name in UNSUPPORTED if config.get(name)]
+    if str(config.get("init_lora_weights")).startswith(BASE_CHANGING):
+        extras.append(f"init_lora_weights {config['init_lora_weights'][:20]}")
+    if extras:
+        raise UserError(f"{path}: only plain LoRA and DoRA can be read, this is LORA with {', '.join(extras)}")
+    alphas, names = {"lora_alpha": config.get("lora_alpha")}, config.get("target_modules")
+    if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: target_modules is not a list of names; the file is damaged")
+    for name in ("rank_pattern", "alpha_pattern"):
         try:
-            stated = json.loads(header.get("lora_adapter_metadata", "{}"))
-            config = {k.removeprefix(f"{part}."): v for k, v in stated.items() if k.startswith(part)}
-        except (ValueError, AttributeError, RecursionError):
-            raise UserError(f"{path}: lora_adapter_metadata is no JSON object: damaged?") from None
-    alpha, targets = config.get("lora_alpha"), config.get("target_modules")
-    if alpha is not None and not (isinstance(alpha, (int, float)) and 1e-6 <= alpha <= 1e6):
-        raise UserError(f"{path}: lora_alpha is {repr(alpha)[:40]}, but must be a positive number")
-    targets = targets if isinstance(targets, list) else None
-    if not all(isinstance(target, str) for target in targets or []):
-        raise UserError(f"{path}: target_modules is not a list of names")
-    return alpha, targets
+            patterns = dict(config.get(name) or {})
+            for pattern in patterns:
+                re.compile(pattern)
+        except (TypeError, ValueError, re.error, RecursionError, OverflowError):
+            raise UserError(f"{path}: {name} is not a table by layer names; the file is damaged") from None
+        alphas |= patterns if name == "alpha_pattern" else {}
+    for name, alpha in alphas.items():
+        if alpha is not None and not (isinstance(alpha, (int, float)) and 1e-6 <= alpha <= 1e6):
+            raise UserError(f"{path}: {name} is {repr(alpha)[:40]}, but must be a positive number")
+    return config
 
 
-def guess_component(layer):
-    """The component of a layer name without a prefix: CLIP's layers are named as no UNet's are."""
-    return "text_encoder" if ".self_attn." in layer or ".mlp.fc" in layer else "unet"
+def setting(config, name, pattern, layer):
+    """PEFT's setting `name` for a layer: from the table `pattern` {regular expression: value}, else its default."""
+    bare = layer.removeprefix("text_model.")
+    for key, value in dict(config.get(pattern) or {}).items():
+        if any(re.match(rf"(.*\.)?({key})$", spelling) for spelling in (layer, bare, f"text_model.{bare}")):
+            return value
+    return config.get(name)
 
 
-def check_factors(layers, path, part, one_rank=True):
-    """UserError unless every layer has both factors, of one rank (all of them, if `one_rank`), finite,
-    and some B is not zero."""
-    single = sorted(name for name, half in layers.items() if not half.keys() >= {"A", "B"})
+def targets(config):
+    """The endings of the layers that an adapter must have by its settings, or None if these do not say."""
+    partial = config.get("exclude_modules") or config.get("layers_to_transform") is not None
+    names = config.get("target_modules")
+    return names if isinstance(names, list) and not partial else None
+
+
+def check_factors(rows, path, part):
+    """UserError unless each layer has both factors, [rank, in] and [out, rank], with finite values."""
+    single = sorted(name for name, row in rows.items() if not row.keys() >= {"A", "B"})
     if single:
         raise UserError(
-            f"{path}: {len(single)} layers of the {part} have one factor only ({some(single)}); the file is damaged"
+            f"{path}: {len(single)} layers of the {part} lack a factor ({some(single)}); the file is damaged"
         )
-    bad = sorted(
-        name
-        for name, half in layers.items()
-        if half["A"].ndim != 2 or half["B"].ndim != 2 or half["A"].shape[0] != half["B"].shape[1]
-    )
-    if bad or (one_rank and len({half["A"].shape[0] for half in layers.values()}) != 1):
-        raise UserError(f"{path}: the factors of the {part} disagree in rank ({some(bad or list(layers))})")
-    scaled = [name for name, half in layers.items() if "m" in half]
-    if scaled and not all("m" in h and h["m"].shape == h["B"].shape[:1] for h in layers.values()):
-        raise UserError(
-            f"{path}: DoRA's magnitudes of the {part} do not fit its factors, one for each output "
-            f"of each of {len(layers)} layers; the file is damaged"
-        )
-    infinite = sorted(n for n, half in layers.items() if not all(w.isfinite().all() for w in half.values()))
+    for name, row in rows.items():
+        a, b = row["A"], row["B"]
+        if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] > 0:
+            raise UserError(
+                f"{path}: the factors of {name} have shapes {tuple(a.shape)} and {tuple(b.shape)}, which do not fit; "
+                "the file is damaged"
+            )
+    tensors = {name: [row[key] for key in ("A", "B", "m") if key in row] for name, row in rows.items()}
+    infinite = sorted(name for name, weights in tensors.items() if not all(w.isfinite().all() for w in weights))
     if infinite:
         raise UserError(f"{path}: {len(infinite)} layers of the {part} hold NaN or infinity ({some(infinite)})")
-    if all(not half["B"].any() for half in layers.values()):
-        raise UserError(f"{path}: every lora_B of the {part} is zero; this adapter does nothing")

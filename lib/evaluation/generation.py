@@ -280,6 +280,8 @@ def prepare_pipeline(config, plan, folder, prompts, device):
     for adapter in (adapter for _, steps in plan for adapter in steps.values()):
         applied = adapters.Applied(adapter, models_of(pipeline))
         check_switch(pipeline, applied, adapter, base_probe)
+        if parts := adapters.adapted_parts(adapter, models_of(pipeline)):
+            print(f"note: {adapter.path} adapts only {', '.join(parts)}; the rest is the base model's")
         applied.set_scale(0)
         del applied  # frees its copies of the weights
     # A kernel compiled for one sample serves any batch.

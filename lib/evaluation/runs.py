@@ -49,20 +49,25 @@ def plan_runs(config, device):
     """
     places = adapter_files.find_adapters(config["lora_dir"])
     names, output_dir = [name for name, _ in places], Path(config["output_dir"])
-    targets = [output_dir / name if len(places) > 1 else output_dir for name in names]
-    for target in [*targets, *([output_dir / "comparison"] if len(places) > 1 else [])]:
+    targets = {name: output_dir / name if len(places) > 1 else output_dir for name in names}
+    for target in [*targets.values(), *([output_dir / "comparison"] if len(places) > 1 else [])]:
         check_output_folder(target, MARKER)
     for path in sorted(Path(config["lora_dir"]).glob("*/config.json")) if len(places) > 1 else ():
         if path.parent.name not in names:
             print(f"note: {path.parent} is a run without weights and is skipped")
     plan = []
-    for (name, path), target in zip(places, targets, strict=True):
-        adapter = adapter_files.read_adapter(path)
-        run = Run(name, target, describe(adapter), [], [], folder=adapter.path)
+    for name, adapter in read_adapters(places):
+        run = Run(name, targets[name], describe(adapter), [], [], folder=adapter.path)
         plan.append((run, with_snapshots(run, adapter) if config["snapshots"] else {None: adapter}))
         trained_on = adapter.metadata.get("base_model")
         if trained_on and base_model_name(trained_on) != base_model_name(config["base_model"]):
             print(f"note: {name} was trained on {trained_on}; its images are generated with {config['base_model']}")
+        clip_skip = adapter.metadata.get("clip_skip", "1")
+        if clip_skip not in ("0", "1"):
+            print(
+                f"note: {name} was trained with clip skip {clip_skip}; here the text encoder's last layer is used, so its "
+                "effect may differ from that in programs with this setting"
+            )
     check_fingerprints(
         [
             (f"{run.name}, step {step}" if step else run.name, adapters.fingerprint(adapter))
@@ -74,6 +79,22 @@ def plan_runs(config, device):
     if device.type == "cpu":
         print("no CUDA GPU found: generating on the CPU, in fp32")
     return plan
+
+
+def read_adapters(places):
+    """[(name, Adapter)] of `places`, [(name, path)]. Of several, those that are refused are skipped with a note;
+    UserError if none is left."""
+    read = []
+    for name, path in places:
+        try:
+            read.append((name, adapter_files.read_adapter(path)))
+        except UserError as problem:
+            if len(places) == 1:
+                raise
+            print(f"note: {name} is skipped: {problem}")
+    if not read:
+        raise UserError(f"{places[0][1].parent}: none of its {len(places)} adapters can be read; see the notes above")
+    return read
 
 
 def with_snapshots(run, adapter):
