@@ -65,10 +65,10 @@ def converted(path, say=print):
         keys, header = set(file.keys()), file.metadata() or {}
         version = version_of(file, keys, path)
         check_last_noise(file, keys, header, path)
+        digest = hashlib.sha256(f"{CONVERTER} {content_digest(path)}".encode()).hexdigest()[:16]
     if "v_pred" in keys:  # an empty tensor, the mark of ComfyUI and others
         header = {"modelspec.prediction_type": "v"} | header
     place = Path(constants.HF_HOME) / "single_files"
-    digest = hashlib.sha256(f"{CONVERTER} {content_digest(path)}".encode()).hexdigest()[:16]
     folder = place / f"{path.stem}-{digest}"
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -107,14 +107,13 @@ def check_last_noise(file, keys, header, path):
 
 @contextlib.contextmanager
 def reading(path):
-    """An open safetensors file; UserError naming it if it cannot be read."""
+    """An open safetensors file; UserError naming it if it cannot be opened or, in the block, read."""
     try:
-        file = safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as problem:
         reason = what_else(path) or one_line(problem, 100)
         raise UserError(f"base model {path} cannot be read as safetensors: {reason}") from None
-    with file:
-        yield file
 
 
 def version_of(file, keys, path):
@@ -143,12 +142,12 @@ def convert(path, new, version, header, say):
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(CONFIGS[version], new)
     write_tokenizer(new / "tokenizer")
-    with reading(path) as file:
-        for part, start in (("vae", VAE), ("text_encoder", TEXT), ("unet", UNET)):
+    for part, start in (("vae", VAE), ("text_encoder", TEXT), ("unet", UNET)):
+        with reading(path) as file:  # and written outside: a failure to write is another error
             tensors = {k: file.get_tensor(k) for k in file.keys() if k.startswith(start)}
-            tensors = renamed(part, tensors, new, path)
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            save_file(tensors, new / part / f"{stem}.safetensors", metadata={"format": "pt"})
+        tensors = renamed(part, tensors, new, path)
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        save_file(tensors, new / part / f"{stem}.safetensors", metadata={"format": "pt"})
     scheduler = new / "scheduler/scheduler_config.json"
     predicts, evidence = prediction_type(new, header)
     say(f"{path}: predicts {'velocity' if predicts == 'v_prediction' else 'noise'} ({predicts}), {evidence}")
