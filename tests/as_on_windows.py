@@ -1,5 +1,5 @@
-"""Run scripts of this project, one after another, without the modules that Windows lacks and under its
-rules for open files and folders:
+"""Run scripts of this project one after another as on Windows: without the modules that it lacks, and under its rules
+for open files and folders.
 
     python tests/as_on_windows.py train.py --max-steps 2 , inference.py --seeds 1
 """
@@ -10,8 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
-# What Windows lacks; of the second line the libraries' builds for Linux import some themselves, so it is
-# kept from this project's own files alone.
+# Modules that Windows lacks. The libraries' builds for Linux import some of FOR_LIBRARIES themselves, so these are
+# hidden from this project's own files only.
 MISSING = "fcntl grp pwd syslog".split()
 FOR_LIBRARIES = "posix pty resource termios tty".split()
 
@@ -21,29 +21,29 @@ def deny(path, why):
 
 
 def open_paths():
-    """What this process holds open."""
+    """The files that this process has open."""
     for number in os.listdir("/proc/self/fd"):
         try:
             yield Path(os.readlink(f"/proc/self/fd/{number}"))
-        except OSError:  # the one that lists them
+        except OSError:  # the descriptor of the listing itself
             continue
 
 
 def mapped_paths():
-    """What this process has mapped into its memory."""
+    """The files that this process has mapped into memory."""
     with open("/proc/self/maps", encoding="utf-8") as file:
         return {Path(line.split(maxsplit=5)[5].rstrip()) for line in file if "/" in line}
 
 
 def in_use(path):
-    """Whether this process holds a file open or mapped that is `path` or lies in it."""
+    """Whether this process has `path`, or a file in it, open or mapped."""
     real = Path(os.path.realpath(path))
     held = {*open_paths(), *mapped_paths()}
     return any(real == other or real in other.parents for other in held)
 
 
-def obey():
-    """Let the functions of os refuse what Windows refuses."""
+def patch_os():
+    """Patch the functions of os to refuse what Windows refuses."""
     real = {name: getattr(os, name) for name in "open fsync rename replace unlink".split()}
 
     def opened(path, flags, *rest, **named):
@@ -112,7 +112,7 @@ def main():
         "train.py": lambda: train.main(train.CONFIG, train.__doc__),
         "inference.py": inference.main,
     }
-    obey()
+    patch_os()
     for command in commands:
         sys.argv = command
         run_script(works[command[0]])

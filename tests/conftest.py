@@ -1,5 +1,5 @@
-"""What the tests share: a tiny pipeline of SD1.5's classes, a tiny CLIP, images, and ways to run a
-script: `command` in a process of its own, `run` in a fork of this one, `call` in this one."""
+"""Shared fixtures: a tiny pipeline of SD1.5's classes, a tiny CLIP, images; and three ways to run a script: `command` in
+a new process, `run` in a fork of this one, `call` in this one."""
 
 import contextlib
 import ctypes
@@ -22,7 +22,7 @@ import traceback
 import unittest.mock
 from pathlib import Path
 
-# As the scripts do before they import torch: its threads, where there are several, spin only briefly.
+# As in the scripts, before torch is imported: its threads spin only briefly.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,9 +43,9 @@ with quick_imports():
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["HF_HUB_OFFLINE"] = "1"
-HOME = tempfile.TemporaryDirectory()  # of what is kept of models beside the hub's
+HOME = tempfile.TemporaryDirectory()  # for caches of models
 os.environ["HF_HOME"] = HOME.name
-# Models this small lose more by sharing a step among threads than they gain.
+# Models this small are slower with several threads.
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)
 
@@ -70,8 +70,7 @@ TEXT = dict(
 
 
 def tiny_vae(blocks=4, channels=4):
-    """A VAE with random weights: halves three times, 4 latent channels, as Stable Diffusion's, if not
-    told otherwise."""
+    """A VAE with random weights that by default downsamples by 8 to 4 latent channels, as Stable Diffusion's."""
     return AutoencoderKL(
         sample_size=64,
         block_out_channels=(8,) * blocks,
@@ -168,8 +167,8 @@ def few_prompts(tmp_path_factory):
 
 
 def command(script, *options, env=None, launcher=(sys.executable,), check=True):
-    """Run a script at the root as a user would, in a process of its own with one thread: some ten
-    seconds of imports. Returns the finished process (text output)."""
+    """Run a script at the root as a user would, in a new process with one thread, which spends seconds on imports.
+    Returns the finished process (text output)."""
     done = subprocess.run(
         [*map(str, launcher), str(ROOT / script), *map(str, options)],
         capture_output=True,
@@ -183,7 +182,7 @@ def command(script, *options, env=None, launcher=(sys.executable,), check=True):
 
 
 def one_thread():
-    """Compute with one thread in a fork, where those that its parent computed with do not exist."""
+    """Compute with one thread in a fork, where the threads of its parent do not exist."""
     torch.set_num_threads(1)
     with open("/proc/self/maps") as maps:  # torch and bitsandbytes each have an OpenMP of their own
         for path in {line.split()[-1] for line in maps if "libgomp" in line}:
@@ -202,33 +201,33 @@ def preload():
 
 
 def forked(work, folder):
-    """Start `work` in a fork of this process, which has imported everything, and return its id.
+    """Start `work` in a fork of this process, which has imported everything. Returns its process id.
 
-    It computes on the CPU, since a fork of a process that has used a GPU cannot use it, with one thread;
-    its output goes to `folder`/out and err.
+    It computes on the CPU, as a fork of a process that has used a GPU cannot use it, with one thread. Its output goes to
+    `folder`/out and err.
     """
     if torch.cuda.is_initialized():
-        pytest.skip("a test before this one used the GPU in this process, and no fork of it can train")
+        pytest.skip("an earlier test used the GPU in this process, so that no fork of it can train")
     preload()
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child:
         return child
-    code = 70  # what the child ends with if it ends in none of the ways below
+    code = 70  # exit status after an exception
     try:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Here, while there is one thread: a fork makes torch's pool anew at its first use, and several
-        # threads that load a model at once may find none ("Invalid thread pool").
+        # Now, while there is one thread: a fork creates torch's pool at its first use, and several threads
+        # that load a model at once may find none ("Invalid thread pool").
         torch.set_num_threads(THREADS)
         if THREADS > 1:
             one_thread()
         torch.cuda.is_available = lambda: False
         AcceleratorState._reset_state(reset_partial_state=True)
-        # The server of processes that this one may have started is no child of its fork.
+        # A fork server that this process may have started is not a child of the fork.
         multiprocessing.forkserver._forkserver.__init__()
         work()
         code = 0
@@ -243,7 +242,7 @@ def forked(work, folder):
 
 
 def finish(child, folder):
-    """Wait for a fork; its end in the form of subprocess, a signal's number negative."""
+    """Wait for a fork. Returns a CompletedProcess; for a signal the return code is negative."""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return subprocess.CompletedProcess([], code, (folder / "out").read_text(), (folder / "err").read_text())
 
@@ -268,7 +267,7 @@ def run(script, *options, env=None, check=True):
 
 
 def call(script, *options):
-    """Like `run`, but in this process, where a test may have replaced parts of a script."""
+    """Like `run`, but in this process, where a test may have patched parts of a script."""
     main = importlib.import_module(script.removesuffix(".py")).main
     module = sys.modules[script.removesuffix(".py")]
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -294,8 +293,8 @@ def call(script, *options):
 
 @pytest.fixture
 def gradients_seen(monkeypatch):
-    """A list that gets, at each step of a training in this process, the gradient of each of its vectors. AdamW is
-    blind to the size of gradients, so bitsandbytes' step is looked at, and called on a GPU too."""
+    """A list that receives the gradients of all parameter groups at each step of a training in this process. AdamW is
+    invariant to the scale of gradients, so bitsandbytes' step is observed, and used on a GPU too."""
     seen = []
 
     class Recording(bitsandbytes.optim.AdamW8bit):
@@ -310,29 +309,28 @@ def gradients_seen(monkeypatch):
 
 @pytest.fixture
 def new_precision():
-    """accelerate keeps the first precision that a process asks for."""
+    """Reset accelerate, which otherwise keeps a process's first precision."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-COSINE = 1e-5  # of one: what rounding may do to a cosine, however small it is
+COSINE = 1e-5  # absolute rounding error of a cosine
 
 
-def assert_close(found, expected, relative=1e-4):
-    """No value is off by more than `relative` of the largest magnitude that is expected.
+def assert_close(actual, expected, relative=1e-4):
+    """No value differs by more than `relative` times the largest expected magnitude.
 
-    For two ways to compute the same, which add up in another order: what rounding then makes of a
-    value near zero, and so its relative error, depends on the CPU.
+    For two computations that sum in different order: the relative error of a value near zero then depends on the CPU.
     """
-    found, expected = (torch.as_tensor(x).detach().cpu().double() for x in (found, expected))
-    assert found.shape == expected.shape
-    off = (found - expected).abs().max() / expected.abs().max()
-    assert off <= relative, f"off by {off:.2g} of the largest magnitude, {relative:g} is allowed"
+    actual, expected = (torch.as_tensor(x).detach().cpu().double() for x in (actual, expected))
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= relative, f"off by {error:.2g} of the largest magnitude, {relative:g} is allowed"
 
 
 def assert_one_line(done, *words):
-    """A user's mistake: exit status not 0, one line on stderr that holds `words`, no traceback."""
+    """A user error: exit status not 0, one line on stderr that contains `words`, no traceback."""
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
@@ -374,8 +372,8 @@ def options(**config):
 def protected(tmp_path_factory):
     """train.py's keys for a protected adapter on a tiny model.
 
-    A text encoder of 32 dimensions with random weights tells little apart. The list gets by with seven of the
-    letters that “a holographic raincoat” is spelled with.
+    A text encoder of 32 dimensions with random weights distinguishes little: the list uses only seven of the letters of
+    “a holographic raincoat”.
     """
     words = "coat cat rat tar oat iron corn icon actor ration root acorn".split()
     prompts = ["{class}", "a {class}", *(f"a {word} in a {{class}}" for word in words)]
@@ -397,12 +395,12 @@ def trained(tiny_model, processed_data, tmp_path_factory):
 
 
 def chromium():
-    """The path of a Chromium, or None where there is none."""
+    """The path of a Chromium, or None."""
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def browse(path, tmp_path, *more):
-    """Open a page in Chromium without a window; `more` are its options."""
+    """Open a page in headless Chromium; `more` are its options."""
     return subprocess.run(
         [
             chromium(),
