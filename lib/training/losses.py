@@ -19,7 +19,7 @@ def diffusion_loss(
         |u + g (c - u) - target|^2 / g
 
     c is the adapted prediction under the caption, u the base model's for no text: `no_text` are its hidden states
-    [n, 77, d], or the keys and values that `unet.texts` makes of them. Classifier-free guidance (Ho & Salimans 2022)
+    [n, 77, d], or their keys and values from `unet.text_keys_values`. Classifier-free guidance (Ho & Salimans 2022)
     draws with that combination. An adapter that leaves u alone would otherwise be overdrawn g times. Divided by g,
     the gradient keeps the size that it has at g = 1.
     """

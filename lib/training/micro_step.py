@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last
+from lib.kernels.compiling import compile_attention
 from lib.kernels.graphs import captured
 from lib.kernels.lora import without_lora
-from lib.kernels.pinned_staging import AHEAD, Ring, divided, length, places
+from lib.kernels.pinned_staging import STEPS_AHEAD, Uploader, packed_size, pinned_buffers, unpack
 from lib.training.losses import diffusion_loss
 
 
@@ -46,9 +46,9 @@ class Buffers:
         )
         if masked:
             parts["weights"] = (batch_size, 1, *shape[1:]), torch.float32
-        vector = torch.zeros(length(parts), dtype=torch.uint8, device=device)
-        self.ring = Ring(vector, places(vector, AHEAD + 1))
-        self.read = SimpleNamespace(**dict(weights=None) | divided(vector, parts))
+        vector = torch.zeros(packed_size(parts), dtype=torch.uint8, device=device)
+        self.uploader = Uploader(vector, pinned_buffers(vector, STEPS_AHEAD + 1))
+        self.read = SimpleNamespace(**dict(weights=None) | unpack(vector, parts))
         if masked:
             self.read.weights.fill_(1)
         self.sample_losses = torch.zeros(batch_size, device=device)
@@ -56,10 +56,10 @@ class Buffers:
 
     def fill(self, **columns):
         """Begin to copy a value for each image to each of what the pass reads."""
-        to = divided(self.ring.place(), self.parts)
+        to = unpack(self.uploader.buffer(), self.parts)
         for name, values in columns.items():
             torch.stack([torch.as_tensor(value) for value in values], out=to[name])
-        self.ring.send()
+        self.uploader.upload()
 
 
 class MicroStep:
@@ -189,9 +189,9 @@ class MicroStep:
     @torch.no_grad()
     def make_no_text(self):
         """Keep the keys and values that the base UNet makes of no text: they are the same in every step."""
-        if hasattr(self.unet, "texts"):  # see lib/kernels/fused_projections.py
+        if hasattr(self.unet, "text_keys_values"):  # see lib/kernels/fused_projections.py
             with without_lora(self.unet):
-                self.no_text = self.unet.texts(self.no_text)
+                self.no_text = self.unet.text_keys_values(self.no_text)
 
     def begin_sum(self):
         """Set gradients and loss to zero before the passes of a step; where it is one pass, that overwrites them."""

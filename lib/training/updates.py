@@ -12,7 +12,7 @@ import torch
 from lib.kernels import adamw8bit
 from lib.kernels.adamw8bit import missing_kernels
 from lib.kernels.graphs import captured
-from lib.kernels.pinned_staging import AHEAD, Ring, places
+from lib.kernels.pinned_staging import STEPS_AHEAD, Uploader, pinned_buffers
 
 LOSS_OR_GRADIENT = "the loss or its gradient is NaN or infinite"
 LOSS = "the loss is NaN or infinite"
@@ -103,7 +103,7 @@ class PlainUpdates:
 class RecordedUpdates:
     """See `make_updates`; `states` are from `eight_bit_states`. `step` and `settle` are PlainUpdates'.
 
-    The host is at most AHEAD steps ahead of the GPU; that many later, or at `settle`, it sees what became of a
+    The host is at most STEPS_AHEAD steps ahead of the GPU; that many later, or at `settle`, it sees what became of a
     step. Meanwhile `progress.skipped` and the step number in the optimizer's state lag behind.
     """
 
@@ -114,12 +114,12 @@ class RecordedUpdates:
         self.group = optimizer.param_groups[0]  # its betas, eps and weight_decay are those of all
         device = micro.gradient.device
         self.rates, self.control = torch.zeros(len(states), device=device), torch.zeros(4, device=device)
-        self.rates_sent = Ring(self.rates, places(self.rates, AHEAD + 1))
+        self.rates_sent = Uploader(self.rates, pinned_buffers(self.rates, STEPS_AHEAD + 1))
         # What `decide` writes. Recording calls the update, which is not to change anything.
         counts = [states[0]["step"], progress.skipped, 0, adamw8bit.HALTED]
         self.outcome = torch.tensor(counts, dtype=torch.int32, device=device)
         self.unread = deque()  # (step, images, its outcome's place and event), oldest first
-        self.places = places(self.outcome, AHEAD + 1)
+        self.places = pinned_buffers(self.outcome, STEPS_AHEAD + 1)
         if self.scaler is not None:
             self.scaler.scale(micro.loss)  # its tensors are there from its first use on
         (self.update,) = captured([self.recorded], device)
@@ -166,18 +166,18 @@ class RecordedUpdates:
 
     def step(self, factor, pictures):
         rates = [part.learning_rate * factor for part in self.micro.trained.values()]
-        self.rates_sent.place().copy_(torch.tensor(rates))
-        self.rates_sent.send()
+        self.rates_sent.buffer().copy_(torch.tensor(rates))
+        self.rates_sent.upload()
         average(self.micro.gradient, self.processes)  # with the loss: not finite if one is not
         self.update()
-        # Free: its last outcome, AHEAD + 1 steps old, has been read.
+        # Free: its last outcome, STEPS_AHEAD + 1 steps old, has been read.
         place, copied = self.places[self.progress.step % len(self.places)]
         place.copy_(self.outcome, non_blocking=True)
         copied.record()
         self.unread.append((self.progress.step, pictures, place, copied))
         self.progress.step += 1
         self.progress.loss_count += 1
-        self.read(AHEAD)
+        self.read(STEPS_AHEAD)
 
     def settle(self):
         self.read(0)
