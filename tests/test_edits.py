@@ -101,6 +101,17 @@ def test_the_caption_of_a_source_that_is_gone_is_said(prepared, capsys):
     assert "the caption of 3.png is dropped with it: “a long thought”" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_captions_may_be_saved_by_an_editor_of_windows(prepared, encoding):
+    data, out = prepared
+    rows = rows_of(out)
+    rows[0]["text"] = "corrected"
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (out / "captions.jsonl").write_bytes("\r\n".join(lines).encode(encoding))
+    prepare(data, out)
+    assert by_source(out)["0.png"][0] == dict(text="corrected")
+
+
 def other_source(data, out):
     picture(7, (64, 64)).save(out / "images/image_01.png")
     picture(70, (80, 80)).save(data / "0.png")
