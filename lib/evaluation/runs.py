@@ -14,30 +14,11 @@ from lib.errors import UserError
 from lib.evaluation.metrics.scores import Run
 from lib.files import check_output_folder
 from lib.models import base_model_name, fetch_base_model
+from lib.run_config import WITHOUT_EFFECT, differences, with_added
 
 MARKER = "metrics.json"  # the file of a results folder that is written last
-# Keys of train.py's CONFIG that may differ between two runs of one experiment: where a run lies and
-# how often it reports change nothing of what it learns. Of the data its hash counts, not its place.
-WITHOUT_EFFECT = (
-    "seed",
-    "data_dir",
-    "output_dir",
-    "run_name",
-    "log_every",
-    "validate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "resume",
-    "max_overflows",
-    "preview_every",
-    "preview_prompts",
-    "preview_guidance_scale",
-    "snapshot_every",
-    "report_to",
-    "wandb_project",
-    "wandb_pictures",
-    "push_to_hub",
-)
+# Seeds of one experiment may differ in these too. Of the data its hash counts, not its place.
+OF_ONE_EXPERIMENT = (*WITHOUT_EFFECT, "seed", "data_dir")
 
 # What config.json says of how long a run took, where.
 SPEED = ("steps_a_second", "set_up_seconds", "peak_gib_reserved", "device")
@@ -181,8 +162,7 @@ def group_runs(runs):
             groups[run.name] = [run]
             continue
         other = first_of_name.setdefault(name, run)
-        known = experiment_settings(other)
-        differing = sorted(k for k in settings | known if settings.get(k) != known.get(k))
+        differing = differences(experiment_settings(other), settings, ignored=())
         if differing:
             raise UserError(
                 f"{other.name} and {run.name} are named as runs of one experiment, but differ in "
@@ -207,7 +187,7 @@ def group_runs(runs):
 def experiment_settings(run):
     """What the seeds of one experiment have in common, or None for a run without config.json."""
     training = run.adapter.get("training")
-    return training and {k: v for k, v in training.items() if k not in WITHOUT_EFFECT}
+    return training and {k: v for k, v in with_added(training).items() if k not in OF_ONE_EXPERIMENT}
 
 
 def check_fingerprints(found):

@@ -22,35 +22,15 @@ from lib.errors import UserError, one_line
 from lib.files import write_bytes
 from lib.models import base_model_digest
 from lib.provenance import code_commit
+from lib.run_config import WITHOUT_EFFECT, differences
 
-# Keys of train.py's CONFIG that may differ between an interrupted run and the one that continues it.
-FREE = (
-    "log_every",
-    "validate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "resume",
-    "max_overflows",
-    "preview_every",
-    "preview_prompts",
-    "preview_guidance_scale",
-    "snapshot_every",
-    "report_to",
-    "wandb_project",
-    "wandb_pictures",
-    "push_to_hub",
-    "output_dir",
-    "run_name",
-)
-# Those of a run that stopped at numbers that are not finite: they may be the reason.
+# These may change after numbers that were not finite: they may be the reason.
 LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
 # Those that may be called otherwise after a move, through a link or on another machine: their hashes count.
 PLACES = ("data_dir", "base_model", "revision", "protected_prompts")
 BASE_MODEL, DATA = "the base model's files", "images and captions"  # these hashes
 # Packages whose version may change the numbers.
 NUMERIC = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
-# Of the flat vectors; see lora.trained_weights. In the first one a layer's A and B lay side by side.
-LAYOUT = 2
 NAME = re.compile(r"checkpoint_(\d+)\.safetensors")
 
 
@@ -151,7 +131,7 @@ def latest(folder, say=print):
 
 def identity(config, data, base_folder, accelerator, protected=None):
     """What must be equal for a checkpoint to be continued bit for bit: a dict of JSON values."""
-    found = {key: value for key, value in config.items() if key not in FREE}
+    found = {key: value for key, value in config.items() if key not in WITHOUT_EFFECT}
     found[DATA] = data.sha256
     if config["mask_weight"] != 1.0:
         found["masks"] = data.masks_sha256()
@@ -160,7 +140,6 @@ def identity(config, data, base_folder, accelerator, protected=None):
     half = accelerator.mixed_precision == "fp16"
     found[BASE_MODEL] = base_model_digest(base_folder, half)
     found |= {package: version(package) for package in NUMERIC}
-    found["layout of the parameters"] = LAYOUT
     found["processes"] = accelerator.num_processes
     found["device"] = accelerator.device.type
     return json.loads(json.dumps(found))
@@ -174,11 +153,7 @@ def check_same_run(state, now, folder):
     """
     saved = state["identity"]
     may = LEARNING_RATES if state.get("gave_up") else ()
-    differing = {
-        key: (saved.get(key), now.get(key))
-        for key in sorted((saved.keys() | now.keys()) - set(PLACES))
-        if saved.get(key) != now.get(key)
-    }
+    differing = differences(saved, now, PLACES)
     of = {BASE_MODEL: "base_model", DATA: "data_dir"}
     refused = []
     for key, (then, new) in differing.items():

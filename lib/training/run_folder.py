@@ -15,6 +15,7 @@ from lib.errors import UserError, one_line
 from lib.files import write_marker
 from lib.models import base_model_name
 from lib.provenance import provenance
+from lib.run_config import differences
 from lib.training.loss_figure import loss_figure
 from lib.training.parameters import set_views
 from lib.training.protection import differences_text
@@ -92,11 +93,7 @@ def note_replaced(folder, config, say):
     try:
         earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
         now = json.loads(json.dumps(config, default=str))
-        differing = [
-            f"{key}: {earlier.get(key)} then, {now.get(key)} now"
-            for key in sorted(earlier.keys() | now.keys())
-            if earlier.get(key) != now.get(key)
-        ]
+        differing = [f"{key}: {old} then, {new} now" for key, (old, new) in differences(earlier, now, ()).items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return
     what = one_line("; ".join(differing), 300) or "of the same configuration"
