@@ -27,7 +27,10 @@ WITHOUT_EFFECT = (
 
 # Keys that CONFIG gained later, each with the value that does what earlier runs did. It is not read from CONFIG, whose
 # values people edit: an edited value would be taken for that of the earlier runs too.
-ADDED = {"truncate_captions": False}
+ADDED = {
+    "truncate_captions": False,
+    "optimizer": "bitsandbytes.optim.adamw.AdamW8bit",  # no key of CONFIG; see lib/training/optimizer.py
+}
 
 
 def with_added(config):

@@ -135,6 +135,8 @@ def describe(adapter):
                 mixed_precision=written.get("mixed_precision"),
                 learning_rate_changes=written.get("learning_rate_changes") or [],
             )
+            if "optimizer" in written:
+                found["training"]["optimizer"] = written["optimizer"]
             found["held_out"] = list(data["held_out"])
             found["speed"] = {key: written[key] for key in SPEED if key in written}
             found["metadata"] = {"seed": str(config["seed"])} | metadata
