@@ -196,7 +196,7 @@ def train(config):
 
         from lib.dataset import read_dataset
         from lib.evaluation.generation import preview_generator
-        from lib.kernels.threads import computing_with, threads_for
+        from lib.kernels.cpu import computing_with, threads_for
         from lib.models import fetch_base_model
         from lib.training import checkpoints, run_folder, setup
         from lib.training.journal import Journal

@@ -137,8 +137,10 @@ def main():
             ("- Triton kernels, channels-last", dict(batch_size=8), dict(channels_last=nothing)),
         ]
         variants += [(name, dict(batch_size=8), attending(*backends)) for name, backends in ATTENTION_KERNELS.items()]
-    variants.append(("- joined layers", dict(batch_size=8), dict(join=apart)))
-    variants.append(("- joined layers, merging (PEFT's layers)", dict(batch_size=8, merged=False), dict(join=apart)))
+    variants.append(("- joined layers", dict(batch_size=8), dict(fuse_projections=apart)))
+    variants.append(
+        ("- joined layers, merging (PEFT's layers)", dict(batch_size=8, merged=False), dict(fuse_projections=apart))
+    )
     reference = None
     for name, options, replaced in variants:
         fresh()

@@ -102,9 +102,9 @@ def operations(demo):
         targets.requires_grad_(False)
         adapters.add_lora(targets, 32, 32.0, train.CONFIG[f"{model}_targets"])
         targets.eval()
-        products = lora.fuse_lora(targets, fused_projections.join(targets, "meta"), "meta")
-        size = sum(weight.numel() for weight in lora.trained_weights(products))
-        weights += lora.bound(products, torch.zeros(size, device="meta"))[0]
+        fused_layers = lora.fuse_lora(targets, fused_projections.fuse_projections(targets, "meta"), "meta")
+        size = sum(weight.numel() for weight in lora.trained_weights(fused_layers))
+        weights += lora.bind(fused_layers, torch.zeros(size, device="meta"))[0]
 
     def step():
         out = unet(latents, time_step, text_encoder(ids)[0]).sample

@@ -37,7 +37,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import adapters
-from lib.kernels import blocks, graphs
+from lib.kernels import graphs, transformer_blocks
 from lib.training import micro_step, parameters, protection, updates
 
 
@@ -184,13 +184,13 @@ def nothing(*models, training=False):
     pass
 
 
-def no_rows(model):
-    """In place of blocks.row_modules: sums, layer norms and CLIP's activation are PyTorch's."""
+def no_transformers(model):
+    """In place of transformer_blocks.plain_modules: sums, layer norms and CLIP's activation are PyTorch's."""
     return []
 
 
 def apart(model, device, dora=False):
-    """In place of joined.join: each layer is a product of its own."""
+    """In place of fuse_projections: each layer is a FusedLinear of its own."""
     return []
 
 
@@ -219,9 +219,9 @@ class PeftParameters(parameters.LoraParameters):
 
 
 PEFT = dict(
-    join=apart,
+    fuse_projections=apart,
     fuse_lora=lambda model, *others: [PeftLayers(model)],
-    bound=lambda products, vector, gradient: (products[0].factors(), ([], [])),
+    bind=lambda fused_layers, vector, gradient: (fused_layers[0].factors(), ([], [])),
     LoraParameters=PeftParameters,
     DoraFactors=nothing,
 )
@@ -232,13 +232,15 @@ def replacing(replaced):
     """Inside, each function of `replaced`, {name: function}, stands in the place of the project's of that name."""
     with contextlib.ExitStack() as stack:
         for key, value in replaced.items():
-            module = next(m for m in (micro_step, parameters, protection, updates, blocks) if hasattr(m, key))
+            module = next(
+                m for m in (micro_step, parameters, protection, updates, transformer_blocks) if hasattr(m, key)
+            )
             stack.enter_context(patch.object(module, key, value))
         yield
 
 
 def as_met(call, device, training=False):
-    """In place of attention.compile_attention: each kernel is compiled when it is met."""
+    """In place of compiling.compile_attention: each kernel is compiled when it is met."""
     return lambda: None
 
 
@@ -337,14 +339,14 @@ def parts(args, folder):
         ("DoRA in PEFT's layers", dora, PEFT),
         ("- CUDA graph", {}, dict(captured=called)),
         ("- updates without a wait (bitsandbytes' AdamW)", {}, dict(missing_kernels=taken_away)),
-        ("- joined layers", {}, dict(join=apart)),
+        ("- joined layers", {}, dict(fuse_projections=apart)),
         ("- joined layers, fused LoRA layers (PEFT's)", {}, PEFT),
         (
             "- these, fp16 copy (autocast)",
             {},
             PEFT | dict(captured=autocast, flatten_parameters=lambda weights, dtype: flatten(weights, torch.float32)),
         ),
-        ("- sums with layer norms, CLIP's activation", {}, dict(row_modules=no_rows)),
+        ("- sums with layer norms, CLIP's activation", {}, dict(plain_modules=no_transformers)),
         ("- Triton kernels (channels-last stays)", {}, dict(channels_last=converted)),
         ("- Triton kernels, channels-last", {}, dict(channels_last=nothing)),
         ("- all of these", {}, PEFT | dict(channels_last=nothing, captured=called, missing_kernels=taken_away)),

@@ -1,13 +1,13 @@
-"""LoRA adapters in a model: added to be trained, or read from a file and added to the weights.
+"""LoRA and DoRA adapters in a model: added to be trained, or read from a file and merged into the weights.
 
-An adapter in memory is an `Adapter`: for the UNet and the text encoder, the two low-rank factors of
-each adapted linear layer under the layer's module name. The weight that the model then uses is
-W + scale * (alpha / rank) * B A, with A of shape (rank, in) and B of shape (out, rank)
-(Hu et al. 2021, https://arxiv.org/abs/2106.09685). A DoRA adapter has a magnitude for each output beside
-them, m of shape (out): the rows of that sum are scaled to these norms (LORA.md).
+    LoRA   W' = W + scale * (alpha / rank) * B A       Hu et al. 2021, https://arxiv.org/abs/2106.09685
+    DoRA   W' = m * W'' / ‖W''‖, W'' that sum           Liu et al. 2024; see LORA.md
 
-Every key of a file must find its layer and every layer its key: a mismatch is an error that counts
-and names them, because the libraries underneath only warn and then draw with the base model.
+W is [out, in], A [rank, in], B [out, rank] and the magnitude m [out], with norms of rows. An `Adapter` in memory holds A
+and B of each adapted linear layer under the layer's module name.
+
+Every key of a file must find its layer and every layer its key. A mismatch is an error that counts and names them: the
+libraries underneath only warn, and then generate with the base model.
 """
 
 import hashlib
@@ -24,15 +24,15 @@ from lib.errors import UserError
 
 @dataclass
 class Adapter:
-    """One adapter as read from a file, in float32 on the CPU."""
+    """An adapter as read from a file, in float32 on the CPU."""
 
     path: Path
     rank: dict = field(default_factory=dict)  # component -> rank
     alpha: dict = field(default_factory=dict)  # component -> alpha
     factors: dict = field(default_factory=dict)  # component -> {layer: (A, B)}
-    magnitudes: dict = field(default_factory=dict)  # component -> {layer: m}, of DoRA alone
-    targets: dict = field(default_factory=dict)  # component -> names that its config adapts
-    metadata: dict = field(default_factory=dict)  # what train.py wrote: caption, data hash, …
+    magnitudes: dict = field(default_factory=dict)  # component -> {layer: m}, DoRA only
+    targets: dict = field(default_factory=dict)  # component -> names of layers that its config adapts
+    metadata: dict = field(default_factory=dict)  # as train.py wrote it: caption, data hash, …
 
 
 # ---- into a model --------------------------------------------------------------------------
@@ -41,9 +41,8 @@ class Adapter:
 def add_lora(model, rank, alpha, targets, dora=False):
     """Add trainable LoRA layers, or DoRA layers, to the linear layers whose names end in `targets`.
 
-    A starts as Kaiming-uniform noise, B as zero and DoRA's magnitudes as the norms of the weights' rows,
-    so the model's output does not change yet.
-    Returns {layer name: LoraLayer}. Raises UserError if a target matches nothing.
+    A starts as Kaiming-uniform noise, B as zero and DoRA's magnitudes as the norms of the weights' rows, so the model's
+    output does not change yet. Returns {layer name: LoraLayer}. Raises UserError if a target matches no layer.
     """
     layers = [name for name, _ in target_layers(model, targets)]
     for target in targets:
@@ -51,7 +50,7 @@ def add_lora(model, rank, alpha, targets, dora=False):
             raise UserError(f"LoRA target {target} matches no layer of the {type(model).__name__}")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=True, use_dora=dora)
     inject_adapter_in_model(config, model)
-    for name, magnitude in magnitudes(model).items():  # PEFT rounds them to the weights' type
+    for name, magnitude in magnitudes(model).items():  # PEFT rounds them to the type of the weights
         weight = lora_layers(model)[name].get_base_layer().weight.data
         magnitude.data = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
     return lora_layers(model)
@@ -69,12 +68,12 @@ def target_layers(model, targets):
 
 
 def lora_layers(model):
-    """{layer name: peft LoraLayer} of a model to which LoRA was added."""
+    """{layer name: PEFT's LoraLayer}"""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
 def factors(model):
-    """{layer name: (A, B)}: the LoRA parameters of `model`, in its own order."""
+    """{layer name: (A, B)}, in the model's order."""
     return {
         name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
         for name, layer in lora_layers(model).items()
@@ -82,7 +81,7 @@ def factors(model):
 
 
 def magnitudes(model):
-    """{layer name: m}: DoRA's magnitudes of `model`, [out] each, in its own order; LoRA has none."""
+    """{layer name: m [out]} of the DoRA layers, in the model's order; {} for LoRA."""
     return {
         name: layer.lora_magnitude_vector["default"].weight
         for name, layer in lora_layers(model).items()
@@ -92,32 +91,31 @@ def magnitudes(model):
 
 @torch.no_grad()
 def dora_scales(model):
-    """{layer name: m ‖W‖ / ‖W + alpha / rank * B A‖}, [out, 1]: the magnitudes as `with_norms` and so
-    ComfyUI read kohya's dora_scale."""
-    found = {}
+    """{layer name: m ‖W‖ / ‖W + alpha / rank * B A‖ [out, 1]}: the magnitudes as ComfyUI, and `with_norms`, read kohya's
+    dora_scale."""
+    scales = {}
     for name, magnitude in magnitudes(model).items():
         layer = lora_layers(model)[name]
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         base = layer.get_base_layer().weight.float()
         changed = base + layer.scaling["default"] * (b.float() @ a.float())
-        found[name] = (magnitude.float() * base.norm(dim=1) / changed.norm(dim=1))[:, None]
-    return found
+        scales[name] = (magnitude.float() * base.norm(dim=1) / changed.norm(dim=1))[:, None]
+    return scales
 
 
 def trained_weights(model):
-    """What is trained of `model`: A and B of each layer, then DoRA's magnitudes: a list."""
+    """The trained parameters of `model`: A and B of each layer, then DoRA's magnitudes."""
     pairs = [weight for pair in factors(model).values() for weight in pair]
     return [*pairs, *magnitudes(model).values()]
 
 
 class Applied:
-    """A read adapter in the weights of `models` ({"unet": …, "text_encoder": …}), at scale 1 at first.
+    """An adapter merged into the weights of `models`, {"unet": …, "text_encoder": …}; at first with scale 1.
 
-    A weight becomes W + scale * alpha / rank * B A, computed in float32 from a kept copy of W and
-    rounded once, in place: scale 0 is the base model bit for bit, and whatever reads the weights (a
-    CUDA graph) goes on reading the right ones. With DoRA it lies at `scale` on the line from W to the
-    trained weight; PEFT's scales change B A alone, and are no base model at 0. Raises UserError unless the adapter's keys and the
-    models' layers match one to one and in shape.
+    W' = W + scale * alpha / rank * B A, computed in float32 from a copy of W and rounded once. At scale 0 the model is
+    the base model bit for bit. The weights change in place, so CUDA graphs keep reading the right ones. For DoRA,
+    W' = W + scale * (trained weight - W); PEFT's scale changes only B A and does not give the base model at 0.
+    Raises UserError unless the adapter's keys and the models' layers match one to one and in shape.
     """
 
     def __init__(self, adapter, models):
@@ -138,7 +136,7 @@ class Applied:
 
     @torch.no_grad()
     def set_scale(self, scale):
-        """Put `scale` times the adapter into the weights; 0 takes it out."""
+        """Merge `scale` times the adapter; 0 removes it."""
         for weight, base, a, b, magnitude in self.layers:
             if scale and magnitude is not None:
                 start = base.float()
@@ -149,11 +147,10 @@ class Applied:
 
 
 def with_norms(weight, base, magnitude):
-    """DoRA's weight of `weight`, which is `base` + alpha / rank * B A.
+    """DoRA's weight, from `weight` = `base` + alpha / rank * B A.
 
-    A magnitude of shape [out] is the norm that each row gets, as PEFT has it. Kohya's dora_scale of shape
-    [out, 1] is divided by the norm of the row in `base`, as ComfyUI does; of shape [1, in] it is the norm
-    of a column.
+    PEFT's magnitude [out] is the new norm of each row. Kohya's dora_scale [out, 1] is divided by the row's norm in
+    `base`, as in ComfyUI; dora_scale [1, in] is the new norm of each column.
     """
     rows = weight.flatten(1)
     if magnitude.ndim == 1:
@@ -166,11 +163,10 @@ def with_norms(weight, base, magnitude):
 
 
 def match_layers(rows, model, targets, path, component):
-    """`rows` ({layer: (A, B, …)}) under the model's own layer names, checked one to one.
+    """`rows`, {layer: (A, B, …)}, under the model's layer names, matched one to one; UserError if they do not match.
 
-    transformers 5.6 dropped the `text_model.` in front of a CLIP text encoder's layers, so a name
-    that is only off by this prefix is the same layer. `targets` are the endings of the layers that
-    the adapter claims to adapt; where a file does not say, the endings that it has.
+    transformers 5.6 dropped the prefix `text_model.` of a CLIP text encoder's layers, so names that differ only by it
+    are the same layer. `targets` are the endings of the layers that the adapter adapts; by default, those in the file.
     """
     linear = {name: m for name, m in model.named_modules() if is_matrix(m)}
     if component == "text_encoder":
@@ -178,15 +174,14 @@ def match_layers(rows, model, targets, path, component):
         bare = {name.removeprefix("text_model."): factor for name, factor in rows.items()}
         rows = {f"text_model.{name}" if prefixed else name: f for name, f in bare.items()}
     unknown = sorted(set(rows) - set(linear))
-    # `to_out.0` and the like: a number says nothing without the name before it. And a file may adapt the
-    # attention to the text alone, attn2, or that to the image.
+    # A number needs the name before it, as in `to_out.0`. A file may adapt only attn1 (self-attention) or only attn2.
     endings = targets or {re.search(r"(attn\d\.)?[^.]+(\.\d+)?$", name)[0] for name in rows}
     empty = sorted({name for name in linear if matches(name, endings)} - set(rows))
     problems = []
     if unknown:
         problems.append(f"{len(unknown)} of {len(rows)} layers in the file are not in the model ({some(unknown)})")
     if empty:
-        problems.append(f"{len(empty)} layers of the model get nothing from the file ({some(empty)})")
+        problems.append(f"{len(empty)} layers of the model have no weights in the file ({some(empty)})")
     if not problems:
         wrong = [name for name, (a, b, *_) in rows.items() if (b.shape[0], a.shape[1]) != linear[name].weight.shape[:2]]
         if wrong:
@@ -200,8 +195,7 @@ def match_layers(rows, model, targets, path, component):
 
 
 def is_matrix(module):
-    """Whether a layer multiplies by a matrix: a linear layer, or a convolution of 1x1 such as
-    Stable Diffusion 1.x has before and behind its transformers (proj_in, proj_out)."""
+    """Whether a layer is linear or a 1x1 convolution, such as proj_in and proj_out of Stable Diffusion 1.x."""
     return isinstance(module, torch.nn.Linear) or (isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1))
 
 
@@ -210,8 +204,7 @@ def some(names):
 
 
 def fingerprint(adapter):
-    """SHA-256 over the sorted tensors as loaded, with alpha: equal for equal adapters, whatever
-    their folder, layout or header."""
+    """SHA-256 of the sorted tensors and alpha: equal for equal adapters in any folder and layout, with any header."""
     digest = hashlib.sha256()
     for part in sorted(adapter.factors):
         rows = {name: [*pair] for name, pair in adapter.factors[part].items()}

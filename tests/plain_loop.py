@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """The published study's training settings as a plain loop: what train.py's numbers and its speed are
-compared with, by tests/test_kernels.py and bench/train_speed.py.
+compared with, by tests/test_fast_path.py and bench/train_speed.py.
 
     python tests/plain_loop.py --base-model FOLDER --max-steps 80
     python tests/plain_loop.py --demo --max-steps 80
@@ -43,10 +43,10 @@ WARM_UP = 20  # steps whose time does not count
 def in_order_of_the_vector(model, dora):
     """What is trained of `model`, in the order of train.py's vector: that of a copy that is fused."""
     fused = copy.deepcopy(model)
-    products = lora.fuse_lora(fused, fused_projections.join(fused, "cpu", dora), "cpu")
+    fused_layers = lora.fuse_lora(fused, fused_projections.fuse_projections(fused, "cpu", dora), "cpu")
     names = {id(weight): name for name, weight in fused.named_parameters()}
     weights = dict(model.named_parameters())
-    return [weights[names[id(weight)]] for weight in lora.trained_weights(products)]
+    return [weights[names[id(weight)]] for weight in lora.trained_weights(fused_layers)]
 
 
 def projected(model, projections):

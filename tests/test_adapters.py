@@ -164,7 +164,7 @@ def unknown_key(tensors):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dropped_layer, "1 layers of the model get nothing"),
+        (dropped_layer, "1 layers of the model have no weights"),
         (renamed_layer, "1 of 32 layers in the file are not in the model"),
         (dropped_factor, "one factor only"),
         (zeroed, "does nothing"),

@@ -1,6 +1,6 @@
 """DoRA adapters: in files, in diffusers, merged into the weights, refused where they are damaged.
 
-How their layers compute is tested in test_kernels.py, how a run goes on in test_safety.py."""
+Their layers are tested in test_lora_layers.py, resumed runs in test_safety.py."""
 
 import json
 import re
@@ -14,7 +14,8 @@ from peft import inject_adapter_in_model as inject
 from safetensors.torch import load_file, save_file
 from test_adapters import models_of, rewrite
 
-from lib import adapter_files, adapters, kohya
+from lib import adapter_files, adapters
+from lib.adapter_files import kohya
 from lib.errors import UserError
 from lib.evaluation.generation import load_pipeline, probe
 
@@ -36,7 +37,7 @@ def dora(tiny_model, processed_data, tmp_path_factory):
 
 
 def larger(tensors):
-    """A few steps move little: so much that no rounding can be taken for it."""
+    """A few steps move the weights little. Scale that up, so that it cannot be mistaken for rounding."""
     torch.manual_seed(0)
     return {
         key: value * 30
@@ -53,7 +54,7 @@ def large(dora, tmp_path):
     return rewrite(dora, tmp_path / "large", larger)
 
 
-def test_what_a_run_leaves(dora):
+def test_a_run_writes_magnitudes_for_every_layer(dora):
     tensors = load_file(dora / adapter_files.WEIGHTS)
     layers = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith("lora_A.weight")}
     assert {key.removesuffix(MAGNITUDE) for key in tensors if key.endswith(MAGNITUDE)} == layers
@@ -65,7 +66,7 @@ def test_what_a_run_leaves(dora):
     assert adapter.alpha == {"unet": 8.0, "text_encoder": 8.0}
 
 
-def test_merged_it_gives_diffusers_output(large, tiny_model, pipeline):
+def test_a_merged_adapter_gives_diffusers_output(large, tiny_model, pipeline):
     base = probe(pipeline)
     applied = adapters.Applied(adapter_files.read_adapter(large), models_of(pipeline))
     ours = probe(pipeline)
@@ -80,7 +81,7 @@ def test_merged_it_gives_diffusers_output(large, tiny_model, pipeline):
         assert torch.equal(output, base[name])
 
 
-def test_a_part_of_it_is_a_part_of_the_way(large, pipeline):
+def test_a_scale_interpolates_between_base_and_trained_weight(large, pipeline):
     weight = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight
     start = weight.detach().clone()
     applied = adapters.Applied(adapter_files.read_adapter(large), models_of(pipeline))
@@ -92,14 +93,14 @@ def test_a_part_of_it_is_a_part_of_the_way(large, pipeline):
     assert torch.equal(weight, end)
 
 
-def test_it_is_what_was_trained(large, tiny_model, pipeline, tmp_path):
+def test_a_merged_adapter_gives_pefts_output(large, tiny_model, pipeline, tmp_path):
     """PEFT's layers with the values of the file, and the same from PEFT's own folders."""
     tensors = load_file(large / adapter_files.WEIGHTS)
     targets = ["to_k", "to_q", "to_v", "to_out.0"]
     folder = tmp_path / "peft"
     folder.mkdir()
     own = {k.removeprefix("unet."): w for k, w in tensors.items() if k.startswith("unet.")}
-    # PEFT itself leaves the ending out.
+    # PEFT's own files lack the ending.
     saved = {k.removesuffix(".weight") if MAGNITUDE in k else k: w for k, w in own.items()}
     save_file({f"base_model.model.{k}": w for k, w in saved.items()}, folder / "adapter_model.safetensors")
     config = dict(peft_type="LORA", r=4, lora_alpha=8, target_modules=targets, use_dora=True)
@@ -116,7 +117,7 @@ def test_it_is_what_was_trained(large, tiny_model, pipeline, tmp_path):
 
 
 def comfyui_weight(dora_scale, weight, difference):
-    """What ComfyUI 0.3 makes of a weight [out, in] and alpha / rank * up @ down."""
+    """ComfyUI 0.3's merged weight, of a weight [out, in] and alpha / rank * up @ down."""
     merged = weight + difference
     if dora_scale.shape[0] == merged.shape[0]:
         norm = weight.norm(dim=1, keepdim=True)
@@ -125,8 +126,8 @@ def comfyui_weight(dora_scale, weight, difference):
     return merged * (dora_scale / norm)
 
 
-def test_kohyas_file_is_read_by_comfyui_as_diffusers_reads_its_own(large, tiny_model, tmp_path):
-    """Half precision's rounding of A and B apart. A norm of the base weight is not that of the trained one."""
+def test_comfyui_reads_kohyas_file_as_diffusers_reads_its_own(large, tiny_model, tmp_path):
+    """To half precision's rounding of A and B, although kohya's norm is that of the base weight."""
     model = load_pipeline(tiny_model, torch.float32, "cpu").unet
     tensors = load_file(large / adapter_files.WEIGHTS)
     targets = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -151,10 +152,10 @@ def test_kohyas_file_is_read_by_comfyui_as_diffusers_reads_its_own(large, tiny_m
         assert_close(weight, expected.unet.get_submodule(name).weight, 2e-3)
         assert_close(found.unet.get_submodule(name).weight, weight, 1e-5)
         far += (scales["unet"][name][:, 0] / tensors[f"unet.{name}{MAGNITUDE}"] - 1).abs().max() > 0.02
-    assert far  # so that m itself would have been seen to be wrong
+    assert far  # so the test would detect m itself in the file
 
 
-def test_a_dora_scale_of_the_inputs_is_the_norm_of_columns():
+def test_a_dora_scale_of_inputs_scales_columns():
     generator = torch.Generator().manual_seed(0)
     base, change = torch.randn(2, 6, 4, generator=generator)
     scale = torch.rand(1, 4, generator=generator)
@@ -191,7 +192,7 @@ def test_a_damaged_dora_scale_is_refused_and_named(dora, tmp_path, scale, words)
     assert "wrong.safetensors" in str(error.value)
 
 
-def test_magnitudes_tell_adapters_apart(dora, tmp_path):
+def test_magnitudes_change_the_fingerprint(dora, tmp_path):
     def shifted(tensors):
         key = next(key for key in tensors if MAGNITUDE in key)
         return tensors | {key: tensors[key] * 1.001}

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_adapters import models_of
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lib import adapter_files, adapters, kohya
+from lib import adapter_files, adapters
+from lib.adapter_files import kohya
 from lib.errors import UserError
 from lib.evaluation.generation import load_pipeline, probe
 from lib.training.run_folder import preview_thumbnail
@@ -334,7 +335,7 @@ def a_gap(tensors):
         (one_factor, "lacks a factor"),
         (no_number, "alpha of"),
         (another_model, "are not in the model"),
-        (a_gap, "1 layers of the model get nothing"),
+        (a_gap, "1 layers of the model have no weights"),
         (lambda t: {k: v * 0 if "lora_up" in k else v for k, v in t.items()}, "does nothing"),
         (lambda t: {k: v * float("inf") if "lora_up" in k else v for k, v in t.items()}, "NaN or infinity"),
     ],

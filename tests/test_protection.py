@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import BOS, ROOT, TEXT, TINY_RUN, assert_close, assert_one_line, call, options
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from kernel_models import DEVICE, distances, fused, gradients, plain_run_of, run_of, small_unet
 from safetensors.torch import load_file
-from test_kernels import DEVICE, distances, fused, gradients, plain_run_of, run_of, small_unet
 from test_safety import kill, training
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -365,7 +365,7 @@ def test_the_loss_at_guidance_is_that_of_two_models(prediction, masked, kept):
     given = no_text
     if kept:
         with torch.no_grad(), lora.without_lora(unet):
-            given = unet.texts(no_text)
+            given = unet.text_keys_values(no_text)
     found = losses.diffusion_loss(
         unet, scheduler, latents, noise, timesteps, states, masks, guidance=guidance, no_text=given
     )

@@ -901,7 +901,7 @@ def test_memory_that_ran_out_is_known_by_any_of_its_names(monkeypatch, problem, 
             graph_pool_handle=lambda: None,
         ).items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(graphs, "_record", lambda *arguments: full())
+        monkeypatch.setattr(graphs, "_capture", lambda *arguments: full())
         with pytest.raises(RuntimeError, match=re.escape(str(problem))):
             graphs.captured([lambda: None], torch.device("cuda"))
 

@@ -1,4 +1,4 @@
-"""Updates that leave every decision to the GPU against accelerate's and bitsandbytes' own."""
+"""Updates decided on the GPU against those of accelerate and bitsandbytes; copies through pinned memory."""
 
 import copy
 import os
@@ -14,14 +14,12 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from conftest import ROOT
+from kernel_models import needs_gpu, needs_triton
 
 from lib.kernels import adamw8bit, pinned_staging
 from lib.training import checkpoints, updates
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-needs_triton = pytest.mark.skipif(adamw8bit.triton is None, reason="this torch came without Triton")
-
-# Blocks that are not full; the second gradient is not aligned. The interpreter is slow.
+# The last blocks are not full and the second gradient is not aligned. Triton's interpreter is slow.
 SIZES = (50_001, 4099) if torch.cuda.is_available() else (1025, 259)
 PEAKS = 1e-2, 1e-3
 
@@ -31,16 +29,14 @@ class GivenUp(Exception):
 
 
 def starts():
-    """The values of both vectors before the first update; of the size of LoRA's."""
+    """Both vectors before the first update, with values of LoRA's size."""
     generator = torch.Generator().manual_seed(1)
     return [0.02 * torch.randn(size, generator=generator) for size in SIZES]
 
 
 class Run:
-    """Updates of a certain `kind` and what they work on: vectors whose gradients are random numbers.
-
-    With `scaled` there is a loss scaler, whose scale grows after every fourth step.
-    """
+    """Updates of a `kind`, "plain" or "recorded", of vectors with random gradients; if `scaled` with a loss scaler whose
+    scale grows after every fourth step."""
 
     def __init__(self, kind, device, scaled=True, most=2, saved=None):
         accelerator = Accelerator(cpu=device.type == "cpu")
@@ -82,8 +78,8 @@ class Run:
         raise GivenUp
 
     def go(self, last, overflows=(), losses=(), always_settled=False):
-        """Train on until `last` steps are done, with infinity in the gradient of the steps `overflows`, counted
-        from 0, and a loss and gradient of NaN in the steps `losses`; then settle."""
+        """Train until `last` steps are done, then settle. The gradient of the steps `overflows`, counted from 0, contains
+        infinity; loss and gradient of the steps `losses` are NaN."""
         for step in range(self.progress.step, last):
             generator = torch.Generator().manual_seed(2 * step + self.process)
             values = torch.randn(len(self.gradient), generator=generator).to(self.gradient.device)
@@ -106,7 +102,7 @@ class Run:
         return self
 
     def state(self):
-        """What a checkpoint would hold: (parameters, optimizer's tensors, all else)."""
+        """The contents of a checkpoint: (parameters, the optimizer's tensors, everything else)"""
         parameters = [part.flat.detach().clone() for part in self.trained.values()]
         tensors, numbers = checkpoints.optimizer_state(
             self.optimizer, [part.flat for part in self.trained.values()], list(self.trained)
@@ -123,10 +119,10 @@ class Run:
 
 
 def apart(run, other):
-    """How far two runs are apart, which must agree in all that is counted: (the norm of the difference of a vector
-    over that of what it moved, the share of codes that differ).
+    """How far two runs are apart, which must agree in all counts: (the norm of the difference of the vectors over that of
+    their movement, the share of codes that differ).
 
-    A value that lies between two codes may get the one or the other: then a parameter goes its own way.
+    A value between two codes may get either, and its parameter then moves differently.
     """
     (ours, states, numbers), (theirs, other_states, other_numbers) = run.state(), other.state()
     assert numbers == other_numbers
@@ -144,8 +140,8 @@ def apart(run, other):
     return max(moved).item(), max(differing).item()
 
 
-def check_they_are_the_plain_ones(device):
-    """Over 50 steps, some of which overflow; also where the host waits in every step."""
+def check_they_equal_the_plain_updates(device):
+    """Over 50 steps, some of which overflow; also if the host waits in every step."""
     steps, overflows = 50 if device.type == "cuda" else 24, {0, 3, 11, 12, 20}
     plain = Run("plain", device).go(steps, overflows)
     assert plain.progress.skipped == 5
@@ -158,8 +154,8 @@ def check_they_are_the_plain_ones(device):
         assert found[1] < 0.02
 
 
-def check_the_bias_correction_is_of_the_devices_number(device):
-    """It counts updates, not steps: an optimizer's state says how many there were."""
+def check_the_bias_correction_counts_updates_on_the_gpu(device):
+    """Updates, not steps; the optimizer's state continues their count."""
     found = []
     for updates_before in (0, 30):
         run = Run("recorded", device)
@@ -192,7 +188,7 @@ def check_an_overflow_changes_nothing(device):
 
 
 def check_a_tiny_mean_gradient_keeps_its_sign(device):
-    """Far below the smallest code: a negative one does not become zero, as on bitsandbytes' GPU."""
+    """Far below the smallest code a negative mean does not become zero, as with bitsandbytes on a GPU."""
     codes = []
     for kind in ("recorded", "plain"):
         run = Run(kind, device, scaled=False)
@@ -210,8 +206,8 @@ def check_a_tiny_mean_gradient_keeps_its_sign(device):
 
 
 def check_giving_up(device):
-    """What is wrong, the step and its images are named though later steps have begun, and what is left is the
-    state before: as in the plain way."""
+    """The problem, the step and its images are named although later steps have started, and the state before that step
+    is left, as by the plain updates."""
     for how, problem, step in (
         (dict(overflows={2, 4, 5, 6, 7, 8}), "fp16 overflowed 3 times in a row", 6),
         (dict(losses={5, 6}), "the loss is NaN or infinite", 5),
@@ -230,29 +226,29 @@ def check_giving_up(device):
 
 
 def check_resuming(device, folder):
-    """A run that goes on from a checkpoint is the one that was not interrupted, to the bit."""
+    """A resumed run equals an uninterrupted one, bit for bit."""
     whole = Run("recorded", device).go(12, overflows={2, 9})
     first = Run("recorded", device).go(6, overflows={2, 9})
     first.saver(folder).save(first.progress)
     second = Run("recorded", device, saved=checkpoints.latest(folder)).go(12, overflows={2, 9})
     assert whole.progress.skipped == second.progress.skipped == 2
     assert apart(second, whole) == (0, 0)
-    # The plain way goes on from it too.
+    # The plain updates resume from it too.
     plain = Run("plain", device, saved=checkpoints.latest(folder)).go(12, overflows={2, 9})
     assert apart(plain, whole)[0] < 0.005
 
 
 @pytest.fixture
 def fresh():
-    """accelerate keeps the first settings that a process asks for."""
+    """accelerate keeps the first settings of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 CHECKS = [
-    check_they_are_the_plain_ones,
-    check_the_bias_correction_is_of_the_devices_number,
+    check_they_equal_the_plain_updates,
+    check_the_bias_correction_counts_updates_on_the_gpu,
     check_without_a_scaler,
     check_an_overflow_changes_nothing,
     check_a_tiny_mean_gradient_keeps_its_sign,
@@ -271,8 +267,8 @@ def test_recorded_updates(check, tmp_path, fresh):
 
 
 def quantize_exactly(values, qmap, absmax, codes, blocksize):
-    """In place of what bitsandbytes has for a CPU, which takes another value than the nearest for a few in a hundred:
-    what it does on a GPU."""
+    """bitsandbytes' quantization on a GPU, in place of that on a CPU, which misses the nearest code for a few in a
+    hundred values."""
     blocks = torch.nn.functional.pad(values, (0, -len(values) % blocksize)).view(-1, blocksize)
     absmax.copy_(blocks.abs().amax(dim=1))
     relative = (blocks / absmax.clamp_min(1e-38)[:, None]).flatten()[: len(values)]
@@ -299,7 +295,7 @@ print("all right")
 
 @needs_triton
 def test_recorded_updates_in_tritons_interpreter(tmp_path):
-    """The same without a GPU: called in place of recorded, and bitsandbytes' own kernel is a CPU's."""
+    """The same without a GPU: called in place of captured, against bitsandbytes' kernel for CPUs."""
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, str(ROOT), str(ROOT / "tests"), str(tmp_path)],
         capture_output=True,
@@ -325,7 +321,7 @@ print(run.given_up, run.progress, [part.flat.double().sum().item() for part in r
 
 @needs_triton
 def test_two_processes_decide_alike():
-    """Where the gradient of one of them overflows, or its loss is NaN: the update is with their mean."""
+    """Also if the gradient of one overflows, or its loss is NaN: they update with the mean."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     how = {
@@ -359,7 +355,7 @@ def test_two_processes_decide_alike():
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch, capsys, fresh):
     device = torch.device("cpu")
-    for triton, words in ((None, "without Triton"), (True, "wrong here"), (True, "no C compiler")):
+    for triton, words in ((None, "no Triton"), (True, "wrong on this device"), (True, "no C compiler")):
         adamw8bit.missing_kernels.cache_clear()
 
         def agrees(device, words=words):
@@ -379,18 +375,18 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch, capsys, fresh):
     assert "no Triton kernel for AdamW" in capsys.readouterr().out
 
 
-def test_a_short_vector_is_updated_in_the_plain_way():
-    """bitsandbytes keeps its state in 32 bits."""
+def test_a_short_vector_has_plain_updates():
+    """As bitsandbytes keeps its state in 32 bits."""
     flat = torch.nn.Parameter(torch.zeros(4095))
     optimizer = bitsandbytes.optim.AdamW8bit([flat])
     assert updates.eight_bit_states(optimizer, dict(unet=SimpleNamespace(flat=flat))) is None
     assert not optimizer.state
 
 
-# ---- copies that nobody waits for ---------------------------------------------------------------
+# ---- pinned memory -------------------------------------------------------------------------
 
 
-def test_a_place_is_filled_again_only_when_the_copy_from_it_has_ended():
+def test_a_buffer_is_filled_again_only_when_its_last_copy_has_finished():
     done = []
 
     class Event:
@@ -404,25 +400,25 @@ def test_a_place_is_filled_again_only_when_the_copy_from_it_has_ended():
             done.append(("ended", self.number))
 
     target = torch.zeros(2)
-    ring = pinned_staging.Ring(target, [(torch.zeros(2), Event(number)) for number in range(3)])
+    uploader = pinned_staging.Uploader(target, [(torch.zeros(2), Event(number)) for number in range(3)])
     filled = []
     for value in range(1, 6):
-        place = ring.place()
+        buffer = uploader.buffer()
         assert done[-1] == ("ended", (value - 1) % 3)
-        assert all(place is not other for other in filled[-2:])
-        filled.append(place.fill_(value))
-        ring.send()
+        assert all(buffer is not other for other in filled[-2:])
+        filled.append(buffer.fill_(value))
+        uploader.upload()
         assert target.tolist() == [value, value]
         assert done[-1] == ("begun", (value - 1) % 3)
 
 
 def test_one_vector_holds_tensors_of_several_types():
-    parts = dict(numbers=((3,), torch.long), none=((3, 0), torch.long), pictures=((2, 3, 5), torch.float32))
-    vector = torch.zeros(pinned_staging.length(parts), dtype=torch.uint8)
-    found = pinned_staging.divided(vector, parts)
+    parts = dict(numbers=((3,), torch.long), none=((3, 0), torch.long), images=((2, 3, 5), torch.float32))
+    vector = torch.zeros(pinned_staging.packed_size(parts), dtype=torch.uint8)
+    tensors = pinned_staging.unpack(vector, parts)
     for name, (shape, dtype) in parts.items():
-        assert found[name].shape == shape
-        assert found[name].dtype == dtype
-        found[name].fill_(7)
-        assert found[name].storage_offset() * dtype.itemsize % pinned_staging.ALIGNMENT == 0
-    assert all((tensor == 7).all() for tensor in pinned_staging.divided(vector.clone(), parts).values())
+        assert tensors[name].shape == shape
+        assert tensors[name].dtype == dtype
+        tensors[name].fill_(7)
+        assert tensors[name].storage_offset() * dtype.itemsize % pinned_staging.ALIGNMENT == 0
+    assert all((tensor == 7).all() for tensor in pinned_staging.unpack(vector.clone(), parts).values())

@@ -19,15 +19,13 @@ from lib.config import half_resolution, image_size
 from lib.errors import UserError, memory_for
 from lib.evaluation.choosing import Point
 from lib.evaluation.prompts import check_prompt_lengths
-from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last, missing_kernels
-from lib.kernels.compiling import in_threads
-from lib.kernels.fused_projections import join
+from lib.kernels.compiling import compile_attention, in_threads
+from lib.kernels.cpu import computing_with, use_cpu_forms
+from lib.kernels.fused_projections import fuse_projections
 from lib.kernels.graphs import captured
-from lib.kernels.guided import shared_start
-from lib.kernels.on_cpu import use_cpu_forms
-from lib.kernels.pinned_staging import Pace, fetched, sent
-from lib.kernels.threads import computing_with
+from lib.kernels.pinned_staging import Throttle, to_device, to_host
+from lib.kernels.transformer_blocks import shared_start
 from lib.models import load_part, loading
 
 
@@ -53,7 +51,7 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
     if text_encoder is None:
         loaded["text_encoder"] = load_part(CLIPTextModel, folder, "text_encoder", dtype)
     for model in loaded.values():
-        join(model, device)
+        fuse_projections(model, device)
         model.to(device).eval().requires_grad_(False)
     tried()
     of_maps = [model for name, model in loaded.items() if name != "text_encoder"]
@@ -121,7 +119,7 @@ def record_unet(pipeline, pictures, size, guided):
     width = unet.config.cross_attention_dim
     states = torch.zeros(halves, pictures, tokens, width, device=device, dtype=dtype)
     when = torch.zeros((), dtype=torch.long, device=device)
-    texts = getattr(unet, "texts", lambda states: states)  # see lib/kernels/fused_projections.py
+    texts = getattr(unet, "text_keys_values", lambda states: states)  # see lib/kernels/fused_projections.py
 
     def make_texts():
         given["texts"] = texts(states.flatten(0, 1))
@@ -177,7 +175,7 @@ def generate(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, t
     images, arriving = [], deque()
     width, height = image_size(resolution)
     shape = (pipeline.unet.config.in_channels, *latent_size(pipeline, resolution))
-    guided, pace = guidance_scale > 1, Pace(pipeline.device, AHEAD)
+    guided, throttle = guidance_scale > 1, Throttle(pipeline.device, AHEAD)
     with (
         generation_memory(batch_size, resolution, advice),
         tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False) as bar,
@@ -189,7 +187,7 @@ def generate(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, t
             finished = min(start + batch_size, len(jobs)) * steps
 
             def progress(pipeline, step, timestep, tensors, finished=finished):
-                pace.step()
+                throttle.step()
                 # PNDM makes one call more than it has steps.
                 bar.update(min(batch_size, finished - bar.n))
                 return {}
@@ -198,7 +196,7 @@ def generate(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, t
             pictures = pipeline(
                 prompt_embeds=torch.stack(with_prompt),
                 negative_prompt_embeds=torch.stack(without) if guided else None,
-                latents=sent(torch.stack(noise), pipeline.device).to(pipeline.unet.dtype),
+                latents=to_device(torch.stack(noise), pipeline.device).to(pipeline.unet.dtype),
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 height=height,
@@ -209,7 +207,7 @@ def generate(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, t
             # To bytes on the GPU, which is idle while the CPU does it. They are waited for when it has
             # been given the next batch.
             pixels = (pictures.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-            arriving.append(fetched(pixels))
+            arriving.append(to_host(pixels))
             if len(arriving) > 1:
                 images += as_images(*arriving.popleft())
         images += as_images(*arriving.popleft()) if arriving else []

@@ -1,9 +1,9 @@
 """bitsandbytes' blockwise 8-bit AdamW as a Triton kernel that takes every number from the GPU.
 
-bitsandbytes' own kernel takes learning rate and step number from the host, and the loss scaler asks the GPU
-whether a gradient overflowed before it launches it: the GPU idles meanwhile. Here one small kernel decides
-what becomes of a step, and the other, launched in any case, does it or changes nothing. Where they cannot be
-had `missing_kernels` says why, and bitsandbytes remains.
+bitsandbytes' own kernel takes learning rate and step number from the host, and before its launch the loss scaler reads
+from the GPU whether a gradient overflowed: the GPU idles meanwhile. Here one small kernel decides whether a step counts,
+and the other, launched in any case, updates the parameters or changes nothing. Without them, `missing_kernels` gives the
+reason and bitsandbytes remains.
 """
 
 import functools
@@ -13,32 +13,31 @@ import torch
 
 from lib.kernels.compiling import failure, tl, triton
 
-BLOCK = 256  # elements that share the largest value to which their codes are relative
-# What may end a run, as `decide` notes it; the kernel, which reads no such names, has the numbers.
+BLOCK = 256  # elements that share the maximum to which their codes are relative
+# Why a run ends, in outcome[3]. The kernel has the numbers themselves, as it cannot read these names.
 NOT_FINITE, LOSS_NOT_FINITE, OVERFLOWS = 1, 2, 3
-# Anything else in that place halts the updates too.
-HALTED = -1
+HALTED = -1  # like any other value there, it halts the updates
 
 if triton:
 
     @triton.jit(do_not_specialize=["loss", "loss_sum", "scale", "tracker", "interval", "most"])
     def _decide(
-        largest,
-        loss,
-        loss_sum,
-        outcome,
-        scale,
-        tracker,
-        control,
+        largest,  # []
+        loss,  # []
+        loss_sum,  # []
+        outcome,  # int32 [4]: updates, skipped steps, overflows in a row, why the run ends
+        scale,  # [], written if SCALED
+        tracker,  # int32 [], written if SCALED
+        control,  # [4], written
         growth,
         backoff,
         interval,
         most,
-        LOG1: tl.constexpr,
-        LOG2: tl.constexpr,
+        LOG1: tl.constexpr,  # log2(beta1)
+        LOG2: tl.constexpr,  # log2(beta2)
         SCALED: tl.constexpr,
     ):
-        """See `decide`; of one program. LOG1 and LOG2 are the binary logarithms of the betas."""
+        """See `decide`; one program."""
         updates, skipped = tl.load(outcome), tl.load(outcome + 1)
         row, problem = tl.load(outcome + 2), tl.load(outcome + 3)
         going = problem == 0
@@ -77,11 +76,11 @@ if triton:
 
     @triton.jit
     def _nearest(x, qmap, SIGNED: tl.constexpr):
-        """The number of the value nearest to x, at most 1, among the 256 ascending ones of `qmap`.
+        """The index of the value of `qmap` [256], ascending, that is nearest to x, |x| <= 1.
 
-        These are bitsandbytes' dynamic map: in seven decades twice as many values each as in the one below, evenly
-        spaced, also negative ones if SIGNED. So a number beside the right one can be computed, where a search
-        would read the map seven times; the midpoints to its neighbours decide.
+        `qmap` is bitsandbytes' dynamic map: seven decades of evenly spaced values, each with twice as many as the one
+        below, and if SIGNED the negative ones too. So an index at most one off can be computed, where a search would
+        read the map seven times; the midpoints to its neighbours decide.
         """
         size = tl.abs(x)
         decade = tl.minimum(tl.maximum(tl.floor(tl.log2(size) * 0.30102999566398120) + 7, 0), 6)
@@ -95,18 +94,21 @@ if triton:
         nearest = tl.where((x > value) & (x > above), pivot + 1, pivot)
         return tl.maximum(tl.where((x <= value) & (x < below), pivot - 1, nearest), 0)
 
+    # g = grad / scale
+    # m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g²
+    # p = (p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)) (1 - lr decay)
     @triton.jit(do_not_specialize=["COUNT", "rate"])
     def _adamw(
-        p,
-        grad,
-        state1,
-        state2,
-        absmax1,
-        absmax2,
-        qmap1,
-        qmap2,
-        rate,
-        control,
+        p,  # [COUNT]
+        grad,  # [COUNT], still scaled
+        state1,  # uint8 [COUNT]: codes of m / absmax1
+        state2,  # uint8 [COUNT]: codes of v / absmax2
+        absmax1,  # [blocks]
+        absmax2,  # [blocks]
+        qmap1,  # [256]: the values of the codes
+        qmap2,  # [256]
+        rate,  # []
+        control,  # [4]: whether to update, 1 / scale, 1 - beta1^t, sqrt(1 - beta2^t)
         COUNT,
         beta1,
         beta2,
@@ -114,10 +116,10 @@ if triton:
         decay,
         BLOCK: tl.constexpr,
     ):
-        """See `update`; a program has one block."""
+        """See `update`; one block a program."""
         block = tl.program_id(0)
         place = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        count = tl.where(tl.load(control) != 0, COUNT, 0)  # of elements to update
+        count = tl.where(tl.load(control) != 0, COUNT, 0)  # 0 to update nothing
         inside, any_inside = place < count, count > 0
         inverse, correction1 = tl.load(control + 1), tl.load(control + 2)
         correction2, lr = tl.load(control + 3), tl.load(rate)
@@ -148,39 +150,27 @@ if triton:
 
 
 def decide(largest, loss, loss_sum, outcome, scaling, most_overflows, betas, control):
-    """Decide on the GPU what becomes of a step, and note it; all tensors are changed in place.
+    """Decide on the GPU whether a step updates, is skipped or ends the run; tensors are changed in place.
 
-    `largest` [] is the gradient's largest absolute value and `loss` [] the step's loss. Of `outcome`, int32
-    [4], the elements count updates, skipped steps and overflows in a row; the last is 0 or what ends the run:
-    NOT_FINITE, LOSS_NOT_FINITE, OVERFLOWS (more in a row than `most_overflows`). Once it is not 0 nothing is
-    changed any more. `scaling` is None or (scale [] float32, growth tracker [] int32, growth factor, backoff
-    factor, growth interval) of a torch.amp.GradScaler, updated as torch._amp_update_scale_ does. The loss of a
-    step that does not end the run is added to `loss_sum`. `control`, float32 [4], is what `update` reads.
+    `largest` [] is the gradient's largest absolute value and `loss` [] the step's loss. `outcome`, int32 [4], counts
+    updates, skipped steps and overflows in a row; its last element is 0 or why the run ends: NOT_FINITE,
+    LOSS_NOT_FINITE or OVERFLOWS (more in a row than `most_overflows`). Once that is not 0, nothing changes any more.
+    `scaling` is None or (scale [] float32, growth tracker [] int32, growth factor, backoff factor, growth interval) of
+    a torch.amp.GradScaler, updated as torch._amp_update_scale_ does. The loss of a step that does not end the run is
+    added to `loss_sum`. `update` reads `control`, float32 [4].
     """
     scale, tracker, *numbers = scaling or (control, outcome, 1.0, 1.0, 1)
     logs = [math.log2(max(beta, 1e-300)) for beta in betas]
-    _decide[(1,)](
-        largest,
-        loss,
-        loss_sum,
-        outcome,
-        scale,
-        tracker,
-        control,
-        *numbers,
-        most_overflows,
-        *logs,
-        scaling is not None,
-        num_warps=1,
-    )
+    tensors = largest, loss, loss_sum, outcome, scale, tracker, control
+    _decide[(1,)](*tensors, *numbers, most_overflows, *logs, scaling is not None, num_warps=1)
 
 
 def update(p, grad, state, rate, control, betas, eps, decay):
     """One step of AdamW (Loshchilov & Hutter 2019) on the vector `p`, float32 [n], in place.
 
-    `grad` [n] is still scaled, `state` bitsandbytes' of p with 8-bit moments (Dettmers et al. 2022), `rate` []
-    the learning rate and `control` from `decide`: whether anything is to be done, the inverse of the loss's
-    scale, and the corrections of both moments for the number of updates.
+    `grad` [n] is still scaled, `state` is bitsandbytes' of p with 8-bit moments (Dettmers et al. 2022), `rate` [] the
+    learning rate. `control` from `decide` holds whether to update, the inverse of the loss scale, and the bias
+    corrections of both moments.
     """
     grid = (triton.cdiv(p.numel(), BLOCK),)
     tensors = (state[key] for key in ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"))
@@ -189,17 +179,17 @@ def update(p, grad, state, rate, control, betas, eps, decay):
 
 @functools.cache
 def missing_kernels(device):
-    """Why these kernels cannot be used on `device`, or None: they are tried beside bitsandbytes on small input."""
+    """Why these kernels cannot be used on `device`, or None; they are compared with bitsandbytes on a small input."""
     if triton is None:
-        return "this torch came without Triton"
-    return failure(lambda: None if agrees(device) else "their results are wrong here")
+        return "this build of torch has no Triton"
+    return failure(lambda: None if agrees(device) else "their results are wrong on this device")
 
 
 def agrees(device, count=5000, steps=3):
-    """Whether `steps` updates of a vector of `count` elements, the last block not full, come out as bitsandbytes'.
+    """Whether `steps` updates of a vector of `count` elements, the last block not full, match bitsandbytes'.
 
-    Nearly all codes are the same. (bitsandbytes rounds some between two of them, on a CPU also a few others, in
-    another way.)
+    Nearly all codes are the same: bitsandbytes rounds some values between two codes differently, and on a CPU a few
+    others.
     """
     from bitsandbytes.optim import AdamW8bit
 
@@ -207,8 +197,8 @@ def agrees(device, count=5000, steps=3):
     start, *gradients = torch.randn(1 + steps, count, generator=generator).to(device)
     theirs, ours = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     rate, scale, betas, eps, decay = 0.01, 1024.0, (0.9, 0.999), 1e-8, 0.1
-    how = dict(lr=rate, betas=betas, eps=eps, weight_decay=decay)
-    optimizer, states = AdamW8bit([theirs], **how), AdamW8bit([ours], **how)
+    settings = dict(lr=rate, betas=betas, eps=eps, weight_decay=decay)
+    optimizer, states = AdamW8bit([theirs], **settings), AdamW8bit([ours], **settings)
     states.init_state(states.param_groups[0], ours, 0, 0)
     state = states.state[ours]
     numbers = torch.tensor([rate, 0.0, 0.0, scale], device=device)
@@ -219,13 +209,13 @@ def agrees(device, count=5000, steps=3):
         theirs.grad = gradient
         optimizer.step()
         scaled = gradient * scale
-        scaling = scale, tracker, 2.0, 0.5, 2  # grows on the way
+        scaling = scale, tracker, 2.0, 0.5, 2  # the scale grows meanwhile
         decide(scaled.abs().max(), loss, loss_sum, outcome, scaling, 1, betas, control)
         update(ours.data, scaled, state, rate, control, betas, eps, decay)
-    right = (ours - theirs).norm() < 0.01 * (theirs - start).norm()
+    agree = (ours - theirs).norm() < 0.01 * (theirs - start).norm()
     for key, tensor in optimizer.state[theirs].items():
         if key.startswith("state"):
-            right &= (tensor != state[key]).float().mean() < 0.05
+            agree &= (tensor != state[key]).float().mean() < 0.05
         elif key.startswith("absmax"):
-            right &= torch.allclose(tensor, state[key], rtol=0.02)
-    return bool(right) and outcome.tolist() == [steps, 0, 0, 0]
+            agree &= torch.allclose(tensor, state[key], rtol=0.02)
+    return bool(agree) and outcome.tolist() == [steps, 0, 0, 0]

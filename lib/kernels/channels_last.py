@@ -1,5 +1,5 @@
-"""A UNet or VAE in channels-last layout, the tensor cores' own, with the kernels of norms.py and maps.py;
-its transformers, and a text encoder's, as blocks.py has them."""
+"""UNets and VAEs in channels-last layout, which tensor cores use, with the kernels of group_norm.py and
+conv_epilogues.py; their transformers, and a text encoder's, with those of transformer_blocks.py."""
 
 import functools
 import itertools
@@ -11,149 +11,151 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 
-from lib.kernels.blocks import row_jobs, use_row_kernels
 from lib.kernels.compiling import failure, in_threads, triton
-from lib.kernels.conv_epilogues import Beside, SumBias, Twice, convolved, run_sum_bias, without_bias
+from lib.kernels.conv_epilogues import (
+    AddBias,
+    ConcatChannels,
+    UpsampleNearest2x,
+    conv_add,
+    conv_without_bias,
+    run_add_bias,
+)
 from lib.kernels.fused_projections import TimestepProjections, is_plain_block
-from lib.kernels.group_norm import KINDS_OF_MAPS, GroupNormSilu, group_norm
-from lib.kernels.layer_norm_geglu import Geglu, QuickGelu, SumNorm
+from lib.kernels.group_norm import COMPILED_PIXELS, GroupNormSilu, group_norm
+from lib.kernels.layer_norm_geglu import AddLayerNorm, Geglu, QuickGelu
+from lib.kernels.transformer_blocks import transformer_jobs, use_transformer_kernels
 
 
 def channels_last(*models, training=False):
-    """Put UNets and VAEs on a GPU into channels-last layout, with the kernels of norms.py, maps.py and rows.py,
-    and give text encoders those of rows.py; any other device is left as it is. Their own weights must be
-    frozen; `training` says whether gradients will pass through them.
+    """Put UNets and VAEs on a GPU into channels-last layout with Triton kernels, and give text encoders the kernels of
+    transformers. Their own weights must be frozen; `training` says whether gradients will pass through them.
 
-    Where Triton cannot be had (it needs a C compiler, and a GPU that it knows) that is said, and
-    PyTorch's kernels remain.
+    Models on other devices stay as they are. Without Triton, which needs a C compiler and a GPU that it supports, a
+    note is printed and PyTorch's kernels remain.
     """
     if next(models[0].parameters()).device.type != "cuda":
         return
     reason = compile_kernels(models, training)
     if reason:
-        print(f"note: no Triton kernels, so this is slower than it could be: {reason}")
+        print(f"note: no Triton kernels, so PyTorch's slower ones are used: {reason}")
         return
     for model in models:
         rebuild(model)
 
 
 def compile_kernels(models, training):
-    """Compile what `models` will need, all at once; returns why that failed or gave wrong results, or
-    None.
-
-    At their first use, one after the other, the kernels would take longer than all else before the
-    first step. Triton keeps them on disk for the next run.
-    """
-    place = next(models[0].parameters())
+    """Compile the kernels that `models` will need, in parallel; returns why that failed, why their results are wrong,
+    or None. Triton caches them on disk for the next run."""
+    like = next(models[0].parameters())
     modules = [module for model in models for module in model.modules()]
     norms = [module for module in modules if isinstance(module, torch.nn.GroupNorm)]
     of_each_size = {norm.num_channels // norm.num_groups: norm for norm in norms}.values()
 
-    def launch_sum_bias(add):
-        x = place.new_zeros(1, 64, 4, 4).to(memory_format=torch.channels_last)
-        run_sum_bias(x, x if add else None, x[0, :, 0, 0].contiguous())
+    def launch_add_bias(add):
+        x = like.new_zeros(1, 64, 4, 4).to(memory_format=torch.channels_last)
+        run_add_bias(x, x if add else None, x[0, :, 0, 0].contiguous())
 
     def launch(norm, backward, pixels):
-        # A multiple of 16 as in Stable Diffusion, which Triton compiles other code for.
-        x = place.new_zeros(1, norm.num_channels, pixels // 16, 16)
+        # A multiple of 16, as in Stable Diffusion: Triton compiles other code for other sizes.
+        x = like.new_zeros(1, norm.num_channels, pixels // 16, 16)
         x = x.to(memory_format=torch.channels_last)
         statistics = x.new_zeros(norm.num_groups, 2, dtype=torch.float32)
         grad = x if backward else None
         group_norm(x, None, grad, None, statistics, norm.weight, norm.bias, norm.num_groups, norm.eps, True)
 
     passes = (False, True) if training else (False,)
-    kinds = itertools.product(of_each_size, passes, KINDS_OF_MAPS)
+    kinds = itertools.product(of_each_size, passes, COMPILED_PIXELS)
     jobs = [
         functools.partial(launch, norm, backward, pixels)
         for norm, backward, pixels in kinds
-        if pixels <= 2**12 or norm.num_channels <= 512  # larger maps have no more, in UNets and decoders
+        if pixels <= 2**12 or norm.num_channels <= 512  # larger maps of UNets and decoders have no more channels
     ]
-    jobs += [functools.partial(launch_sum_bias, add) for add in (False, True)]
-    of_rows = {}
+    jobs += [functools.partial(launch_add_bias, add) for add in (False, True)]
+    of_transformers = {}
     for model in models:
-        of_rows |= row_jobs(model, training)
-    jobs += of_rows.values()
+        of_transformers |= transformer_jobs(model, training)
+    jobs += of_transformers.values()
 
-    begun = failure(lambda: in_threads(jobs, place.device))
-    reason = missing_kernels(place.device)  # meanwhile
-    problem = begun if isinstance(begun, str) else failure(begun)
+    started = failure(lambda: in_threads(jobs, like.device))
+    reason = missing_kernels(like.device)  # meanwhile
+    problem = started if isinstance(started, str) else failure(started)
     return reason or problem
 
 
 @functools.cache
 def missing_kernels(device):
-    """Why the Triton kernels cannot be used on `device`, or None: they are tried on small input."""
+    """Why the Triton kernels cannot be used on `device`, or None; they are compared with PyTorch on a small input."""
     if triton is None:
-        return "this torch came without Triton"
+        return "this build of torch has no Triton"
     generator = torch.Generator().manual_seed(0)
     large = torch.randn(2, 32, 24, 24, generator=generator).to(device)
     weight, bias = torch.randn(2, 32, generator=generator).to(device)
 
     def compare():
         close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-4)
-        right = True
+        agree = True
         for x, groups in ((large[..., :5, :5], 8), (large, 1)):  # by one kernel, and by two
             norm, shift = F.silu(F.group_norm(x, groups, weight, bias)), x[..., 0, 0].contiguous()
-            less = (x - shift[..., None, None]).contiguous(memory_format=torch.channels_last)
-            for maps, added in ((x, None), (less, shift)):
-                found = GroupNormSilu.apply(maps, added, weight, bias, groups, 1e-5, True)[1]
-                right = right and close(found, norm)
+            shifted = (x - shift[..., None, None]).contiguous(memory_format=torch.channels_last)
+            for maps, added in ((x, None), (shifted, shift)):
+                result = GroupNormSilu.apply(maps, added, weight, bias, groups, 1e-5, True)[1]
+                agree = agree and close(result, norm)
         rows = x.permute(0, 2, 3, 1)
-        total, normed = SumNorm.apply(rows, rows, weight, bias, 1e-5)
-        right = (
-            right
+        total, normed = AddLayerNorm.apply(rows, rows, weight, bias, 1e-5)
+        agree = (
+            agree
             and close(Geglu.apply(x[..., :4]), x[..., :2] * F.gelu(x[..., 2:4]))
             and close(total, 2 * rows)
             and close(normed, F.layer_norm(2 * rows, (32,), weight, bias))
             and close(QuickGelu.apply(x), x * torch.sigmoid(1.702 * x))
-            and close(SumBias.apply(x, less, bias), x + less + bias[:, None, None])
+            and close(AddBias.apply(x, shifted, bias), x + shifted + bias[:, None, None])
         )
-        return None if right else "their results are wrong here"
+        return None if agree else "their results are wrong on this device"
 
     return failure(compare)
 
 
 def rebuild(model):
-    """Do what `channels_last` says, whatever the device."""
+    """Change `model` as `channels_last` describes, on any device."""
     model.to(memory_format=torch.channels_last)
-    use_row_kernels(model)
-    silent = set()  # norms that are followed by a SiLU, which they now do themselves
+    use_transformer_kernels(model)
+    with_silu = set()  # norms followed by a SiLU, which their kernel now includes
     projected = getattr(model, "time_embed_act", None)
     projected = projected.blocks if isinstance(projected, TimestepProjections) else ()
     for module in model.modules():
         if is_plain_block(module):
-            silent |= {module.norm1, module.norm2}
+            with_silu |= {module.norm1, module.norm2}
             module.nonlinearity = torch.nn.Identity()
-            _join_biases(module)
+            _merge_biases(module)
             if _is_pointwise(module.conv_shortcut):
-                module.conv_shortcut.forward = functools.partial(_pointwise, module.conv_shortcut)
+                module.conv_shortcut.forward = functools.partial(_pointwise_forward, module.conv_shortcut)
             if module.time_emb_proj is None or id(module) in projected:
                 module.forward = functools.partial(_block_forward, module)
         elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
-            _project_rows(module)
+            _use_linear_projections(module)
         elif isinstance(getattr(module, "conv_act", None), torch.nn.SiLU):
-            silent.add(module.conv_norm_out)
+            with_silu.add(module.conv_norm_out)
             module.conv_act = torch.nn.Identity()
         elif isinstance(module, (Upsample2D, Downsample2D)) and type(module.conv) is torch.nn.Conv2d:
-            module.conv.forward = functools.partial(convolved, module.conv)
+            module.conv.forward = functools.partial(conv_add, module.conv)
             if isinstance(module, Upsample2D) and module.interpolate and module.norm is None:
                 module.forward = functools.partial(_upsample_forward, module, module.forward)
         elif type(module) in (UpBlock2D, CrossAttnUpBlock2D):
             module.forward = functools.partial(_up_forward, module, module.forward)
     if type(getattr(model, "conv_in", None)) is torch.nn.Conv2d:
-        model.conv_in.forward = functools.partial(convolved, model.conv_in)
+        model.conv_in.forward = functools.partial(conv_add, model.conv_in)
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):
-            module.forward = functools.partial(_norm_forward, module, module in silent)
+            module.forward = functools.partial(_norm_forward, module, module in with_silu)
 
 
 @torch.no_grad()
-def _join_biases(block):
-    """Add two biases of a residual block that meet anyway beforehand: each is a pass over the
-    whole tensor. Its SiLU has moved into the norms; for the timestep it is put here."""
+def _merge_biases(block):
+    """Add biases of a residual block that meet in one sum, which saves a pass over the whole tensor each. Its SiLU is in
+    the norms' kernel now; that of the timestep moves into a hook."""
     projection, shortcut = block.time_emb_proj, block.conv_shortcut
     if projection is not None:
-        inner = getattr(projection, "base_layer", projection)  # LoRA may be around it
+        inner = getattr(projection, "base_layer", projection)  # inside LoRA
         inner.bias += block.conv1.bias  # hidden = conv1(…) + time_emb_proj(…)
         block.conv1.bias = None
         projection.register_forward_pre_hook(lambda _, inputs: (F.silu(inputs[0]),))
@@ -163,9 +165,8 @@ def _join_biases(block):
 
 
 @torch.no_grad()
-def _project_rows(transformer):
-    """Make the 1x1 convolutions around a transformer the linear layers that they are, and leave out
-    the copies to another layout before and after."""
+def _use_linear_projections(transformer):
+    """Replace the 1x1 convolutions around a transformer with linear layers, without copies to another layout."""
     for name in ("proj_in", "proj_out"):
         convolution = getattr(transformer, name)
         if isinstance(convolution, torch.nn.Conv2d):
@@ -175,19 +176,19 @@ def _project_rows(transformer):
             linear.bias = convolution.bias
             setattr(transformer, name, linear)
     transformer.use_linear_projection = True
-    transformer._get_output_for_continuous_inputs = functools.partial(_output_of_rows, transformer)
+    transformer._get_output_for_continuous_inputs = functools.partial(_transformer_output, transformer)
 
 
-def _output_of_rows(transformer, hidden_states, residual, batch_size, height, width, inner_dim):
+def _transformer_output(transformer, hidden_states, residual, batch_size, height, width, inner_dim):
     rows = transformer.proj_out(hidden_states)
     return rows.view(batch_size, height, width, inner_dim).permute(0, 3, 1, 2) + residual
 
 
 def _norm_forward(norm, silu, x):
-    pixels = x if x.ndim == 4 else x[..., None]  # the VAE's attention has them in a row
+    pixels = x if x.ndim == 4 else x[..., None]  # the VAE's attention passes [n, c, pixels]
     out = _normed(norm, pixels, silu)[1]
-    # A view of a batch of one, even of the same shape, may have other strides, which a convolution's backward
-    # pass takes for another layout: it would copy its gradient there and back.
+    # A view of a batch of one may have other strides, even with the same shape. A convolution's backward pass would take
+    # them for another layout and copy its gradient there and back.
     return out if x.ndim == 4 else out[..., 0]
 
 
@@ -197,18 +198,18 @@ def _normed(norm, x, silu, shift=None):
 
 
 def _block_forward(block, x, temb=None):
-    """A residual block's, with what is added between its convolutions, the timestep's shift or the first one's bias,
-    added where the second norm reads it, and the last bias with the sum: two passes over the whole tensor less."""
+    """A residual block's forward pass. The shift between its convolutions, from the timestep or the first one's bias, is
+    added inside the second norm's kernel, and the last bias with the sum: two passes over the whole tensor less."""
     x, hidden = _normed(block.norm1, x, True)
     if temb is None:
-        hidden, shift = without_bias(block.conv1, hidden), block.conv1.bias.expand(len(x), -1)
+        hidden, shift = conv_without_bias(block.conv1, hidden), block.conv1.bias.expand(len(x), -1)
     else:
         hidden, shift = block.conv1(hidden), temb[id(block)]
-    if shift.requires_grad:  # of an adapter on its projection
+    if shift.requires_grad:  # its projection has an adapter
         hidden, shift = hidden + shift[:, :, None, None], None
     hidden = block.dropout(_normed(block.norm2, hidden, True, shift)[1])
     if block.conv_shortcut is None:
-        return convolved(block.conv2, hidden, x)
+        return conv_add(block.conv2, hidden, x)
     return block.conv2(hidden) + block.conv_shortcut(x)
 
 
@@ -222,20 +223,20 @@ def _up_forward(
     encoder_hidden_states=None,
     **others,
 ):
-    """That of a UNet's block on the way up, but for how maps are put beside those of the way down; what Stable
-    Diffusion does not give it goes to its own `forward`."""
+    """The forward pass of a UNet's up block with ConcatChannels. Arguments that Stable Diffusion does not use go to its
+    own `forward`."""
     freeu = getattr(block, "s1", None) is not None
     if freeu or any(value is not None for value in others.values()):
         if hasattr(block, "attentions"):
             others["encoder_hidden_states"] = encoder_hidden_states
         return forward(hidden_states, res_hidden_states_tuple, temb, upsample_size=upsample_size, **others)
     checkpointing = block.gradient_checkpointing and torch.is_grad_enabled()
-    again = block._gradient_checkpointing_func if checkpointing else None
+    recompute = block._gradient_checkpointing_func if checkpointing else None
     x, attentions = hidden_states, getattr(block, "attentions", [None] * len(block.resnets))
-    ways = zip(block.resnets, attentions, reversed(res_hidden_states_tuple), strict=True)
-    for residual, attention, y in ways:
-        x = Beside.apply(x, y)
-        x = again(residual, x, temb) if again else residual(x, temb)
+    layers = zip(block.resnets, attentions, reversed(res_hidden_states_tuple), strict=True)
+    for residual, attention, skip in layers:
+        x = ConcatChannels.apply(x, skip)
+        x = recompute(residual, x, temb) if recompute else residual(x, temb)
         if attention is not None:
             x = attention(x, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
     for upsampler in block.upsamplers or ():
@@ -244,8 +245,8 @@ def _up_forward(
 
 
 def _upsample_forward(module, forward, x, output_size=None):
-    """An upsampler's, of a map twice as wide and high; any other goes to its own `forward`."""
-    return forward(x, output_size) if output_size is not None else module.conv(Twice.apply(x))
+    """An upsampler's forward pass to twice the size; other sizes go to its own `forward`."""
+    return forward(x, output_size) if output_size is not None else module.conv(UpsampleNearest2x.apply(x))
 
 
 def _is_pointwise(layer):
@@ -254,7 +255,7 @@ def _is_pointwise(layer):
     )
 
 
-def _pointwise(convolution, x):
-    """A convolution of single pixels as the matrix product that it is, whose kernels add the bias too."""
+def _pointwise_forward(convolution, x):
+    """A 1x1 convolution as a matrix product, whose kernels add the bias too."""
     rows = x.permute(0, 2, 3, 1)
     return F.linear(rows, convolution.weight.flatten(1), convolution.bias).permute(0, 3, 1, 2)

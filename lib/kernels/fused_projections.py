@@ -1,6 +1,9 @@
-"""Layers that read the same input as one product: queries, keys and values of an attention to itself and,
-once for all of a UNet, the keys and values of what attends to the text, and what its residual blocks
-make of the timestep."""
+"""Layers of a UNet or CLIP text encoder that read the same input, fused into one.
+
+q, k, v = split(x [W_q; W_k; W_v]ᵀ)     self-attention
+k₁, v₁, …, kₙ, vₙ = split(text Wᵀ)      the cross-attentions of a UNet, once per text
+shift₁, …, shiftₙ = split(temb Wᵀ)      its residual blocks, once per timestep
+"""
 
 import functools
 
@@ -14,46 +17,44 @@ from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIP
 from lib.kernels.lora import FusedLinear
 
 
-def join(model, device, dora=False):
-    """Join the layers of a UNet or CLIP text encoder that read the same input, and move them to `device`; returns
-    the Products, [] for other models. `dora` says whether their adapters are of that kind.
+def fuse_projections(model, device, dora=False):
+    """Fuse the projections of a UNet or CLIP text encoder and move them to `device`; returns each FusedLinear, [] for
+    other models. `dora` says whether the adapters are DoRA. Layers unlike Stable Diffusion's stay as they are."""
+    fused_layers, cross_attentions, blocks = [], [], []
 
-    What does more than Stable Diffusion's layers is left as it is.
-    """
-    products, to_text, blocks = [], [], []
+    def fuse(layers):
+        fused_layers.append(FusedLinear(layers, device))
+        return fused_layers[-1]
+
     for module in model.modules():
         if isinstance(module, Attention) and _is_plain(module):
             if module.is_cross_attention:
-                to_text.append(module)
-            elif _can_join(layers := [module.to_q, module.to_k, module.to_v], dora):
-                products.append(FusedLinear(layers, device))
-                module.set_processor(SelfAttention(products[-1]))
+                cross_attentions.append(module)
+            elif _can_fuse(layers := [module.to_q, module.to_k, module.to_v], dora):
+                module.set_processor(SelfAttention(fuse(layers)))
         elif isinstance(module, ResnetBlock2D) and module.time_emb_proj is not None:
             blocks.append(module)
         elif isinstance(module, CLIPAttention) and module.config._attn_implementation == "sdpa":
             layers = [module.q_proj, module.k_proj, module.v_proj]
-            if _can_join(layers, dora):
-                products.append(FusedLinear(layers, device))
-                module.forward = functools.partial(_clip_forward, module, products[-1])
-    layers = [layer for module in to_text for layer in (module.to_k, module.to_v)]
-    if layers and _can_join(layers, dora):
-        products.append(FusedLinear(layers, device))
-        model.texts = functools.partial(_texts, products[-1], to_text)
-        model.forward = functools.partial(_with_texts, model.forward, model.texts)
-        for module in to_text:
-            module.set_processor(TextAttention())
+            if _can_fuse(layers, dora):
+                module.forward = functools.partial(_clip_attention_forward, module, fuse(layers))
+    layers = [layer for attention in cross_attentions for layer in (attention.to_k, attention.to_v)]
+    if layers and _can_fuse(layers, dora):
+        model.text_keys_values = functools.partial(_text_keys_values, fuse(layers), cross_attentions)
+        model.forward = functools.partial(_unet_forward, model.forward, model.text_keys_values)
+        for attention in cross_attentions:
+            attention.set_processor(CrossAttention())
     layers = [block.time_emb_proj for block in blocks]
     plain = all(map(is_plain_block, blocks)) and getattr(model, "time_embed_act", 0) is None
-    if layers and plain and _can_join(layers, dora):
-        products.append(FusedLinear(layers, device))
-        model.time_embed_act = TimestepProjections(products[-1], blocks)
+    if layers and plain and _can_fuse(layers, dora):
+        model.time_embed_act = TimestepProjections(fuse(layers), blocks)
         for block in blocks:
             block.forward = functools.partial(_block_forward, block)
-    return products
+    return fused_layers
 
 
 def is_plain_block(block):
-    """Whether it is a residual block whose norms are followed by a SiLU, with a sum at the end and no more."""
+    """Whether it is a residual block with a SiLU after each norm, a sum at its end and nothing more."""
     return (
         isinstance(block, ResnetBlock2D)
         and isinstance(block.nonlinearity, torch.nn.SiLU)
@@ -75,110 +76,108 @@ def _is_plain(attention):
     )
 
 
-def _can_join(layers, dora):
-    """Whether they read the same width, and all or none have a bias. DoRA's norms are taken of whole products, so
-    of those it has all layers or none."""
+def _can_fuse(layers, dora):
+    """Whether they read the same width and all or none have a bias; for DoRA, also whether all or none are adapted."""
     alike = {(layer.in_features, layer.bias is None) for layer in layers}
     return len(alike) == 1 and not (dora and len({isinstance(layer, LoraLayer) for layer in layers}) > 1)
 
 
 def _heads(x, count):
-    """[n, rows, count * width] as [n, count, rows, width]."""
+    """[n, rows, count * width] -> [n, count, rows, width]"""
     return x.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
 def _attend(attention, query, key, value):
     heads = (_heads(x, attention.heads) for x in (query, key, value))
     out = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    return attention.to_out[1](attention.to_out[0](out))  # its layer, then its dropout
+    return attention.to_out[1](attention.to_out[0](out))  # linear layer, dropout
 
 
 class SelfAttention:
-    """What diffusers calls a processor: attention of `hidden_states` [n, rows, width] to themselves."""
+    """A diffusers attention processor: `hidden_states` [n, rows, width] attend to themselves."""
 
-    def __init__(self, product):
-        self.product = product
+    def __init__(self, fused):
+        self.fused = fused
 
     def __call__(self, attention, hidden_states, encoder_hidden_states=None, attention_mask=None):
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("this attention takes no text and no mask")
-        return _attend(attention, *self.product(hidden_states))
+        return _attend(attention, *self.fused(hidden_states))
 
 
-class TextAttention:
-    """Attention to a text, whose keys and values come as {attention: (key, value)}, [n, 77, width] each."""
+class CrossAttention:
+    """Attention to a text, given by its keys and values: {attention: (key, value)}, [n, 77, width] each."""
 
     def __call__(self, attention, hidden_states, encoder_hidden_states, attention_mask=None):
         if attention_mask is not None:
             raise ValueError("this attention takes no mask")
         query, (key, value) = attention.to_q(hidden_states), encoder_hidden_states[attention]
         n, rows, _ = query.shape
-        pieces = _pieces(query)
-        if pieces == 1:
+        chunks = _query_chunks(query)
+        if chunks == 1:
             return _attend(attention, query, key, value)
-        query = query.reshape(n * pieces, rows // pieces, -1)
-        key, value = (x[:, None].expand(-1, pieces, -1, -1).flatten(0, 1) for x in (key, value))
+        query = query.reshape(n * chunks, rows // chunks, -1)
+        key, value = (x[:, None].expand(-1, chunks, -1, -1).flatten(0, 1) for x in (key, value))
         return _attend(attention, query, key, value).reshape(n, rows, -1)
 
 
-def _pieces(query):
-    """Into how many pieces the queries [n, rows, width] of an attention to a text are divided, as if they were a
-    larger batch; 1 where there is no gradient or no GPU.
+def _query_chunks(query):
+    """Into how many chunks the queries [n, rows, width] of a cross-attention are split, as if they were a larger batch;
+    1 without gradients or without a GPU.
 
-    cuDNN's backward pass has a program for each 64 keys, of which a text has 77, that goes through all
-    queries: with more pieces there are more programs, and their gradients of a key are added afterwards.
+    cuDNN's backward pass starts one program per 64 keys, and a text has 77; each goes through all queries. Chunks
+    give more programs; their gradients of a key are added afterwards.
     """
-    n, rows, pieces = *query.shape[:2], 1
+    n, rows, chunks = *query.shape[:2], 1
     if not (query.is_cuda and torch.is_grad_enabled()):
-        return pieces
-    while n * pieces < 16 and rows % (pieces * 2) == 0 and rows // (pieces * 2) >= 128:
-        pieces *= 2
-    return pieces if pieces >= 4 else 1
+        return chunks
+    while n * chunks < 16 and rows % (chunks * 2) == 0 and rows // (chunks * 2) >= 128:
+        chunks *= 2
+    return chunks if chunks >= 4 else 1
 
 
-def _texts(product, attentions, states):
-    """The keys and values that all `attentions` make of a text's hidden states [n, 77, d]: {attention: (key, value)}."""
-    parts = iter(product(states))
+def _text_keys_values(fused, attentions, hidden_states):
+    """A text's [n, 77, d] keys and values for all cross-attentions: {attention: (key, value)}."""
+    parts = iter(fused(hidden_states))
     return {attention: (next(parts), next(parts)) for attention in attentions}
 
 
-def _with_texts(forward, texts, sample, timestep, encoder_hidden_states, *rest, **others):
-    """A UNet's forward pass that makes all keys and values of a text first, if they are not given in its place.
+def _unet_forward(forward, text_keys_values, sample, timestep, encoder_hidden_states, *rest, **others):
+    """A UNet's forward pass; `encoder_hidden_states` are a text's hidden states or its keys and values.
 
-    They are handed down in place of the text, as what a block is called with, so a block that is computed
-    again for the backward pass finds them too.
+    The blocks receive the keys and values in place of the hidden states, so gradient checkpointing keeps them too.
     """
-    given = isinstance(encoder_hidden_states, dict)
-    pairs = encoder_hidden_states if given else texts(encoder_hidden_states)
+    ready = isinstance(encoder_hidden_states, dict)
+    pairs = encoder_hidden_states if ready else text_keys_values(encoder_hidden_states)
     return forward(sample, timestep, pairs, *rest, **others)
 
 
 class TimestepProjections(torch.nn.Module):
-    """What all residual `blocks` make of the timestep's embedding [n, width]: {block: [n, channels]}.
+    """Projects the timestep's embedding [n, width] for all residual `blocks`: {id(block): [n, channels]}.
 
-    It stands in the place of an activation behind the embedding, which Stable Diffusion does not have, so
-    the blocks are called with that in place of the embedding.
+    It takes the place of an activation after the embedding, which Stable Diffusion does not have; the blocks then
+    receive this dict in place of the embedding.
     """
 
-    def __init__(self, product, blocks):
+    def __init__(self, fused, blocks):
         super().__init__()
-        self.product = product
-        self.blocks = tuple(map(id, blocks))  # not they themselves, which would become a part of it
+        self.fused = fused
+        self.blocks = tuple(map(id, blocks))  # the blocks themselves would become submodules
 
     def forward(self, embedding):
-        return dict(zip(self.blocks, self.product(F.silu(embedding)), strict=True))
+        return dict(zip(self.blocks, self.fused(F.silu(embedding)), strict=True))
 
 
 def _block_forward(block, x, timestep):
-    """A residual block's, less its division by a scale of 1, a pass over the whole tensor."""
+    """A residual block's forward pass without its division by a scale of 1, a pass over the whole tensor."""
     hidden = block.conv1(block.nonlinearity(block.norm1(x)))
     hidden = hidden + timestep[id(block)][:, :, None, None]
     hidden = block.conv2(block.dropout(block.nonlinearity(block.norm2(hidden))))
     return hidden + (x if block.conv_shortcut is None else block.conv_shortcut(x))
 
 
-def _clip_forward(attention, product, hidden_states, attention_mask=None, **others):
-    heads = (_heads(x, attention.num_heads) for x in product(hidden_states))
+def _clip_attention_forward(attention, fused, hidden_states, attention_mask=None, **others):
+    heads = (_heads(x, attention.num_heads) for x in fused(hidden_states))
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
     out, weights = attend(attention, *heads, attention_mask, scaling=attention.scale, dropout=0.0, **others)
     return attention.out_proj(out.flatten(2)), weights

@@ -1,10 +1,10 @@
 """Triton kernels for group norm with its SiLU, forward and backward, in channels-last layout.
 
 PyTorch's need several passes and another layout. Here a thread reads eight channels at once, one tile ahead of what it
-computes, and per element there is one multiplication and one addition: the norm, its weight and bias are folded into
-a slope and an offset a channel. Where a map is small one kernel does it all, elsewhere one sums and another applies.
-What they take by size: bench/norm_speed.py. Where Triton cannot be had `channels_last.missing_kernels` says why, and
-PyTorch's kernels remain.
+computes, and an element takes one multiplication and one addition: norm, weight and bias are folded into a slope and an
+offset per channel. One kernel normalizes a small feature map; for a large one a first kernel sums and a second applies.
+Times by size: bench/norm_speed.py. Without Triton, `channels_last.missing_kernels` gives the reason and PyTorch's
+kernels remain.
 """
 
 import math
@@ -13,64 +13,63 @@ import torch
 
 from lib.kernels.compiling import tl, triton
 
-WHOLE = 2**14  # values of a group that one program takes, its channels filled up to a power of two
-SUMMED = APPLIED = 2**11  # that a program sums, or applies the norm to, at once
-ACROSS = 64  # channels of a program that applies: all of Stable Diffusion's maps are so many times as wide
-PROGRAMS = 1024  # that apply, if there are not more blocks of channels
-# (pixels of a map up to which a group is summed up by so many programs, forward; and by so many, backward)
+WHOLE = 2**14  # values of a group, its channels padded to a power of two, that one program normalizes
+SUMMED = APPLIED = 2**11  # values of a tile of the kernel that sums, and of the one that applies the norm
+ACROSS = 64  # channels of a program that applies: a divisor of the channels of all Stable Diffusion's feature maps
+PROGRAMS = 1024  # that apply, unless there are more blocks of channels
+# (most pixels, programs that sum a group forward, and backward)
 PARTS = (2**10, 8, 32), (2**14, 32, 128), (math.inf, 128, 128)
-# Pixels of maps for which there are kernels of their own, with Stable Diffusion's groups of channels.
-KINDS_OF_MAPS = 64, 256, 2**10, 2**12, 2**14 + 16
+# Sizes of feature maps, in pixels, for which other kernels are compiled, with Stable Diffusion's groups of channels.
+COMPILED_PIXELS = 64, 256, 2**10, 2**12, 2**14 + 16
 
 if triton:
     from lib.kernels.layer_norm_geglu import sigmoid
 
     @triton.jit
     def _block(C, SPAN: tl.constexpr, WIDTH: tl.constexpr):
-        """This program's image, its channels, and which of them exist."""
+        """This program's image, its channels [WIDTH], and their mask."""
         blocks, column = tl.cdiv(C, SPAN), tl.arange(0, WIDTH)
         channel = tl.program_id(0) % blocks * SPAN + column
         return tl.program_id(0) // blocks, channel, (column < SPAN) & (channel < C)
 
     @triton.jit
-    def _tile(picture, row, end, channel, exists, HW, C, ROWS: tl.constexpr):
-        """Where the pixels from `row` on begin, where the values of ROWS of them lie behind that, and which of these
-        are this program's."""
+    def _tile(image, row, end, channel, in_c, HW, C, ROWS: tl.constexpr):
+        """A tile of ROWS pixels from `row` on: its start, where its values lie behind that [ROWS, WIDTH], and the mask."""
         rows = tl.arange(0, ROWS)[:, None]
-        begin = (tl.cast(picture, tl.int64) * HW + row) * C
-        return begin, rows * C + channel[None, :], (row + rows < end) & exists[None, :]
+        begin = (tl.cast(image, tl.int64) * HW + row) * C
+        return begin, rows * C + channel[None, :], (row + rows < end) & in_c[None, :]
 
     @triton.jit
-    def _values(x, begin, place, inside):
-        return tl.load(x + begin + place, mask=inside, other=0.0).to(tl.float32)
+    def _values(x, begin, at, inside):
+        return tl.load(x + begin + at, mask=inside, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _shift_of(shift, STRIDE, picture, channel, exists):
-        """What is added to these channels of an image; 0 where STRIDE, from one image's to the next's, is negative."""
-        shifted = exists & (STRIDE >= 0)
-        return tl.load(shift + picture * STRIDE + channel, mask=shifted, other=0.0).to(tl.float32)
+    def _shift_of(shift, STRIDE, image, channel, in_c):
+        """The shift of these channels of an image; 0 if STRIDE, from one image to the next, is negative."""
+        shifted = in_c & (STRIDE >= 0)
+        return tl.load(shift + image * STRIDE + channel, mask=shifted, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _first_values(x, shift, STRIDE, picture, channel, exists, HW, C, GROUP: tl.constexpr):
-        """The first value of each channel's group, near which the variance is a difference of small sums."""
+    def _first_values(x, shift, STRIDE, image, channel, in_c, HW, C, GROUP: tl.constexpr):
+        """The first value of each channel's group: relative to it, the variance is a difference of small sums."""
         leader = channel // GROUP * GROUP
-        begin = tl.cast(picture, tl.int64) * HW * C
-        value = tl.load(x + begin + leader, mask=exists, other=0.0).to(tl.float32)
-        return value + _shift_of(shift, STRIDE, picture, leader, exists)
+        begin = tl.cast(image, tl.int64) * HW * C
+        value = tl.load(x + begin + leader, mask=in_c, other=0.0).to(tl.float32)
+        return value + _shift_of(shift, STRIDE, image, leader, in_c)
 
     @triton.jit
-    def _of_channels(of, channel, exists):
-        return tl.load(of + channel, mask=exists, other=0.0).to(tl.float32)
+    def _of_channels(of, channel, in_c):
+        return tl.load(of + channel, mask=in_c, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP: tl.constexpr):
-        """(rstd, what is to be added to x rstd, weight, bias) of each channel, for the backward pass."""
-        group = picture * (C // GROUP) + channel // GROUP
-        mean = tl.load(statistics + group * 2, mask=exists, other=0.0)
-        rstd = tl.load(statistics + group * 2 + 1, mask=exists, other=0.0)
-        less = (_shift_of(shift, STRIDE, picture, channel, exists) - mean) * rstd
-        w, b = _of_channels(weight, channel, exists), _of_channels(bias, channel, exists)
-        return rstd, less, w, b
+    def _known(statistics, shift, STRIDE, weight, bias, image, channel, in_c, C, GROUP: tl.constexpr):
+        """(rstd, (shift - mean) rstd, weight, bias) of each channel, for the backward pass."""
+        group = image * (C // GROUP) + channel // GROUP
+        mean = tl.load(statistics + group * 2, mask=in_c, other=0.0)
+        rstd = tl.load(statistics + group * 2 + 1, mask=in_c, other=0.0)
+        hat_offset = (_shift_of(shift, STRIDE, image, channel, in_c) - mean) * rstd
+        w, b = _of_channels(weight, channel, in_c), _of_channels(bias, channel, in_c)
+        return rstd, hat_offset, w, b
 
     @triton.jit
     def _forward(x, slope, offset, SILU):
@@ -80,9 +79,9 @@ if triton:
         return z
 
     @triton.jit
-    def _backward(x, grad, rstd, less, w, b, SILU):
-        """(gradient of hat, which is the normalised x; hat)"""
-        hat = x * rstd[None, :] + less[None, :]
+    def _backward(x, grad, rstd, hat_offset, w, b, SILU):
+        """(dz, hat): hat = (x + shift - mean) rstd, and the gradient of hat, through the SiLU and the weight"""
+        hat = x * rstd[None, :] + hat_offset[None, :]
         if SILU != 0:
             z = hat * w[None, :] + b[None, :]
             slope = sigmoid(z)
@@ -91,57 +90,63 @@ if triton:
 
     @triton.jit
     def _deviation(first, second, eps):
-        """1 / the standard deviation, from the means of values near zero and of their squares."""
+        """rstd from the means of values near zero and of their squares."""
         return tl.rsqrt(tl.maximum(second - first * first, 0.0) + eps)
 
+    # A whole group a program. With hat = (x + shift - mean) rstd over the group:
+    # forward   z = hat weight + bias; out = z sigmoid(z) with SILU, else z
+    # backward  out = rstd (dz - mean(dz) - hat mean(dz hat)), and with ADD + skip_grad, where
+    #           dz = grad weight, and with SILU times sigmoid(z) (1 + z (1 - sigmoid(z)))
     @triton.jit(do_not_specialize=["STRIDE", "SILU", "HW", "ADD"])
     def _norm_whole(
-        x,
-        shift,
+        x,  # [n, HW, C]
+        shift,  # [n, C], images STRIDE apart; ignored if STRIDE < 0
         STRIDE,
-        grad,
-        statistics,
-        weight,
-        bias,
+        grad,  # [n, HW, C], read backward
+        statistics,  # float32 [n * groups, 2]: mean, rstd; written forward, read backward
+        weight,  # [C]
+        bias,  # [C]
         HW,
         C,
         SILU,
         eps,
-        more,
+        skip_grad,  # [n, HW, C], summed into the gradient with ADD
         ADD,
-        out,
-        GROUP: tl.constexpr,
-        WIDTH: tl.constexpr,
-        ROWS: tl.constexpr,
+        out,  # [n, HW, C]
+        GROUP: tl.constexpr,  # channels of a group
+        WIDTH: tl.constexpr,  # GROUP padded to a power of two
+        ROWS: tl.constexpr,  # HW or more
         BACKWARD: tl.constexpr,
     ):
-        """The normalised x, after its SiLU, or backward the gradient of x, with ADD and `more`; of a whole group."""
-        picture, channel, exists = _block(C, GROUP, WIDTH)
-        begin, place, inside = _tile(picture, 0, HW, channel, exists, HW, C, ROWS)
-        value, count = _values(x, begin, place, inside), HW * GROUP
+        image, channel, in_c = _block(C, GROUP, WIDTH)
+        begin, at, inside = _tile(image, 0, HW, channel, in_c, HW, C, ROWS)
+        value, count = _values(x, begin, at, inside), HW * GROUP
         if BACKWARD:
-            above = _values(grad, begin, place, inside)
-            added = _values(more, begin, place, inside & (ADD != 0))
-            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)
-            rstd, less, w, b = known
-            dz, hat = _backward(value, above, rstd, less, w, b, SILU)
+            grad_value = _values(grad, begin, at, inside)
+            skip_value = _values(skip_grad, begin, at, inside & (ADD != 0))
+            known = _known(statistics, shift, STRIDE, weight, bias, image, channel, in_c, C, GROUP)
+            rstd, hat_offset, w, b = known
+            dz, hat = _backward(value, grad_value, rstd, hat_offset, w, b, SILU)
             first, second = tl.sum(dz) / count, tl.sum(dz * hat) / count
-            result = rstd[None, :] * (dz - first - hat * second) + added
+            result = rstd[None, :] * (dz - first - hat * second) + skip_value
         else:
             leader = tl.program_id(0) % (C // GROUP) * GROUP
             near = tl.load(x + begin + leader).to(tl.float32)
-            near += _shift_of(shift, STRIDE, picture, leader, True)
-            own = _shift_of(shift, STRIDE, picture, channel, exists)
+            near += _shift_of(shift, STRIDE, image, leader, True)
+            own = _shift_of(shift, STRIDE, image, channel, in_c)
             apart = tl.where(inside, value + (own - near)[None, :], 0.0)
             first, second = tl.sum(apart) / count, tl.sum(apart * apart) / count
             rstd = _deviation(first, second, eps)
-            slope = rstd * _of_channels(weight, channel, exists)
-            offset = _of_channels(bias, channel, exists) - first * slope
+            slope = rstd * _of_channels(weight, channel, in_c)
+            offset = _of_channels(bias, channel, in_c) - first * slope
             result = _forward(apart, slope, offset, SILU)
             tl.store(statistics + tl.program_id(0) * 2, near + first)
             tl.store(statistics + tl.program_id(0) * 2 + 1, rstd)
-        tl.store(out + begin + place, result.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + begin + at, result.to(out.dtype.element_ty), mask=inside)
 
+    # A part of the pixels of each group a program; the arguments are as in _norm_whole.
+    # forward   sums = (Σ d, Σ d²), where d = x + shift - the first value of the group
+    # backward  sums = (Σ dz, Σ dz hat)
     @triton.jit(do_not_specialize=["STRIDE", "SILU", "HW", "EACH"])
     def _norm_sums(
         x,
@@ -151,47 +156,45 @@ if triton:
         statistics,
         weight,
         bias,
-        sums,
+        sums,  # float32 [2, n * groups, parts]: BEHIND = n * groups * parts values lie between the two
         HW,
-        EACH,
+        EACH,  # pixels of a part
         C,
         SILU,
         BEHIND,
         GROUP: tl.constexpr,
-        SPAN: tl.constexpr,
-        WIDTH: tl.constexpr,
-        ROWS: tl.constexpr,
+        SPAN: tl.constexpr,  # channels of a program, whole groups
+        WIDTH: tl.constexpr,  # SPAN padded to a power of two
+        ROWS: tl.constexpr,  # pixels of a tile
         BACKWARD: tl.constexpr,
     ):
-        """Of a part of each group, the sums of x - its first value and, BEHIND these, of the square of that; backward of
-        hat's gradient and of its product with hat."""
-        picture, channel, exists = _block(C, SPAN, WIDTH)
+        image, channel, in_c = _block(C, SPAN, WIDTH)
         start = tl.program_id(1) * EACH
         end = tl.minimum(start + EACH, HW)
-        begin, place, inside = _tile(picture, start, end, channel, exists, HW, C, ROWS)
+        begin, at, inside = _tile(image, start, end, channel, in_c, HW, C, ROWS)
         # On its way while the rest is prepared, and then the next while this one is summed.
-        value = tl.load(x + begin + place, mask=inside, other=0.0)
-        above = value
+        value = tl.load(x + begin + at, mask=inside, other=0.0)
+        grad_value = value
         if BACKWARD:
-            above = tl.load(grad + begin + place, mask=inside, other=0.0)
-            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)
-            rstd, less, w, b = known
+            grad_value = tl.load(grad + begin + at, mask=inside, other=0.0)
+            known = _known(statistics, shift, STRIDE, weight, bias, image, channel, in_c, C, GROUP)
+            rstd, hat_offset, w, b = known
         else:
-            less = _first_values(x, shift, STRIDE, picture, channel, exists, HW, C, GROUP)
-            less -= _shift_of(shift, STRIDE, picture, channel, exists)
+            near = _first_values(x, shift, STRIDE, image, channel, in_c, HW, C, GROUP)
+            near -= _shift_of(shift, STRIDE, image, channel, in_c)
         both = tl.zeros([WIDTH, 2], tl.float32)
         for row in range(start, end, ROWS):
-            _, _, inside = _tile(picture, row, end, channel, exists, HW, C, ROWS)
+            _, _, inside = _tile(image, row, end, channel, in_c, HW, C, ROWS)
             if BACKWARD:
-                dz, hat = _backward(value.to(tl.float32), above.to(tl.float32), rstd, less, w, b, SILU)
+                dz, hat = _backward(value.to(tl.float32), grad_value.to(tl.float32), rstd, hat_offset, w, b, SILU)
                 both += tl.sum(tl.join(dz, dz * hat), 0)
             else:
-                apart = tl.where(inside, value.to(tl.float32) - less[None, :], 0.0)
+                apart = tl.where(inside, value.to(tl.float32) - near[None, :], 0.0)
                 both += tl.sum(tl.join(apart, apart * apart), 0)
-            begin, place, inside = _tile(picture, row + ROWS, end, channel, exists, HW, C, ROWS)
-            value = tl.load(x + begin + place, mask=inside, other=0.0)
+            begin, at, inside = _tile(image, row + ROWS, end, channel, in_c, HW, C, ROWS)
+            value = tl.load(x + begin + at, mask=inside, other=0.0)
             if BACKWARD:
-                above = tl.load(grad + begin + place, mask=inside, other=0.0)
+                grad_value = tl.load(grad + begin + at, mask=inside, other=0.0)
         GROUPS: tl.constexpr = SPAN // GROUP
         belongs = tl.arange(0, WIDTH)[:, None] // GROUP == tl.arange(0, GROUPS)[None, :]
         both = tl.sum(tl.where(belongs[:, :, None], both[:, None, :], 0.0), 0)
@@ -199,6 +202,7 @@ if triton:
         part = groups * tl.num_programs(1) + tl.program_id(1)
         tl.store(sums + part[:, None] + tl.arange(0, 2)[None, :] * BEHIND, both)
 
+    # As _norm_whole, from the sums of _norm_sums; a part of the pixels of any channels a program.
     @triton.jit(do_not_specialize=["STRIDE", "SILU", "HW", "EACH", "ADD"])
     def _norm_apply(
         x,
@@ -215,63 +219,62 @@ if triton:
         SILU,
         BEHIND,
         eps,
-        more,
+        skip_grad,
         ADD,
         out,
         GROUP: tl.constexpr,
-        WIDTH: tl.constexpr,
+        WIDTH: tl.constexpr,  # channels of a program
         ROWS: tl.constexpr,
         PARTS: tl.constexpr,
         BACKWARD: tl.constexpr,
     ):
-        """As _norm_whole, of a part of any channels, from what _norm_sums gave."""
-        picture, channel, exists = _block(C, WIDTH, WIDTH)
+        image, channel, in_c = _block(C, WIDTH, WIDTH)
         start = tl.program_id(1) * EACH
         end = tl.minimum(start + EACH, HW)
-        begin, place, inside = _tile(picture, start, end, channel, exists, HW, C, ROWS)
-        value = tl.load(x + begin + place, mask=inside, other=0.0)
-        above, added = value, value
+        begin, at, inside = _tile(image, start, end, channel, in_c, HW, C, ROWS)
+        value = tl.load(x + begin + at, mask=inside, other=0.0)
+        grad_value, skip_value = value, value
         if BACKWARD:
-            above = tl.load(grad + begin + place, mask=inside, other=0.0)
-            added = tl.load(more + begin + place, mask=inside & (ADD != 0), other=0.0)
-        group = picture * (C // GROUP) + channel // GROUP
+            grad_value = tl.load(grad + begin + at, mask=inside, other=0.0)
+            skip_value = tl.load(skip_grad + begin + at, mask=inside & (ADD != 0), other=0.0)
+        group = image * (C // GROUP) + channel // GROUP
         parts = sums + group[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
-        first = tl.sum(tl.load(parts, mask=exists[:, None], other=0.0), 1) / (HW * GROUP)
-        second = tl.sum(tl.load(parts + BEHIND, mask=exists[:, None], other=0.0), 1) / (HW * GROUP)
+        first = tl.sum(tl.load(parts, mask=in_c[:, None], other=0.0), 1) / (HW * GROUP)
+        second = tl.sum(tl.load(parts + BEHIND, mask=in_c[:, None], other=0.0), 1) / (HW * GROUP)
         if BACKWARD:
-            known = _known(statistics, shift, STRIDE, weight, bias, picture, channel, exists, C, GROUP)
-            rstd, less, w, b = known
+            known = _known(statistics, shift, STRIDE, weight, bias, image, channel, in_c, C, GROUP)
+            rstd, hat_offset, w, b = known
         else:
             rstd = _deviation(first, second, eps)
-            mean = first + _first_values(x, shift, STRIDE, picture, channel, exists, HW, C, GROUP)
-            leads = exists & (channel % GROUP == 0) & (tl.program_id(1) == 0)
+            mean = first + _first_values(x, shift, STRIDE, image, channel, in_c, HW, C, GROUP)
+            leads = in_c & (channel % GROUP == 0) & (tl.program_id(1) == 0)
             tl.store(statistics + group * 2, mean, mask=leads)
             tl.store(statistics + group * 2 + 1, rstd, mask=leads)
-            slope = rstd * _of_channels(weight, channel, exists)
-            offset = _of_channels(bias, channel, exists)
-            offset += (_shift_of(shift, STRIDE, picture, channel, exists) - mean) * slope
+            slope = rstd * _of_channels(weight, channel, in_c)
+            offset = _of_channels(bias, channel, in_c)
+            offset += (_shift_of(shift, STRIDE, image, channel, in_c) - mean) * slope
         for row in range(start, end, ROWS):
-            begin, place, inside = _tile(picture, row, end, channel, exists, HW, C, ROWS)
+            begin, at, inside = _tile(image, row, end, channel, in_c, HW, C, ROWS)
             if BACKWARD:
-                dz, hat = _backward(value.to(tl.float32), above.to(tl.float32), rstd, less, w, b, SILU)
+                dz, hat = _backward(value.to(tl.float32), grad_value.to(tl.float32), rstd, hat_offset, w, b, SILU)
                 result = rstd[None, :] * (dz - first[None, :] - hat * second[None, :])
-                result += added.to(tl.float32)
+                result += skip_value.to(tl.float32)
             else:
                 result = _forward(value.to(tl.float32), slope, offset, SILU)
-            tl.store(out + begin + place, result.to(out.dtype.element_ty), mask=inside)
-            begin, place, inside = _tile(picture, row + ROWS, end, channel, exists, HW, C, ROWS)
-            value = tl.load(x + begin + place, mask=inside, other=0.0)
+            tl.store(out + begin + at, result.to(out.dtype.element_ty), mask=inside)
+            begin, at, inside = _tile(image, row + ROWS, end, channel, in_c, HW, C, ROWS)
+            value = tl.load(x + begin + at, mask=inside, other=0.0)
             if BACKWARD:
-                above = tl.load(grad + begin + place, mask=inside, other=0.0)
-                added = tl.load(more + begin + place, mask=inside & (ADD != 0), other=0.0)
+                grad_value = tl.load(grad + begin + at, mask=inside, other=0.0)
+                skip_value = tl.load(skip_grad + begin + at, mask=inside & (ADD != 0), other=0.0)
 
 
 class GroupNormSilu(torch.autograd.Function):
-    """(x, group norm (Wu & He 2018) of x + shift, after its SiLU) of x [n, c, h, w] in channels-last layout.
+    """(x, F.silu(F.group_norm(x + shift[:, :, None, None], groups, weight, bias, eps))) of x [n, c, h, w], channels-last.
 
-    shift is [n, c] or None and gets no gradient, weight and bias [c] are frozen. Sums are float32. Of the
-    forward pass x is kept, and of each group its mean and deviation. x itself is returned for what else reads
-    it, so that the backward pass need not add its gradient to the norm's by another kernel.
+    Without `silu` the norm alone (Wu & He 2018). shift is [n, c] or None and gets no gradient, weight and bias [c] are
+    frozen. Sums are float32. The backward pass needs x, and the mean and deviation of each group. x itself is returned
+    for its other readers, so that their gradient is added inside the norm's backward kernel.
     """
 
     @staticmethod
@@ -286,26 +289,26 @@ class GroupNormSilu(torch.autograd.Function):
         return x, group_norm(pixels, shift, None, None, statistics, weight, bias, groups, eps, silu)
 
     @staticmethod
-    def backward(ctx, more, grad):
+    def backward(ctx, skip_grad, grad):
         x, shift, weight, bias, statistics = ctx.saved_tensors
         if grad is None:
-            return more, *[None] * 6
-        grads = (g if g is None else g.contiguous(memory_format=torch.channels_last) for g in (grad, more))
+            return skip_grad, *[None] * 6
+        grads = (g if g is None else g.contiguous(memory_format=torch.channels_last) for g in (grad, skip_grad))
         grad_x = group_norm(x, shift, *grads, statistics, weight, bias, *ctx.settings)
         return grad_x, *[None] * 6
 
 
-def group_norm(x, shift, grad, more, statistics, weight, bias, groups, eps, silu):
-    """Launch either pass. Backward adds `more`, if it is not None."""
+def group_norm(x, shift, grad, skip_grad, statistics, weight, bias, groups, eps, silu):
+    """Launch the forward pass, or with `grad` the backward pass, which adds `skip_grad` unless it is None."""
     n, channels, height, width = x.shape
     pixels, group = height * width, channels // groups
-    given = grad is not None
+    backward = grad is not None
     shifted = (x, -1) if shift is None else (shift, shift.stride(0))
-    inputs = x, *shifted, grad if given else x, statistics, weight, bias
+    inputs = x, *shifted, grad if backward else x, statistics, weight, bias
     out = torch.empty_like(x)
-    outputs = eps, *((x, 0) if more is None else (more, 1)), out
-    # Compiled anew for each of these, so what does not need to be known beforehand is not here.
-    known = dict(GROUP=group, BACKWARD=given)
+    outputs = eps, *((x, 0) if skip_grad is None else (skip_grad, 1)), out
+    # A kernel is compiled for each value of these, so nothing is here that need not be known beforehand.
+    constants = dict(GROUP=group, BACKWARD=backward)
     wide = triton.next_power_of_2(group)
     if pixels * wide <= WHOLE:
         rows = WHOLE // wide
@@ -313,31 +316,31 @@ def group_norm(x, shift, grad, more, statistics, weight, bias, groups, eps, silu
             rows //= 4
         warps = max(1, min(16, rows * wide // 1024))
         _norm_whole[n * groups,](
-            *inputs, pixels, channels, int(silu), *outputs, WIDTH=wide, ROWS=rows, num_warps=warps, **known
+            *inputs, pixels, channels, int(silu), *outputs, WIDTH=wide, ROWS=rows, num_warps=warps, **constants
         )
         return out
-    span = channels_of_a_program(channels, group)
-    parts = next(each[1 + given] for each in PARTS if pixels <= each[0])
+    span = _channels_of_a_program(channels, group)
+    parts = next(each[1 + backward] for each in PARTS if pixels <= each[0])
     sums = x.new_empty(2, n * groups, parts, dtype=torch.float32)
     inputs, others = (*inputs, sums, pixels), (channels, int(silu), n * groups * parts)
     wide = triton.next_power_of_2(span)
     rows = max(1, SUMMED // wide)
     _norm_sums[n * channels // span, parts](
-        *inputs, triton.cdiv(pixels, parts), *others, SPAN=span, WIDTH=wide, ROWS=rows, num_warps=1, **known
+        *inputs, triton.cdiv(pixels, parts), *others, SPAN=span, WIDTH=wide, ROWS=rows, num_warps=1, **constants
     )
     wide = min(ACROSS, triton.next_power_of_2(channels))
     rows, blocks = APPLIED // wide, n * triton.cdiv(channels, wide)
     programs = max(1, min(triton.cdiv(pixels, rows), PROGRAMS // blocks))
     each = triton.cdiv(triton.cdiv(pixels, programs), rows) * rows
     _norm_apply[blocks, triton.cdiv(pixels, each)](
-        *inputs, each, *others, *outputs, WIDTH=wide, ROWS=rows, PARTS=parts, num_warps=4, **known
+        *inputs, each, *others, *outputs, WIDTH=wide, ROWS=rows, PARTS=parts, num_warps=4, **constants
     )
     return out
 
 
-def channels_of_a_program(channels, group):
-    """Whole groups, together if possible a multiple of the eight channels that a thread reads at once, and 32 or more:
-    at 64 bytes a pixel little is read in vain."""
+def _channels_of_a_program(channels, group):
+    """Whole groups, if possible a multiple of the eight channels that a thread reads at once, and 32 or more: 64 bytes
+    of a pixel at once waste little of a read."""
     span = math.lcm(group, 8)
     if channels % span:
         return group

@@ -1,8 +1,7 @@
-"""LoRA and DoRA layers as a few matrix products, and layers that read the same input as one product.
+"""LoRA and DoRA layers as a few matrix products, and layers with the same input as one layer.
 
-PEFT's layer launches some 14 kernels forward, and at batch 1 each takes a few microseconds whatever it
-does. Here a layer is two products forward and five backward, and so are all the layers of a FusedLinear
-together: their weights and then their A lie one behind the other, as one matrix.
+PEFT's layer launches some 14 kernels forward, and at batch 1 each takes a few microseconds whatever its size. Here an
+adapted layer takes two products forward and five backward, and so do all the layers of a FusedLinear together.
 """
 
 import contextlib
@@ -17,87 +16,101 @@ from lib import adapters
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """factor (x W^T + scale (x A^T) B^T) + bias, with W and its bias frozen; a factor of None is 1.
+    """LoRA or DoRA around a frozen linear layer, or around n of them that read the same input.
 
-    Of n layers side by side: x [..., in] and `matrix`, which is W [outputs of all, in] and below it A [n rank, in],
-    so that one product gives both x W^T and x A^T; what lies below that is zero, and so is what lies behind the
-    [outputs] of bias, which may be None. `a` is that part of the matrix again, to be given its gradient. B is block
-    diagonal; `blocks` are tensors [layers, out, rank] of neighbours that have as many outputs, together those of the
-    first n. Layers behind them have no B and are W alone. All are of one type.
-    With DoRA, where each layer has a B, factor and inverse, float32 [outputs], are magnitude / norm and
-    1 / norm; the magnitude itself [outputs] is only there to be given its gradient.
-    `into` is None or a Gradients: the backward pass then writes those of A and of the blocks there, and returns none.
+        y = c * (x Wᵀ + scale * (x Aᵀ) Bᵀ) + bias, where c = 1 for LoRA and c = magnitude / ‖W + scale * B A‖ for DoRA
 
-    The low-rank product is added to the large one where that is written (one rounding less than adding
-    two results), and the backward pass likewise adds to the gradient of x.
+    For LoRA and one layer it equals F.linear(x, W, bias) + scale * F.linear(F.linear(x, A), B).
+
+    `matrix` stacks W, A and zero padding: one product gives both x Wᵀ and x Aᵀ. B is block diagonal: each of `blocks`
+    holds neighbouring layers with equally many outputs, and together they hold the first n layers. The layers behind
+    those have no adapter (for DoRA every layer has one). All tensors have one type but for the float32 ones.
+    `magnitude` and `a`, which is part of `matrix`, are arguments only to receive their gradients. With `gradients` the
+    backward pass writes those of A and B there and returns none.
+
+    The low-rank product is added where the large one is written, which saves a rounding; the backward pass adds to the
+    gradient of x in the same way.
     """
 
     @staticmethod
-    def forward(ctx, x, matrix, outputs, bias, scale, factor, inverse, magnitude, into, a, *blocks):
+    def forward(
+        ctx,
+        x,  # [..., in]
+        matrix,  # [out + n * rank + pad, in]
+        out_features,
+        bias,  # [out + n * rank + pad], zero behind the outputs; or None
+        scale,
+        dora_factor,  # c, float32 [out]; None for LoRA
+        inverse_norm,  # 1 / ‖W + scale * B A‖, float32 [out]; None for LoRA
+        magnitude,  # [out]; None for LoRA
+        gradients,  # Gradients or None
+        a,  # [n * rank, in]
+        *blocks,  # of B, [layers, out of one, rank] each
+    ):
         rows = x.reshape(-1, x.shape[-1])
-        both = F.linear(rows, matrix, bias if factor is None else None)
-        # Views: while `low` is kept for the backward pass, so are the outputs.
-        out, low = both[:, :outputs], both[:, outputs : outputs + len(a)]
-        for to, of, b in _parts(out, low, blocks):
+        both = F.linear(rows, matrix, bias if dora_factor is None else None)
+        # Views: as long as `low` is kept for the backward pass, the outputs are too.
+        out, low = both[:, :out_features], both[:, out_features : out_features + len(a)]
+        for block_out, block_low, b in _parts(out, low, blocks):
             if len(b) == 1:
-                to[0].addmm_(of[0], b[0].T, alpha=scale)
+                block_out[0].addmm_(block_low[0], b[0].T, alpha=scale)
             else:
-                to.baddbmm_(of, b.mT, alpha=scale)
+                block_out.baddbmm_(block_low, b.mT, alpha=scale)
         direction = None
-        if factor is not None:
+        if dora_factor is not None:
             direction = out
-            out = torch.mul(direction, factor, out=torch.empty_like(direction))
+            out = torch.mul(direction, dora_factor, out=torch.empty_like(direction))
             if bias is not None:
-                out += bias[:outputs]
-        ctx.save_for_backward(rows, matrix, low, direction, factor, inverse, *blocks)
-        ctx.outputs, ctx.scale, ctx.into = outputs, scale, into
+                out += bias[:out_features]
+        ctx.save_for_backward(rows, matrix, low, direction, dora_factor, inverse_norm, *blocks)
+        ctx.out_features, ctx.scale, ctx.gradients = out_features, scale, gradients
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, matrix, low, direction, factor, inverse, *blocks = ctx.saved_tensors
-        weight, a = matrix[: ctx.outputs], matrix[ctx.outputs : ctx.outputs + low.shape[1]]
+        rows, matrix, low, direction, dora_factor, inverse_norm, *blocks = ctx.saved_tensors
+        weight, a = matrix[: ctx.out_features], matrix[ctx.out_features : ctx.out_features + low.shape[1]]
         shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])
         grad_magnitude = None
-        if factor is not None:
-            # In float32: a half-precision product of the two could overflow.
-            grad_magnitude = ((grad.float() * direction).sum(dim=0) * inverse).to(direction.dtype)
-            grad = torch.mul(grad, factor, out=torch.empty_like(grad))
+        if dora_factor is not None:
+            # In float32: the product of two half-precision numbers could overflow.
+            grad_magnitude = ((grad.float() * direction).sum(dim=0) * inverse_norm).to(direction.dtype)
+            grad = torch.mul(grad, dora_factor, out=torch.empty_like(grad))
         grad_low = grad.new_empty(low.shape)
-        for of, to, b in _parts(grad, grad_low, blocks):
+        for block_grad, block_low, b in _parts(grad, grad_low, blocks):
             if len(b) == 1:
-                torch.mm(of[0], b[0], out=to[0])
+                torch.mm(block_grad[0], b[0], out=block_low[0])
             else:
-                torch.bmm(of, b, out=to)
-        # Fresh tensors, or those of `into`, written here: gathering hundreds of small ones takes longer.
-        into = ctx.into or Gradients(torch.empty_like(a), [torch.empty_like(b) for b in blocks])
-        into.written += 1
-        for (of, with_low, b), to in zip(_parts(grad, low, blocks), into.blocks, strict=True):
+                torch.bmm(block_grad, b, out=block_low)
+        # Written in place: gathering hundreds of small tensors takes longer.
+        gradients = ctx.gradients or Gradients(torch.empty_like(a), [torch.empty_like(b) for b in blocks])
+        gradients.written += 1
+        for (block_grad, block_low, b), grad_b in zip(_parts(grad, low, blocks), gradients.blocks, strict=True):
             if len(b) == 1:
-                torch.mm(of[0].T, with_low[0], out=to[0])
+                torch.mm(block_grad[0].T, block_low[0], out=grad_b[0])
             else:
-                torch.bmm(of.mT, with_low, out=to)
+                torch.bmm(block_grad.mT, block_low, out=grad_b)
         if ctx.scale != 1:
             grad_low *= ctx.scale
-            for to in into.blocks:
-                to *= ctx.scale
+            for grad_b in gradients.blocks:
+                grad_b *= ctx.scale
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_low, a).view(*shape[:-1], -1)
-        torch.mm(grad_low.T, rows, out=into.a)
-        given = [None] * (1 + len(blocks)) if ctx.into else [into.a, *into.blocks]
-        return grad_x, *[None] * 6, grad_magnitude, None, *given
+        torch.mm(grad_low.T, rows, out=gradients.a)
+        returned = [None] * (1 + len(blocks)) if ctx.gradients else [gradients.a, *gradients.blocks]
+        return grad_x, *[None] * 6, grad_magnitude, None, *returned
 
 
 class Gradients:
-    """Where the gradients of a product's A and of its blocks of B go, and how often they were `written`."""
+    """Where a FusedLinear's gradients of A and of the blocks of B go, and how often they were `written`."""
 
     def __init__(self, a, blocks):
         self.a, self.blocks, self.written = a, blocks, 0
 
 
-def spans(blocks):
-    """For each of `blocks` of B, [layers, out, rank], where its layers' outputs and where their rows of A lie: slices."""
+def _spans(blocks):
+    """For each of `blocks` of B, [layers, out, rank], the slices of its outputs and of its rows of A."""
     column = row = 0
     for layers, out, rank in (b.shape for b in blocks):
         yield slice(column, column + layers * out), slice(row, row + layers * rank)
@@ -105,171 +118,215 @@ def spans(blocks):
 
 
 def _parts(outputs, low, blocks):
-    """For each of `blocks` its columns of `outputs` [rows, …] and of `low` [rows, …], both as
-    [layers, rows, columns of one], and itself."""
-    for b, (wide, thin) in zip(blocks, spans(blocks), strict=True):
+    """For each block b of B: its outputs [layers, rows, out] and its part of `low` [layers, rows, rank], both views of
+    [rows, …], and b."""
+    for b, (wide, thin) in zip(blocks, _spans(blocks), strict=True):
         both = (x.unflatten(1, (len(b), -1)) for x in (outputs[:, wide], low[:, thin]))
         yield *(x.transpose(0, 1) for x in both), b
 
 
 class FusedLinear:
-    """Linear layers that read the same input, computed as one: called with x [..., in] it returns their
-    outputs, in the layers' order.
+    """Linear layers that read the same input, computed as one: x [..., in] -> their outputs, in the layers' order.
 
-    `layers` are linear layers or PEFT's LoRA or DoRA layers around them, or both, of one rank and scale, all
-    with a bias or all without.
-    Their weights become views of one tensor on `device`. Those with LoRA compute with `a` and `blocks`, see
-    AdaptedLinear, which `bound` sets, and DoRA with what DoraFactors sets before.
+    `layers` are linear layers, PEFT's LoRA or DoRA layers around them, or both. They share one rank and scale, and all
+    or none have a bias. Their weights become views of `matrix` on `device`; see AdaptedLinear. Adapted layers also need
+    `bind`, and for DoRA a DoraFactors before it.
     """
 
     def __init__(self, layers, device):
-        def rank_in_row(layer):
+        def adapted_first(layer):
             return not isinstance(layer, LoraLayer), _base(layer).out_features
 
-        self.layers = sorted(layers, key=rank_in_row)
-        self.places = [self.layers.index(layer) for layer in layers]
+        self.layers = sorted(layers, key=adapted_first)
+        self.order = [self.layers.index(layer) for layer in layers]
         self.bases = [_base(layer) for layer in self.layers]
         self.adapted = [layer for layer in self.layers if isinstance(layer, LoraLayer)]
         self.scale = self.adapted[0].scaling["default"] if self.adapted else None
         self.without_lora = False
-        self.a, self.blocks, self.magnitude, self.factor, self.inverse = None, (), None, None, None
+        self.a, self.blocks, self.magnitude, self.dora_factor, self.inverse_norm = None, (), None, None, None
         self.gradients = None
         self.sizes = [base.out_features for base in self.bases]
+        self.total_rank = sum(layer.lora_A["default"].out_features for layer in self.adapted)
+        # Padded so that rows of outputs begin where kernels can read 16 values at once.
+        room = math.ceil(self.total_rank / 16) * 16
         weights = [base.weight.data for base in self.bases]
-        self.ranks = sum(layer.lora_A["default"].out_features for layer in self.adapted)
-        # Room for A, filled up so that rows of outputs begin where kernels can read 16 values at once.
-        room = math.ceil(self.ranks / 16) * 16
         weights.append(weights[0].new_zeros(room, weights[0].shape[1]))
-        self.move(torch.cat(weights).to(device))
+        self.set_matrix(torch.cat(weights).to(device))
         self.bias = None
-        if self.bases[0].bias is not None:  # then none of them lacks one
+        if self.bases[0].bias is not None:  # then every layer has one
             biases = [base.bias.data for base in self.bases]
             self.bias = torch.cat([*biases, biases[0].new_zeros(room)]).to(device)
             for base, part in zip(self.bases, self.bias.split([*self.sizes, room]), strict=False):
                 base.bias.data = part
 
-    def move(self, matrix):
-        """Compute with `matrix`, which holds what the present one does, and make the weights views of it."""
+    def set_matrix(self, matrix):
+        """Compute with `matrix`, a copy of the present one, and make the weights views of it. Only before `bind`."""
         if self.a is not None:
-            raise RuntimeError("a product is moved before it is bound, or its A would stay behind")
+            raise RuntimeError("the matrix of a bound FusedLinear cannot be replaced: A would stay in the old one")
         self.matrix, self.weight = matrix, matrix[: sum(self.sizes)]
         for base, part in zip(self.bases, self.weight.split(self.sizes), strict=True):
             base.weight.data = part
 
     def factors(self):
-        """PEFT's parameters in the order in which they make A and the blocks of B: a list."""
+        """PEFT's parameters in the order of A and of the blocks of B: a list."""
         a = [layer.lora_A["default"].weight for layer in self.adapted]
         return a + [layer.lora_B["default"].weight for layer in self.adapted]
 
     def magnitudes(self):
-        """DoRA's, in the layers' order: a list, empty for LoRA."""
+        """DoRA's magnitudes in the layers' order: a list, empty for LoRA."""
         return [layer.lora_magnitude_vector["default"].weight for layer in self.adapted if layer.lora_magnitude_vector]
 
     def block_shapes(self):
-        """Of the blocks of B, (layers, out, rank) each."""
+        """(layers, out, rank) of each block of B."""
         rank = self.adapted[0].lora_A["default"].weight.shape[0]
         sizes = itertools.groupby(_base(layer).out_features for layer in self.adapted)
         return [(len(list(equal)), out, rank) for out, equal in sizes]
 
-    def joint(self, x):
-        """The outputs of all, side by side [..., outputs], in the order of `self.layers`."""
+    def concatenated(self, x):
+        """The outputs side by side, [..., sum of outputs], in the order of `self.layers`."""
         if self.without_lora or not self.adapted:
             bias = None if self.bias is None else self.bias[: len(self.weight)]
             return F.linear(x, self.weight, bias)
-        return AdaptedLinear.apply(
-            x,
-            self.matrix,
-            len(self.weight),
-            self.bias,
-            self.scale,
-            self.factor,
-            self.inverse,
-            self.magnitude,
-            self.gradients,
-            self.a,
-            *self.blocks,
-        )
+        dora = self.dora_factor, self.inverse_norm, self.magnitude
+        inputs = x, self.matrix, len(self.weight), self.bias, self.scale
+        return AdaptedLinear.apply(*inputs, *dora, self.gradients, self.a, *self.blocks)
 
     def __call__(self, x):
-        parts = self.joint(x).split(self.sizes, dim=-1)
-        return [parts[place] for place in self.places]
+        parts = self.concatenated(x).split(self.sizes, dim=-1)
+        return [parts[place] for place in self.order]
 
 
 def _base(layer):
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
-def fuse_lora(model, joined, device):
-    """Compute every LoRA layer of `model` with AdaptedLinear from now on; returns its Products, which
-    have to be bound to parameters (`bound`).
+class DoraFactors:
+    """magnitude / ‖W + s B A‖ of every DoRA layer, in tensors at fixed addresses that AdaptedLinear reads.
 
-    `joined` are the Products of layers that are computed together; each other layer becomes one alone.
+    The norms are those of the rows, and constants to the gradient (Liu et al. 2024, section 4.3,
+    https://arxiv.org/abs/2402.09353). PEFT builds the whole product B A for them, in each layer at each call. Here thin
+    products are enough, for all layers of one shape at once and once a pass:
+
+        ‖W + s B A‖² = ‖W‖² + s rowsum((2 W Aᵀ + s B A Aᵀ) ∘ B)
+
+    The matrices of `fused_layers` of one shape become views of one tensor, so `bind` comes afterwards.
     """
-    elsewhere = {layer for product in joined for layer in product.layers}
-    products = list(joined)
+
+    def __init__(self, fused_layers):
+        self.layers = layers = [layer for layer in fused_layers if layer.adapted]
+        sizes = [len(layer.weight) for layer in layers]
+        device = layers[0].weight.device
+        self.factors, self.inverse_norms = torch.zeros(2, sum(sizes), device=device)
+        by_shape, self.groups = {}, []
+        views = zip(self.factors.split(sizes), self.inverse_norms.split(sizes), strict=True)
+        for layer, (layer.dora_factor, layer.inverse_norm) in zip(layers, views, strict=True):
+            by_shape.setdefault((layer.matrix.shape, *layer.block_shapes()), []).append(layer)
+        for group in by_shape.values():
+            matrices = torch.stack([layer.matrix for layer in group])
+            for layer, matrix in zip(group, matrices, strict=True):
+                layer.set_matrix(matrix)
+            weights = matrices[:, : len(group[0].weight)]
+            squares = torch.linalg.vector_norm(weights, dim=-1, dtype=torch.float32).square()
+            self.groups.append((group, weights, squares))
+
+    @torch.no_grad()
+    def refresh(self, magnitudes):
+        """Follow the layers' A and B, and `magnitudes`, float32 [outputs of all layers]."""
+        inverse_norms = {}
+        for group, weights, squares in self.groups:
+            of_group = self.squared_norms(group, weights, squares).rsqrt()
+            inverse_norms |= zip(group, of_group, strict=True)
+        torch.cat([inverse_norms[layer] for layer in self.layers], out=self.inverse_norms)
+        torch.mul(magnitudes, self.inverse_norms, out=self.factors)
+
+    @staticmethod
+    def squared_norms(group, weights, squares):
+        """‖W + s B A‖² of fused layers of one shape, [fused layers, outputs], from W and ‖W‖²."""
+        scale, parts = group[0].scale, []
+        for number, (outputs, rows) in enumerate(_spans(group[0].blocks)):
+            b = torch.stack([fused.blocks[number] for fused in group], dim=1)  # [layers, fused layers, out, rank]
+            a = torch.stack([fused.a[rows].unflatten(0, (len(b), -1)) for fused in group], dim=1)
+            w = weights[:, outputs].unflatten(1, (len(b), -1)).transpose(0, 1)
+            if 1 in b.shape[:2]:  # then all of w is one batch, still a view
+                w, a, b = (x.flatten(0, 1)[None] for x in (w, a, b))
+            inner = [
+                torch.baddbmm(w_ @ a_.mT, b_, a_ @ a_.mT, beta=2, alpha=scale).float() * b_
+                for w_, a_, b_ in zip(w, a, b, strict=True)
+            ]
+            sums = torch.stack(inner).sum(dim=-1).view(-1, len(group), b.shape[2])
+            parts.append(sums.transpose(0, 1).flatten(1))
+        return squares + scale * torch.cat(parts, dim=-1)
+
+
+def fuse_lora(model, fused_layers, device):
+    """Compute every LoRA layer of `model` with AdaptedLinear from now on; returns all of its FusedLinear, to `bind`.
+
+    `fused_layers` are from `fuse_projections`; each remaining LoRA layer becomes a FusedLinear of its own.
+    """
+    in_groups = {layer for fused in fused_layers for layer in fused.layers}
+    model.fused_layers = list(fused_layers)
     for layer in adapters.lora_layers(model).values():
-        if layer not in elsewhere:
-            products.append(FusedLinear([layer], device))
-            layer.forward = products[-1].joint
-    model.products = products
-    return products
+        if layer not in in_groups:
+            model.fused_layers.append(FusedLinear([layer], device))
+            layer.forward = model.fused_layers[-1].concatenated
+    return model.fused_layers
 
 
-def bound(products, vector, gradient=None):
-    """Let `products` compute with a flat `vector`, of what `trained_weights` gives one behind the other: (leaves,
-    copies). The leaves of autograd's graph are in that order, views of the vector but for each product's A,
-    which lies below its weights. Whenever the vector has changed, `copies`, (to, from), has to be brought up to date.
+def bind(fused_layers, vector, gradient=None):
+    """Bind each fused layer to its slice of the flat parameter `vector`, in the order of `trained_weights`.
 
-    With a flat `gradient` of the vector's size the backward pass writes those of A and B there, and gives the leaves
-    none, but for DoRA's magnitudes, which come last.
+    Returns (leaves, copies). The leaves of autograd's graph are views of the vector, except for A, which is part of
+    each layer's `matrix`: whenever the vector has changed, `copies`, (to, from), must be copied.
+    With a flat `gradient` of the vector's size the backward pass writes the gradients of A and B there, and only DoRA's
+    magnitudes, the last leaves, get one from autograd.
     """
-    leaves, to, of, place = [], [], [], 0
+    leaves, to, of, begin = [], [], [], 0
 
     def take(*shape):
-        """The next part of both vectors."""
-        nonlocal place
-        end = place + math.prod(shape)
-        parts = [x if x is None else x[place:end].view(shape).detach() for x in (vector, gradient)]
-        place = end
+        """The next slice of the vector and of the gradient."""
+        nonlocal begin
+        end = begin + math.prod(shape)
+        parts = [x if x is None else x[begin:end].view(shape).detach() for x in (vector, gradient)]
+        begin = end
         return parts
 
     def leaf(part):
         leaves.append(part.detach().requires_grad_())
         return leaves[-1]
 
-    for product in products:
-        if product.adapted:
-            outputs = len(product.weight)
-            a = product.matrix[outputs : outputs + product.ranks]
+    for fused in fused_layers:
+        if fused.adapted:
+            outputs = len(fused.weight)
+            a = fused.matrix[outputs : outputs + fused.total_rank]
             value, grad_a = take(*a.shape)
             to.append(a)
             of.append(value)
-            product.a = leaf(a)
-            blocks = [take(*shape) for shape in product.block_shapes()]
-            product.blocks = [leaf(block) for block, _ in blocks]
+            fused.a = leaf(a)
+            blocks = [take(*shape) for shape in fused.block_shapes()]
+            fused.blocks = [leaf(block) for block, _ in blocks]
             if gradient is not None:
-                product.gradients = Gradients(grad_a, [grad for _, grad in blocks])
-    for product in products:
-        if product.magnitudes():
-            product.magnitude = leaf(take(len(product.weight))[0])
+                fused.gradients = Gradients(grad_a, [grad for _, grad in blocks])
+    for fused in fused_layers:
+        if fused.magnitudes():
+            fused.magnitude = leaf(take(len(fused.weight))[0])
     torch._foreach_copy_(to, of)
     return leaves, (to, of)
 
 
-def trained_weights(products):
-    """PEFT's parameters in the order of the flat vector: A and B of each product, then all magnitudes."""
-    factors = [weight for product in products for weight in product.factors()]
-    return factors + [magnitude for product in products for magnitude in product.magnitudes()]
+def trained_weights(fused_layers):
+    """PEFT's parameters in the order of the flat vector: A and B of each fused layer, then all magnitudes."""
+    factors = [weight for fused in fused_layers for weight in fused.factors()]
+    return factors + [magnitude for fused in fused_layers for magnitude in fused.magnitudes()]
 
 
 @contextlib.contextmanager
 def without_lora(model):
-    """Inside, `model` computes what its base model does: the base layers alone."""
-    products = model.products if adapters.lora_layers(model) else []
-    for product in products:
-        product.without_lora = True
+    """Inside, `model` computes what its base model does."""
+    fused_layers = model.fused_layers if adapters.lora_layers(model) else []
+    for fused in fused_layers:
+        fused.without_lora = True
     try:
         yield
     finally:
-        for product in products:
-            product.without_lora = False
+        for fused in fused_layers:
+            fused.without_lora = False

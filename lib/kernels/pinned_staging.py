@@ -1,19 +1,19 @@
-"""Memory of the host that a GPU copies from and to while the host goes on.
+"""Copies between the host and a GPU that the host does not wait for, through pinned memory.
 
-Such a copy is only begun when the call returns, so what it reads must stay as it is until it is done: there
-are several places, and each is used again when the copy that had it has ended.
+Such a copy has only started when its call returns, so its source must not change until it has finished. Several buffers
+are used in turn, each again when its last copy has finished.
 """
 
 from collections import deque
 
 import torch
 
-AHEAD = 2  # steps that the host may be ahead of the GPU
+STEPS_AHEAD = 2  # how far the host may be ahead of the GPU
 ALIGNMENT = 256  # bytes, as PyTorch's own allocations
 
 
-class Done:
-    """A CPU's stand-in for torch.cuda.Event: there a copy has ended when its call returns."""
+class CompletedEvent:
+    """Stands in for torch.cuda.Event on a CPU, where a copy has finished when its call returns."""
 
     def record(self):
         pass
@@ -22,78 +22,79 @@ class Done:
         pass
 
 
-def event(device):
-    """What can be recorded and waited for: where a GPU's work has come to when it is recorded."""
-    return torch.cuda.Event() if device.type == "cuda" else Done()
+def new_event(device):
+    """An event to record in a GPU's stream and to wait for."""
+    return torch.cuda.Event() if device.type == "cuda" else CompletedEvent()
 
 
-def places(like, count):
-    """[(tensor on the host, event)]: so many, of the shape and type of the tensor `like`, for copies to and
-    from its device; the events are to be recorded behind the copies."""
+def pinned_buffers(like, count):
+    """[(tensor on the host, event)] * count, of the shape and type of `like`, for copies to and from its device. Record
+    the event after each copy."""
     on_gpu = like.device.type == "cuda"
-    return [(torch.zeros(like.shape, dtype=like.dtype, pin_memory=on_gpu), event(like.device)) for _ in range(count)]
+    return [
+        (torch.zeros(like.shape, dtype=like.dtype, pin_memory=on_gpu), new_event(like.device)) for _ in range(count)
+    ]
 
 
-def sent(tensor, device):
-    """A tensor on `device` to which that of the host is being copied."""
+def to_device(tensor, device):
+    """A tensor on `device` that receives a copy of `tensor`, from the host."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def fetched(tensor):
-    """(a tensor on the host to which this one is being copied, the event after which it is there)"""
-    copied = event(tensor.device)
+def to_host(tensor):
+    """(a tensor on the host that receives a copy of `tensor`, the event after which the copy is complete)"""
+    copied = new_event(tensor.device)
     copy = tensor.to("cpu", non_blocking=True)
     copied.record()
     return copy, copied
 
 
-class Pace:
-    """Keeps the host so many steps `ahead` of the GPU, at most."""
+class Throttle:
+    """Keeps the host at most `ahead` steps ahead of the GPU. Call `step` after each step."""
 
     def __init__(self, device, ahead):
-        self.device, self.ahead, self.begun = device, ahead, deque()
+        self.device, self.ahead, self.steps = device, ahead, deque()
 
     def step(self):
-        """To be called behind each step."""
-        self.begun.append(event(self.device))
-        self.begun[-1].record()
-        if len(self.begun) > self.ahead:
-            self.begun.popleft().synchronize()
+        self.steps.append(new_event(self.device))
+        self.steps[-1].record()
+        if len(self.steps) > self.ahead:
+            self.steps.popleft().synchronize()
 
 
-class Ring:
-    """The way of values from the host into `target`, a tensor on some device, with `places` to copy them from."""
+class Uploader:
+    """Copies values from the host into `target`, a tensor on any device, through `buffers` in turn."""
 
-    def __init__(self, target, places):
-        self.target, self.places, self.turn = target, places, 0
+    def __init__(self, target, buffers):
+        self.target, self.buffers, self.turn = target, buffers, 0
 
-    def place(self):
-        """The tensor to fill next: waits until the copy that was last begun from it has ended."""
-        values, copied = self.places[self.turn]
+    def buffer(self):
+        """The tensor to fill next; waits until its last copy has finished."""
+        values, copied = self.buffers[self.turn]
         copied.synchronize()
         return values
 
-    def send(self):
-        """Begin to copy what `place` gave, filled meanwhile, to the target."""
-        values, copied = self.places[self.turn]
+    def upload(self):
+        """Start to copy the filled `buffer` to the target."""
+        values, copied = self.buffers[self.turn]
         self.target.copy_(values, non_blocking=True)
         copied.record()
-        self.turn = (self.turn + 1) % len(self.places)
+        self.turn = (self.turn + 1) % len(self.buffers)
 
 
-def length(parts):
-    """How many bytes `divided` needs for `parts`."""
+def packed_size(parts):
+    """Bytes that `unpack` needs for `parts`."""
     return sum(map(_aligned, parts.values()))
 
 
-def divided(vector, parts):
-    """{name: tensor}: views of a vector of bytes as tensors of `parts`, {name: (shape, dtype)}."""
-    found, begin = {}, 0
+def unpack(vector, parts):
+    """{name: tensor}: views of a vector of bytes as the tensors of `parts`, {name: (shape, dtype)}."""
+    tensors, begin = {}, 0
     for name, (shape, dtype) in parts.items():
         end = begin + torch.Size(shape).numel() * dtype.itemsize
-        found[name] = vector[begin:end].view(dtype).view(shape)
+        tensors[name] = vector[begin:end].view(dtype).view(shape)
         begin += _aligned(parts[name])
-    return found
+    return tensors
 
 
 def _aligned(part):

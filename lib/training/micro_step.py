@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lib.kernels.attention import compile_attention
 from lib.kernels.channels_last import channels_last
+from lib.kernels.compiling import compile_attention
 from lib.kernels.graphs import captured
 from lib.kernels.lora import without_lora
-from lib.kernels.pinned_staging import AHEAD, Ring, divided, length, places
+from lib.kernels.pinned_staging import STEPS_AHEAD, Uploader, packed_size, pinned_buffers, unpack
 
 
 def diffusion_loss(
@@ -34,7 +34,7 @@ def diffusion_loss(
         |u + g (c - u) - target|^2 / g
 
     c is the prediction with the adapter under the caption, u the base model's without text: `no_text` holds the hidden
-    states of the empty prompt [n, 77, d], or the keys and values that `unet.texts` computes from them. Classifier-free
+    states of the empty prompt [n, 77, d], or the keys and values that `unet.text_keys_values` computes from them. Classifier-free
     guidance (Ho & Salimans 2022) generates with that combination, so an adapter that leaves u alone would otherwise be
     amplified g times. Divided by g, the gradient keeps the size that it has at g = 1.
     """
@@ -84,9 +84,9 @@ class Buffers:
         )
         if masked:
             parts["weights"] = (batch_size, 1, *shape[1:]), torch.float32
-        vector = torch.zeros(length(parts), dtype=torch.uint8, device=device)
-        self.ring = Ring(vector, places(vector, AHEAD + 1))
-        self.inputs = SimpleNamespace(**dict(weights=None) | divided(vector, parts))
+        vector = torch.zeros(packed_size(parts), dtype=torch.uint8, device=device)
+        self.uploader = Uploader(vector, pinned_buffers(vector, STEPS_AHEAD + 1))
+        self.inputs = SimpleNamespace(**dict(weights=None) | unpack(vector, parts))
         if masked:
             self.inputs.weights.fill_(1)
         self.sample_losses = torch.zeros(batch_size, device=device)
@@ -94,10 +94,10 @@ class Buffers:
 
     def fill(self, **columns):
         """Begin to copy the inputs; each of `columns` has a value per image."""
-        to = divided(self.ring.place(), self.parts)
+        to = unpack(self.uploader.buffer(), self.parts)
         for name, values in columns.items():
             torch.stack([torch.as_tensor(value) for value in values], out=to[name])
-        self.ring.send()
+        self.uploader.upload()
 
 
 class MicroStep:
@@ -192,9 +192,9 @@ class MicroStep:
     @torch.no_grad()
     def project_no_text(self):
         """Replace the hidden states of no text by the base UNet's keys and values: they are the same in every step."""
-        if hasattr(self.unet, "texts"):  # see lib/kernels/fused_projections.py
+        if hasattr(self.unet, "text_keys_values"):  # see lib/kernels/fused_projections.py
             with without_lora(self.unet):
-                self.no_text = self.unet.texts(self.no_text)
+                self.no_text = self.unet.text_keys_values(self.no_text)
 
     def begin_sum(self):
         """Zero the gradient and the loss before a step; without accumulation the pass overwrites them."""

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from lib import adapters
-from lib.kernels.dora import DoraFactors
-from lib.kernels.fused_projections import join
-from lib.kernels.lora import bound, fuse_lora, trained_weights
+from lib.kernels.fused_projections import fuse_projections
+from lib.kernels.lora import DoraFactors, bind, fuse_lora, trained_weights
 
 
 @dataclass
@@ -44,16 +43,16 @@ class LoraParameters:
 
     def expect_gradients(self):
         """Called before a backward pass; an earlier one may have failed midway."""
-        for product in self.model.products:
-            if product.gradients:
-                product.gradients.written = 0
+        for fused in self.model.fused_layers:
+            if fused.gradients:
+                fused.gradients.written = 0
 
     def add_gradients(self, of_leaves, overwrite):
         """Add the gradient that the backward pass wrote to that of `flat`, or `overwrite` it.
 
         `of_leaves` are autograd's, None except for DoRA's magnitudes.
         """
-        times = {p.gradients.written for p in self.model.products if p.gradients}
+        times = {fused.gradients.written for fused in self.model.fused_layers if fused.gradients}
         if times != {1}:
             raise RuntimeError(f"each layer has one gradient per pass, not {sorted(times)}")
         magnitudes = [gradient for gradient in of_leaves if gradient is not None]
@@ -100,33 +99,33 @@ def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtyp
     """
     model.requires_grad_(False)
     names = {layer: name for name, layer in adapters.add_lora(model, rank, alpha, targets, dora).items()}
-    products = fuse_lora(model, join(model, device, dora), device)
+    fused_layers = fuse_lora(model, fuse_projections(model, device, dora), device)
     # Not .train(): SD1.5 has no dropout, and diffusers' blocks would copy to another layout.
     model.to(device).eval()
-    parameters = trained_weights(products)
+    parameters = trained_weights(fused_layers)
     flat, working = flatten_parameters(parameters, dtype)
-    factors = DoraFactors(products) if dora else None
+    factors = DoraFactors(fused_layers) if dora else None
     gradient = torch.zeros_like(working)
-    leaves, copies = bound(products, working, gradient)
+    leaves, copies = bind(fused_layers, working, gradient)
     projected = []
     if projections:
-        projected = projected_rows(products, lambda product: projections[names[product.adapted[0]]])
+        projected = projected_rows(fused_layers, lambda fused: projections[names[fused.adapted[0]]])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trainable != flat.numel():
         raise RuntimeError(f"{trainable} trainable parameters, but {flat.numel()} in the vector")
     return LoraParameters(model, learning_rate, parameters, leaves, copies, flat, working, gradient, projected, factors)
 
 
-def projected_rows(products, projection_of):
-    """[(slice of the flat vector, projection, A below the product's weights)] of the adapted products.
+def projected_rows(fused_layers, projection_of):
+    """[(slice of the flat vector, projection, A in the layer's matrix)] of the adapted fused layers.
 
-    `projection_of` is a function of a product; see `bound` for the order of the vector.
+    `projection_of` is a function of a fused layer; see `bind` for the order of the vector.
     """
     projected, place = [], 0
-    for product in filter(lambda product: product.adapted, products):
-        rows = slice(place, place + product.a.numel())
-        projected.append((rows, projection_of(product), product.a.data))
-        place += sum(weight.numel() for weight in product.factors())
+    for fused in filter(lambda fused: fused.adapted, fused_layers):
+        rows = slice(place, place + fused.a.numel())
+        projected.append((rows, projection_of(fused), fused.a.data))
+        place += sum(weight.numel() for weight in fused.factors())
     return projected
 
 

@@ -12,7 +12,7 @@ import torch
 from lib.kernels import adamw8bit
 from lib.kernels.adamw8bit import missing_kernels
 from lib.kernels.graphs import captured
-from lib.kernels.pinned_staging import AHEAD, Ring, places
+from lib.kernels.pinned_staging import STEPS_AHEAD, Uploader, pinned_buffers
 from lib.training.optimizer import eight_bit_states
 
 LOSS_OR_GRADIENT = "the loss or its gradient is NaN or infinite"
@@ -98,7 +98,7 @@ class PlainUpdates:
 class CapturedUpdates:
     """Updates by a CUDA graph, with the `states` from `eight_bit_states`; see `make_updates` and PlainUpdates.
 
-    The host is at most AHEAD steps ahead of the GPU. It reads the outcome of a step that much later, or in `settle`;
+    The host is at most STEPS_AHEAD steps ahead of the GPU. It reads the outcome of a step that much later, or in `settle`;
     until then `progress.skipped`, `progress.updates` and the step count in the optimizer's state lag behind.
     """
 
@@ -109,12 +109,12 @@ class CapturedUpdates:
         self.group = optimizer.param_groups[0]  # all have the same betas, eps and weight_decay
         device = micro.gradient.device
         self.rates, self.control = torch.zeros(len(states), device=device), torch.zeros(4, device=device)
-        self.rates_sent = Ring(self.rates, places(self.rates, AHEAD + 1))
+        self.rates_sent = Uploader(self.rates, pinned_buffers(self.rates, STEPS_AHEAD + 1))
         # Written by `decide`. HALTED: capturing calls the update, which must not change anything.
         counts = [progress.updates, progress.skipped, 0, adamw8bit.HALTED]
         self.outcome = torch.tensor(counts, dtype=torch.int32, device=device)
-        self.unread = deque()  # (step, images, the place of its outcome, event), oldest first
-        self.places = places(self.outcome, AHEAD + 1)
+        self.unread = deque()  # (step, images, the buffer of its outcome, event), oldest first
+        self.buffers = pinned_buffers(self.outcome, STEPS_AHEAD + 1)
         if self.scaler is not None:
             self.scaler.scale(micro.loss)  # creates its tensors
         (self.update,) = captured([self.launch], device)
@@ -141,18 +141,18 @@ class CapturedUpdates:
 
     def step(self, factor, images):
         rates = [part.learning_rate * factor for part in self.micro.trained.values()]
-        self.rates_sent.place().copy_(torch.tensor(rates))
-        self.rates_sent.send()
+        self.rates_sent.buffer().copy_(torch.tensor(rates))
+        self.rates_sent.upload()
         average(self.micro.gradient, self.processes)  # its last element, the loss, too: not finite if any is not
         self.update()
-        # Free: its last outcome, AHEAD + 1 steps old, has been read.
-        place, copied = self.places[self.progress.step % len(self.places)]
-        place.copy_(self.outcome, non_blocking=True)
+        # Free: its last outcome, STEPS_AHEAD + 1 steps old, has been read.
+        buffer, copied = self.buffers[self.progress.step % len(self.buffers)]
+        buffer.copy_(self.outcome, non_blocking=True)
         copied.record()
-        self.unread.append((self.progress.step, images, place, copied))
+        self.unread.append((self.progress.step, images, buffer, copied))
         self.progress.step += 1
         self.progress.loss_count += 1
-        self.read(AHEAD)
+        self.read(STEPS_AHEAD)
 
     def settle(self):
         self.read(0)
