@@ -49,7 +49,7 @@ CONFIG = dict(
     protected_prompts=None,  # a text file, one prompt per line; None: no protection
     protected_class=None,  # replaces {class} in that file; None: the noun of the caption
     protection_ridge=1e-4,  # smaller values remove more directions
-    loss_guidance_scale=(1.0, 1.0),  # range of the guidance in the loss, drawn evenly; 1: the ordinary loss
+    loss_guidance_scale=(1.0, 1.0),  # guidance in the loss, sampled uniformly; 1: the ordinary loss
     # memory and precision
     gradient_checkpointing=True,  # activations of the UNet's larger maps are recomputed, not stored
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32

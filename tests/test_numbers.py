@@ -86,7 +86,7 @@ def test_an_absurd_learning_rate_ends_in_one_line_and_can_be_lowered(exact, unin
     for every in (1, 3):
         done = training(tmp_path, config | dict(unet_learning_rate=1e30, warmup_steps=0, checkpoint_every=every))
         assert_one_line(done, "NaN or infinite at step 2", "learning rates")
-        assert "begins anew" in done.stderr
+        assert "starts over" in done.stderr
         assert not (tmp_path / NAME).exists()
         assert checkpoints.listed(files.unfinished(tmp_path / NAME)) == []
     succeeded(training(tmp_path, config))

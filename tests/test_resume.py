@@ -164,7 +164,7 @@ def test_that_a_finished_run_will_be_replaced_is_said_before_it_begins(exact, tm
     config = exact | dict(output_dir=tmp_path, max_steps=2)
     assert "finished run" not in succeeded(training(tmp_path, config)).stdout
     done = training(tmp_path, config | dict(max_steps=3), {0: kill})
-    assert "holds a finished run (max_steps: 2 then, 3 now). Training begins anew" in done.stdout
+    assert "holds a finished run (max_steps: 2 then, 3 now). Training starts over" in done.stdout
     assert "of the same configuration" in training(tmp_path, config, {0: kill}).stdout
     # A config.json that holds something else is no reason to stop.
     path = tmp_path / NAME / "config.json"

@@ -165,7 +165,7 @@ def check_same_run(state, now, folder):
     if refused:
         raise UserError(
             f"{folder} holds an interrupted run that differs from this one in {'; '.join(refused)}. "
-            "Change that back to continue it, or add --no-resume to drop it and start anew"
+            "Change that back to continue it, or add --no-resume to drop it and start over"
         )
     return differing
 

@@ -120,8 +120,8 @@ def rollback_advice(step, folder):
     """How to continue from the checkpoint of `step` in `folder`; `step` is None if no good one is left."""
     lower = "with lower ones (--unet-learning-rate, --text-encoder-learning-rate)"
     if step is None:
-        return f"no checkpoint is from before the weights broke: the same command {lower} begins anew"
+        return f"no checkpoint is from before the weights broke: the same command {lower} starts over"
     return (
         f"the checkpoint of step {step} in {folder} is the last good one: {lower} the same command continues from it; "
-        "with --no-resume it begins anew"
+        "with --no-resume it starts over"
     )

@@ -55,7 +55,7 @@ class Samples:
 
     `shape_of` returns the latent shape (c, h, w) of an index. Where shapes differ, the micro-batches of all processes
     together have one; see `cycle_chunks`. From `config` come seed, batch_size and loss_guidance_scale, the range from
-    which each sample's guidance is drawn evenly.
+    which each sample's guidance is sampled uniformly.
     """
 
     def __init__(self, images, shape_of, timesteps_count, config, processes=1, process=0):
