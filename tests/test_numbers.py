@@ -60,11 +60,10 @@ def test_the_picture_that_is_named_is_the_one_of_that_step(exact, tmp_path, monk
     assert re.findall(r"images/image_\d+", done.stderr) == [f"images/image_{number:02}"]
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_a_run_whose_rate_broke_the_weights_goes_on_from_before_that(exact, uninterrupted, tmp_path, keep, monkeypatch):
-    """In step 6, after which a checkpoint is due; the loss shows it one step later. What broke them is nothing that
-    a checkpoint knows."""
-    config = exact | dict(output_dir=tmp_path, keep_checkpoints=keep)
+def test_a_run_whose_rate_broke_the_weights_goes_on_from_before_that(exact, uninterrupted, tmp_path, monkeypatch):
+    """In step 6, after which a checkpoint is due; the loss shows it one step later, so two checkpoints are kept even where
+    one was asked for. What broke the weights is nothing that a checkpoint knows."""
+    config = exact | dict(output_dir=tmp_path, keep_checkpoints=1)
     with monkeypatch.context() as patched:
         factor = train.learning_rate_factor
         patched.setattr(

@@ -44,16 +44,16 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_optimizer_trains_resumes_bit_for_bit_and_is_named(exact, tmp_path, monkeypatch, name):
     make, words = OTHERS[name]
-    config = exact | dict(gradient_accumulation_steps=1, max_steps=6, checkpoint_every=2)
+    config = exact | dict(gradient_accumulation_steps=1, max_steps=4, checkpoint_every=2, validation_count=0)
     killed = config | dict(output_dir=tmp_path / "killed")
     with monkeypatch.context() as patch:
         patch.setattr(optimizer, "make_optimizer", make)
         succeeded(training(tmp_path, config | dict(output_dir=tmp_path / "whole")))
-        assert training(tmp_path, killed, {5: kill}).returncode < 0
+        assert training(tmp_path, killed, {3: kill}).returncode < 0
     assert_one_line(training(tmp_path, killed), f"optimizer: {name} then, bitsandbytes.optim.adamw.AdamW8bit now")
     with monkeypatch.context() as patch:
         patch.setattr(optimizer, "make_optimizer", make)
-        assert "after step 4" in succeeded(training(tmp_path, killed)).stdout
+        assert "after step 2" in succeeded(training(tmp_path, killed)).stdout
     folder = tmp_path / "killed" / NAME
     assert_equal_runs(folder, tmp_path / "whole" / NAME)
     assert json.loads((folder / "config.json").read_text())["optimizer"] == name
