@@ -4,13 +4,12 @@
     python preprocess.py                          # data/ -> processed_data/
     python preprocess.py --data-dir ~/photographs --caption "a red umbrella"
 
-Telephones' HEIC images are read like others, cameras' raw files are named. Each image is rotated
-as its EXIF says, converted to sRGB, put on white where it is transparent, and resized and
-centre-cropped to a square (never squashed). What cannot be used is named with its reason; of
-near-duplicates the better one is kept. The output also holds contact_sheet.jpg, to look at (of many
-images in numbered pages), and manifest.json: for each image its source, the source's SHA-256 and
-what was done to it. A run that was interrupted goes on where it stopped; captions, images and masks
-that were changed in processed_data/ by hand stay as they were changed.
+Images may also be HEIC files from phones; camera raw files are skipped and named. Each image is rotated as its EXIF
+says, converted to sRGB, put on white where it is transparent, and resized and centre-cropped to a square (never
+squashed). An image that cannot be used is named with the reason; of near-duplicates the better one is kept. The output
+also holds contact_sheet.jpg, to check the result at a glance (numbered pages if there are many images), and
+manifest.json: for each image its source, the source's SHA-256 and what was done to it. An interrupted run goes on where
+it stopped. Captions, images and masks that were changed by hand in processed_data/ are preserved.
 """
 
 import json
@@ -24,9 +23,9 @@ from lib.cache import prefetch
 from lib.config import check_range, check_resolution, parse_config
 from lib.errors import UserError, disk_for, run_script
 from lib.files import (
-    beside,
     check_output_folder,
     fresh_folder,
+    hidden_sibling,
     locked,
     real_folder,
     recover_folder,
@@ -35,31 +34,30 @@ from lib.files import (
     write_marker,
 )
 from lib.photographs import upright_shape
-from lib.preparation.duplicates import with_those_of_duplicates, without_duplicates
+from lib.preparation.duplicates import inherit_captions, without_duplicates
 from lib.preparation.edits import NO_EDIT, Edits, fitting_edits, read_edits
-from lib.preparation.framing import CROPS, choose_sizes, nearest_size
-from lib.preparation.sheets import write_sheets
+from lib.preparation.framing import CROPS, choose_sizes, nearest_size, write_contact_sheets
 from lib.preparation.sources import image_names, read_captions
 from lib.preparation.work import MASK, VIEW, prepare_images
 
 CONFIG = dict(
-    data_dir="data",  # images, directly in this folder; captions beside them, see README
-    output_dir="processed_data",  # replaced whole, once the new one is complete
+    data_dir="data",  # images, directly in this folder; captions beside them, see data/README.md
+    output_dir="processed_data",  # replaced as a whole, once the new one is complete
     caption="a holographic raincoat",  # for every image without a caption of its own
     resolution=512,  # side of the square, pixels; Stable Diffusion v1.5 was trained at 512
     buckets=False,  # True: images keep their shape, in a few sizes of about that square's area
-    crop="centre",  # centre, top or subject: where what does not fit is cut off
+    crop="centre",  # centre, top or subject: which part of an image is kept
     max_megapixels=200,  # larger images are refused: a small file can hide gigabytes
-    duplicate_bits=6,  # of the 64 bits of the perceptual hash: this many or fewer differ, and
-    duplicate_colour=12.0,  # thumbnails differ by at most this (mean of 0..255): a duplicate
-    processes=0,  # at work at once; 0: one a core
-    keep_edits=True,  # what a person changed in output_dir; False: everything is made anew
+    duplicate_bits=6,  # a duplicate: at most this many of the 64 bits of the perceptual hash differ, and
+    duplicate_colour=12.0,  # thumbnails differ by at most this (mean of 0..255)
+    processes=0,  # processes that prepare images; 0: one a core
+    keep_edits=True,  # preserve changes by hand in output_dir; False: everything is made anew
     strict=False,  # True: any skipped or duplicate image is an error
 )
 
 
 def check_config(config):
-    """Refuse values that make no sense, and folders that would eat one another."""
+    """Refuse invalid values, and folders that lie in one another."""
     check_resolution(config, step=1)
     if config["crop"] not in CROPS:
         raise UserError(f"crop is {config['crop']}, but must be one of {', '.join(CROPS)}")
@@ -79,37 +77,34 @@ def check_config(config):
 
 
 def preprocess(config):
-    """Write the training set of `data_dir` to `output_dir`; return the manifest (a dict)."""
+    """Write the training set of `data_dir` to `output_dir`. Returns its manifest, a dict."""
     data_dir, output_dir = Path(config["data_dir"]), Path(config["output_dir"])
+
+    # Read the sources and what was changed by hand in the last output.
     names, masks, companions = image_names(data_dir)
     if companions:
-        print(
-            f"{data_dir}: {len(companions)} clips and records beside images of the same name are passed "
-            f"over ({companions[0]}{', …' if companions[1:] else ''})"
-        )
+        print(f"{data_dir}: {len(companions)} clips and records beside images are ignored ({first_of(companions)})")
     captions = read_captions(data_dir, names)
     edits = read_edits(output_dir) if config["keep_edits"] else Edits({}, set())
 
-    # Each image is made ready, and lies in `parts` until it is known which are kept.
+    # Prepare each image; the results wait in `parts`, where an interrupted run finds them again.
     settings = dict(max_megapixels=config["max_megapixels"], crop=config["crop"])
-    parts = beside(output_dir, "parts")
+    sizes = image_sizes(data_dir, names, config["resolution"], config["buckets"])
+    parts = hidden_sibling(output_dir, "parts")
     parts.mkdir(parents=True, exist_ok=True)
-    sizes = (
-        image_sizes(data_dir, names, config["resolution"])
-        if config["buckets"]
-        else [[config["resolution"]] * 2] * len(names)
-    )
-    pictures, skipped = prepare_images(data_dir, names, masks, sizes, parts, settings, config["processes"])
-    kept, duplicates = without_duplicates(pictures, config["duplicate_bits"], config["duplicate_colour"])
-    captions = with_those_of_duplicates(captions, duplicates)
-    report_counts(len(names), kept, skipped, duplicates, data_dir)
-    if left_out := sorted({picture["source"] for picture in kept} & edits.left_out):
+    images, skipped = prepare_images(data_dir, names, masks, sizes, parts, settings, config["processes"])
+
+    # Choose those that are kept.
+    images, duplicates = without_duplicates(images, config["duplicate_bits"], config["duplicate_colour"])
+    captions = inherit_captions(captions, duplicates)
+    report_counts(len(names), images, skipped, duplicates, data_dir)
+    if left_out := sorted({image["source"] for image in images} & edits.left_out):
         print(
-            f"  left out   {len(left_out)} whose rows were removed from captions.jsonl ({left_out[0]}"
-            f"{', …' if left_out[1:] else ''}); --no-keep-edits brings them back"
+            f"  left out   {len(left_out)} whose rows were removed from captions.jsonl ({first_of(left_out)}); "
+            "--no-keep-edits brings them back"
         )
-    kept = [picture for picture in kept if picture["source"] not in left_out]
-    if not kept:
+    images = [image for image in images if image["source"] not in left_out]
+    if not images:
         shutil.rmtree(parts)
         raise UserError(f"{data_dir}: no usable image in it; put JPEG, PNG, WebP or HEIC files there")
     if config["strict"] and (skipped or duplicates):
@@ -117,23 +112,18 @@ def preprocess(config):
         raise UserError(
             f"--strict: {len(skipped)} skipped and {len(duplicates)} duplicate images, named above; nothing was written"
         )
-    changed, notes = fitting_edits(edits, kept)
+    changes, notes = fitting_edits(edits, images)
     for note in notes:
         print(f"  by hand    {note}")
 
+    # Write the new output and put it in the place of the last one.
     new = fresh_folder(output_dir)
-    views = [parts / f"{picture['key']}{VIEW}" for picture in kept]
-    sheet = write_sheets(new, views, [picture["source"] for picture in kept])
-    records = write_images(new, parts, kept, captions, config["caption"], changed)
+    views = [parts / f"{image['key']}{VIEW}" for image in images]
+    sheet = write_contact_sheets(new, views, [image["source"] for image in images])
+    records = write_images(new, parts, images, captions, config["caption"], changes)
+    recorded = {key: config[key] for key in "caption duplicate_bits duplicate_colour resolution buckets".split()}
     manifest = dict(
-        config=dict(
-            caption=config["caption"],
-            duplicate_bits=config["duplicate_bits"],
-            duplicate_colour=config["duplicate_colour"],
-            resolution=config["resolution"],
-            buckets=config["buckets"],
-        )
-        | settings,
+        config=recorded | settings,
         pillow=PIL.__version__,
         pictures=records,
         skipped=skipped,
@@ -146,102 +136,103 @@ def preprocess(config):
     own = sum(record["caption_from"] != "CONFIG" for record in records)
     described = sum("description" in record for record in records)
     print(
-        f"{output_dir}: {len(kept)} images of {count_sizes(kept)}; {len(kept) - own} with the "
+        f"{output_dir}: {len(images)} images of {count_sizes(images)}; {len(images) - own} with the "
         f"caption “{config['caption']}”, {own} with their own, {described} with a description. "
         f"Look at {output_dir / sheet}"
     )
     return manifest
 
 
-def image_sizes(data_dir, names, resolution):
-    """The size [width, height] of each image of `names` in buckets; says which were given up."""
+def first_of(names):
+    return f"{names[0]}{', …' if names[1:] else ''}"
+
+
+def image_sizes(data_dir, names, resolution, buckets):
+    """The size [width, height] of each image of `names`: the square or, with `buckets`, one of a few chosen sizes."""
+    square = [resolution, resolution]
+    if not buckets:
+        return [square] * len(names)
     shapes = list(prefetch(lambda name: upright_shape(data_dir / name), names))
     known = [shape for shape in shapes if shape]
     sizes, merged = choose_sizes(known, resolution) if known else ([], {})
     for (width, height), count in sorted(merged.items()):
-        print(f"buckets: {count} images nearest to {width}x{height} go into the next size, as they are few")
-    square = [resolution, resolution]  # of what turns out to be no image
-    return [list(nearest_size(shape, sizes)) if shape else square for shape in shapes]
+        print(f"buckets: too few images ({count}) are nearest to {width}x{height}; they go into the next size")
+    return [list(nearest_size(shape, sizes)) if shape else square for shape in shapes]  # None: not an image
 
 
-def count_sizes(pictures):
-    """How many images there are of each size, in words."""
-    count = Counter("{}x{}".format(*picture["size"]) for picture in pictures)
+def count_sizes(images):
+    """The number of images of each size, in words."""
+    count = Counter("{}x{}".format(*image["size"]) for image in images)
     if len(count) == 1:
         return next(iter(count))
     return ", ".join(f"{size} ({number})" for size, number in count.most_common())
 
 
-def write_images(folder, parts, pictures, captions, caption, edits):
-    """Write images/ and captions.jsonl into `folder`, the images moved from the folder `parts`; return what the
-    manifest says of each image.
+def write_images(folder, parts, images, captions, caption, edits):
+    """Write images/ and captions.jsonl into `folder`, moving the images from `parts`. Returns the manifest's record of
+    each image.
 
-    `captions` is what `read_captions` gives, `caption` the text of every image without one, `edits` what
-    `fitting_edits` gives.
+    `captions` is from `read_captions`, `caption` the text of images without one, `edits` from `fitting_edits`.
     """
     (folder / "images").mkdir()
-    digits = max(2, len(str(len(pictures))))
+    digits = max(2, len(str(len(images))))
     rows, records = [], []
-    for number, picture in enumerate(pictures, 1):
+    for number, image in enumerate(images, 1):
         file_name = f"images/image_{number:0{digits}}.png"
-        edit, files = edits.get(picture["source"], NO_EDIT), {}
-        for ending in {**picture["files"], **edit.files}:
+        edit, files = edits.get(image["source"], NO_EDIT), {}
+        for ending in {**image["files"], **edit.files}:
             goal = (folder / file_name).with_suffix(ending)
             if ending not in edit.files:
-                (parts / f"{picture['key']}{ending}").rename(goal)
-                files[ending] = picture["files"][ending]
+                (parts / f"{image['key']}{ending}").rename(goal)
+                files[ending] = image["files"][ending]
             elif edit.files[ending] is not None:
                 shutil.copyfile(edit.files[ending], goal)
                 files[ending] = sha256_file(goal)
-        own = captions[picture["source"]]
+        own = captions[image["source"]]
         text, caption_from = own.get("text", (caption, "CONFIG"))
         if edit.words.get("text"):
             text, caption_from = edit.words["text"], "a change by hand"
         row = dict(file_name=file_name, text=text)
-        if own:  # without a description the image's own text is one
+        if own:  # the image's own text serves as its description if it has none
             row["description"] = own.get("description", own.get("text"))[0]
         row = {key: words for key, words in (row | edit.words).items() if words is not None}
         rows.append(json.dumps(row, ensure_ascii=False))
-        record = {k: picture[k] for k in "source sha256 format mode width height size done".split()}
+        record = {key: image[key] for key in "source sha256 format mode width height size done".split()}
         record |= dict(files=files, edited=edit.words, edited_files=sorted(edit.files))
         records.append(row | dict(caption_from=caption_from) | record)
     (folder / "captions.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return records
 
 
-def report_counts(read, kept, skipped, duplicates, data_dir):
-    """Print what went in, what comes out and why the two differ."""
+def report_counts(read, images, skipped, duplicates, data_dir):
+    """Print how many files were read and images kept, and why the numbers differ."""
     print(
         f"{data_dir}: {read} files, {read - len(skipped)} images read, "
-        f"{len(skipped)} skipped, {len(duplicates)} duplicates, {len(kept)} kept"
+        f"{len(skipped)} skipped, {len(duplicates)} duplicates, {len(images)} kept"
     )
     for row in skipped:
         print(f"  skipped    {row['source']}: {row['reason']}")
     for row in duplicates:
-        detail = "" if row["reason"] == "the same file" else f" ({row['bits']} of 64 hash bits differ)"
-        for words in row["notes"]:
-            detail += f"; {words}"
+        bits = "" if row["reason"] == "the same file" else f" ({row['bits']} of 64 hash bits differ)"
+        detail = "; ".join([bits, *row["notes"]])
         print(f"  duplicate  {row['source']}: {row['reason']} as {row['duplicate_of']}{detail}")
-    for picture in kept:
-        if picture["enlarged"]:
-            print(
-                "  warning    {}: {}x{} is enlarged to {}x{} and will be soft".format(
-                    picture["source"], picture["width"], picture["height"], *picture["size"]
-                )
-            )
-        for action in picture["done"]:
+    for image in images:
+        if image["enlarged"]:
+            sizes = "{}x{} is enlarged to {}x{}".format(image["width"], image["height"], *image["size"])
+            print(f"  warning    {image['source']}: {sizes} and will be soft")
+        for action in image["done"]:
             if "ICC" in action:
-                print(f"  warning    {picture['source']}: {action}")
-    masked = [picture for picture in kept if MASK in picture["files"]]
+                print(f"  warning    {image['source']}: {action}")
+    masked = [image for image in images if MASK in image["files"]]
     if masked:
-        clear = sum("masked by its transparency" in picture["done"] for picture in masked)
+        clear = sum("masked by its transparency" in image["done"] for image in masked)
         print(
             f"  masks      {len(masked) - clear} beside images, {clear} of transparent images; "
             "train.py --mask-weight uses them"
         )
-    if cut := sum(picture["kept"] < 0.75 for picture in kept):
+    if cut := sum(image["kept"] < 0.75 for image in images):
         print(
-            f"  warning    {cut} images lose more than a quarter, which the contact sheet shows pale; "
+            f"  warning    {cut} images lose more than a quarter, pale in the contact sheet; "
             "--buckets keeps their shape, --crop subject what matters"
         )
 

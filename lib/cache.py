@@ -1,4 +1,4 @@
-"""What can be computed again, kept on disk beside the data that it is of: written whole, or not at all."""
+"""Results cached on disk next to their data, and prefetching in threads."""
 
 import hashlib
 import json
@@ -9,40 +9,40 @@ from pathlib import Path
 
 from lib.files import replacing, sha256_file
 
-CLOCK_TICK = 2 * 10**9  # ns; the coarsest that a file system (FAT) notes times of change in
+CLOCK_TICK = 2 * 10**9  # ns; the coarsest resolution of a file system's modification times (FAT's)
 
 
 def first_process():
-    """Whether this is the process that writes, of several that `accelerate launch` started."""
+    """Whether this is the main process of those that `accelerate launch` started: the one that writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def keep(path, write):
-    """Let `write` fill a file beside `path` that then takes its place: two that write at a time do not meet, and what
-    is left half is removed. What fails is said and goes no further, for nothing is lost."""
+def write_cached(path, write):
+    """Write the cache file `path`: `write` fills a temporary file, which then replaces it. This is atomic and safe with
+    several writers. A failure is printed and otherwise ignored."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
-            write(beside)
+        with replacing(path) as temporary:
+            write(temporary)
     except OSError as problem:
         reason = problem.strerror or problem
         print(f"note: {path} cannot be written ({reason}); it will be computed again next time")
 
 
 def file_state(path):
-    """[size, time of change of the content, time of change of the file itself], the times in ns: what differs once a
-    file was written. (The last one cannot be set back, as a copy that keeps the times sets back the second.)"""
+    """[size in bytes, modification time, change time], the times in ns: different once the file was written. (A copy
+    that preserves times sets the modification time back; the change time cannot be set.)"""
     state = os.stat(path)
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
 def content_digest(path):
-    """SHA-256 of a file's whole content, in hex. Gigabytes take seconds, so it is kept beside the hub's models
-    (HF_HOME) and computed again where the file's state is another."""
+    """SHA-256 of a file's content, in hex. As gigabytes take seconds, it is cached in HF_HOME and computed again when
+    the file's state has changed."""
     from huggingface_hub import constants
 
-    path = os.path.realpath(path)  # two links to a file are one file
+    path = os.path.realpath(path)
     name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
     record, state = Path(constants.HF_HOME) / "digests" / f"{name}.json", file_state(path)
     try:
@@ -51,16 +51,16 @@ def content_digest(path):
             return known["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    found = sha256_file(path)
-    # A file that was written a moment ago may be written again within the same tick of the clock, and while it is read.
+    digest = sha256_file(path)
+    # The file may have been written while it was read, or be written again within the same tick of the clock.
     if state == file_state(path) and time.time_ns() - max(state[1:]) > CLOCK_TICK:
-        text = json.dumps(dict(state=state, sha256=found))
-        keep(record, lambda beside: beside.write_text(text, encoding="utf-8"))
-    return found
+        text = json.dumps(dict(state=state, sha256=digest))
+        write_cached(record, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return digest
 
 
 def prefetch(function, items, threads=4):
-    """`function` of each of `items`, in their order, a few computed in threads before they are asked for."""
+    """Yield `function` of each of `items` in order, computing a few ahead in threads."""
     items = iter(items)
     with ThreadPoolExecutor(threads) as pool:
         waiting = []

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lib.cache import file_state, first_process, keep, prefetch
+from lib.cache import file_state, first_process, prefetch, write_cached
 from lib.errors import UserError
 from lib.files import sha256_file
 from lib.masks import find_masks, only_mask, subject_mask
@@ -163,7 +163,7 @@ def read_dataset(data_dir, resolution, caption_from="text"):
     if first_process() and (facts != known["pictures"] or key not in known["data"]):
         recent = list((known["data"] | {key: data.sha256}).items())[-16:]
         record = json.dumps(dict(pictures=facts, data=dict(recent))).encode()
-        keep(data_dir / KEPT / "pictures.json", lambda path: path.write_bytes(record))
+        write_cached(data_dir / KEPT / "pictures.json", lambda path: path.write_bytes(record))
     return data
 
 

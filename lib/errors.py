@@ -1,4 +1,4 @@
-"""What goes wrong for a person to mend, said in one line: UserError and what becomes one."""
+"""Errors that the user can fix, reported in one line: UserError, and exceptions that become one."""
 
 import contextlib
 import errno
@@ -11,10 +11,8 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something that the user can mend: a line that names what and how, and perhaps one of advice.
-
-    What it quotes from a file may hold anything; control characters appear as Python spells them.
-    """
+    """An error that the user can fix: one line that says what is wrong and how to fix it, and optionally a line of
+    advice. Control characters, in text quoted from a file, are printed as escapes."""
 
     def __str__(self):
         lines = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in self.args)
@@ -26,7 +24,7 @@ def one_line(problem, length):
     return " ".join(str(problem).split())[:length]
 
 
-# Those that ask a process to end, of what this system has: a terminal that is closed, Ctrl-C, a batch system.
+# Signals that ask a process to stop (sent by a closing terminal, Ctrl-C or a batch system), if this system has them.
 STOP_SIGNALS = [
     getattr(signal, name)
     for name in "SIGHUP SIGINT SIGQUIT SIGTERM SIGUSR1 SIGUSR2 SIGBREAK".split()
@@ -35,18 +33,18 @@ STOP_SIGNALS = [
 
 
 def heeded(signals=STOP_SIGNALS):
-    """Those of the signals that are not ignored, as `nohup` ignores SIGHUP, nor handled by a library."""
+    """Those of `signals` that are not ignored (as `nohup` ignores SIGHUP) and have a handler set from Python."""
     return [number for number in signals if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
-class Spoken:
-    """A text stream that whoever reads it may leave, as a terminal that is closed or a `| tee` that has ended: what
-    is written from then on goes nowhere, and is no error."""
+class RobustStream:
+    """A text stream whose reader may go away, such as a closed terminal or a `| tee` that has ended: further output is
+    dropped without an error."""
 
     def __init__(self, stream):
         self.stream = stream
         if hasattr(stream, "reconfigure"):
-            # Output that Windows sends to a file has 256 letters: “?” in place of the others, no error.
+            # Output redirected to a file on Windows has an 8-bit encoding: “?” replaces other characters.
             stream.reconfigure(errors="replace")
 
     def __getattr__(self, name):
@@ -56,34 +54,32 @@ class Spoken:
         try:
             return self.stream.write(text)
         except OSError:
-            self.go_nowhere()
+            self.drop_output()
             return len(text)
 
     def flush(self):
         try:
             self.stream.flush()
         except OSError:
-            self.go_nowhere()
+            self.drop_output()
 
-    def go_nowhere(self):
-        """Also what libraries write there, and what is still in the buffer."""
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), self.stream.fileno())
+    def drop_output(self):
+        """Including what libraries write to the file descriptor, and what is still buffered."""
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), self.stream.fileno())
 
 
 def run_script(main):
-    """Call `main()`; a UserError becomes one line on stderr and exit status 1.
-
-    A signal ends it with 128 and its number, as shells count: SIGINT with 130, SIGTERM with 143.
-    """
-    sys.stdout, sys.stderr = Spoken(sys.stdout), Spoken(sys.stderr)
+    """Call `main()`. A UserError becomes one line on stderr and exit status 1; a signal becomes exit status
+    128 + its number, as in shells (SIGINT 130, SIGTERM 143)."""
+    sys.stdout, sys.stderr = RobustStream(sys.stdout), RobustStream(sys.stderr)
     try:
         for number in heeded():
             if number != signal.SIGINT:
                 signal.signal(number, lambda number, frame: sys.exit(128 + number))
         main()
     except UserError as error:
-        # Under `accelerate launch` most errors meet every process, some only one: each says its own.
+        # Under `accelerate launch` most errors occur in every process, some in one only: each prints its own.
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' in process {rank}'}: {error}", file=sys.stderr)
         sys.exit(1)
@@ -95,20 +91,20 @@ def run_script(main):
         sys.stderr.flush()
 
 
-# How the allocators of PyTorch, CUDA, its libraries and Triton say that memory ran out.
-NO_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|MemoryAllocation|can't allocate memory", re.I)
+# In the out-of-memory messages of PyTorch, CUDA, its libraries and Triton.
+OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|MemoryAllocation|can't allocate memory", re.I)
 
 
 def is_memory(problem):
-    """Whether an exception says that memory ran out: PyTorch's own, or an error of what is underneath."""
-    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
-        return True  # torch's, which need not be imported
-    return isinstance(problem, RuntimeError) and bool(NO_MEMORY.search(str(problem)))
+    """Whether an exception means that memory ran out, in PyTorch or in a library below it."""
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":  # torch's, not imported here
+        return True
+    return isinstance(problem, RuntimeError) and bool(OUT_OF_MEMORY.search(str(problem)))
 
 
 @contextlib.contextmanager
 def memory_for(doing, advice):
-    """Turn running out of memory inside into two lines: what was being done, what to change."""
+    """Turn running out of memory in the block into two lines: what was being done, and what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as problem:
@@ -121,7 +117,7 @@ def memory_for(doing, advice):
 
 @contextlib.contextmanager
 def disk_for(folder):
-    """Turn a disk that fills up while `folder` is being made into one line that names it."""
+    """Turn a full or read-only disk while `folder` is being written into one line that names the file."""
     try:
         yield
     except OSError as problem:

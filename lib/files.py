@@ -1,5 +1,4 @@
-"""Output folders that are replaced whole or not at all, locked while they are written, and files
-that are never half there."""
+"""Output folders that are replaced as a whole and locked while they are written; files written atomically."""
 
 import contextlib
 import errno
@@ -17,13 +16,14 @@ from filelock import FileLock, Timeout
 
 from lib.errors import UserError
 
+# ---- output folders ---------------------------------------------------------------------------
+
 
 def real_folder(path):
-    """The absolute `path` with all links followed: a folder is made and replaced where it really
-    lies, on that disk, and a link to it stays a link.
+    """The absolute `path` with all links resolved: a folder is written and replaced on the disk that it really is on,
+    and a link to it stays a link.
 
-    A link may point to a folder that is still to be made in one that exists; UserError naming the
-    link if it points to nothing of the kind.
+    A link may point to a missing folder whose parent exists. Raises UserError naming any other broken link.
     """
     path = Path(path).absolute()
     for place in (path, *path.parents):
@@ -40,15 +40,15 @@ def real_folder(path):
 def check_output_folder(folder, marker):
     """Raise UserError unless `folder` can be written and may be replaced.
 
-    A folder that exists and holds files must hold `marker` too, the file by which an earlier
-    output of the same script is known; any other is a person's own.
+    A folder that holds files must also hold `marker`, the file that identifies an earlier output of the same script.
+    Any other folder belongs to the user.
     """
     folder, real = Path(folder), real_folder(folder)
     if real.exists() and not real.is_dir():
         what = f"a link to the file {real}" if folder.is_symlink() else "a file"
         raise UserError(f"{folder} is {what}; name a folder for the output")
     if os.path.ismount(real):
-        raise UserError(f"{folder} is where a disk is mounted, which cannot be replaced; name a folder in it")
+        raise UserError(f"{folder} is a mount point, which cannot be replaced; name a folder in it")
     if real.is_dir() and any(real.iterdir()) and written_files(real, marker) is None:
         raise UserError(
             f"{folder} holds files that this script did not write (it has no {marker} of its own); "
@@ -63,95 +63,77 @@ def check_output_folder(folder, marker):
         raise UserError(f"{parent} cannot be written: {problem.strerror}") from None
 
 
-def beside(final, ending):
-    """The hidden path beside the real folder of `final` that is named after it and ends in `ending`."""
-    final = real_folder(final)
-    if not final.name:
-        raise UserError(f"{final} is where a disk is mounted; name a folder in it")
-    return final.with_name(f".{final.name}.{ending}")
+def hidden_sibling(folder, suffix):
+    """The path .<name>.<suffix> next to the real folder of `folder`."""
+    folder = real_folder(folder)
+    if not folder.name:
+        raise UserError(f"{folder} is a mount point; name a folder in it")
+    return folder.with_name(f".{folder.name}.{suffix}")
 
 
-def unfinished(final):
-    """Where the output that will be the folder `final` is written."""
-    return beside(final, "unfinished")
+def unfinished(folder):
+    """Where the output is written that will become `folder`."""
+    return hidden_sibling(folder, "unfinished")
 
 
-# The files of an output whose marker does not list them, because an earlier version wrote it.
-UNLISTED = {
-    "manifest.json": ("captions.jsonl", "contact_sheet.png", "images/image_*.png"),
-    "config.json": ("log.jsonl", "loss.png", "pytorch_lora_weights.safetensors"),
-    "metrics.json": (
-        "metrics.csv",
-        "summary.md",
-        "report.html",
-        "comparison_all.png",
-        "success_cases.png",
-        "unrelated_cases.png",
-        "sweep.png",
-        "sweep_pictures.png",
-        "forest.png",
-        "comparison.csv",
-        "images/*/base_*.png",
-        "images/*/lora_*.png",
-    ),
-}
+def fresh_folder(folder):
+    """An empty folder `unfinished(folder)`, to be filled and then passed to `replace_folder`."""
+    new = unfinished(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    return new
 
 
 def write_marker(path, record):
-    """Write `record` (a dict with a key "config") and the names of all files in its folder as the JSON
-    file `path`: with it the folder is an output that is whole, and may be replaced some day. (Some, such as
-    checkpoints, may be gone by then.)"""
+    """Write `record`, a dict with a key "config", as the JSON file `path`, with the names of all files in its folder
+    under "files_written". A folder with this file is a complete output, which may be replaced later. (Some of the
+    files, such as checkpoints, may be gone by then.)"""
     folder = Path(path).parent
     written = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     write_json(path, record | {"files_written": sorted(written | {Path(path).name})})
 
 
 def written_files(folder, marker):
-    """What this project wrote into the output `folder`, the only files in it that may ever be removed:
-    a set of names relative to it, or None if it holds no `marker` of ours."""
+    """The names, relative to the output `folder`, of the files that this project wrote: the only ones in it that may
+    be removed. None if `folder` holds no `marker` of ours."""
     try:
         record = json.loads((folder / marker).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or "config" not in record:
-        return None
-    if isinstance(record.get("files_written"), list):
-        return {marker, *map(str, record["files_written"])}
-    if not {"versions", "pillow"} & record.keys():
-        return None
-    found = (path for pattern in UNLISTED.get(marker, ()) for path in folder.glob(pattern))
-    return {marker, *(path.relative_to(folder).as_posix() for path in found)}
+        if "config" in record and isinstance(record["files_written"], list):
+            return {marker, *map(str, record["files_written"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
 
 
-def replace_folder(final, marker):
-    """Put the finished folder `unfinished(final)` in the place of `final`. Of the folder that was there,
-    the files that its `marker` lists go, once the new one is in its place; all else moves over."""
-    final = real_folder(final)
-    new, old = unfinished(final), beside(final, "old")
+def replace_folder(folder, marker):
+    """Move the finished `unfinished(folder)` to `folder`. The files of the folder that was there are removed if its
+    `marker` lists them; all others are moved to the new one."""
+    folder = real_folder(folder)
+    new, old = unfinished(folder), hidden_sibling(folder, "old")
     for path in (*new.rglob("*"), new):
         flush(path)
-    clear_away(old, final, marker)
+    clear_away(old, folder, marker)
     try:
-        if final.exists():
-            final.rename(old)
-        new.rename(final)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
     except OSError as problem:  # on Windows: a file in it is open in another program
         raise UserError(
-            f"{final} cannot be replaced: {problem.strerror}. The new output is whole, in {new}: close what "
-            "uses the old one and run the command again, which begins with putting it in its place"
+            f"{folder} cannot be replaced: {problem.strerror}. The new output is complete, in {new}: close the program "
+            "that uses the old one and run the command again, which first moves it to its place"
         ) from None
-    clear_away(old, final, marker)
+    clear_away(old, folder, marker)
 
 
-def clear_away(old, final, marker):
-    """Remove the folder `old`, an earlier output that `final` has replaced: first all that this
-    project did not write moves to `final`, then what it did write goes, the list of it last."""
+def clear_away(old, folder, marker):
+    """Remove the folder `old`, an earlier output that `folder` has replaced. The user's files in it move to `folder`
+    first; then ours are removed, the list of them last."""
     if not old.is_dir():
         return
     written = written_files(old, marker) or set()
     try:
-        move_others(old, final, written)
-        for path in sorted(old.rglob("*"), reverse=True):  # a folder comes behind what is in it
+        move_unlisted(old, folder, written)
+        for path in sorted(old.rglob("*"), reverse=True):  # contents before their folder
             name = path.relative_to(old).as_posix()
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
@@ -160,18 +142,18 @@ def clear_away(old, final, marker):
         (old / marker).unlink(missing_ok=True)
         old.rmdir()
     except OSError as problem:
-        print(f"note: {old}, the output before this one, cannot be cleared away yet: {problem}")
+        print(f"note: {old}, the previous output, cannot be removed yet: {problem}")
 
 
-def move_others(source, target, written, inside=""):
-    """Move what is in the folder `source` and not among the names `written` to the folder `target`,
-    beside what is there; `inside` is where in the output `source` lies, with a slash at its end."""
+def move_unlisted(source, target, written, prefix=""):
+    """Move the contents of the folder `source` that are not among the names `written` to the folder `target`, under
+    another name where theirs is taken. `prefix` is the path of `source` within the output, ending in a slash."""
     for path in sorted(source.iterdir()):
-        name, goal = f"{inside}{path.name}", target / path.name
+        name, goal = f"{prefix}{path.name}", target / path.name
         is_folder = path.is_dir() and not path.is_symlink()
         ours = any(file.startswith(f"{name}/") for file in written)
         if is_folder and (ours or goal.is_dir()):
-            move_others(path, goal, written, f"{name}/")
+            move_unlisted(path, goal, written, f"{name}/")
         elif is_folder or name not in written:
             numbers = itertools.count(1)
             while os.path.lexists(goal):
@@ -182,38 +164,30 @@ def move_others(source, target, written, inside=""):
             path.rename(goal)
 
 
-def recover_folder(final, marker):
-    """Mend what a run that was killed in replace_folder, or just before it, left.
+def recover_folder(folder, marker):
+    """Complete or undo a replacement that was killed in `replace_folder` or right before it.
 
-    `marker` is the file that is written last: with it the new folder is whole and takes its place;
-    without it, where `final` is missing, the old one comes back.
+    `marker` is the file that is written last. With it the new folder is complete and is moved to its place; without
+    it, and if `folder` is missing, the old one is moved back.
     """
-    final = real_folder(final)
-    old = beside(final, "old")
-    if old.is_dir() and not final.exists():
-        old.rename(final)
-    if (unfinished(final) / marker).is_file():
-        replace_folder(final, marker)
-    clear_away(old, final, marker)
-
-
-def fresh_folder(final):
-    """An empty folder `unfinished(final)`, to be filled and then given to replace_folder."""
-    new = unfinished(final)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    return new
+    folder = real_folder(folder)
+    old = hidden_sibling(folder, "old")
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+    if (unfinished(folder) / marker).is_file():
+        replace_folder(folder, marker)
+    clear_away(old, folder, marker)
 
 
 @contextlib.contextmanager
-def locked(final):
-    """Hold the output folder `final` against a second run; UserError naming the run that has it, or
-    saying that its file system cannot lock.
+def locked(folder):
+    """Lock the output folder `folder` against a second run. Raises UserError naming the run that holds the lock, or
+    if the file system cannot lock.
 
-    The lock is the operating system's, on a file beside the folder: it goes with its process,
-    however that ends. Who holds it stands in a second file: on Windows a locked one cannot be read.
+    The lock is the operating system's, on a file next to the folder: it ends with its process, however that ends. The
+    holder is named in a second file, as Windows does not let others read a locked one.
     """
-    path, holder = beside(final, "lock"), beside(final, "lock.holder")
+    path, holder = hidden_sibling(folder, "lock"), hidden_sibling(folder, "lock.holder")
     lock = FileLock(path, timeout=0.1, poll_interval=0.02, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,11 +197,11 @@ def locked(final):
             owner = holder.read_text(encoding="utf-8")
         except OSError:
             owner = "another process"
-        raise UserError(f"{final} is being written by {owner}; wait for it or stop it") from None
+        raise UserError(f"{folder} is being written by {owner}; wait for it or stop it") from None
     except OSError as problem:
         raise UserError(
-            f"{path} cannot be locked: {problem.strerror or problem}; where that is because the file system "
-            "knows no locks, name an output folder on another one"
+            f"{path} cannot be locked: {problem.strerror or problem}; if its file system does not support locks, "
+            "name an output folder on another one"
         ) from None
     try:
         owner = f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name})"
@@ -235,32 +209,23 @@ def locked(final):
         yield
     finally:
         holder.unlink(missing_ok=True)
-        # Before it is free: one who waits for a file that is gone begins again. On Windows, where an
-        # open file cannot be removed, the lock does it itself.
+        # Removed before it is released: a waiting process that finds its file gone starts over. Windows cannot remove
+        # an open file; there the lock removes it on release.
         with contextlib.suppress(PermissionError):
             path.unlink(missing_ok=True)
         lock.release()
 
 
-NO_FOLDER_FLUSHED = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EBADF,
-    errno.EINVAL,
-    errno.EIO,
-    errno.EISDIR,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOTTY,
+# ---- files ------------------------------------------------------------------------------------
+
+# How file systems refuse to flush a folder: Windows cannot open one; SMB, FUSE and WSL's cannot flush one.
+NO_FOLDER_FLUSH = {
+    getattr(errno, name) for name in "EACCES EPERM EBADF EINVAL EIO EISDIR ENOSYS ENOTSUP EOPNOTSUPP ENOTTY".split()
 }
 
 
 def flush(path):
-    """Wait until a file or folder is on the disk itself, where a power cut leaves it.
-
-    A folder only where its file system can: Windows cannot open one, SMB, FUSE and WSL's do not flush one.
-    """
+    """Wait until a file or, where the file system supports it, a folder is on the disk and survives a power cut."""
     try:
         opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
@@ -268,34 +233,34 @@ def flush(path):
         finally:
             os.close(opened)
     except OSError as problem:
-        if not (path.is_dir() and problem.errno in NO_FOLDER_FLUSHED):
+        if not (path.is_dir() and problem.errno in NO_FOLDER_FLUSH):
             raise
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A path beside `path`, of this process's own, which takes its place at the end of the block and is
-    gone if the block fails. (It is not flushed: for what can be made again and is checked when read.)"""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """A temporary path next to `path`, which replaces it at the end of the block and is removed if the block fails.
+    Each process has its own. It is not flushed: meant for files that can be made again and are checked when read."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield beside
-        beside.replace(path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path, data):
-    """Write a file so that it is there whole or, as before, not at all: beside it, flushed to the
-    disk, then renamed. UserError with the path and the bytes needed if the disk is full."""
+    """Write a file atomically: to a temporary file that is flushed to the disk and renamed. Raises UserError with the
+    path and the number of bytes if that fails."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.new")
     try:
-        beside.write_bytes(data)
-        flush(beside)
-        beside.replace(path)
+        temporary.write_bytes(data)
+        flush(temporary)
+        temporary.replace(path)
         flush(path.parent)
     except OSError as problem:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         raise UserError(
             f"{path} cannot be written: {problem.strerror}; {len(data):,} bytes needed, {free:,} free"
@@ -303,32 +268,31 @@ def write_bytes(path, data):
 
 
 def write_json(path, value):
-    """Write `value` as readable JSON, whole or not at all; NaN becomes null."""
+    """Write `value` as indented JSON, atomically. NaN and infinities become null."""
     value = json.loads(json.dumps(value), parse_constant=lambda name: None)
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def what_else(path):
-    """What a file that is no safetensors file is, as far as its beginning tells: a few words, or "" where it does
-    not."""
+def describe_content(path):
+    """What a file that is not a safetensors file is, judging by its first bytes: a few words, "" if unknown."""
     try:
         with open(path, "rb") as file:
             start = file.read(1024)
     except OSError:
         return ""
     if start.startswith(b"version https://git-lfs"):
-        return "it is Git LFS's pointer to the file, which `git lfs pull` fetches"
+        return "it is a Git LFS pointer; run `git lfs pull` to fetch the file"
     if re.match(rb"\s*<(!doctype|html)", start, re.IGNORECASE):
         return "it is a web page, as a download that needed a login gives; fetch the file again"
     if start.startswith((b"PK\3\4", b"\x80\2", b"\x80\4")):
-        return "it is a pickle or another archive by another name"
+        return "it is a pickle or another archive under a wrong name"
     if not start:
         return "it is empty"
     printable = sum(byte >= 32 or byte in b"\t\r\n" for byte in start)
-    return "it is a text" if printable == len(start) and start[8:9] != b"{" else ""
+    return "it is a text file" if printable == len(start) and start[8:9] != b"{" else ""
 
 
 def sha256_file(path):
-    """SHA-256 of a file's bytes, in hex."""
+    """The SHA-256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ import transformers
 from lib.cache import content_digest
 from lib.config import image_size
 from lib.errors import UserError, one_line
-from lib.files import what_else
+from lib.files import describe_content
 from lib.provenance import ROOT
 
 # The scripts show bars of their own work; the libraries' bars for reading a file only blink.
@@ -252,7 +252,7 @@ def load_part(cls, folder, part, dtype, **options):
     """`cls.from_pretrained` of one part of a base-model folder, refusing half-filled weights."""
     files = loaded_weights(folder / part, PARTS[part], dtype == torch.float16)
     for path in files:
-        if reason := what_else(path):
+        if reason := describe_content(path):
             raise UserError(f"{path} cannot be read as safetensors: {reason}")
     with loading(folder / part):
         model, report = cls.from_pretrained(

@@ -5,6 +5,7 @@ nothing else: the configurations and the tokenizer's vocabulary come from lib/ba
 is made once and kept beside the hub's models (HF_HOME), so that a file is read like any other model.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -28,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lib.adapters import some
 from lib.cache import content_digest
 from lib.errors import UserError, one_line
-from lib.files import flush, what_else, write_json
+from lib.files import describe_content, flush, write_json
 
 BASE_MODELS = Path(__file__).parent / "base_models"
 CONFIGS = {version: BASE_MODELS / f"stable_diffusion_{version}" for version in (1, 2)}
@@ -60,15 +61,14 @@ def converted(path, say=print):
     Raises UserError naming the file if it is damaged or no whole Stable Diffusion 1.x or 2.x for
     text to image. Several processes may ask at once: the first one converts.
     """
-    path = Path(path)
+    path, place = Path(path), Path(constants.HF_HOME) / "single_files"
     with reading(path) as file:
         keys, header = set(file.keys()), file.metadata() or {}
         version = version_of(file, keys, path)
         check_last_noise(file, keys, header, path)
+        folder = place / f"{path.stem}-{file_digest(path)}"
     if "v_pred" in keys:  # an empty tensor, as ComfyUI and others mark it
         header = {"modelspec.prediction_type": "v"} | header
-    place = Path(constants.HF_HOME) / "single_files"
-    folder = place / f"{path.stem}-{file_digest(path)}"
     try:
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / f"{folder.name}.lock"):
@@ -104,22 +104,15 @@ def check_last_noise(file, keys, header, path):
         )
 
 
-class reading:
-    """A safetensors file, opened; what is wrong with it becomes one line that names it."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        try:
-            self.file = safe_open(self.path, framework="pt")
-            return self.file.__enter__()
-        except (SafetensorError, OSError) as problem:
-            reason = what_else(self.path) or one_line(problem, 100)
-            raise UserError(f"base model {self.path} cannot be read as safetensors: {reason}") from None
-
-    def __exit__(self, *error):
-        return self.file.__exit__(*error)
+@contextlib.contextmanager
+def reading(path):
+    """A safetensors file, opened; an error while it is opened or read becomes one line that names it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as problem:
+        reason = describe_content(path) or one_line(problem, 100)
+        raise UserError(f"base model {path} cannot be read as safetensors: {reason}") from None
 
 
 def file_digest(path):
@@ -153,12 +146,12 @@ def convert(path, new, version, header, say):
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(CONFIGS[version], new)
     write_tokenizer(new / "tokenizer")
-    with reading(path) as file:
-        for part, start in (("vae", VAE), ("text_encoder", TEXT), ("unet", UNET)):
+    for part, start in (("vae", VAE), ("text_encoder", TEXT), ("unet", UNET)):
+        with reading(path) as file:
             tensors = {k: file.get_tensor(k) for k in file.keys() if k.startswith(start)}
-            tensors = renamed(part, tensors, new, path)
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            save_file(tensors, new / part / f"{stem}.safetensors", metadata={"format": "pt"})
+        tensors = renamed(part, tensors, new, path)
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        save_file(tensors, new / part / f"{stem}.safetensors", metadata={"format": "pt"})
     scheduler = new / "scheduler/scheduler_config.json"
     predicts, why = prediction_type(new, header)
     say(f"{path}: predicts {'velocity' if predicts == 'v_prediction' else 'noise'} ({predicts}), {why}")

@@ -1,4 +1,4 @@
-"""Text files and file names as people and other systems write them."""
+"""Text files and file names in the encodings and spellings of different systems."""
 
 import codecs
 import unicodedata
@@ -10,8 +10,10 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_text(path, what=""):
-    """A text file's content: UTF-8, or UTF-16 with its mark. UserError naming the file, `what` it is before it, if it
-    is neither."""
+    """The content of a text file: UTF-8, or UTF-16 with a byte order mark.
+
+    Raises UserError naming the file if it is neither; `what` precedes the name in the message.
+    """
     try:
         content = Path(path).read_bytes()
         text = content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
@@ -26,26 +28,36 @@ def read_text(path, what=""):
 
 
 def text_lines(text):
-    """The lines of a text, without their ends. Python's splitlines ends them at signs (U+0085, U+2028) that JSON and
-    captions hold."""
+    """The lines of a text without their ends. (str.splitlines also splits at U+0085 and U+2028, which are valid within
+    JSON strings and captions.)"""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def alike(name):
-    """A file's name as different systems spell the same one: composed, without a difference of case."""
+    """A key that is equal for file names that differ only in case or Unicode normalization."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
+def is_utf8(words):
+    """Whether a string can be encoded as UTF-8. JSON and file names can hold lone surrogates, which cannot."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Names:
-    """File names of one folder, found by a name or by what stands before its ending."""
+    """File names of one folder, looked up by their name or stem."""
 
     def __init__(self, names):
         self.same, self.alike = {}, {}
         for name in names:
-            for spelt in dict.fromkeys((name, Path(name).stem)):
-                self.same.setdefault(spelt, []).append(name)
-                self.alike.setdefault(alike(spelt), []).append(name)
+            for key in dict.fromkeys((name, Path(name).stem)):
+                self.same.setdefault(key, []).append(name)
+                self.alike.setdefault(alike(key), []).append(name)
 
-    def find(self, spelt):
-        """The names that are spelt so, or else those that are but for case and Unicode's forms: a list."""
-        return self.same.get(spelt) or self.alike.get(alike(spelt), [])
+    def find(self, key):
+        """The names with exactly this name or stem; if there are none, those that differ only in case or Unicode
+        normalization. A list."""
+        return self.same.get(key) or self.alike.get(alike(key), [])

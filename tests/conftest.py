@@ -3,12 +3,15 @@ script: `command` in a process of its own, `run` in a fork of this one, `call` i
 
 import contextlib
 import ctypes
+import functools
+import gc
 import importlib
 import io
 import itertools
 import json
 import multiprocessing.forkserver
 import os
+import pkgutil
 import runpy
 import shutil
 import signal
@@ -21,18 +24,23 @@ from pathlib import Path
 
 # As the scripts do before they import torch: its threads, where there are several, spin only briefly.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-
-import bitsandbytes
-import numpy as np
-import pytest
-import torch
-from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lib
+from lib.imports import quick_imports
+
+with quick_imports():
+    import bitsandbytes
+    import torch
+    from accelerate.state import AcceleratorState
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel
+
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["HF_HUB_OFFLINE"] = "1"
 HOME = tempfile.TemporaryDirectory()  # of what is kept of models beside the hub's
@@ -174,6 +182,17 @@ def one_thread():
             ctypes.CDLL(path).omp_set_num_threads(1)
 
 
+@functools.cache
+def preload():
+    """Import what the scripts import while they run, so that no fork has to: without it the imports take two thirds
+    of the time of a tiny training."""
+    for module in pkgutil.walk_packages(lib.__path__, "lib."):
+        importlib.import_module(module.name)
+    for name in ("preprocess", "train", "inference", "study", "matplotlib.pyplot", "wandb"):
+        importlib.import_module(name)
+    gc.freeze()  # a collection in a fork would copy all that it looks through
+
+
 def forked(work, folder):
     """Start `work` in a fork of this process, which has imported everything, and return its id.
 
@@ -182,6 +201,7 @@ def forked(work, folder):
     """
     if torch.cuda.is_initialized():
         pytest.skip("a test before this one used the GPU in this process, and no fork of it can train")
+    preload()
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -220,13 +240,15 @@ def finish(child, folder):
     return subprocess.CompletedProcess([], code, (folder / "out").read_text(), (folder / "err").read_text())
 
 
-def run(script, *options, check=True):
-    """Like `command`, on the CPU and in a fork of this process, which has imported what the script imports."""
+def run(script, *options, env=None, check=True):
+    """Like `command`, on the CPU and in a fork of this process, which has imported what the script imports. Variables
+    that a library reads when it is imported need a `command`."""
     if torch.cuda.is_initialized():  # then a fork of it fails
-        return command(script, *options, env=dict(CUDA_VISIBLE_DEVICES=""), check=check)
+        return command(script, *options, env=(env or {}) | dict(CUDA_VISIBLE_DEVICES=""), check=check)
 
     def work():
         os.chdir(ROOT)
+        os.environ.update(env or {})
         sys.argv = [script, *map(str, options)]
         runpy.run_path(str(ROOT / script), run_name="__main__")
 

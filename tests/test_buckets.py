@@ -106,7 +106,7 @@ def test_without_a_plain_backdrop_the_crop_is_central_with_a_note():
     busy = Image.fromarray(noise).resize((30, 60), 0).resize((300, 600), 0)
     assert subject_box(busy) is None
     frame = framed(busy, (96, 96), "subject")[2]
-    assert "at the centre, no subject being found" in frame["words"]
+    assert "at the centre, as no subject was found" in frame["words"]
     assert frame["box"] == framed(busy, (96, 96))[2]["box"]
     assert subject_box(Image.new("RGB", (300, 600), WHITE)) is None
     mask = Image.new("L", busy.size)

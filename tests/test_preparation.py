@@ -16,10 +16,10 @@ from conftest import ROOT, picture
 from PIL import Image
 from test_preprocess import prepare
 
-from lib.files import beside
+from lib.files import hidden_sibling
 from lib.preparation import work
 from lib.preparation.duplicates import fingerprint, without_duplicates
-from lib.preparation.sheets import A_PAGE, write_sheets
+from lib.preparation.framing import THUMBNAILS_PER_PAGE, write_contact_sheets
 
 
 def sources(folder, count, size=(90, 70)):
@@ -46,13 +46,13 @@ def test_several_processes_give_the_order_and_the_bytes_of_one(tmp_path):
         assert len(manifest["pictures"]) == 29
         assert [row["source"] for row in manifest["skipped"]] == ["011.png"]
     same_files(tmp_path / "of_1", tmp_path / "of_3")
-    assert not beside(tmp_path / "of_3", "parts").exists()
+    assert not hidden_sibling(tmp_path / "of_3", "parts").exists()
 
 
 def test_a_killed_run_goes_on_without_repeating_what_has_not_changed(tmp_path, capsys):
-    data = sources(tmp_path / "data", 40, (600, 500))
-    out, parts = tmp_path / "out", beside(tmp_path / "out", "parts")
-    options = ["--data-dir", data, "--output-dir", out, "--processes", 2]
+    data = sources(tmp_path / "data", 24, (500, 400))
+    out, parts = tmp_path / "out", hidden_sibling(tmp_path / "out", "parts")
+    options = ["--data-dir", data, "--output-dir", out, "--processes", 2, "--resolution", 256]
     child = subprocess.Popen(
         [sys.executable, *map(str, ["preprocess.py", *options])],
         cwd=ROOT,
@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_without_repeating_what_has_not_changed(tmp_path, c
     assert child.returncode == -signal.SIGKILL
     assert not out.exists()
     made = {path.stem: path.stat().st_mtime_ns for path in parts.glob("*.json")}
-    assert 6 <= len(made) < 40
+    assert 6 <= len(made) < 24
     # Two of them cannot be used again: one part is damaged, one image has changed.
     first, second = sorted(made)[:2]
     (parts / f"{first}.png").write_bytes((parts / f"{first}.png").read_bytes()[:-1])
@@ -80,13 +80,13 @@ def test_a_killed_run_goes_on_without_repeating_what_has_not_changed(tmp_path, c
     )
     picture(999, (600, 500)).save(changed)
     worked = []
-    settings = dict(data_dir=data, output_dir=out, resolution=512, processes=1)
+    settings = dict(data_dir=data, output_dir=out, resolution=256, processes=1)
     whole = work.write_parts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(work, "write_parts", lambda path, *rest: worked.append(path.name) or whole(path, *rest))
         prepare(**settings)
-    assert len(worked) == 40 - (len(made) - 2)
-    assert f"{len(made) - 2} images were made ready before" in capsys.readouterr().out
+    assert len(worked) == 24 - (len(made) - 2)
+    assert f"{len(made) - 2} images were prepared by an interrupted run" in capsys.readouterr().out
     assert not parts.exists()
     prepare(**settings | dict(output_dir=tmp_path / "anew"))
     same_files(out, tmp_path / "anew")
@@ -121,17 +121,17 @@ def test_duplicates_are_those_of_comparing_each_pair():
                 source=f"{number:03}",
                 sha256=str(number),
                 pixels=int(rng.integers(5)),
-                image=noisy,
                 bytes=int(rng.integers(3)),
+                hash=imagehash.phash(noisy),
+                small=np.asarray(noisy.resize((16, 16), Image.Resampling.BOX), float),
                 **fingerprint(noisy),
             )
         )
     kept, expected = [], {}
     for one in sorted(pictures, key=lambda p: (-p["pixels"], -p["bytes"], p["source"])):
         for other in kept:
-            bits = imagehash.phash(one["image"]) - imagehash.phash(other["image"])
-            small = [np.asarray(p["image"].resize((16, 16), Image.Resampling.BOX), float) for p in (one, other)]
-            if bits <= 6 and np.abs(small[0] - small[1]).mean() <= 12:
+            bits = one["hash"] - other["hash"]
+            if bits <= 6 and np.abs(one["small"] - other["small"]).mean() <= 12:
                 expected[one["source"]] = (other["source"], bits)
                 break
         else:
@@ -145,8 +145,8 @@ def test_duplicates_are_those_of_comparing_each_pair():
 def test_a_page_of_the_contact_sheet_holds_at_most_200(tmp_path):
     (tmp_path / "red.jpg").touch()
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.jpg")
-    count = A_PAGE + 1
-    first = write_sheets(tmp_path, [tmp_path / "red.jpg"] * count, ["red"] * count)
+    count = THUMBNAILS_PER_PAGE + 1
+    first = write_contact_sheets(tmp_path, [tmp_path / "red.jpg"] * count, ["red"] * count)
     assert first == "contact_sheet_01.jpg"
     pages = sorted(path.name for path in tmp_path.glob("contact_sheet*"))
     assert pages == ["contact_sheet_01.jpg", "contact_sheet_02.jpg"]
@@ -155,7 +155,7 @@ def test_a_page_of_the_contact_sheet_holds_at_most_200(tmp_path):
         with Image.open(tmp_path / page) as image:
             pixels = np.asarray(image.convert("RGB"), np.int16)
         reds.append(((pixels[..., 0] - pixels[..., 1]) > 200).sum())
-    assert reds[0] == pytest.approx(A_PAGE * reds[1], rel=0.2)
+    assert reds[0] == pytest.approx(THUMBNAILS_PER_PAGE * reds[1], rel=0.2)
 
 
 def test_large_pictures_wait_for_one_another(tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ def test_large_pictures_wait_for_one_another(tmp_path, monkeypatch):
     now, most, lock = types.SimpleNamespace(sum=0), [], threading.Lock()
 
     def hold(side):
-        with work.room_for(tmp_path / f"{side}.png"):
+        with work.memory_share(tmp_path / f"{side}.png"):
             with lock:
                 now.sum += side
                 most.append(now.sum)

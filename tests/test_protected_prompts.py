@@ -259,7 +259,7 @@ def test_a_tenth_is_held_out_and_always_the_same_one(tmp_path):
     ("content", "noun", "caption", "words"),
     [
         (None, None, CAPTION, ["list.txt cannot be read"]),
-        ("\n".join(THINGS).encode("utf-16"), None, CAPTION, ["list.txt cannot be read"]),
+        ("\n".join(THINGS).encode("utf-16-le"), None, CAPTION, ["list.txt cannot be read", "save it as UTF-8"]),
         ("a café\n".encode("latin-1"), None, CAPTION, ["list.txt cannot be read"]),
         (b"a cup\n# a comment\n\n", None, CAPTION, ["list.txt holds 1 prompts", "at least 10 are needed"]),
         (b"a {class}\n", None, "in the", ["“in the”", "--protected-class raincoat"]),
@@ -276,3 +276,11 @@ def test_a_list_that_cannot_be_used_is_named(tmp_path, content, noun, caption, w
     for word in words:
         assert word in str(problem.value)
     assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_may_be_saved_by_an_editor_of_windows(tmp_path, encoding):
+    plain = written(tmp_path / "plain.txt", *THINGS)
+    path = tmp_path / "list.txt"
+    path.write_bytes("\r\n".join(THINGS).encode(encoding))
+    assert read_protected(path, None, [CAPTION]).sha256 == read_protected(plain, None, [CAPTION]).sha256

@@ -1,5 +1,6 @@
 """A base model in one file: the same model as the folder's, and what is refused by name."""
 
+import contextlib
 import errno
 import json
 import re
@@ -458,6 +459,40 @@ def test_a_full_disk_while_it_is_made_leaves_nothing(one_file, monkeypatch, tmp_
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert left == []
     assert weights(models.fetch_base_model(str(file))).keys() == weights(folder).keys()
+
+
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_a_file_that_cannot_be_read_to_its_end_is_named(one_file, monkeypatch, tmp_path, reads):
+    """Whenever that happens: while its content is hashed, or while the first or second model is read."""
+    file, _ = one_file()
+    opened, digest = single_file.safe_open, single_file.content_digest
+    failure = OSError(errno.EIO, "Input/output error")
+
+    class Failing:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            if name == "get_tensor" and reads == len(saved) + 1:
+                raise failure
+            return getattr(self.file, name)
+
+    @contextlib.contextmanager
+    def failing_open(path, framework):
+        with opened(path, framework) as whole:
+            yield Failing(whole)
+
+    def failing_digest(path):
+        if reads == 0:
+            raise failure
+        return digest(path)
+
+    saved, save = [], single_file.save_file
+    monkeypatch.setattr(single_file, "safe_open", failing_open)
+    monkeypatch.setattr(single_file, "content_digest", failing_digest)
+    monkeypatch.setattr(single_file, "save_file", lambda *args, **named: saved.append(save(*args, **named)))
+    with pytest.raises(UserError, match=r"base model .* cannot be read as safetensors: .*Input/output error"):
+        models.fetch_base_model(str(file))
 
 
 def test_a_place_that_cannot_be_written_is_named(one_file, tmp_path):

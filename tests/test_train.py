@@ -272,7 +272,7 @@ def test_wandb_runs_offline_without_a_key(tiny_model, processed_data, tmp_path, 
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     home = dict(HOME=str(tmp_path), NETRC=str(tmp_path / "none"), WANDB_DIR=str(tmp_path))
-    command("train.py", *options(**config), env=home)
+    run("train.py", *options(**config), env=home)
     stored = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(stored) == 1
     content = stored[0].read_bytes()

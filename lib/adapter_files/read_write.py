@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from lib.adapter_files.kohya import adapter_header, is_kohya, read_kohya
 from lib.adapters import Adapter, factors, magnitudes, some
 from lib.errors import UserError, one_line
-from lib.files import what_else, write_bytes
+from lib.files import describe_content, write_bytes
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name, inside an adapter folder
 COMPONENTS = ("unet", "text_encoder")
@@ -193,7 +193,7 @@ def read_tensors(path):
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             header = file.metadata() or {}
     except (SafetensorError, OSError) as problem:
-        reason = what_else(path) or one_line(problem, 100)
+        reason = describe_content(path) or one_line(problem, 100)
         raise UserError(f"{path} cannot be read as safetensors: {reason}") from None
     if not tensors:
         raise UserError(f"{path} holds no tensors")

@@ -1,1 +1,1 @@
-"""From a folder of images to a training set: what preprocess.py does its work with."""
+"""From a folder of images to a training set: the steps of preprocess.py."""

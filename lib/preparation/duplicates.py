@@ -1,4 +1,4 @@
-"""Near-duplicates: images whose brightness and colours are nearly the same."""
+"""Near-duplicates: images of nearly the same brightness and colours."""
 
 import base64
 
@@ -6,68 +6,63 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-THUMBNAIL = 16  # pixels a side of the image whose colours are compared
+THUMBNAIL = 16  # side of the image whose colours are compared, in pixels
 
 
 def fingerprint(image):
-    """What near-duplicates share, as JSON can hold it: `phash`, the 64-bit DCT hash of imagehash in
-    hex, and `thumbnail`, the bytes of a 16x16 RGB image in base64."""
+    """What near-duplicates share, for JSON: `phash`, imagehash's 64-bit DCT hash in hex, and `thumbnail`, the bytes of
+    a 16x16 RGB image in base64."""
     small = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     thumbnail = base64.b64encode(small.tobytes()).decode()
     return dict(phash=str(imagehash.phash(image)), thumbnail=thumbnail)
 
 
-def without_duplicates(pictures, duplicate_bits, duplicate_colour):
-    """(kept, duplicates), by their sources' names: of two that are nearly the same the better one is
-    kept, which is the one with more pixels, then the larger file.
+def without_duplicates(images, duplicate_bits, duplicate_colour):
+    """(kept, duplicates), sorted by source name. Of two near-duplicates the one with more pixels is kept, then the one
+    with the larger file.
 
-    Two are, if at most `duplicate_bits` of the 64 bits of their hashes differ and their thumbnails'
-    values by at most `duplicate_colour` on average: the hash sees brightness only, and shops photograph
-    one cut in many colours. Each image is compared with all that are kept so far at once, in numpy.
+    Two images are near-duplicates if at most `duplicate_bits` of the 64 bits of their hashes differ and their
+    thumbnails differ by at most `duplicate_colour` on average: the hash sees brightness only, and shops photograph one
+    cut in many colours. Each image is compared with all that are kept so far at once, in numpy.
     """
-    hashes = np.zeros(len(pictures), np.uint64)
-    colours = np.zeros((len(pictures), THUMBNAIL * THUMBNAIL * 3), np.uint8)
+    hashes = np.zeros(len(images), np.uint64)
+    colours = np.zeros((len(images), THUMBNAIL * THUMBNAIL * 3), np.uint8)
     kept, duplicates = [], []
-    for picture in sorted(pictures, key=lambda p: (-p["pixels"], -p["bytes"], p["source"])):
-        phash = np.uint64(int(picture["phash"], 16))
-        colour = np.frombuffer(base64.b64decode(picture["thumbnail"]), np.uint8)
+    for image in sorted(images, key=lambda image: (-image["pixels"], -image["bytes"], image["source"])):
+        phash = np.uint64(int(image["phash"], 16))
+        colour = np.frombuffer(base64.b64decode(image["thumbnail"]), np.uint8)
         bits = np.bitwise_count(hashes[: len(kept)] ^ phash)
         near = np.nonzero(bits <= duplicate_bits)[0]
         apart = np.abs(colours[near].astype(np.int16) - colour).mean(axis=1, dtype=np.float32)
         twins = near[apart <= duplicate_colour]
-        if len(twins):
-            twin = kept[twins[0]]
-            exact = picture["sha256"] == twin["sha256"]
-            duplicates.append(
-                dict(
-                    source=picture["source"],
-                    duplicate_of=twin["source"],
-                    reason="the same file" if exact else "nearly the same image",
-                    bits=int(bits[twins[0]]),
-                    notes=lost_mask(picture, twin),
-                )
-            )
-        else:
+        if len(twins) == 0:
             hashes[len(kept)], colours[len(kept)] = phash, colour
-            kept.append(picture)
-    kept.sort(key=lambda picture: picture["source"])
+            kept.append(image)
+            continue
+        twin = kept[twins[0]]
+        masked, twin_masked = (".mask.png" in one.get("files", ()) for one in (image, twin))
+        same = image["sha256"] == twin["sha256"]
+        duplicates.append(
+            dict(
+                source=image["source"],
+                duplicate_of=twin["source"],
+                reason="the same file" if same else "nearly the same image",
+                bits=int(bits[twins[0]]),
+                notes=["its mask is not used"] if masked and not twin_masked else [],
+            )
+        )
+    kept.sort(key=lambda image: image["source"])
     duplicates.sort(key=lambda row: row["source"])
     return kept, duplicates
 
 
-def lost_mask(picture, twin):
-    """What is to be said of the mask of an image that is dropped for its `twin`: a list of words."""
-    masked = [".mask.png" in one.get("files", ()) for one in (picture, twin)]
-    return ["its mask is not used"] if masked == [True, False] else []
-
-
-def with_those_of_duplicates(captions, duplicates):
-    """`captions`, as `read_captions` gives them, where an image that was kept has what was written for the one that was
-    dropped, if nothing was for itself. What becomes of a caption is added to `notes` of the rows of `duplicates`."""
+def inherit_captions(captions, duplicates):
+    """`captions`, see `read_captions`, in which an image without a caption or description has that of its duplicate.
+    What happens to the duplicate's is added to the `notes` of its row in `duplicates`."""
     captions = {name: dict(own) for name, own in captions.items()}
     for row in duplicates:
-        own, twin = captions[row["source"]], captions[row["duplicate_of"]]
-        for key, words in own.items():
+        twin = captions[row["duplicate_of"]]
+        for key, words in captions[row["source"]].items():
             kept = twin.setdefault(key, words)
             what = "caption" if key == "text" else key
             if kept is words:

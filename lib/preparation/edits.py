@@ -1,7 +1,7 @@
-"""What a person changed in a training set after preprocess.py wrote it, so that writing it again does not undo it.
+"""Changes that a person made to a training set after preprocess.py wrote it, which the next run preserves.
 
-The manifest says what was written: each image's caption and the SHA-256 of its files. What differs from it was
-changed by hand. A change is known by the image's source, as the images' numbers may be others next time.
+The manifest records what was written: each image's caption and the SHA-256 of its files. Any difference is a change.
+It is stored under the image's source, as image numbers may change from run to run.
 """
 
 import json
@@ -12,16 +12,16 @@ from PIL import Image
 
 from lib.errors import UserError
 from lib.files import sha256_file
-from lib.texts import text_lines
+from lib.texts import read_text, text_lines
 
 UNDO = "or --no-keep-edits, which makes everything anew"
 
 
 class Edit(NamedTuple):
-    """What was changed of one image."""
+    """The changes to one image."""
 
-    words: dict  # what its row of captions.jsonl has in place of what was written; None: nothing
-    files: dict  # {ending: path of the file in place of the one that was written; None: removed}
+    words: dict  # {key of its row in captions.jsonl: its new value, None if it was removed}
+    files: dict  # {ending: path of the changed file, None if it was removed}
     sha256: str  # of the source at that time
     size: tuple  # [width, height] that it was prepared at
 
@@ -37,64 +37,66 @@ class Edits(NamedTuple):
 
 
 def read_edits(folder):
-    """The Edits of a training set in `folder`, none if there is no whole one.
+    """The Edits of the training set in `folder`; empty if there is no complete one.
 
-    UserError for what cannot be carried over: a malformed line, a row of an image, or a mask, that preprocess.py did
-    not write.
+    Raises UserError for a change that cannot be preserved: a malformed line, or an image or mask that preprocess.py
+    did not write.
     """
     folder = Path(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         records = {record["file_name"]: record for record in manifest["pictures"]}
-        known = {record["source"]: record["sha256"] for record in records.values()}
-        left_out = set(manifest.get("left_out", []))
+        left_out, edits = set(manifest["left_out"]), {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Edits({}, set())
     rows = read_rows(folder, records)
-    found = {}
     for name, record in records.items():
-        source, words, files = record["source"], dict(record.get("edited", {})), {}
         if rows is not None and name not in rows:
-            left_out.add(source)
+            left_out.add(record["source"])
             continue
-        if rows is not None:
-            row = rows[name]
-            written = {key: record[key] for key in ("text", "description") if key in record} | words
-            keys = {*row, *written} - {"file_name"}
-            words |= {key: row.get(key) for key in keys if row.get(key) != written.get(key)}
-        written, again = record.get("files", {}), record.get("edited_files", [])
-        for ending in {*written, *again}:
-            path = (folder / name).with_suffix(ending)
-            if not path.is_file():
-                if ending != ".png":  # an image that was lost is made again
-                    files[ending] = None
-            elif ending in again or sha256_file(path) != written[ending]:
-                files[ending] = path
-        mask = (folder / name).with_suffix(".mask.png")
-        if "files" in record and ".mask.png" not in {*written, *again} and mask.is_file():
-            raise UserError(
-                f"{mask} is not from preprocess.py, and the images' numbers may change; put it into the folder of "
-                f"the sources, named after {source}, and remove it here"
-            )
+        words = changed_words(record, rows[name]) if rows is not None else record["edited"]
+        files = changed_files(folder / name, record)
         if words or files:
-            found[source] = Edit(words, files, known[source], record.get("size"))
-    return Edits(found, left_out)
+            edits[record["source"]] = Edit(words, files, record["sha256"], record["size"])
+    return Edits(edits, left_out)
+
+
+def changed_words(record, row):
+    """Edit.words of an image, from its record in the manifest and its row of captions.jsonl."""
+    words = record["edited"]
+    written = {key: record[key] for key in ("text", "description") if key in record} | words
+    keys = {*row, *written} - {"file_name"}
+    return words | {key: row.get(key) for key in keys if row.get(key) != written.get(key)}
+
+
+def changed_files(image_path, record):
+    """Edit.files of an image, from its record in the manifest."""
+    written, changed_before = record["files"], record["edited_files"]
+    files = {}
+    for ending in {*written, *changed_before}:
+        path = image_path.with_suffix(ending)
+        if not path.is_file():
+            if ending != ".png":  # a lost image is made again
+                files[ending] = None
+        elif ending in changed_before or sha256_file(path) != written[ending]:
+            files[ending] = path
+    mask = image_path.with_suffix(".mask.png")
+    if ".mask.png" not in {*written, *changed_before} and mask.is_file():
+        raise UserError(
+            f"{mask} is not from preprocess.py, and image numbers may change; name it after {record['source']}, "
+            "put it into the folder of the sources, and remove it here"
+        )
+    return files
 
 
 def read_rows(folder, records):
-    """{file name: row} of a training set's captions.jsonl, None where there is none; UserError naming the line that is
-    malformed or names an image that is not among `records`."""
+    """{file name: row} of a training set's captions.jsonl, None if there is none. Raises UserError naming a line that
+    is malformed or names an image that is not among `records`."""
     listing = folder / "captions.jsonl"
     if not listing.is_file():
         return None
     rows = {}
-    try:
-        lines = text_lines(listing.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(
-            f"{listing} was changed and cannot be read as UTF-8 text ({problem}); mend it, {UNDO}"
-        ) from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text_lines(read_text(listing)), 1):
         if not line.strip():
             continue
         where = f"{listing}, line {number}"
@@ -105,7 +107,7 @@ def read_rows(folder, records):
         except (ValueError, KeyError, TypeError, RecursionError):
             good = False
         if not good:
-            raise UserError(f'{where}: changed, but not of the form {{"file_name": …, "text": …}}; mend it, {UNDO}')
+            raise UserError(f'{where}: changed, but not of the form {{"file_name": …, "text": …}}; fix it, {UNDO}')
         if name not in records:
             raise UserError(
                 f"{where}: {row['file_name']} is not from preprocess.py; put the image and its caption into the "
@@ -115,40 +117,38 @@ def read_rows(folder, records):
     return rows
 
 
-def fitting_edits(edits, pictures):
-    """({source: Edit} of the `images` that are to be written, words for a person: a list of lines). UserError naming
-    a file that was changed by hand where its source or its size is another now."""
-    kept, notes = {}, []
-    sources = {picture["source"]: picture for picture in pictures}
+def fitting_edits(edits, images):
+    """({source: Edit} of the `images` to be written, notes to print: [str]). Raises UserError naming a changed file
+    whose source or size has changed since."""
+    fitting, notes = {}, []
+    images = {image["source"]: image for image in images}
     for source, edit in edits.of.items():
-        if source not in sources:
+        if source not in images:
             if edit.words.get("text"):
-                notes.append(f"its caption goes with {source}: “{edit.words['text']}”")
+                notes.append(f"the caption of {source} is dropped with it: “{edit.words['text']}”")
             continue
+        image = images[source]
         for path in filter(None, edit.files.values()):
-            wanted = sources[source]
-            if edit.sha256 != wanted["sha256"] or list(edit.size or ()) != list(wanted["size"]):
+            if edit.sha256 != image["sha256"] or list(edit.size) != list(image["size"]):
                 raise UserError(
                     f"{path} was changed by hand, and its source {source} or the size has changed since: "
                     f"move it away, {UNDO}"
                 )
             try:
-                with Image.open(path) as image:
-                    size = list(image.size)
-            except Exception:  # whatever a decoder raises
+                with Image.open(path) as opened:
+                    size = list(opened.size)
+            except Exception:  # decoders raise almost anything
                 size = None
-            if size != list(wanted["size"]):
+            if size != list(image["size"]):
                 raise UserError(
-                    f"{path} was changed by hand and is no image of {'x'.join(map(str, wanted['size']))} any more; "
-                    f"mend it, {UNDO}"
+                    f"{path} was changed by hand and is not an image of {'x'.join(map(str, image['size']))}; "
+                    f"fix it, {UNDO}"
                 )
-        kept[source] = edit
-    words = sum(bool(edit.words) for edit in kept.values())
-    files = sum(bool(edit.files) for edit in kept.values())
+        fitting[source] = edit
+    words = sum(bool(edit.words) for edit in fitting.values())
+    files = sum(bool(edit.files) for edit in fitting.values())
     if words or files:
         notes.insert(
-            0,
-            f"changed by hand and kept as changed: {words} captions, {files} images or masks "
-            "(--no-keep-edits makes them anew)",
+            0, f"changes preserved in {words} captions, {files} images or masks (--no-keep-edits makes them anew)"
         )
-    return kept, notes
+    return fitting, notes

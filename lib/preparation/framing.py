@@ -1,25 +1,28 @@
-"""Which part of an image is trained on, and at what size."""
+"""Which part of an image is trained on, at what size, and the contact sheet that shows it."""
 
 import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from lib.images import contact_sheet
+
 CROPS = ("centre", "top", "subject")
 OUTLINE, OUTSIDE = (230, 30, 60), (40, 90, 255)
-MOST_SIZES = 6  # training records its work on a GPU once for each, a second or more
-RARE = 0.05  # of the images; a size that fewer have is merged, where that cuts off little
-LITTLE = 0.85  # of an image must stay then
-# A backdrop is plain where so much of the border is within so many levels of its median.
+MOST_SIZES = 6  # training captures CUDA graphs for each, which takes a second or more
+RARE = 0.05  # share of the images below which a size is merged, provided that
+LEAST_KEPT = 0.85  # of each image is kept
+# A backdrop is plain if this share of the border is within this many levels of its median.
 PLAIN_SHARE, PLAIN_SPREAD = 0.7, 30
+THUMBNAILS_PER_PAGE = 200
 
 
 # ---- sizes ------------------------------------------------------------------------------------
 
 
 def bucket_sizes(resolution):
-    """[(width, height)] of the area of a square of `resolution`, an eighth more or less, with sides from half to twice
-    of it in steps of 64 pixels, or of an eighth of the side where that is less (always a multiple of 8)."""
+    """[(width, height)] whose area is within an eighth of resolution², with sides from resolution/2 to 2 * resolution.
+    The step is 64 pixels or, if less, an eighth of `resolution`, in multiples of 8."""
     step = min(64, max(8, resolution // 64 * 8))
     sides = range(math.ceil(resolution / 2 / step) * step, 2 * resolution + 1, step)
     near = [(w, h) for w in sides for h in sides if abs(w * h / resolution**2 - 1) <= 1 / 8]
@@ -27,27 +30,26 @@ def bucket_sizes(resolution):
 
 
 def kept_share(shape, size):
-    """How much of an image of `shape` (width, height) is left when it fills `size`: from 0 to 1."""
+    """The share of an image of `shape` (width, height) that is left when it fills `size`: 0 to 1."""
     ratio = shape[0] * size[1] / (shape[1] * size[0])
     return min(ratio, 1 / ratio)
 
 
 def nearest_size(shape, sizes):
-    """That of `sizes` which keeps most of an image of `shape`."""
+    """The one of `sizes` that keeps the largest share of an image of `shape`."""
     return max(sizes, key=lambda size: (kept_share(shape, size), size))
 
 
 def choose_sizes(shapes, resolution):
-    """(sizes, merged): the sizes that images of `shapes` are brought to, few, and what was given up for that:
-    {size: how many images were nearest to it}."""
+    """Choose few sizes for images of `shapes`. Returns (sizes, merged); `merged` is {dropped size: number of images that
+    were nearest to it}."""
     sizes = sorted({nearest_size(shape, bucket_sizes(resolution)) for shape in set(shapes)})
-    # Of each image (a row), how much is left of it in each size.
     ratios = np.array([[w / h] for w, h in shapes]) / np.array([[w / h for w, h in sizes]])
-    shares = np.minimum(ratios, 1 / ratios)
+    shares = np.minimum(ratios, 1 / ratios)  # [images, sizes]: kept_share of each image in each size
     first, left, merged = shares.argmax(axis=1), list(range(len(sizes))), {}
 
     def cost(number):
-        """What giving a size up cuts off of all images together, and the least that stays of one."""
+        """(share lost over all images if a size is dropped, least share kept of one, number of images, the size)."""
         mine = shares[np.array(left)[shares[:, left].argmax(axis=1)] == number]
         after = mine[:, [other for other in left if other != number]].max(axis=1)
         lost = mine[:, number].sum() - after.sum()
@@ -55,7 +57,7 @@ def choose_sizes(shapes, resolution):
 
     while len(left) > 1:
         costs = sorted(map(cost, left))
-        rare = [c for c in costs if c[2] < RARE * len(shapes) and c[1] >= LITTLE]
+        rare = [c for c in costs if c[2] < RARE * len(shapes) and c[1] >= LEAST_KEPT]
         if len(left) <= MOST_SIZES and not rare:
             break
         number = (rare or costs)[0][3]
@@ -68,19 +70,18 @@ def choose_sizes(shapes, resolution):
 
 
 def framed(image, size, crop="centre", mask=None):
-    """(image, mask, frame): an RGB image and its mask (or None) at `size` (width, height), their proportions
-    unchanged, and a dict of what was done: `box`, the part of `image` that is shown (left, top, right,
-    bottom), `kept`, that part's share of it, whether it was `enlarged`, and `words` for the manifest.
+    """Resize and crop an RGB image and its mask (or None) to `size` (width, height), without squashing.
 
-    `crop` says which part: the "centre", the "top", or where the "subject" is: what the mask marks or else what
-    differs from a plain backdrop; where there is neither, the centre, which the words say.
+    Returns (image, mask, frame). `frame` holds `box`, the visible part of `image` (left, top, right, bottom); `kept`,
+    its share; whether it was `enlarged`; and `words` for the manifest. `crop` is "centre", "top" or "subject": what
+    the mask marks, else what differs from a plain backdrop, else the centre, as `words` says.
     """
     centering, words = (0.5, 0.5), ""
     if crop == "top":
         centering, words = (0.5, 0.0), " at the top"
     elif crop == "subject":
         subject = subject_box(image, mask)
-        words = " around the subject" if subject else " at the centre, no subject being found"
+        words = " around the subject" if subject else " at the centre, as no subject was found"
         if subject:
             centering = centering_on(subject, image.size, size)
     scale = max(size[0] / image.width, size[1] / image.height)
@@ -97,7 +98,7 @@ def framed(image, size, crop="centre", mask=None):
 
 
 def kept_box(source, size, centering=(0.5, 0.5)):
-    """The part (left, top, right, bottom) of an image of the size `source` that fills one of `size`."""
+    """The part (left, top, right, bottom) of an image of size `source` that fills `size`."""
     scale = max(size[0] / source[0], size[1] / source[1])
     width, height = size[0] / scale, size[1] / scale
     left, top = (source[0] - width) * centering[0], (source[1] - height) * centering[1]
@@ -105,10 +106,10 @@ def kept_box(source, size, centering=(0.5, 0.5)):
 
 
 def subject_box(image, mask=None):
-    """Where the subject is, as shares of width and height (left, top, right, bottom); None if nothing tells.
+    """Where the subject is, as fractions of width and height (left, top, right, bottom); None if unknown.
 
-    A backdrop is plain if most of the border has nearly one colour; the lower border does not count, where a
-    person is often cut off. Few pixels that differ (a shadow, a letter) are left out.
+    Without a mask it is what differs from a plain backdrop, one whose border has nearly one colour. The lower border
+    does not count, as a person is often cut off there. A few pixels that differ (a shadow, a letter) are ignored.
     """
     small = np.asarray(image.resize((96, 96), Image.Resampling.BOX), np.int16)
     if mask is not None:
@@ -125,7 +126,7 @@ def subject_box(image, mask=None):
     if differs.mean() < 0.01:
         return None
     edges = []
-    for axis in (0, 1):  # over the rows: left and right; over the columns: top and bottom
+    for axis in (0, 1):  # sums over rows give left and right, over columns top and bottom
         mass = np.cumsum(differs.sum(axis=axis))
         low, high = np.searchsorted(mass, [0.01 * mass[-1], 0.99 * mass[-1]])
         edges.append((low / 96, (high + 1) / 96))
@@ -133,24 +134,27 @@ def subject_box(image, mask=None):
 
 
 def centering_on(subject, source, size):
-    """ImageOps.fit's centering for which the part that is kept has the subject in its middle or, where the subject is
-    longer than that part, begins a little above its top."""
+    """ImageOps.fit's `centering` that puts the middle of the subject in the middle of the kept part. If the subject is
+    taller than that part, the part starts a little above its top."""
     scale = max(size[0] / source[0], size[1] / source[1])
-    found = []
+    centering = []
     for axis in (0, 1):
         window = size[axis] / scale / source[axis]
         low, high = subject[axis], subject[axis + 2]
         start = (low + high - window) / 2
         if axis == 1 and high - low > window:
             start = low - 0.03
-        found.append(float(min(1.0, max(0.0, start / (1 - window)))) if window < 1 - 1e-9 else 0.5)
-    return tuple(found)
+        centering.append(float(min(1.0, max(0.0, start / (1 - window)))) if window < 1 - 1e-9 else 0.5)
+    return tuple(centering)
+
+
+# ---- contact sheet ----------------------------------------------------------------------------
 
 
 def view(image, frame, mask=None, side=160):
-    """A thumbnail of the whole image of at most `side` pixels: what was cut off is pale and the rest outlined; what
-    lies outside the mask is tinted blue."""
-    shrink = max(1, max(image.size) // (2 * side))  # quick, before the fine filter
+    """A thumbnail of the whole image, at most `side` pixels wide and high. What was cut off is pale, the rest outlined;
+    what lies outside the mask is tinted blue."""
+    shrink = max(1, max(image.size) // (2 * side))  # fast, before the fine filter
     thumbnail = image.reduce(shrink) if shrink > 1 else image.copy()
     thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
     if mask is not None:
@@ -164,3 +168,21 @@ def view(image, frame, mask=None, side=160):
     pale.paste(thumbnail.crop((left, top, right, bottom)), (left, top))
     ImageDraw.Draw(pale).rectangle((left, top, right - 1, bottom - 1), outline=OUTLINE)
     return pale
+
+
+def write_contact_sheets(folder, views, titles):
+    """Write contact_sheet.jpg into `folder` or, if there are several pages, contact_sheet_01.jpg and so on. `views` are
+    paths of thumbnails, with one of `titles` under each. Returns the name of the first page."""
+    starts = range(0, len(views), THUMBNAILS_PER_PAGE)
+    digits = max(2, len(str(len(starts))))
+    names = [f"contact_sheet_{page:0{digits}}.jpg" for page in range(1, len(starts) + 1)]
+    if len(names) == 1:
+        names = ["contact_sheet.jpg"]
+    for name, start in zip(names, starts, strict=True):
+        images = []
+        for path in views[start : start + THUMBNAILS_PER_PAGE]:
+            with Image.open(path) as image:
+                images.append(image.convert("RGB"))
+        sheet = contact_sheet(images, titles[start : start + THUMBNAILS_PER_PAGE])
+        sheet.save(folder / name, quality=88)
+    return names[0]

@@ -1,4 +1,4 @@
-"""What lies in a folder of source images: the images, and the captions that a person wrote."""
+"""The source folder: which files are images, and the captions that a person wrote for them."""
 
 import csv
 import io
@@ -8,101 +8,99 @@ from pathlib import Path
 
 from lib.errors import UserError
 from lib.masks import find_masks
-from lib.texts import Names, alike, read_text, text_lines
+from lib.texts import Names, alike, is_utf8, read_text, text_lines
 
 LISTINGS = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 CAPTION_ENDINGS = (".txt", ".caption")  # of a file beside its image: photo.txt or photo.jpg.txt
-# What the columns of a listing are called, the first name ours.
+# Accepted names of the columns of a listing; the first is this project's.
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "path")
 TEXT_COLUMNS = ("text", "caption", "prompt")
-# Not images, and no one means them to be: neither read nor reported as skipped.
+# Obviously not training images: neither read nor reported as skipped.
 IGNORED = re.compile(r"\..*|thumbs\.db|desktop\.ini|(readme|licen[sc]e|copying)(\.(md|txt|rst|html?|pdf))?", re.I)
-# What telephones lay beside an image of the same name: the clip of a Live Photo, a record of edits.
+# Written by phones beside an image of the same name: the clip of a Live Photo, a record of edits.
 COMPANIONS = (".aae", ".mov", ".mp4")
 
 
 def image_names(data_dir):
-    """(names, masks, companions): of what may be an image in `data_dir`, without captions, masks and hidden files;
-    {image: [its masks]}; and what a telephone lays beside its images."""
+    """(names, masks, companions): the files in `data_dir` that may be images, without captions, masks and hidden
+    files; {image: [its masks]}; and the clips and records of a phone beside its images."""
     names = sorted(path.name for path in data_dir.iterdir())
-    named = [name for name in names if not IGNORED.fullmatch(name) and alike(name) not in LISTINGS]
-    beside = [name for name in named if name.lower().endswith(COMPANIONS)]
-    captions = [name for name in named if name.lower().endswith(CAPTION_ENDINGS)]
-    pictures = Names(name for name in named if name not in {*beside, *captions})
-    companions = [name for name in beside if pictures.find(Path(name).stem)]
-    passed_over = {*companions, *(name for name in captions if pictures.find(Path(name).stem))}
-    found = [name for name in named if name not in passed_over]
-    masks = find_masks(found)
-    taken = {mask for some in masks.values() for mask in some}
-    return [name for name in found if name not in taken], masks, companions
+    names = [name for name in names if not IGNORED.fullmatch(name) and alike(name) not in LISTINGS]
+    clips = [name for name in names if name.lower().endswith(COMPANIONS)]
+    captions = [name for name in names if name.lower().endswith(CAPTION_ENDINGS)]
+    images = Names(name for name in names if name not in {*clips, *captions})
+    companions = [name for name in clips if images.find(Path(name).stem)]
+    ignored = {*companions, *(name for name in captions if images.find(Path(name).stem))}
+    names = [name for name in names if name not in ignored]
+    masks = find_masks(names)
+    mask_names = {mask for masks_of_image in masks.values() for mask in masks_of_image}
+    return [name for name in names if name not in mask_names], masks, companions
 
 
 def read_captions(folder, names):
-    """What a person wrote about the images: {image name: {key: (words, file they came from)}}.
+    """The captions in `folder` for the images `names`: {image name: {key: (words, file they came from)}}.
 
-    The keys are `text`, in place of the fixed caption, and `description`, which an experiment trains on. A file of
-    CAPTION_ENDINGS beside an image is a text, and comes before a row of one of the LISTINGS (an image's name and
-    `text`, `description` or both). Lines become one; that is said. Raises UserError naming the file and line of a
-    malformed row, of an empty caption, of an image that is not there or that has two different ones.
+    The keys are `text`, which replaces the fixed caption, and `description`, which an experiment trains on. A file
+    with one of CAPTION_ENDINGS beside an image is its `text` and takes precedence over the LISTINGS, whose rows hold an
+    image's name and `text`, `description` or both. Several lines are joined, which is printed. Raises UserError naming
+    the file and line of a malformed row, an empty caption, a missing image, or a second, different caption.
     """
     captions, known = {name: {} for name in names}, Names(names)
     files = sorted(path.name for path in folder.iterdir())
     for source in [name for name in files if alike(name) in LISTINGS]:
-        for where, spelt, given in listed(folder / source):
-            found = known.find(spelt.removeprefix("./"))
-            # A listing names a file; what stands before its ending might be that of another.
-            found = [name for name in found if alike(name) == alike(spelt.removeprefix("./"))]
-            if len(found) != 1:
-                raise UserError(f"{where}: there is no {spelt} in {folder}")
-            for key, text in given.items():
-                what = f"the {key} of {found[0]}"
+        for where, file_name, texts in listing_rows(folder / source):
+            key_name = file_name.removeprefix("./")
+            # A listing names a whole file; Names also finds others of the same stem.
+            images = [name for name in known.find(key_name) if alike(name) == alike(key_name)]
+            if len(images) != 1:
+                raise UserError(f"{where}: there is no {file_name} in {folder}")
+            for key, text in texts.items():
+                what = f"the {key} of {images[0]}"
                 if not isinstance(text, str) or not text.strip():
                     raise UserError(f"{where}: {what} is empty")
-                if not is_text(text):
+                if not is_utf8(text):
                     raise UserError(f"{where}: {what} holds half of a character")
                 text = " ".join(text.split())
-                if captions[found[0]].setdefault(key, (text, source))[0] != text:
+                if captions[images[0]].setdefault(key, (text, source))[0] != text:
                     raise UserError(f"{where}: {what} differs from a second one; keep one")
-    several = []
+    joined = []
     for source in [name for name in files if name.lower().endswith(CAPTION_ENDINGS)]:
-        pictures = [name for name in known.find(Path(source).stem) if name != source]
-        if not pictures:
+        images = [name for name in known.find(Path(source).stem) if name != source]
+        if not images:
             continue
         text = read_text(folder / source)
         if sum(bool(line.strip()) for line in text_lines(text)) > 1:
-            several.append(source)
+            joined.append(source)
         text = " ".join(text.split())
         if not text:
             raise UserError(f"{folder / source} is empty; write a caption into it or delete it")
-        for name in pictures:
+        for name in images:
             before = captions[name].get("text", (text, None))
             if before[0] != text and before[1].lower().endswith(CAPTION_ENDINGS):
                 raise UserError(f"{folder / source}: the text of {name} differs from that in {before[1]}; keep one")
             captions[name]["text"] = (text, source)
-    if several:
-        more = ", …" if several[1:] else ""
-        print(f"{folder}: {len(several)} captions have several lines, which become one ({several[0]}{more})")
+    if joined:
+        more = ", …" if joined[1:] else ""
+        print(f"{folder}: {len(joined)} captions have several lines, which are joined ({joined[0]}{more})")
     return captions
 
 
-def listed(path):
-    """Yield (where, image's name, {key: words}) of each row of a listing, UserError naming the line that is
-    malformed."""
+def listing_rows(path):
+    """Yield (where, image's name, {key: text}) of each row of a listing. Raises UserError naming a malformed line."""
     rows = csv_rows(path) if path.suffix.lower() == ".csv" else json_rows(path)
     for where, row in rows:
         name = next((row[column] for column in FILE_COLUMNS if column in row), None)
-        texts = {"text": next((row[column] for column in TEXT_COLUMNS if column in row), None)}
-        given = {
-            k: v for k, v in (texts | {"description": row.get("description")}).items() if k in row or v is not None
-        }
-        if not isinstance(name, str) or not given:
+        text = next((row[column] for column in TEXT_COLUMNS if column in row), None)
+        texts = dict(text=text, description=row.get("description"))
+        texts = {key: text for key, text in texts.items() if key in row or text is not None}
+        if not isinstance(name, str) or not texts:
             form = '{"file_name": …, "text": …} ("description" beside or in place of "text")'
             raise UserError(f"{where}: not of the form {form}")
-        yield where, name, given
+        yield where, name, texts
 
 
 def json_rows(path):
-    """Yield (where, row) of each line of a JSON Lines file."""
+    """Yield (where, row) of each line of a JSON Lines file; a row is {} if it is not an object."""
     for number, line in enumerate(text_lines(read_text(path)), 1):
         if line.strip():
             try:
@@ -113,14 +111,13 @@ def json_rows(path):
 
 
 def csv_rows(path):
-    """Yield (where, row) of each row of a table whose first line names the columns, separated by a comma, a semicolon
-    or a tab; what is empty is left out."""
+    """Yield (where, row) of each row of a table whose first line names the columns. Columns are separated by commas,
+    semicolons or tabs; empty cells are omitted."""
     text = read_text(path)
     head = text_lines(text)[0]
-    wanted = {*FILE_COLUMNS}, {*TEXT_COLUMNS, "description"}
     for separator in ",;\t":
         columns = [column.strip().strip('"').strip().lower() for column in head.split(separator)]
-        if all(some & {*columns} for some in wanted):
+        if {*FILE_COLUMNS} & {*columns} and {*TEXT_COLUMNS, "description"} & {*columns}:
             break
     else:
         raise UserError(
@@ -135,12 +132,3 @@ def csv_rows(path):
                 yield f"{path}, line {reader.line_num}", filled
     except csv.Error as problem:
         raise UserError(f"{path}, line {reader.line_num}: {problem}") from None
-
-
-def is_text(words):
-    """Whether a string can be written as UTF-8: JSON and file names can hold what cannot."""
-    try:
-        words.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -1,7 +1,7 @@
-"""Images made ready on every core, each in parts that wait on disk until the training set is written.
+"""Images prepared on every core. The files of each wait in a folder of parts until the training set is written.
 
-The parts of an image are named after what they are made from: the bytes of its file and the settings.
-What a run that was interrupted has made is therefore found again, and made again where either changed.
+Parts are named after their inputs: the content of the source and the settings. A run that was interrupted therefore
+finds what it has made, and makes it anew if either changed.
 """
 
 import contextlib
@@ -25,50 +25,49 @@ from lib.masks import SURELY, only_mask, subject_mask
 from lib.photographs import Unusable, check_content, fetched_by, read_layers, upright_shape
 from lib.preparation.duplicates import fingerprint
 from lib.preparation.framing import framed, view
-from lib.preparation.sources import is_text
+from lib.texts import is_utf8
 
-FEW = 8  # images that are made ready sooner than a process that would help starts
+FEW = 8  # images that take less time than starting another process
 MEGAPIXELS_AT_ONCE = 32  # in all processes together; an image takes about 16 MB a megapixel
-MAKER = 2  # another number makes all parts anew
+MAKER = 2  # version of this code: another number makes all parts anew
 # Endings of an image's parts.
 PNG, MASK, VIEW, RECORD = ".png", ".mask.png", ".jpg", ".json"
 
 
 def prepare_images(data_dir, names, masks, sizes, parts, settings, processes=0):
-    """(images, skipped): a dict of what is known of each image of `names` in the folder `data_dir`,
-    and source and reason of each that cannot be used, both in the order of the names. `masks` is what `find_masks`
-    gives.
+    """Prepare the images `names` of the folder `data_dir`. Returns (images, skipped), in the order of the names: what
+    is known of each image, and source and reason of each that cannot be used.
 
-    An image's `key` is the name of its parts in the folder `parts`: PNG, as it is trained on, at its size of
-    `sizes`; MASK, where it has one; and VIEW, a thumbnail for the contact sheet. `settings` are `crop`, see
-    `framed`, and `max_megapixels`. `processes` work at once, 0 meaning one a core.
+    An image's `key` is the stem of its parts in the folder `parts`: PNG, the training image at its size of `sizes`;
+    MASK, if it has one; VIEW, a thumbnail for the contact sheet. `masks` is from `find_masks`; `settings` are `crop`,
+    see `framed`, and `max_megapixels`. `processes` are used, 0 for one a core.
     """
-    work = functools.partial(prepared, data_dir, parts, settings)
+    work = functools.partial(prepare_image, data_dir, parts, settings)
     workers = min(processes or cores(), math.ceil(len(names) / FEW))
-    found, beside = [], [masks.get(name, []) for name in names]
-    bar = functools.partial(tqdm, total=len(names), desc="preparing", unit="picture", leave=False)
+    images, masks = [], [masks.get(name, []) for name in names]
+    bar = functools.partial(tqdm, total=len(names), desc="preparing", unit="image", leave=False)
     try:
         if workers <= 1:
-            found.extend(bar(map(work, names, beside, sizes)))
+            images.extend(bar(map(work, names, masks, sizes)))
         else:
             with process_pool(workers) as pool:
-                found.extend(bar(pool.map(work, names, beside, sizes, chunksize=2)))
+                images.extend(bar(pool.map(work, names, masks, sizes, chunksize=2)))
     except (KeyboardInterrupt, SystemExit):
-        print(f"stopped at {len(found)} of {len(names)} images; the same command goes on from there")
+        print(f"stopped at {len(images)} of {len(names)} images; the same command goes on from there")
         raise
     except BrokenProcessPool:
         raise UserError(
-            f"a process that prepares images died after {len(found)} of {len(names)}, for want of memory "
-            "perhaps; the same command goes on from there, with --processes 1 one image at a time"
+            f"a process that prepares images died after {len(images)} of {len(names)}, perhaps out of memory; the same "
+            "command goes on from there, with --processes 1 one image at a time"
         ) from None
-    if ready := sum(picture.pop("ready", False) for picture in found):
-        print(f"{ready} images were made ready before an interruption and have not changed since")
-    skipped = [row for row in found if "reason" in row]
-    return [row for row in found if "reason" not in row], skipped
+    if reused := sum(image.pop("reused", False) for image in images):
+        print(f"{reused} images were prepared by an interrupted run and have not changed since")
+    skipped = [row for row in images if "reason" in row]
+    return [row for row in images if "reason" not in row], skipped
 
 
 def cores():
-    """How many processes can work at once."""
+    """How many processes can run at once."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -77,11 +76,11 @@ def cores():
 # ---- one image ------------------------------------------------------------------------------
 
 
-def prepared(data_dir, parts, settings, name, masks, size):
-    """What `prepare_images` tells of one image; its parts are in their folder afterwards."""
+def prepare_image(data_dir, parts, settings, name, masks, size):
+    """Write the parts of one image unless they are there already. Returns its row, see `prepare_images`."""
     path = data_dir / name
     try:
-        if not is_text(name):
+        if not is_utf8(name):
             name = name.encode("utf-8", "replace").decode()
             raise Unusable("its name is not UTF-8; give it another")
         if not path.exists() and path.is_symlink():
@@ -91,31 +90,33 @@ def prepared(data_dir, parts, settings, name, masks, size):
         if SURELY.fullmatch(name):
             raise Unusable("a mask, but there is no image of that name")
         mask = only_mask([data_dir / mask for mask in masks])
-        try:
-            sha256 = sha256_file(path)
-        except OSError as problem:
-            raise Unusable(f"cannot be read ({problem.strerror})") from None
-        try:
-            mask_sha256 = sha256_file(mask) if mask else None
-        except OSError as problem:
-            raise Unusable(f"its mask {mask.name} cannot be read ({problem.strerror})") from None
+        sha256 = source_hash(path, "cannot be read")
+        mask_sha256 = source_hash(mask, f"its mask {mask.name} cannot be read") if mask else None
         made_from = [MAKER, sha256, mask_sha256, masks, path.suffix.lower(), size, settings]
         part = parts / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
-        record = kept_record(part)
+        record = read_record(part)
         if record is None:
-            with room_for(path):
+            with memory_share(path):
                 record = dict(sha256=sha256, bytes=path.stat().st_size)
                 record |= write_parts(path, mask, part, size, settings)
-            write_beside(part.with_suffix(RECORD), lambda file: file.write(json.dumps(record).encode()))
+            write_part(part.with_suffix(RECORD), lambda file: file.write(json.dumps(record).encode()))
         else:
-            record["ready"] = True
+            record["reused"] = True
     except Unusable as reason:
         return dict(source=name, reason=str(reason))
     return dict(source=name, key=part.name, **record)
 
 
+def source_hash(path, failure):
+    """SHA-256 of a source; Unusable, with `failure`, if it cannot be read."""
+    try:
+        return sha256_file(path)
+    except OSError as problem:
+        raise Unusable(f"{failure} ({problem.strerror})") from None
+
+
 def write_parts(path, mask_path, part, size, settings):
-    """Make the image at `path`, whose mask may lie at `mask_path`, ready: write its parts, return what is known."""
+    """Prepare the image at `path`, whose mask is at `mask_path` or None, and write its parts. Returns its record."""
     image, alpha, info, done = read_layers(path, settings["max_megapixels"])
     check_content(image, alpha)
     mask, masked = subject_mask(mask_path, image, alpha, settings["max_megapixels"])
@@ -131,11 +132,11 @@ def write_parts(path, mask_path, part, size, settings):
         if brightest < 128:  # a thin subject, paler now that it is smaller
             ready_mask = ready_mask.point(lambda level: level * 255 // brightest)
     done.append(frame["words"])
-    write_beside(part.with_suffix(PNG), lambda file: ready.save(file, "PNG"))
+    write_part(part.with_suffix(PNG), lambda file: ready.save(file, "PNG"))
     if mask is not None:
-        write_beside(part.with_suffix(MASK), lambda file: ready_mask.save(file, "PNG"))
+        write_part(part.with_suffix(MASK), lambda file: ready_mask.save(file, "PNG"))
     sheet = view(image, frame, mask)
-    write_beside(part.with_suffix(VIEW), lambda file: sheet.save(file, "JPEG", quality=90))
+    write_part(part.with_suffix(VIEW), lambda file: sheet.save(file, "JPEG", quality=90))
     endings = (PNG, MASK) if mask is not None else (PNG,)
     return dict(
         **info,
@@ -149,49 +150,49 @@ def write_parts(path, mask_path, part, size, settings):
     )
 
 
-def kept_record(part):
-    """The record of an image whose parts are all there and whole, or None."""
+def read_record(part):
+    """The record of an image whose parts are all there and intact, else None."""
     try:
         record = json.loads(part.with_suffix(RECORD).read_bytes())
-        whole = all(sha256_file(part.with_suffix(ending)) == sha256 for ending, sha256 in record["files"].items())
+        intact = all(sha256_file(part.with_suffix(ending)) == sha256 for ending, sha256 in record["files"].items())
         with Image.open(part.with_suffix(VIEW), formats=("JPEG",)) as image:
             image.load()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return record if whole else None
+    return record if intact else None
 
 
-def write_beside(path, write):
-    """Let `write` fill the file `path`, which is there whole or not at all; what a power cut leaves half is
-    seen by its checksum."""
-    with replacing(path) as beside, beside.open("wb") as file:
+def write_part(path, write):
+    """Write the file `path` atomically: `write` fills an open file. (A file truncated by a power cut is detected by its
+    checksum.)"""
+    with replacing(path) as temporary, temporary.open("wb") as file:
         write(file)
 
 
 # ---- several processes --------------------------------------------------------------------------
 
-# In a process of a pool: its share of the memory, and the lock under which an image takes what it needs.
+# In a process of a pool: its share of the memory, and the lock under which an image takes it.
 _share = None
 
 
 @contextlib.contextmanager
 def process_pool(workers):
-    """So many processes, which end with this one however that ends. What is waiting is dropped if the
-    block is left by an exception."""
-    ways = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
-    if "forkserver" in ways:  # whose processes share the memory of what it has imported
+    """A pool of processes that end with this one, however that ends. If the block is left by an exception, waiting
+    tasks are dropped."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:  # its processes share the memory of these imports
         context.set_forkserver_preload([__name__, "scipy.fftpack"])
     share = context.Semaphore(MEGAPIXELS_AT_ONCE), context.Lock()
-    pool = ProcessPoolExecutor(workers, context, initializer=begin, initargs=share)
+    pool = ProcessPoolExecutor(workers, context, initializer=initialize_worker, initargs=share)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def begin(slots, turn):
-    """What a process of the pool does first: Ctrl-C is for the one that started it, whose end it shares."""
+def initialize_worker(slots, turn):
+    """Ignore Ctrl-C in a process of the pool, which is for the parent, and end with the parent."""
     global _share
     _share = slots, turn
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -205,19 +206,19 @@ def end_with(parent):
 
 
 @contextlib.contextmanager
-def room_for(path):
-    """Wait until the image at `path` fits into the memory that is meant for all processes."""
+def memory_share(path):
+    """Wait until the image at `path` fits into the memory that all processes may use together."""
     if _share is None:  # the only process
         yield
         return
     slots, turn = _share
     width, height = upright_shape(path) or (1, 1)
-    wanted = min(MEGAPIXELS_AT_ONCE, math.ceil(width * height / 1e6))
-    with turn:  # one at a time, so that no two wait for what the other holds
-        for _ in range(wanted):
+    needed = min(MEGAPIXELS_AT_ONCE, math.ceil(width * height / 1e6))
+    with turn:  # one at a time, so that no two wait for each other's slots
+        for _ in range(needed):
             slots.acquire()
     try:
         yield
     finally:
-        for _ in range(wanted):
+        for _ in range(needed):
             slots.release()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.texts import text_lines
+from lib.texts import read_text, text_lines
 
 HELD_OUT = 0.1  # of the prompts: not in P, they show its effect on similar prompts
 FEWEST = 10  # prompts in a list
@@ -108,10 +108,7 @@ def read_protected(path, noun, captions):
     `captions` are ordered by frequency; a `noun` of None is taken from the first. UserError for a file with too few
     prompts, and for a `noun` that the captions are not about.
     """
-    try:
-        lines = text_lines(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"protected_prompts: {path} cannot be read as a text file: {problem}") from None
+    lines = text_lines(read_text(path, "protected_prompts: "))
     lines = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     filled = any("{class}" in line for line in lines)
     given, noun = noun is not None, class_of(captions[0]) if noun is None else noun.strip()

@@ -17,7 +17,7 @@ from PIL import ImageOps
 from torchmetrics.image.kid import KernelInceptionDistance
 from transformers import CLIPModel, CLIPProcessor
 
-from lib.cache import keep
+from lib.cache import write_cached
 from lib.dataset import KEPT, Images
 from lib.errors import UserError, one_line
 from lib.models import fetch_model, model_digest
@@ -158,7 +158,7 @@ def kept_training_embeddings(data, folder, clip):
         with path.open("wb") as file:
             np.savez(file, **arrays)
 
-    keep(path, write)
+    write_cached(path, write)
     return found
 
 
