@@ -82,7 +82,6 @@ def test_the_root_holds_the_scripts_and_the_folders_that_a_user_knows():
         "Makefile",
         "README.md",
         "CONTRIBUTING.md",
-        "CHANGELOG.md",
         "LICENSE",
         ".ci",
         ".github",
