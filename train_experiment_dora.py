@@ -8,7 +8,7 @@ the norms of a weight's rows apart from their directions, which costs a norm of 
 and one parameter more for each output (lib/LORA.md).
 Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): the two are equivalent. DoRA
 minus rank 32, concept similarity of success prompts: +0.000 [−0.001, +0.002], within the margin of 0.02. At Stable Diffusion v1.5's
-size a step takes 27% longer than LoRA's (bench/README.md); what it teaches there was not measured.
+size a step takes 31% longer than LoRA's (bench/README.md); what it teaches there was not measured.
 """
 
 from lib.errors import run_script
