@@ -8,6 +8,7 @@ Everything is paired by prompt and seed. The prompts are fixed; training runs an
 (see statistics.py).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,7 @@ class Line:
     counterclaim: tuple
     unchanged: float = 0.0
     holds: bool = None  # the claim; False: the counterclaim does; None: unclear
+    most: float = math.inf  # the largest effect that is possible
     tests: int = 1  # how many lines are tested together
 
     def p(self, side, at):
@@ -87,11 +89,14 @@ class Line:
         one_sided = half if there else 1 - half
         return min(1.0, 2 * one_sided) if at == self.unchanged else one_sided
 
+    def deciding_text(self, margin):
+        return deciding_text(self.values, margin, self.tests, self.most)
+
 
 def line_of(values, metric, category, margin):
     """The Line of a Metric's test on one category; `values` [runs, seeds]."""
     sides = [(side, metric.unchanged + margins * margin) for side, margins in metric.tested[category]]
-    return Line(values, *sides, metric.unchanged)
+    return Line(values, *sides, metric.unchanged, most=metric.most)
 
 
 def decide(lines):
@@ -157,9 +162,7 @@ def verdict(question, line, key, total, margin):
         change=change,
     )
     return dict(
-        question=question.name,
-        answer=answer,
-        text=text + (question.ends.get(answer) or deciding_text(line.values, margin, line.tests)),
+        question=question.name, answer=answer, text=text + (question.ends.get(answer) or line.deciding_text(margin))
     )
 
 
@@ -185,22 +188,30 @@ def learned(concept, clip, success, margins):
         holds, end = True, "The concept was learned."
     elif concept.holds:
         holds, end = None, "The images became more similar to them. Unclear: did the match with the prompt fall? "
-        end += deciding_text(clip.values, margins["clip"], clip.tests)
+        end += clip.deciding_text(margins["clip"])
     else:
-        holds, end = None, deciding_text(concept.values, margins["concept_similarity"], concept.tests)
+        holds, end = None, concept.deciding_text(margins["concept_similarity"])
     return dict(question="learned", answer=answer_word(holds), text=text + end)
 
 
-def deciding_text(values, margin, tests=1):
-    """What a study like `values` [runs, seeds], one of `tests`, notices in 80% of repetitions, and what would decide."""
+def deciding_text(values, margin, tests=1, most=math.inf):
+    """What a study like `values` [runs, seeds], one of `tests`, notices in 80% of repetitions, and what would decide.
+
+    `most` is the largest effect that is possible; what only a larger one would show is not printed as a number.
+    """
     runs, seeds = values.shape
     if values.size == 1:
         return "One image a prompt and one training run decide nothing."
+    more_seeds = f"try --seeds {max(16, 2 * seeds)}."
+    if seeds == 2:
+        return f"Two sampling seeds do not show how much images differ by chance; {more_seeds}"
     least = smallest_detectable(values, 0.05 / tests)
-    size = f"{runs} training runs of {seeds} seeds" if runs > 1 else f"{seeds} seeds"
+    size = f"{runs} training runs of {seeds} seeds" if runs > 1 else f"{seeds} seed{'s' if seeds > 1 else ''}"
     text = f"With {size} only changes above about {least:.3f} are noticed reliably; "
+    if not least < most:
+        text = f"With {size} not even the largest possible change would be noticed reliably; "
     if runs == 1:
-        return text + f"try --seeds {max(16, 2 * seeds)}."
+        return text + more_seeds
     if runs < FEWEST_RUNS:
         return text + TOO_FEW_RUNS[runs] + "."
     needed = runs_to_decide(values, margin, 0.05 / tests)

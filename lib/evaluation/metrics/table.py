@@ -4,6 +4,7 @@ A new metric is an entry of METRICS, a scorer in a file beside this one and, whe
 margin in the CONFIG of inference.py. Whatever reads METRICS skips a metric that an older metrics.json lacks.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -47,6 +48,7 @@ class Metric:
     # In place of a scorer: (runs, {key: effects measured so far}, base_pairs) -> [runs, prompts, seeds] or None
     effect: Callable = None
     unchanged: float = 0.0  # its value where the adapter does nothing
+    most: float = math.inf  # the largest effect that is possible
     margin: str = None  # the key of inference.py's CONFIG; without one it is neither compared nor judged
     shown: tuple = tuple(CATEGORIES)  # categories in tables of several experiments; () keeps it out of all tables
     compared: tuple = ()  # categories in which two experiments are compared
@@ -173,6 +175,7 @@ METRICS = {
         explained="CLIP: cosine of image and prompt.",
         kind=DIFFERENCE,
         scorer=clip_score,
+        most=2.0,  # of a difference of cosines
         margin="clip_margin",
         compared=("success",),
         swept={("success",): "Prompt match: CLIP score, LoRA minus base"},
@@ -184,6 +187,7 @@ METRICS = {
         explained="Concept: mean cosine to the training images.",
         kind=DIFFERENCE,
         scorer=concept,
+        most=2.0,
         margin="concept_margin",
         compared=("success", "near", "unrelated"),
         swept={
@@ -200,6 +204,7 @@ METRICS = {
         "seeds.",
         kind=SHARE,
         effect=change,
+        most=1.0,  # another image of the same prompt
         margin="change_margin",
         compared=("near", "unrelated"),
         swept={("near", "unrelated"): "Change of other prompts in any direction"},
@@ -211,6 +216,7 @@ METRICS = {
         kind=SHARE,
         effect=variety,
         unchanged=1.0,
+        most=1.0,  # one image for every seed
         margin="variety_margin",
         shown=("success",),
         compared=("success",),

@@ -10,6 +10,7 @@ from lib.evaluation.metrics.table import DIFFERENCE, METRICS, measures, metric_n
 from lib.evaluation.statistics import FEWEST_RUNS
 
 NO_VERDICTS = "No verdicts: they need a CLIP model, the training images and several seeds."
+AS_THEY_ARE, MAY_DIFFER = "these adapters as they are", "another training run may differ"
 # How much of the concept other prompts pick up: words for shares below these.
 AMOUNTS = (("a little of it", 0.25), ("some of it", 0.6), ("most of it", 0.9))
 
@@ -95,14 +96,24 @@ def images_text(category, summary, within):
 def difference_sentences(pairs):
     """What the comparisons of each two experiments found, counted; one sentence for all if there are more than three
     pairs of experiments."""
-    answers = {}
+    by_pair = {}
     for row in pairs:
-        answers.setdefault(f"{row['second']} against {row['first']}", []).append(row["answer"])
-    if len(answers) > 3:
-        return [
-            f"{len(answers)} pairs of experiments: {answer_counts([row['answer'] for row in pairs], 'comparisons')}."
-        ]
-    return [f"{who}: {answer_counts(of_pair)}." for who, of_pair in answers.items()]
+        by_pair.setdefault(f"{row['second']} against {row['first']}", []).append(row)
+    if len(by_pair) > 3:
+        return [f"{len(by_pair)} pairs of experiments: {pair_counts(pairs, 'comparisons')}."]
+    return [f"{who}: {pair_counts(rows)}." for who, rows in by_pair.items()]
+
+
+def pair_counts(rows, noun="measures"):
+    """The answers of comparisons, counted: of experiments, of adapters as they are, or of both."""
+    text = answer_counts([row["answer"] for row in rows], noun)
+    if all("level" in row for row in rows):
+        return f"{text}, for {AS_THEY_ARE}; {MAY_DIFFER}"
+    files = [row["files"]["answer"] for row in rows if "files" in row]
+    if files:
+        text = text.replace("no difference could", "no difference between the experiments could")
+        text += f"; {AS_THEY_ARE}: {answer_counts(files, noun)} ({MAY_DIFFER})"
+    return text
 
 
 def answer_counts(answers, noun="measures"):
@@ -132,14 +143,24 @@ def spread_text(summary):
 
 def pair_sentence(row):
     """What one comparison of two experiments found; if nothing, what would decide it."""
-    answer = {
-        "equivalent": f"equivalent within {row['margin']:g}",
-        "undecided": f"undecided. {row.get('decides', '')}",
-    }.get(row["answer"], f"{row['second']} is {row['answer']}")
-    return (
+    text = (
         f"{metric_name(row['metric'])} on {row['category']} prompts, {row['second']} minus {row['first']}: "
-        f"{interval_text(row)}: {answer}"
+        f"{interval_text(row)}: {pair_answer(row, row)}"
     )
+    if "level" in row:
+        return f"{text} (for {AS_THEY_ARE}; {MAY_DIFFER})"
+    if "files" in row:
+        files = row["files"]
+        text += f" {AS_THEY_ARE.capitalize()}: {pair_answer(row, files)}, {interval_text(files)}; {MAY_DIFFER}."
+    return text
+
+
+def pair_answer(row, found):
+    """The answer of a comparison in words; `found` is the row or its `files`."""
+    return {
+        "equivalent": f"equivalent within {row['margin']:g}",
+        "undecided": f"undecided. {row.get('decides', '')}" if found is row else "undecided",
+    }.get(found["answer"], f"{row['second']} is {found['answer']}")
 
 
 def pair_note(pairs):
@@ -148,16 +169,20 @@ def pair_note(pairs):
         f"95% intervals. Higher or lower: the interval excludes 0; equivalent: the 90% interval lies within the margin "
         f"(two one-sided tests); both after Holm's correction over these {len(pairs)} comparisons. "
     )
-    counts = sorted({row["runs"] for row in pairs})
-    note += f"{'/'.join(map(str, counts))} training run{'s' if counts[-1] > 1 else ''} each, "
-    if all(row["paired_by_training_seed"] for row in pairs):
-        note += "paired by training seed."
-    else:
-        note += "paired in their order if they share no training seed."
-    if counts[0] < FEWEST_RUNS:
-        note += (
-            " With fewer than three training runs nothing is claimed: they do not show how much training runs differ."
-        )
+    experiments = [row for row in pairs if "level" not in row]
+    if counts := sorted({row["runs"] for row in experiments}):
+        note += f"{'/'.join(map(str, counts))} training run{'s' if counts[-1] > 1 else ''} each, "
+        if all(row["paired_by_training_seed"] for row in experiments):
+            note += "paired by training seed."
+        else:
+            note += "paired in their order if they share no training seed."
+        if counts[0] < FEWEST_RUNS:
+            note += (
+                " With fewer than three training runs nothing is claimed of the experiments: they do not show how much "
+                "training runs differ."
+            )
+    if len(experiments) < len(pairs) or any("files" in row for row in pairs):
+        note += f" What is said of {AS_THEY_ARE} holds over other sampling seeds; {MAY_DIFFER}."
     left_out = sorted({name for row in pairs for name in row["left_out"]})
     if left_out:
         note += f" Not compared, because no run shares their training seed: {', '.join(left_out)}."
