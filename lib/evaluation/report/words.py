@@ -109,8 +109,9 @@ def pair_counts(rows, noun="measures"):
     text = answer_counts([row["answer"] for row in rows], noun)
     if all("level" in row for row in rows):
         return f"{text}, for {AS_THEY_ARE}; {MAY_DIFFER}"
-    files = [row["files"]["answer"] for row in rows if "files" in row]
-    if files:
+    if files_rows := sum("level" in row for row in rows):
+        text += f", {files_rows} of them for {AS_THEY_ARE}"
+    if files := [row["files"]["answer"] for row in rows if "files" in row]:
         text = text.replace("no difference could", "no difference between the experiments could")
         text += f"; {AS_THEY_ARE}: {answer_counts(files, noun)} ({MAY_DIFFER})"
     return text
@@ -182,7 +183,7 @@ def pair_note(pairs):
                 "training runs differ."
             )
     if len(experiments) < len(pairs) or any("files" in row for row in pairs):
-        note += f" What is said of {AS_THEY_ARE} holds over other sampling seeds; {MAY_DIFFER}."
+        note = f"{note.rstrip()} What is said of {AS_THEY_ARE} holds over other sampling seeds; {MAY_DIFFER}."
     left_out = sorted({name for row in pairs for name in row["left_out"]})
     if left_out:
         note += f" Not compared, because no run shares their training seed: {', '.join(left_out)}."
