@@ -1,23 +1,22 @@
 #!/usr/bin/env python3
-"""Teach Stable Diffusion v1.5 one concept with LoRA: processed_data/ -> lora_weights/.
+"""Fine-tune Stable Diffusion v1.5 on one concept with LoRA: processed_data/ -> lora_weights/.
 
     python train.py                                    # the recipe below, on a CUDA GPU
     python train.py --demo                             # the embedded miniature, on any CPU
     python train.py --max-steps 100 --warmup-steps 10  # any key of CONFIG can be overridden
     accelerate launch --num_processes 2 train.py       # several GPUs
 
-Out comes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format),
-<run_name>.safetensors (kohya's: ComfyUI, A1111 and their kin), README.md (a model card),
-config.json (configuration, versions, commit, device), log.jsonl, loss.png, and what to watch and choose
-from: previews/ and previews.webp (steps across, prompts down), snapshots/ (the adapter at intervals).
-An earlier run of that name is replaced only once the new one is complete. A run that was stopped, by
-Ctrl-C, a signal, a crash or a power cut, goes on from its last checkpoint by the same command.
+It writes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format), <run_name>.safetensors
+(kohya's: ComfyUI, A1111 and others), README.md (a model card), config.json (configuration, versions, commit, device),
+log.jsonl, loss.png, previews/ and previews.webp (steps across, prompts down), and snapshots/ (the adapter at
+intervals). An earlier run of that name is replaced only once the new one is complete. A run stopped by Ctrl-C, a
+signal, a crash or a power cut resumes from its last checkpoint with the same command.
 
-Latents are computed once and kept in processed_data/latents/, noise and timesteps derive from (seed,
-sample number), and the LoRA parameters of a group are one flat vector: one optimizer kernel, one check
-for overflow and, on several GPUs, one all-reduce of one tensor. On a GPU a micro-step, forward and
-backward, is recorded once as a CUDA graph and replayed, and so is the update, whose decisions the GPU
-takes alone, so that Python prepares the next steps meanwhile; a CPU calls plain functions (lib/kernels/,
+tests/plain_loop.py is the same training without any optimization: read it first. Here latents are encoded once and
+cached in processed_data/latents/, noise and timesteps derive from (seed, sample number), and the LoRA parameters of a
+model are one flat vector: one optimizer kernel, one overflow check and, on several GPUs, one all-reduce of one tensor.
+On a GPU the forward and backward pass is a CUDA graph, captured once and replayed, and so is the update, whose
+decisions stay on the GPU, so that Python prepares the next steps meanwhile. A CPU calls plain functions (lib/kernels/,
 lib/training/updates.py, bench/README.md).
 """
 
@@ -34,17 +33,16 @@ from lib.config import check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.files import check_output_folder, fresh_folder, locked, recover_folder, replace_folder, unfinished
 from lib.imports import quick_imports
-from lib.training.advice import going_back, not_finite, training_memory
 from lib.training.journal import check_trackers
-from lib.training.launcher import only_processes
+from lib.training.processes import StopSignals, agreed, not_finite, only_processes, rollback_advice, training_memory
 from lib.training.protected_prompts import check_protection
 
-# Before torch is imported: its CPU threads then spin only briefly while they wait for one another.
-# Left alone they spin so long that another process on one of the cores stops nearly everything; not
-# spinning at all (OMP_WAIT_POLICY=PASSIVE) halves the speed on a quiet machine.
+# Before torch is imported: its CPU threads spin only briefly while they wait for one another. By default they spin so
+# long that another process on one of the cores stops nearly everything; not spinning at all (OMP_WAIT_POLICY=PASSIVE)
+# halves the speed on a quiet machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-# GPU memory in segments that grow, which Linux has: what the models leave on being loaded is otherwise in
-# pieces, 80 MB of them. Of the variable's two names the older one would win.
+# GPU memory in growing segments, a feature of Linux: otherwise loading the models leaves 80 MB of fragments. Of the
+# variable's two names the older one takes precedence.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -53,16 +51,16 @@ CONFIG = dict(
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # data
-    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and images
-    caption_from="text",  # its column that is trained on: text (as a rule one caption), description
-    truncate_captions=False,  # True: read the first 77 tokens of a longer caption, which is said
-    resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
-    validation_count=4,  # images held out, a quarter at most, to see their loss at fixed noise
-    mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
+    data_dir="processed_data",  # captions.jsonl and images, written by preprocess.py
+    caption_from="text",  # a column of captions.jsonl: text (usually one caption for all images) or description
+    truncate_captions=False,  # True: a caption of more than 77 tokens is cut off, with a note; False: an error
+    resolution=512,  # pixels; Stable Diffusion v1.5 was trained at 512
+    validation_count=4,  # images held out, a quarter at most, to measure their loss at fixed noise
+    mask_weight=1.0,  # weight of the loss outside the masks in data_dir; 1: masks have no effect
     # output
     output_dir="lora_weights",
     run_name="lora_weights_rank_32",
-    push_to_hub=None,  # owner/name: upload the finished run there, into a private repository
+    push_to_hub=None,  # owner/name: upload the finished run to this private repository on the Hub
     # LoRA: the weights become W + alpha / rank * B A
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1
@@ -70,7 +68,7 @@ CONFIG = dict(
     unet_targets=("to_k", "to_q", "to_v", "to_out.0"),  # all attention projections
     text_encoder_targets=("q_proj", "v_proj"),
     train_text_encoder=True,
-    # optimisation
+    # optimization
     unet_learning_rate=1e-4,
     text_encoder_learning_rate=1e-5,  # a tenth: language forgets faster than images
     adam_beta1=0.9,
@@ -78,41 +76,40 @@ CONFIG = dict(
     adam_weight_decay=1e-2,
     max_steps=4000,  # optimizer steps: 125 times 32 images
     warmup_steps=50,  # linear from 0, then a cosine to 0
-    batch_size=1,  # images a process and micro-step
-    gradient_accumulation_steps=1,  # micro-steps an optimizer step
-    # protection: a text-side adapter that leaves other prompts as they are (lib/PROTECTION.md)
-    protected_prompts=None,  # a text file, a prompt a line; None: none
-    protected_class=None,  # what {class} in it stands for; None: what the caption is about
-    protection_ridge=1e-4,  # how strictly: less takes more directions away
-    loss_guidance_scale=(1.0, 1.0),  # of the loss, drawn evenly; 1: the ordinary one
+    batch_size=1,  # images per process and micro-step
+    gradient_accumulation_steps=1,  # micro-steps per optimizer step
+    # protection: a text-side adapter that leaves other prompts unchanged (lib/PROTECTION.md)
+    protected_prompts=None,  # a text file, one prompt per line; None: no protection
+    protected_class=None,  # replaces {class} in that file; None: the noun of the caption
+    protection_ridge=1e-4,  # smaller values remove more directions
+    loss_guidance_scale=(1.0, 1.0),  # guidance in the loss, sampled uniformly; 1: the ordinary loss
     # memory and precision
-    gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
+    gradient_checkpointing=True,  # activations of the UNet's larger maps are recomputed, not stored
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
     # safety
-    checkpoint_every=500,  # steps; what a crash can cost at most
-    keep_checkpoints=2,  # the newest, and one before it in case that one is damaged
-    resume=True,  # go on from the last checkpoint of an interrupted run of this name
-    max_overflows=20,  # fp16 steps skipped in a row before the run is given up
-    # the rest
-    seed=42,  # LoRA's start, the held-out images, data order, noise and timesteps
-    log_every=10,  # steps
-    validate_every=250,  # steps
-    # what to watch, and to choose from
-    preview_every=1000,  # steps, and at the start and the end: draw preview_prompts; 0: never
+    checkpoint_every=500,  # steps; the most that a crash can cost
+    keep_checkpoints=2,  # the newest, and one before it in case the newest is damaged
+    resume=True,  # continue from the last checkpoint of an interrupted run of this name
+    max_overflows=20,  # consecutive fp16 overflows after which the run ends
+    # seed and logging
+    seed=42,  # of LoRA's initial weights, the held-out images, data order, noise and timesteps
+    log_every=10,  # steps between rows of log.jsonl
+    validate_every=250,  # steps between measurements of the held-out loss
+    # monitoring
+    preview_every=1000,  # steps between previews, also at the start and the end; 0: none
     preview_prompts=(
         "{caption}",
         "{caption} in the rain",
         "a cat sitting on a couch",
-    ),  # on the command line a comma ends one
-    preview_guidance_scale=6.0,  # as inference.py draws by default
-    snapshot_every=500,  # steps: keep the adapter (15 MB) for inference.py --snapshots; 0: the last alone
+    ),  # separated by commas on the command line
+    preview_guidance_scale=6.0,  # inference.py's default
+    snapshot_every=500,  # steps between snapshots of the adapter (15 MB each) for inference.py --snapshots; 0: none
     report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
-    wandb_pictures=False,  # whether W&B gets the previews too; no prompt ever leaves this machine
+    wandb_pictures=False,  # True: W&B gets the previews too; no prompt ever leaves this machine
 )
 
-# What --demo puts in their place: the embedded miniature is 256 pixels wide and learns in
-# fewer steps, at the same rates.
+# The values of --demo: the embedded miniature is 256 pixels wide and learns in fewer steps, at the same rates.
 DEMO = dict(
     base_model="demo/model",
     output_dir="lora_weights/demo_runs",  # beside the runs on Stable Diffusion, not over them
@@ -122,9 +119,12 @@ DEMO = dict(
     validate_every=100,
     checkpoint_every=200,
     preview_every=200,
-    preview_guidance_scale=3.0,  # as inference.py --demo draws
+    preview_guidance_scale=3.0,  # inference.py --demo's
     snapshot_every=100,
 )
+
+
+LR_SCHEDULER = "cosine"  # the name of `learning_rate_factor` in files
 
 
 def learning_rate_factor(step, max_steps, warmup_steps):
@@ -138,7 +138,7 @@ def learning_rate_factor(step, max_steps, warmup_steps):
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-# What values the keys may have.
+# The values that each key may have.
 VALUES = (
     (values.TEXT, "base_model data_dir output_dir wandb_project report_to"),
     (values.NAME, "run_name"),
@@ -165,7 +165,7 @@ VALUES = (
 
 
 def check_config(config):
-    """Refuse values that make no sense, before anything is loaded."""
+    """Raise UserError for invalid values, before anything is loaded."""
     values.check(config, VALUES)
     check_resolution(config)
     listing = Path(config["data_dir"]) / "captions.jsonl"
@@ -176,11 +176,11 @@ def check_config(config):
             f"warmup_steps is {config['warmup_steps']}, but must be below max_steps "
             f"({config['max_steps']}); for a short run add --warmup-steps 0"
         )
-    name = config["run_name"]  # diffusers looks for a file of that ending, and must find one only
+    name = config["run_name"]  # the name of kohya's file; diffusers must find one file of its own ending
     if name.endswith("pytorch_lora_weights"):
-        raise UserError(f"run_name {name!r} is the other file's name; take another")
+        raise UserError(f"run_name is {name!r}, the name of diffusers' file; take another")
     if config["preview_every"] and not config["preview_prompts"]:
-        raise UserError("preview_prompts is empty; to draw no previews: --preview-every 0")
+        raise UserError("preview_prompts is empty; for no previews add --preview-every 0")
     check_protection(config)
     check_trackers(config["report_to"])
     check_output_folder(Path(config["output_dir"]) / config["run_name"], "config.json")
@@ -190,7 +190,6 @@ def train(config):
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     # Imported here, so that --help and a wrong option are answered at once.
     with quick_imports():
-        import bitsandbytes
         import torch
         from accelerate import Accelerator
         from tqdm import tqdm
@@ -203,181 +202,143 @@ def train(config):
         from lib.training.journal import Journal
         from lib.training.latents import latent_masks
         from lib.training.micro_step import MicroStep
-        from lib.training.monitor import Monitor, looks
-        from lib.training.previews import preview_texts
+        from lib.training.monitor import Monitor, looks, preview_texts
+        from lib.training.optimizer import make_optimizer, optimizer_record
         from lib.training.samples import Samples
-        from lib.training.stopping import StopSignals, agreed
         from lib.training.updates import make_updates
 
     started = time.monotonic()
-    # Everything that can be wrong is looked at before a model is loaded.
+    max_steps, accumulation = config["max_steps"], config["gradient_accumulation_steps"]
+    # Everything that can be wrong is checked before a model is loaded.
     rows = read_dataset(config["data_dir"], config["resolution"], config["caption_from"])
     on_cuda = torch.cuda.is_available()
     half = on_cuda and config["mixed_precision"] == "fp16"
     base_folder = fetch_base_model(config["base_model"], config["revision"], half, config["resolution"])
     prompts = preview_texts(config["preview_prompts"], rows) if config["preview_every"] else []
-    input_ids, no_text = setup.caption_tokens(base_folder, rows, prompts, config["truncate_captions"])
+    tokens = setup.caption_tokens(base_folder, rows, prompts, config["truncate_captions"])
     protected = setup.protected_prompts(rows, config)
 
     accelerator = Accelerator(mixed_precision=config["mixed_precision"] if on_cuda else "no", cpu=not on_cuda)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
     if not on_cuda:
         say("no CUDA GPU found: training on the CPU, in fp32")
-    dtypes = dict(fp16=torch.float16, bf16=torch.bfloat16, no=torch.float32)
-    dtype = dtypes[accelerator.mixed_precision]
+    dtype = dict(fp16=torch.float16, bf16=torch.bfloat16, no=torch.float32)[accelerator.mixed_precision]
 
+    # The last checkpoint of an interrupted run, if this is the same run.
     target_folder = Path(config["output_dir"]) / config["run_name"]
     work_folder = unfinished(target_folder)
     this_run = checkpoints.identity(config, rows, base_folder, accelerator, protected)
     saved = checkpoints.latest(work_folder, say) if config["resume"] else None
-    checkpoints.check_same_everywhere(this_run, saved, accelerator)  # all have read it by then
+    checkpoints.check_same_everywhere(this_run, saved, accelerator)  # now all processes have read it
     changes = checkpoints.continued(saved[1], this_run, work_folder, say) if saved else []
     if not saved:
         run_folder.note_replaced(target_folder, config, say)
 
+    # Data, models, optimizer.
     train_indices, held_out = setup.divided(
         config["data_dir"], len(rows), config["validation_count"], config["seed"], say
     )
-    scheduler = setup.noise_scheduler(base_folder)
     latents = setup.image_latents(base_folder, rows, dtype, accelerator)
+    masks = latent_masks(rows, latents, config["mask_weight"])
     if protected:
         say(protected.text())
-    unet, texts, no_text_states, trained, protection = setup.adapted_models(
-        base_folder, input_ids, no_text, protected, config, dtype, device, say
-    )
+    models = setup.adapted_models(base_folder, tokens, protected, config, dtype, device, say)
+    trained, timesteps_count = models.trained, models.scheduler.config.num_train_timesteps
     groups = [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()]
-    optimizer = accelerator.prepare(
-        bitsandbytes.optim.AdamW8bit(
-            groups, betas=(config["adam_beta1"], config["adam_beta2"]), weight_decay=config["adam_weight_decay"]
-        )
-    )
-
-    data = run_folder.data_record(rows, train_indices, held_out)
-    samples = Samples(
-        train_indices,
-        config["seed"],
-        latents.shape,
-        scheduler.config.num_train_timesteps,
-        config["batch_size"],
-        accelerator.num_processes,
-        accelerator.process_index,
-        config["loss_guidance_scale"],
-    )
+    optimizer = accelerator.prepare(make_optimizer(groups, config))
+    process = accelerator.num_processes, accelerator.process_index
+    samples = Samples(train_indices, latents.shape, timesteps_count, config, *process)
     for note in [*rows.notes(), *samples.notes()]:
         say(note)
-    probes = samples.probes(held_out) if is_main else []
-    micro = MicroStep(
-        unet,
-        scheduler,
-        latents,
-        texts,
-        trained,
-        accelerator.scaler,
-        config["batch_size"],
-        config["gradient_accumulation_steps"],
-        device,
-        latent_masks(rows, latents, config["mask_weight"]),
-        no_text_states,
-    )
+    micro = MicroStep(models, latents, masks, config, accelerator)
 
     # Where the run stands: at the start, or where the last checkpoint left it.
     if is_main and not saved:
         fresh_folder(target_folder)
     journal = Journal(work_folder if is_main else None, config, saved[1] if saved else {})
-    saver = checkpoints.Saver(
-        work_folder, this_run, trained, optimizer, accelerator.scaler, journal, config["keep_checkpoints"]
-    )
     progress = checkpoints.Progress(0, torch.zeros((), device=device), changes=changes)
+    state = trained, optimizer, accelerator.scaler, journal, progress
+    saver = checkpoints.Saver(work_folder, this_run, *state, config["keep_checkpoints"])
     if saved:
-        saver.restore(saved, progress)
+        saver.restore(saved)
         say(f"continuing {config['run_name']} after step {progress.step}")
     first_step = progress.step
 
-    def give_up(problem, step, pictures):
-        advice = going_back(saver.go_back(), work_folder) if is_main else ""
-        raise not_finite(problem, step, {rows[i].name for i in pictures}, advice)
+    def give_up(problem, step, images):
+        advice = rollback_advice(saver.go_back(), work_folder) if is_main else ""
+        raise not_finite(problem, step, {rows[i].name for i in images}, advice)
 
+    data = run_folder.data_record(rows, train_indices, held_out)
+    monitor = None
     with training_memory(config):
-        upcoming = samples.micro_batch(first_step * config["gradient_accumulation_steps"])
+        upcoming = samples.micro_batch(first_step * accumulation)
         micro.prepare(upcoming)
         updates = make_updates(micro, optimizer, accelerator, progress, config["max_overflows"], give_up)
-        watch = None
         if is_main:
-            draw = preview_generator(
-                base_folder, unet, trained, prompts, config["preview_guidance_scale"], rows.sizes, dtype, device
-            )
-            watch = Monitor(work_folder, config, micro, probes, data, journal, first_step, prompts, draw)
+            scale, probes = config["preview_guidance_scale"], samples.probes(held_out)
+            generate = preview_generator(base_folder, models.unet, trained, prompts, scale, rows.sizes, dtype, device)
+            monitor = Monitor(work_folder, config, micro, probes, data, journal, first_step, prompts, generate)
             if not saved:
-                watch.look(0)
+                monitor.look(0)
     threads = threads_for(micro.values(), device)
+    bar = tqdm(total=max_steps, initial=first_step, desc=config["run_name"], unit="step", disable=not is_main)
     set_up_seconds = time.monotonic() - started
     loop_started = time.monotonic()
 
-    with (
-        StopSignals() as stop,
-        training_memory(config),
-        computing_with(threads),
-        tqdm(
-            total=config["max_steps"], initial=first_step, desc=config["run_name"], unit="step", disable=not is_main
-        ) as bar,
-    ):
-        for step in range(first_step, config["max_steps"]):
-            factor, step_images = learning_rate_factor(step, config["max_steps"], config["warmup_steps"]), []
-            for number in range(config["gradient_accumulation_steps"]):
+    with StopSignals() as stop, training_memory(config), computing_with(threads), bar:
+        for step in range(first_step, max_steps):
+            factor, step_images = learning_rate_factor(step, max_steps, config["warmup_steps"]), []
+            for number in range(step * accumulation, (step + 1) * accumulation):
                 micro.fill(*upcoming)
-                micro.run()
+                micro.run()  # forward and backward
                 step_images += upcoming[0]
-                # Drawn while the GPU is at work.
-                upcoming = samples.micro_batch(step * config["gradient_accumulation_steps"] + number + 1)
+                upcoming = samples.micro_batch(number + 1)  # drawn while the GPU works
             # From here on the GPU may lag behind; `settle` waits for it.
             updates.step(factor, step_images)
             done = progress.step
             bar.update()
 
-            if done % config["log_every"] == 0 or done == config["max_steps"]:
+            if done % config["log_every"] == 0 or done == max_steps:
                 updates.settle()
                 mean_loss, rate = progress.mean_loss(accelerator), config["unet_learning_rate"] * factor
                 journal.record(step=done, loss=mean_loss, learning_rate=rate)
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
             if looks(config, done):
                 updates.settle()
-                if watch:
-                    watch.look(done)
+                if monitor:
+                    monitor.look(done)
 
             stopping = agreed(stop.received, done, config["log_every"], accelerator)
-            if stopping or (done % config["checkpoint_every"] == 0 and done < config["max_steps"]):
+            if stopping or (done % config["checkpoint_every"] == 0 and done < max_steps):
                 updates.settle()
                 progress.loss_sum.copy_(accelerator.reduce(progress.loss_sum, "mean"))
                 if is_main:
-                    saver.save(progress)
+                    saver.save()
             if stopping:
                 say(f"\nstopped after step {done}, which is saved; the same command continues")
                 journal.finish(exit_code=128 + stopping)
                 sys.exit(128 + stopping)
-    seconds = time.monotonic() - loop_started - (watch.seconds if watch else 0)
+    seconds = time.monotonic() - loop_started - (monitor.seconds if monitor else 0)
 
     accelerator.wait_for_everyone()
-    models = run_folder.finished_models(trained)
+    finished = run_folder.finished_models(trained)
     if is_main:
         journal.finish()
-        with computing_with(threads):  # which is put down with the device
-            run_folder.write_run(
-                work_folder,
-                config,
-                models,
-                journal,
-                data,
-                device,
+        with computing_with(threads):  # config.json names them with the device
+            result = dict(
                 processes=accelerator.num_processes,
-                protection=protection and protection.record(trained),
-                prediction_type=scheduler.config.prediction_type,
+                protection=models.protection and models.protection.record(trained),
+                prediction_type=models.scheduler.config.prediction_type,
+                optimizer=optimizer_record(config),
+                lr_scheduler=LR_SCHEDULER,
                 skipped_steps=progress.skipped,
                 mixed_precision=accelerator.mixed_precision,
                 learning_rate_changes=progress.changes,
                 set_up_seconds=round(set_up_seconds, 2),
-                preview_seconds=round(watch.preview_seconds, 2),
-                steps_a_second=round((config["max_steps"] - first_step) / seconds, 3),
+                preview_seconds=round(monitor.preview_seconds, 2),
+                steps_a_second=round((max_steps - first_step) / seconds, 3),
             )
+            run_folder.write_run(work_folder, config, finished, journal.rows, data, device, result)
         replace_folder(target_folder, "config.json")
         checkpoints.remove(target_folder)  # only now is the run safe without them
         print(run_folder.outcome_text(target_folder))
@@ -386,12 +347,12 @@ def train(config):
 
 
 def main(config, description, demo=DEMO):
-    """Run `train` with a script's CONFIG, what --demo puts in its place, and the command line's overrides."""
+    """Run `train` with a script's CONFIG, the values of --demo and the overrides of the command line."""
     config = parse_config(config, description, demo=demo)
     check_config(config)
     only_processes(config)
     target = Path(config["output_dir"]) / config["run_name"]
-    holder = first_process()  # which writes, and holds the folder
+    holder = first_process()  # it writes, and holds the folder's lock
     advice = "close what else uses the GPU (nvidia-smi lists it)"
     with (
         disk_for(target),
@@ -403,7 +364,7 @@ def main(config, description, demo=DEMO):
             from lib.training import checkpoints
 
             recover_folder(target, "config.json")
-            checkpoints.remove(target)  # those of a run that was killed when it was complete
+            checkpoints.remove(target)  # of a run that was killed when it was complete
             if config["push_to_hub"]:
                 hub.check_push(config["push_to_hub"])
         train(config)

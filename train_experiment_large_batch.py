@@ -3,15 +3,14 @@
 
     python train_experiment_large_batch.py
 
-500 steps of 8 images in place of 4,000 of one. A gradient averaged over 8 samples has an eighth of the
-variance, so AdamW's learning rates are multiplied by the square root of 8 (Malladi et al. 2022,
-https://arxiv.org/abs/2205.10287, who also change its betas; here they stay). The warm-up has as many
-samples as before.
-Hypothesis: it is the same adapter within the margins, in a fraction of the time, since one image
-at a time leaves most of a large GPU idle.
+500 steps of 8 images instead of 4,000 of one. A gradient averaged over 8 samples has an eighth of the variance, so
+AdamW's learning rates are multiplied by the square root of 8 (Malladi et al. 2022, https://arxiv.org/abs/2205.10287, who
+also change its betas; here they stay). The warm-up has as many samples as before.
+Hypothesis: it is the same adapter within the margins, in a fraction of the time, since one image at a time leaves most
+of a large GPU idle.
 Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): it is not the same adapter.
-Concept similarity of success prompts is lower by 0.054 [0.037, 0.071]: it teaches less. At Stable Diffusion v1.5's size the
-same samples take 0.50 of the time (bench/README.md); what it teaches there was not measured.
+Concept similarity of success prompts is lower by 0.054 [0.037, 0.071]: it learns less. At Stable Diffusion v1.5's size
+the same samples take 0.50 of the time (bench/README.md); how well it learns there was not measured.
 """
 
 from lib.errors import run_script
@@ -23,16 +22,16 @@ CONFIG = dict(
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # data
-    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and images
-    caption_from="text",  # its column that is trained on: text (as a rule one caption), description
-    truncate_captions=False,  # True: read the first 77 tokens of a longer caption, which is said
-    resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
-    validation_count=4,  # images held out, a quarter at most, to see their loss at fixed noise
-    mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
+    data_dir="processed_data",  # captions.jsonl and images, written by preprocess.py
+    caption_from="text",  # a column of captions.jsonl: text (usually one caption for all images) or description
+    truncate_captions=False,  # True: a caption of more than 77 tokens is cut off, with a note; False: an error
+    resolution=512,  # pixels; Stable Diffusion v1.5 was trained at 512
+    validation_count=4,  # images held out, a quarter at most, to measure their loss at fixed noise
+    mask_weight=1.0,  # weight of the loss outside the masks in data_dir; 1: masks have no effect
     # output
     output_dir="lora_weights",
     run_name="lora_weights_large_batch",  # <- changed
-    push_to_hub=None,  # owner/name: upload the finished run there, into a private repository
+    push_to_hub=None,  # owner/name: upload the finished run to this private repository on the Hub
     # LoRA: the weights become W + alpha / rank * B A
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1
@@ -40,7 +39,7 @@ CONFIG = dict(
     unet_targets=("to_k", "to_q", "to_v", "to_out.0"),  # all attention projections
     text_encoder_targets=("q_proj", "v_proj"),
     train_text_encoder=True,
-    # optimisation
+    # optimization
     unet_learning_rate=1e-4 * 8**0.5,  # <- changed
     text_encoder_learning_rate=1e-5 * 8**0.5,  # a tenth: language forgets faster <- changed
     adam_beta1=0.9,
@@ -48,37 +47,37 @@ CONFIG = dict(
     adam_weight_decay=1e-2,
     max_steps=4000 // 8,  # optimizer steps: 125 times 32 images <- changed
     warmup_steps=50 // 8,  # linear from 0, then a cosine to 0 <- changed
-    batch_size=8,  # images a process and micro-step <- changed
-    gradient_accumulation_steps=1,  # micro-steps an optimizer step
-    # protection: a text-side adapter that leaves other prompts as they are (lib/PROTECTION.md)
-    protected_prompts=None,  # a text file, a prompt a line; None: none
-    protected_class=None,  # what {class} in it stands for; None: what the caption is about
-    protection_ridge=1e-4,  # how strictly: less takes more directions away
-    loss_guidance_scale=(1.0, 1.0),  # of the loss, drawn evenly; 1: the ordinary one
+    batch_size=8,  # images per process and micro-step <- changed
+    gradient_accumulation_steps=1,  # micro-steps per optimizer step
+    # protection: a text-side adapter that leaves other prompts unchanged (lib/PROTECTION.md)
+    protected_prompts=None,  # a text file, one prompt per line; None: no protection
+    protected_class=None,  # replaces {class} in that file; None: the noun of the caption
+    protection_ridge=1e-4,  # smaller values remove more directions
+    loss_guidance_scale=(1.0, 1.0),  # guidance in the loss, sampled uniformly; 1: the ordinary loss
     # memory and precision
-    gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
+    gradient_checkpointing=True,  # activations of the UNet's larger maps are recomputed, not stored
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
     # safety
-    checkpoint_every=500 // 8,  # steps; what a crash can cost at most <- changed
-    keep_checkpoints=2,  # the newest, and one before it in case that one is damaged
-    resume=True,  # go on from the last checkpoint of an interrupted run of this name
-    max_overflows=20,  # fp16 steps skipped in a row before the run is given up
-    # the rest
-    seed=42,  # LoRA's start, the held-out images, data order, noise and timesteps
-    log_every=10,  # steps
-    validate_every=250 // 8,  # steps <- changed
-    # what to watch, and to choose from
-    preview_every=1000 // 8,  # steps, and at start and end: draw the prompts; 0: never <- changed
+    checkpoint_every=500 // 8,  # steps; the most that a crash can cost <- changed
+    keep_checkpoints=2,  # the newest, and one before it in case the newest is damaged
+    resume=True,  # continue from the last checkpoint of an interrupted run of this name
+    max_overflows=20,  # consecutive fp16 overflows after which the run ends
+    # seed and logging
+    seed=42,  # of LoRA's initial weights, the held-out images, data order, noise and timesteps
+    log_every=10,  # steps between rows of log.jsonl
+    validate_every=250 // 8,  # steps between measurements of the held-out loss <- changed
+    # monitoring
+    preview_every=1000 // 8,  # steps between previews, also at the start and the end; 0: none <- changed
     preview_prompts=(
         "{caption}",
         "{caption} in the rain",
         "a cat sitting on a couch",
-    ),  # on the command line a comma ends one
-    preview_guidance_scale=6.0,  # as inference.py draws by default
-    snapshot_every=500 // 8,  # steps: keep the adapter for inference.py; 0: the last <- changed
+    ),  # separated by commas on the command line
+    preview_guidance_scale=6.0,  # inference.py's default
+    snapshot_every=500 // 8,  # steps between snapshots for inference.py --snapshots; 0: none <- changed
     report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
-    wandb_pictures=False,  # whether W&B gets the previews too; no prompt ever leaves this machine
+    wandb_pictures=False,  # True: W&B gets the previews too; no prompt ever leaves this machine
 )
 
 # What --demo puts in their place: train.py's, with an eighth of the steps.

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Experiment: each image under its own description in place of one caption for all.
+"""Experiment: each image with its own description instead of one caption for all.
 
     python train_experiment_varied_captions.py
 
-The descriptions come from captions.jsonl in data/, and preprocess.py hands them on (data/README.md).
-Hypothesis: the fixed caption teaches better. What all images share then has one place in the text to go,
-while descriptions spread it over words that also mean something else; in return they name what the
-concept is not (wearer, place, light), and might spoil less.
-Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): the two are equivalent. Varied
-minus fixed captions, concept similarity of success prompts: +0.003 [−0.003, +0.009], within the margin of 0.02. On Stable
-Diffusion v1.5 nothing was measured.
+The descriptions come from data/captions.jsonl through preprocess.py (data/README.md).
+Hypothesis: the fixed caption learns better. What all images share then has one place in the text, while descriptions
+spread it over words that also mean something else; in return they name what the concept is not (wearer, place, light),
+and might spoil less.
+Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): the two are equivalent.
+Concept similarity of success prompts, varied minus fixed captions: +0.003 [−0.003, +0.009], within the margin of 0.02.
+On Stable Diffusion v1.5 nothing was measured.
 """
 
 from lib.errors import run_script
@@ -21,16 +21,16 @@ CONFIG = dict(
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # data
-    data_dir="processed_data",  # what preprocess.py wrote: captions.jsonl and images
-    caption_from="description",  # its column that is trained on <- changed
-    truncate_captions=False,  # True: read the first 77 tokens of a longer caption, which is said
-    resolution=512,  # pixels; what Stable Diffusion v1.5 was trained at
-    validation_count=4,  # images held out, a quarter at most, to see their loss at fixed noise
-    mask_weight=1.0,  # of the loss outside the masks that preprocess.py found; 1: as if there were none
+    data_dir="processed_data",  # captions.jsonl and images, written by preprocess.py
+    caption_from="description",  # a column of captions.jsonl <- changed
+    truncate_captions=False,  # True: a caption of more than 77 tokens is cut off, with a note; False: an error
+    resolution=512,  # pixels; Stable Diffusion v1.5 was trained at 512
+    validation_count=4,  # images held out, a quarter at most, to measure their loss at fixed noise
+    mask_weight=1.0,  # weight of the loss outside the masks in data_dir; 1: masks have no effect
     # output
     output_dir="lora_weights",
     run_name="lora_weights_varied_captions",  # <- changed
-    push_to_hub=None,  # owner/name: upload the finished run there, into a private repository
+    push_to_hub=None,  # owner/name: upload the finished run to this private repository on the Hub
     # LoRA: the weights become W + alpha / rank * B A
     rank=32,
     alpha=32.0,  # equal to the rank: a scale of 1
@@ -38,7 +38,7 @@ CONFIG = dict(
     unet_targets=("to_k", "to_q", "to_v", "to_out.0"),  # all attention projections
     text_encoder_targets=("q_proj", "v_proj"),
     train_text_encoder=True,
-    # optimisation
+    # optimization
     unet_learning_rate=1e-4,
     text_encoder_learning_rate=1e-5,  # a tenth: language forgets faster than images
     adam_beta1=0.9,
@@ -46,37 +46,37 @@ CONFIG = dict(
     adam_weight_decay=1e-2,
     max_steps=4000,  # optimizer steps: 125 times 32 images
     warmup_steps=50,  # linear from 0, then a cosine to 0
-    batch_size=1,  # images a process and micro-step
-    gradient_accumulation_steps=1,  # micro-steps an optimizer step
-    # protection: a text-side adapter that leaves other prompts as they are (lib/PROTECTION.md)
-    protected_prompts=None,  # a text file, a prompt a line; None: none
-    protected_class=None,  # what {class} in it stands for; None: what the caption is about
-    protection_ridge=1e-4,  # how strictly: less takes more directions away
-    loss_guidance_scale=(1.0, 1.0),  # of the loss, drawn evenly; 1: the ordinary one
+    batch_size=1,  # images per process and micro-step
+    gradient_accumulation_steps=1,  # micro-steps per optimizer step
+    # protection: a text-side adapter that leaves other prompts unchanged (lib/PROTECTION.md)
+    protected_prompts=None,  # a text file, one prompt per line; None: no protection
+    protected_class=None,  # replaces {class} in that file; None: the noun of the caption
+    protection_ridge=1e-4,  # smaller values remove more directions
+    loss_guidance_scale=(1.0, 1.0),  # guidance in the loss, sampled uniformly; 1: the ordinary loss
     # memory and precision
-    gradient_checkpointing=True,  # activations of the UNet's larger maps are computed twice, not kept
+    gradient_checkpointing=True,  # activations of the UNet's larger maps are recomputed, not stored
     mixed_precision="fp16",  # fp16, bf16 or no; a CPU always computes in fp32
     # safety
-    checkpoint_every=500,  # steps; what a crash can cost at most
-    keep_checkpoints=2,  # the newest, and one before it in case that one is damaged
-    resume=True,  # go on from the last checkpoint of an interrupted run of this name
-    max_overflows=20,  # fp16 steps skipped in a row before the run is given up
-    # the rest
-    seed=42,  # LoRA's start, the held-out images, data order, noise and timesteps
-    log_every=10,  # steps
-    validate_every=250,  # steps
-    # what to watch, and to choose from
-    preview_every=1000,  # steps, and at the start and the end: draw preview_prompts; 0: never
+    checkpoint_every=500,  # steps; the most that a crash can cost
+    keep_checkpoints=2,  # the newest, and one before it in case the newest is damaged
+    resume=True,  # continue from the last checkpoint of an interrupted run of this name
+    max_overflows=20,  # consecutive fp16 overflows after which the run ends
+    # seed and logging
+    seed=42,  # of LoRA's initial weights, the held-out images, data order, noise and timesteps
+    log_every=10,  # steps between rows of log.jsonl
+    validate_every=250,  # steps between measurements of the held-out loss
+    # monitoring
+    preview_every=1000,  # steps between previews, also at the start and the end; 0: none
     preview_prompts=(
         "{caption}",
         "{caption} in the rain",
         "a cat sitting on a couch",
-    ),  # on the command line a comma ends one
-    preview_guidance_scale=6.0,  # as inference.py draws by default
-    snapshot_every=500,  # steps: keep the adapter (15 MB) for inference.py --snapshots; 0: the last alone
+    ),  # separated by commas on the command line
+    preview_guidance_scale=6.0,  # inference.py's default
+    snapshot_every=500,  # steps between snapshots of the adapter (15 MB each) for inference.py --snapshots; 0: none
     report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
-    wandb_pictures=False,  # whether W&B gets the previews too; no prompt ever leaves this machine
+    wandb_pictures=False,  # True: W&B gets the previews too; no prompt ever leaves this machine
 )
 
 if __name__ == "__main__":

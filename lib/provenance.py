@@ -1,4 +1,4 @@
-"""Where figures come from: package versions, git commit and device, for the files that a run leaves."""
+"""The provenance of a run: package versions, git commit and device."""
 
 import importlib.metadata
 import subprocess
@@ -12,14 +12,14 @@ PACKAGES = "torch diffusers transformers peft accelerate bitsandbytes lpips pill
 
 
 def provenance(device):
-    """Package versions, git commit and device, for the files that a run leaves behind."""
+    """Package versions, git commit and device for config.json and metrics.json."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["python"] = sys.version.split()[0]
     return {"versions": versions, "commit": code_commit(), "device": device_name(device)}
 
 
 def code_commit():
-    """The git commit of this code, with "-dirty" where files differ from it, or None."""
+    """The git commit of this code, with "-dirty" if files differ from it, or None."""
     try:
         commit = subprocess.run(
             ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
@@ -30,7 +30,7 @@ def code_commit():
 
 
 def device_name(device):
-    """What a person calls the device: the GPU's name, or the CPU and its threads."""
+    """The name of the GPU, or "CPU" and its number of threads."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

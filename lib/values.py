@@ -1,4 +1,4 @@
-"""What values the keys of a CONFIG may have: a script's table says it of each, and every one is checked once."""
+"""The values that the keys of a CONFIG may have; each script has a table, checked once at the start."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,13 +7,13 @@ from lib.errors import UserError
 
 
 class Kind(NamedTuple):
-    """What values a key of CONFIG may have: in words, and as a function of a value."""
+    """A kind of value: in words, and as a predicate."""
 
     words: str
     holds: Callable
 
 
-MOST = 10**9  # of what has no bound of its own: nobody means more
+MOST = 10**9  # the bound of numbers without one
 
 
 def whole(low, high=MOST):
@@ -23,7 +23,7 @@ def whole(low, high=MOST):
 
 
 def number(low, high=MOST):
-    """Numbers from `low` to `high`, of which NaN is none."""
+    """Numbers from `low` to `high`, never NaN."""
     words = f"a number {bounds(low, high)}"
     return Kind(words, lambda value: type(value) in (int, float) and low <= value <= high)
 
@@ -33,17 +33,17 @@ def bounds(low, high):
 
 
 def is_text(value):
-    """Whether a value is a text that any file can hold, and not empty."""
+    """Whether a value is a text that UTF-8 can hold, not empty."""
     if not (isinstance(value, str) and value.strip() and "\0" not in value):
         return False
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)  # a name that is no UTF-8
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)  # from a file name that is not UTF-8
 
 
 def several(kind, least=0):
-    """Tuples, or lists, of at least `least` values of a kind."""
+    """Tuples or lists of at least `least` values of a kind."""
     words = f"a tuple{f' of at least {least}' if least else ''}, each {kind.words}"
     example = '("text",)' if kind is TEXT else "(1,)"
-    words += f"; one alone needs a comma: {example}"
+    words += f"; a single one needs a comma: {example}"
 
     def holds(value):
         return isinstance(value, (tuple, list)) and len(value) >= least and all(map(kind.holds, value))
@@ -61,12 +61,12 @@ def or_none(kind):
     return Kind(f"None or {kind.words}", lambda value: value is None or kind.holds(value))
 
 
-# What Windows keeps for itself, whatever follows a dot.
+# Names that Windows reserves, with any extension.
 DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{n}" for name in ("com", "lpt") for n in range(10))}
 
 
 def is_name(value):
-    """Whether a text can be a file's name on any system and stand in A1111's prompt: <lora:NAME:1>."""
+    """Whether a text is a valid file name on any system and in A1111's prompts: <lora:NAME:1>."""
     if not is_text(value) or len(value.encode()) > 150 or any(c in '<>:"/\\|?*' for c in value):
         return False
     return (
@@ -85,14 +85,14 @@ SIZE = Kind("a resolution", lambda value: isinstance(value, (int, str)))  # see 
 
 
 def check(config, table):
-    """Raise UserError, naming the key, unless `config` has the keys of a table, and each the kind of value that is
-    said there: [(kind, "key key …")]."""
+    """UserError naming the key unless `config` has exactly the keys of `table`, [(kind, "key key …")], with values of those
+    kinds."""
     kinds = {key: kind for kind, keys in table for key in keys.split()}
     for key in kinds:
         if key not in config:
-            raise UserError(f"CONFIG has no {key}; it is needed")
+            raise UserError(f"CONFIG has no {key}; add it")
     for key, value in config.items():
         if key not in kinds:
-            raise UserError(f"CONFIG has {key}, which nothing reads; is it spelled rightly?")
+            raise UserError(f"CONFIG has {key}, which nothing reads; is it misspelled?")
         if not kinds[key].holds(value):
             raise UserError(f"{key} is {value!r}, but must be {kinds[key].words}")

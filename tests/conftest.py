@@ -394,6 +394,53 @@ def trained(tiny_model, processed_data, tmp_path_factory):
     return folder
 
 
+# Rank 16 gives both groups the 4,096 parameters from which on bitsandbytes keeps its state in 8 bits;
+# the 5 samples of a step do not divide the 7 of an epoch.
+EXACT = TINY_RUN | dict(
+    rank=16,
+    alpha=16,
+    max_steps=9,
+    log_every=2,
+    validate_every=4,
+    checkpoint_every=3,
+    gradient_accumulation_steps=5,
+    validation_count=1,
+)
+
+
+@pytest.fixture(scope="session")
+def exact(tiny_model, processed_data):
+    """The configuration of the runs that must agree bit for bit."""
+    return EXACT | dict(base_model=tiny_model, data_dir=processed_data)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(exact, tmp_path_factory):
+    """The finished folder of that configuration."""
+    from training_runs import NAME, succeeded, training
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    succeeded(training(folder, exact | dict(output_dir=folder)))
+    return folder / NAME
+
+
+@pytest.fixture(scope="session")
+def killed(exact, tmp_path_factory):
+    """The folder of a run of that configuration that was killed in its fifth step, with a checkpoint of the third."""
+    from training_runs import kill, training
+
+    folder = tmp_path_factory.mktemp("killed")
+    assert training(folder, exact | dict(output_dir=folder), {4: kill}).returncode == -signal.SIGKILL
+    return folder
+
+
+@pytest.fixture
+def interrupted(exact, killed, tmp_path):
+    """The configuration of such a run in `tmp_path`."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    return exact | dict(output_dir=tmp_path)
+
+
 def chromium():
     """The path of a Chromium, or None."""
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

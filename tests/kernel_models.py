@@ -1,5 +1,6 @@
 """Small models with adapters for the tests of the kernels, and whole runs of train.py and of the plain loop."""
 
+import copy
 import json
 
 import numpy as np
@@ -157,11 +158,27 @@ def run_of(model, data, folder, **changes):
     return [row["loss"] for row in rows if "loss" in row], weights
 
 
+def one_vector(model, config):
+    """The trainable parameters of `model` as one vector in train.py's order, of which they and their gradients are views:
+    the blocks of an 8-bit state, and so its rounding, depend on where tensors begin."""
+    copied = copy.deepcopy(model)
+    layers = lora.fuse_lora(copied, fused_projections.fuse_projections(copied, "cpu", config["dora"]), "cpu")
+    names = {id(weight): name for name, weight in copied.named_parameters()}
+    weights = dict(model.named_parameters())
+    weights = [weights[names[id(weight)]] for weight in lora.trained_weights(layers)]
+    vector = torch.nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
+    vector.grad = torch.zeros_like(vector)
+    sizes = [weight.numel() for weight in weights]
+    for weight, data, grad in zip(weights, vector.data.split(sizes), vector.grad.split(sizes), strict=True):
+        weight.data, weight.grad = data.view_as(weight), grad.view_as(weight)
+    return [vector]
+
+
 def plain_run_of(model, data, projections=None, **changes):
     """The same by the plain loop."""
     config = train.CONFIG | TINY_RUN | dict(base_model=str(model), data_dir=str(data))
     config |= dict(max_steps=STEPS, warmup_steps=5, gradient_checkpointing=False) | changes
-    losses, weights, _ = plain_loop(config, one_vector=True, projections=projections)
+    losses, weights, _ = plain_loop(config, one_vector, projections)
     return losses, {k.replace("text_model.", ""): w for k, w in weights.items()}
 
 

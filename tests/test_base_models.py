@@ -11,7 +11,7 @@ from conftest import BOS, TEXT, TINY_RUN, assert_one_line, call, make_processed,
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from test_safety import assert_equal_runs, kill, succeeded, training
+from training_runs import assert_equal_runs, kill, succeeded, training
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from demo.random_sd15 import byte_tokenizer

@@ -158,7 +158,7 @@ def test_damaged_latents_are_named_and_encoded_again(data, model, monkeypatch, c
     path.write_bytes(damage(whole))
     found, seen = encoded(data, model, monkeypatch)
     assert len(seen) == 1
-    assert "1 latents in" in capsys.readouterr().out
+    assert "1 cached latents in" in capsys.readouterr().out
     assert equal(found, as_before(data, model))
     assert path.read_bytes() == whole
 
@@ -208,7 +208,7 @@ def test_latents_that_do_not_fit_into_memory_are_read_when_asked_for(data, model
     assert len(found.held) == 2
     assert equal(found, as_before(data, model))
     kept_files(data)[0].parent.rename(data / "elsewhere")
-    with pytest.raises(UserError, match="is gone or damaged since training began"):
+    with pytest.raises(UserError, match="is missing or damaged since training began"):
         equal(found, as_before(data, model))
 
 

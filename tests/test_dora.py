@@ -1,6 +1,6 @@
 """DoRA adapters: in files, in diffusers, merged into the weights, refused where they are damaged.
 
-Their layers are tested in test_lora_layers.py, resumed runs in test_safety.py."""
+Their layers are tested in test_lora_layers.py, resumed runs in test_resume.py."""
 
 import json
 import re

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, assert_one_line, call, command, make_processed, options, picture
-from test_safety import finish, folder_with, forked, kill, succeeded, training
+from conftest import TINY_RUN, assert_one_line, call, command, finish, forked, make_processed, options, picture
+from test_replacement import folder_with
+from training_runs import kill, succeeded, training
 
 from lib import files
 from lib.errors import UserError

@@ -9,14 +9,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY_RUN, assert_one_line, call, options
+from conftest import EXACT, ROOT, TINY_RUN, assert_one_line, call, options
 from safetensors.torch import load_file
 from test_buckets import mixed
 from test_preprocess import prepare
-from test_safety import EXACT, NAME, assert_equal_runs, kill, succeeded, training, training_in_two
 from test_train import relative_difference, weights
+from training_runs import NAME, assert_equal_runs, kill, succeeded, training, training_in_two
 
+import train
 from lib import adapter_files, files
+from lib.training import processes
 
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_machines 2 --num_processes 2".split()
 
@@ -175,20 +177,22 @@ def test_two_processes_on_buckets_go_on_bit_for_bit(in_two, tmp_path):
         ),
         (dict(ACCELERATE_USE_MEGATRON_LM="true"), "Megatron-LM"),
         (dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4"), "gradient_accumulation_steps 4 (--gradient-acc"),
-        # What a launcher says that was told nothing.
+        # The defaults of a launcher.
         (dict(ACCELERATE_MIXED_PRECISION="no", ACCELERATE_DYNAMO_BACKEND="NO", ACCELERATE_USE_CPU="False"), None),
         (dict(ACCELERATE_MIXED_PRECISION="fp16"), None),
     ],
 )
-def test_what_a_launcher_was_told_of_another_project_is_left_out(
-    tiny_model, processed_data, tmp_path, monkeypatch, environment, words
-):
+def test_unused_settings_of_a_launcher_are_named(monkeypatch, capsys, environment, words):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    processes.only_processes(train.CONFIG)
+    printed = capsys.readouterr().out
+    assert (f"asks for {words}" in printed) if words else printed == ""
+    assert not [name for name in processes.UNUSED | processes.IN_CONFIG if name in os.environ]
+
+
+def test_a_launcher_with_another_projects_settings_trains(tiny_model, processed_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data, output_dir=tmp_path, max_steps=2)
-    done = call("train.py", *options(**config))
-    assert done.returncode == 0, done.stderr
-    if words:
-        assert f"asks for {words}" in done.stdout
-    else:
-        assert "accelerate's configuration" not in done.stdout
+    assert "asks for FSDP, mixed_precision fp8" in succeeded(call("train.py", *options(**config))).stdout

@@ -10,15 +10,14 @@ from conftest import ROOT, TINY_RUN, assert_one_line, call, options, picture
 from PIL import Image
 from safetensors.torch import load_file
 from test_preprocess import GREEN, prepare
-from test_safety import succeeded
+from training_runs import succeeded
 
 import train
 from lib.dataset import read_dataset
 from lib.errors import UserError
 from lib.training import setup
 from lib.training.latents import latent_masks
-from lib.training.losses import diffusion_loss
-from lib.training.micro_step import MicroStep
+from lib.training.micro_step import MicroStep, diffusion_loss
 from lib.training.samples import Samples
 
 
@@ -220,7 +219,7 @@ def test_the_number_of_masks_used_is_printed(tiny_model, tmp_path):
     subject().save(data / "1.mask.png")
     prepare(data, tmp_path / "out")
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=tmp_path / "out", max_steps=1, warmup_steps=0)
-    for weight, words in ((1.0, "which mask_weight 1 leaves unused"), (0.25, "the loss counts 0.25")):
+    for weight, words in ((1.0, "unused at mask_weight 1"), (0.25, "the loss counts 0.25")):
         done = call("train.py", *options(**config, output_dir=tmp_path / "x", mask_weight=weight))
         succeeded(done)
         assert "1 of 4 images have a mask" in done.stdout
@@ -255,37 +254,31 @@ def test_the_background_of_masked_images_is_learned_less(tmp_path):
     accelerator = Accelerator(cpu=True)
     latents = setup.image_latents(folder, rows, torch.float32, accelerator)
     masks = latent_masks(rows, latents, 0.0)
-    config = train.CONFIG | train.DEMO | dict(rank=8, alpha=8)
-    (input_ids, no_text), scheduler = (setup.caption_tokens(folder, rows, []), setup.noise_scheduler(folder))
+    config = train.CONFIG | train.DEMO | dict(rank=8, alpha=8, batch_size=4, seed=1)
+    tokens = setup.caption_tokens(folder, rows, [])
 
-    def outside_loss(unet, texts):
+    def outside_loss(models):
         """The loss of the background of every image, at fixed noise."""
         total = 0.0
         for index in range(4):
             noise = torch.randn(latents.shape(index), generator=torch.Generator().manual_seed(index))
             indices = torch.tensor([index])
             with torch.no_grad():
-                total += diffusion_loss(
-                    unet,
-                    scheduler,
-                    latents[index][0][None],
-                    noise[None],
-                    torch.tensor([600]),
-                    texts(indices),
-                    1 - masks[index][None],
-                ).item()
+                inputs = latents[index][0][None], noise[None], torch.tensor([600]), models.texts(indices)
+                total += diffusion_loss(models.unet, models.scheduler, *inputs, 1 - masks[index][None]).item()
         return total
 
     gained = {}
     for weight, used in ((0.0, masks), (1.0, None)):
-        unet, texts, _, trained, _ = setup.adapted_models(
-            folder, input_ids, no_text, None, config, torch.float32, accelerator.device, lambda line: None
+        models = setup.adapted_models(
+            folder, tokens, None, config, torch.float32, accelerator.device, lambda line: None
         )
-        micro = MicroStep(unet, scheduler, latents, texts, trained, None, 4, 1, accelerator.device, used)
-        samples = Samples(np.arange(4), 1, latents.shape, scheduler.config.num_train_timesteps, 4, 1, 0)
+        trained = models.trained
+        micro = MicroStep(models, latents, used, config, accelerator)
+        samples = Samples(np.arange(4), latents.shape, models.scheduler.config.num_train_timesteps, config)
         micro.prepare(samples.micro_batch(0))
         optimizer = torch.optim.Adam([part.flat for part in trained.values()], lr=1e-3)
-        before = outside_loss(unet, texts)
+        before = outside_loss(models)
         for step in range(12):
             micro.fill(*samples.micro_batch(step))
             micro.run()
@@ -293,7 +286,7 @@ def test_the_background_of_masked_images_is_learned_less(tmp_path):
             micro.begin_sum()
         for part in trained.values():
             part.refresh()
-        gained[weight] = before - outside_loss(unet, texts)
+        gained[weight] = before - outside_loss(models)
     assert gained[1.0] > 0
     assert gained[0.0] < 0.7 * gained[1.0], gained
 

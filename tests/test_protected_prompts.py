@@ -1,4 +1,4 @@
-"""The lists of protected prompts: what they hold, what they must not hold, and the grammar that writes them."""
+"""Lists of protected prompts: how they are read, what ours contain, and the grammar that writes them."""
 
 import random
 import re
@@ -10,7 +10,10 @@ from conftest import ROOT
 import inference
 import train
 from demo.world.captions import parse
+from lib.errors import UserError
 from lib.evaluation.prompts import read_prompts
+from lib.training import protected_prompts
+from lib.training.protected_prompts import read_protected
 from prompts import write_protected
 from prompts.write_protected import FILES, Grammar, Lines, plural
 
@@ -22,6 +25,11 @@ def listed(name):
     """The prompts of one list, as they stand."""
     lines = (ROOT / "prompts" / name).read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def written(path, *prompts):
+    path.write_text("\n".join(prompts), encoding="utf-8")
+    return path
 
 
 def filled(name):
@@ -143,3 +151,136 @@ def test_each_template_takes_its_turn_and_tables_that_are_too_small_are_an_error
     assert lines.text.count("the ") == 3 and lines.text.count("a ") == 2
     with pytest.raises(ValueError, match="4 more prompts"):
         Grammar(random.Random(0)).write(Lines(""), 10, "{hue} {thing}")
+
+
+# ---- reading a list ----------------------------------------------------------------------
+
+CAPTION = "a holographic raincoat"
+THINGS = [
+    "a cup",
+    "a table",
+    "a green tree",
+    "an old house",
+    "a loaf of bread",
+    "a bicycle",
+    "a blue car",
+    "a lamp on a desk",
+    "two birds",
+    "a river",
+    "a wooden chair",
+    "a red door",
+]
+
+
+@pytest.mark.parametrize(
+    ("caption", "noun", "concept"),
+    [
+        ("a holographic raincoat", "raincoat", ["holographic"]),
+        ("a photo of a sks dog on a beach", "dog", ["sks"]),
+        ("a person wearing a holographic raincoat in the rain", "raincoat", ["holographic"]),
+        ("a close-up photo of an iridescent, holographic raincoat", "raincoat", ["iridescent", "holographic"]),
+        ("a painting of sks", "sks", []),
+        ("the", "", []),
+    ],
+)
+def test_what_a_caption_is_about(caption, noun, concept):
+    """Its noun is what {class} stands for; the words that make it the concept are in no protected prompt."""
+    assert protected_prompts.class_of(caption) == noun
+    assert protected_prompts.concept_words_of(caption, noun) == concept
+
+
+def test_a_made_up_word_alone_takes_its_class_from_the_key(tmp_path):
+    """“a photo of sks” names no kind of thing; a caption about something else than the key is refused."""
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join([*THINGS, "a red {class}", "a photo of an old {class}", "a sks {class}"]))
+    found = read_protected(path, "dog", ["a photo of sks"])
+    assert {"a red dog", "a photo of an old dog"} <= {*found.listed, *found.held_out}
+    assert (found.noun, found.concept_words, found.left_out) == ("dog", ("sks",), 1)
+    with pytest.raises(UserError, match="“a sks table” is about a table"):
+        read_protected(path, "dog", ["a sks table"])
+
+
+def test_class_is_filled_in_and_prompts_of_the_concept_are_left_out(tmp_path):
+    path = written(
+        tmp_path / "list.txt",
+        "\ufeff# comment",
+        "",
+        "  a {class}  ",
+        "a Holographic {class}",
+        "holographic",
+        "A holographic Raincoat!",
+        "a {class}",
+        *THINGS,
+    )
+    found = read_protected(path, None, ["a holographic raincoat", "a coat"])
+    assert found.listed[0] == ""
+    everything = {*found.listed[1:], *found.held_out}
+    assert everything == {"a raincoat", *THINGS}
+    assert len(found.listed) - 1 + len(found.held_out) == 13 and len(found.held_out) == 1
+    assert (found.noun, found.noun_is_given, found.left_out) == ("raincoat", False, 3)
+    assert found.concept_words == ("holographic",)
+    text = found.text()
+    assert f"13 prompts of {path}, 1 more held out" in text.replace("protected: ", "")
+    assert "{class} is raincoat, from the caption; --protected-class names another" in text
+    assert "note: 3 of its prompts describe the concept (holographic) and are left out" in text
+
+    given = read_protected(path, "coat", ["a holographic raincoat", "a coat"])
+    assert {"a coat"} & {*given.listed, *given.held_out} == set()  # a caption itself
+    assert given.noun_is_given and "{class} is coat" in given.text()
+    assert "--protected-class" not in given.text()
+    plain = read_protected(written(tmp_path / "plain.txt", *THINGS), None, [CAPTION])
+    assert plain.noun == "" and "{class}" not in plain.text() and "note" not in plain.text()
+
+
+def test_a_tenth_is_held_out_and_always_the_same_one(tmp_path):
+    """Whatever the hash seed, the day and the machine: an interrupted run goes on with the same parts."""
+    path = written(tmp_path / "list.txt", *(f"a {word}{n}" for n in range(50) for word in ("cup", "cat")))
+    found = read_protected(path, None, [CAPTION])
+    assert (len(found.listed), len(found.held_out)) == (91, 10)
+    assert not set(found.listed) & set(found.held_out)
+    held_out = (
+        "a cat4",
+        "a cat5",
+        "a cat27",
+        "a cup28",
+        "a cat29",
+        "a cat31",
+        "a cat43",
+        "a cat46",
+        "a cup47",
+        "a cup48",
+    )
+    assert found.held_out == held_out
+    other = written(tmp_path / "other.txt", *(f"a {word}{n}" for n in range(50) for word in ("cup", "dog")))
+    assert read_protected(other, None, [CAPTION]).sha256 != found.sha256
+
+
+@pytest.mark.parametrize(
+    ("content", "noun", "caption", "words"),
+    [
+        (None, None, CAPTION, ["list.txt cannot be read"]),
+        ("\n".join(THINGS).encode("utf-16-le"), None, CAPTION, ["list.txt cannot be read", "save it as UTF-8"]),
+        ("a café\n".encode("latin-1"), None, CAPTION, ["list.txt cannot be read"]),
+        (b"a cup\n# a comment\n\n", None, CAPTION, ["list.txt holds 1 prompts", "at least 10 are needed"]),
+        (b"a {class}\n", None, "in the", ["“in the”", "--protected-class raincoat"]),
+        (b"a {class}\n", " ", CAPTION, ["--protected-class raincoat"]),
+        (b"a raincoat\na {class}\n", "umbrella", CAPTION, ["protected_class is umbrella", "a holographic raincoat"]),
+    ],
+)
+def test_a_list_that_cannot_be_used_is_named(tmp_path, content, noun, caption, words):
+    path = tmp_path / "list.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as problem:
+        read_protected(path, noun, [caption])
+    for word in words:
+        assert word in str(problem.value)
+    assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_may_be_saved_by_an_editor_of_windows(tmp_path, encoding):
+    plain = written(tmp_path / "plain.txt", *THINGS)
+    path = tmp_path / "list.txt"
+    path.write_bytes("\r\n".join(THINGS).encode(encoding))
+    assert read_protected(path, None, [CAPTION]).sha256 == read_protected(plain, None, [CAPTION]).sha256

@@ -16,7 +16,7 @@ from lib.evaluation import generation
 from lib.evaluation.metrics import clip_scores
 from lib.evaluation.report import charts
 from lib.images import shown, strip
-from lib.training.previews import LARGEST_SIDE
+from lib.training.monitor import LARGEST_SIDE
 
 NAME = "lora_weights_rank_32"
 

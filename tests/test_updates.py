@@ -18,7 +18,7 @@ from conftest import ROOT, finish, forked
 from kernel_models import needs_gpu, needs_triton
 
 from lib.kernels import adamw8bit, pinned_staging
-from lib.training import checkpoints, updates
+from lib.training import checkpoints, optimizer, updates
 
 # The last blocks are not full and the second gradient is not aligned. Triton's interpreter is slow.
 SIZES = (50_001, 4099) if torch.cuda.is_available() else (1025, 259)
@@ -62,17 +62,17 @@ class Run:
         micro = SimpleNamespace(trained=self.trained, gradient=gradient, loss=gradient[-1], begin_sum=gradient.zero_)
         self.progress = checkpoints.Progress(0, torch.zeros((), device=device))
         if saved:
-            self.saver(None).restore(saved, self.progress)
+            self.saver(None).restore(saved)
         arguments = micro, self.optimizer, accelerator, self.progress, most, self.give_up
         if kind == "plain":
             self.updates = updates.PlainUpdates(*arguments)
         else:
-            states = updates.eight_bit_states(self.optimizer, self.trained)
-            self.updates = updates.RecordedUpdates(states, *arguments)
+            states = optimizer.eight_bit_states(self.optimizer, self.trained)
+            self.updates = updates.CapturedUpdates(states, *arguments)
 
     def saver(self, folder):
         journal = SimpleNamespace(rows=[], run_id=None)
-        return checkpoints.Saver(folder, {}, self.trained, self.optimizer, self.scaler, journal, 1)
+        return checkpoints.Saver(folder, {}, self.trained, self.optimizer, self.scaler, journal, self.progress, 1)
 
     def give_up(self, problem, step, pictures):
         self.given_up = problem, step, pictures
@@ -105,15 +105,14 @@ class Run:
     def state(self):
         """The contents of a checkpoint: (parameters, the optimizer's tensors, everything else)"""
         parameters = [part.flat.detach().clone() for part in self.trained.values()]
-        tensors, numbers = checkpoints.optimizer_state(
-            self.optimizer, [part.flat for part in self.trained.values()], list(self.trained)
-        )
+        tensors, numbers = optimizer.state_of(self.optimizer, self.trained)
         progress = self.progress
         numbers |= dict(
             step=progress.step,
             losses=progress.loss_count,
             sum=progress.loss_sum.item(),
             skipped=progress.skipped,
+            updates=progress.updates,
             scaler=self.scaler and self.scaler.state_dict(),
         )
         return parameters, {key: tensor.clone() for key, tensor in tensors.items()}, numbers
@@ -182,7 +181,7 @@ def check_an_overflow_changes_nothing(device):
     after, states_after, numbers_after = run.state()
     assert all(map(torch.equal, parameters, after))
     assert all(torch.equal(tensor, states_after[key]) for key, tensor in states.items())
-    assert numbers_after["unet.step"] == numbers["unet.step"] == 4
+    assert numbers_after["unet.optimizer.step"] == numbers["unet.optimizer.step"] == 4
     assert numbers_after["skipped"] == 1
     assert numbers_after["losses"] == 5
     assert numbers_after["scaler"]["scale"] == numbers["scaler"]["scale"] / 2
@@ -230,7 +229,7 @@ def check_resuming(device, folder):
     """A resumed run equals an uninterrupted one, bit for bit."""
     whole = Run("recorded", device).go(12, overflows={2, 9})
     first = Run("recorded", device).go(6, overflows={2, 9})
-    first.saver(folder).save(first.progress)
+    first.saver(folder).save()
     second = Run("recorded", device, saved=checkpoints.latest(folder)).go(12, overflows={2, 9})
     assert whole.progress.skipped == second.progress.skipped == 2
     assert apart(second, whole) == (0, 0)
@@ -347,8 +346,9 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch, capsys, fresh):
             assert words in adamw8bit.missing_kernels(device)
     adamw8bit.missing_kernels.cache_clear()
     monkeypatch.setattr(updates, "missing_kernels", lambda device: "no C compiler")
+    monkeypatch.setattr(updates, "eight_bit_states", lambda *given: [])
     accelerator = SimpleNamespace(device=torch.device("cuda"))
-    found = updates.make_updates(None, None, accelerator, None, 1, None)
+    found = updates.make_updates(SimpleNamespace(trained={}), None, accelerator, None, 1, None)
     assert type(found) is updates.PlainUpdates
     assert "no Triton kernel for AdamW" in capsys.readouterr().out
 
@@ -356,9 +356,9 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch, capsys, fresh):
 def test_a_short_vector_has_plain_updates():
     """As bitsandbytes keeps its state in 32 bits."""
     flat = torch.nn.Parameter(torch.zeros(4095))
-    optimizer = bitsandbytes.optim.AdamW8bit([flat])
-    assert updates.eight_bit_states(optimizer, dict(unet=SimpleNamespace(flat=flat))) is None
-    assert not optimizer.state
+    adamw = bitsandbytes.optim.AdamW8bit([flat])
+    assert optimizer.eight_bit_states(adamw, dict(unet=SimpleNamespace(flat=flat))) is None
+    assert not adamw.state
 
 
 # ---- pinned memory -------------------------------------------------------------------------

@@ -76,19 +76,18 @@ def recipe(config, size_counts, prediction_type, protection=None):
     if config["train_text_encoder"]:
         rates += f", text encoder {config['text_encoder_learning_rate']:g}"
         trained += "; text encoder " + ", ".join(config["text_encoder_targets"])
+    rates += f"; {config['warmup_steps']} warm-up steps"
+    if "lr_scheduler" in config:
+        rates += f", then a {config['lr_scheduler']} to 0"
     steps = f"{config['max_steps']}, batch {config['batch_size']}"
     if config["gradient_accumulation_steps"] > 1:
         steps += f" times {config['gradient_accumulation_steps']}"
     return [
         ("layers", trained),
         ("rank, alpha", f"{config['rank']}, {config['alpha']:g}"),
-        ("learning rates", f"{rates}; {config['warmup_steps']} warm-up steps, then a cosine to 0"),
+        ("learning rates", rates),
         ("steps", steps),
-        (
-            "optimizer",
-            f"8-bit AdamW, betas {config['adam_beta1']:g} and {config['adam_beta2']:g}, "
-            f"weight decay {config['adam_weight_decay']:g}",
-        ),
+        *([("optimizer", config["optimizer"])] if "optimizer" in config else []),
         ("sizes, precision", f"{', '.join(size_counts)}; {config['mixed_precision']}"),
         ("prediction", prediction_type),
         *special(config, protection),

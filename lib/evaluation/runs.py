@@ -13,30 +13,11 @@ from lib.errors import UserError
 from lib.evaluation.metrics.scores import Run
 from lib.files import check_output_folder
 from lib.models import base_model_name
+from lib.run_config import WITHOUT_EFFECT, differences, with_added
 
 MARKER = "metrics.json"  # written last into a results folder
-# Keys of train.py's CONFIG that may differ between runs of one experiment: where a run is stored and how often it
-# reports do not change what it learns. The data count by their hash, not by their folder.
-WITHOUT_EFFECT = (
-    "seed",
-    "data_dir",
-    "output_dir",
-    "run_name",
-    "log_every",
-    "validate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "resume",
-    "max_overflows",
-    "preview_every",
-    "preview_prompts",
-    "preview_guidance_scale",
-    "snapshot_every",
-    "report_to",
-    "wandb_project",
-    "wandb_pictures",
-    "push_to_hub",
-)
+# Seeds of one experiment may differ in these too. The data count by their hash, not by their folder.
+OF_ONE_EXPERIMENT = (*WITHOUT_EFFECT, "seed", "data_dir")
 
 # The keys of config.json for a run's duration, memory and device.
 SPEED = ("steps_a_second", "set_up_seconds", "peak_gib_reserved", "device")
@@ -167,6 +148,8 @@ def describe(adapter):
             mixed_precision=record.get("mixed_precision"),
             learning_rate_changes=record.get("learning_rate_changes") or [],
         )
+        if "optimizer" in record:
+            entry["training"]["optimizer"] = record["optimizer"]
         entry["held_out"] = list(record["data"]["held_out"])
         entry["speed"] = {key: record[key] for key in SPEED if key in record}
         entry["metadata"] = {"seed": str(record["config"]["seed"])} | metadata
@@ -193,8 +176,7 @@ def group_runs(runs):
             groups[run.name] = [run]
             continue
         other = first_of_name.setdefault(name, run)
-        known = experiment_settings(other)
-        differing = sorted(k for k in settings | known if settings.get(k) != known.get(k))
+        differing = differences(experiment_settings(other), settings, ignored=())
         if differing:
             raise UserError(
                 f"{other.name} and {run.name} have the names of runs of one experiment, but differ in "
@@ -219,7 +201,7 @@ def group_runs(runs):
 def experiment_settings(run):
     """The settings that all seeds of an experiment share, or None for a run without config.json."""
     training = run.adapter.get("training")
-    return training and {k: v for k, v in training.items() if k not in WITHOUT_EFFECT}
+    return training and {k: v for k, v in with_added(training).items() if k not in OF_ONE_EXPERIMENT}
 
 
 def check_fingerprints(named):

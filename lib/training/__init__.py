@@ -1,1 +1,1 @@
-"""What train.py trains with: its data, the micro-step, the journal, the checkpoints."""
+"""The parts of train.py: samples, models, the micro-step, the updates, checkpoints, the monitor."""

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it trains: log.jsonl, and the trackers that were asked for."""
+"""The log of a run while it trains: log.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
 import importlib.util
@@ -15,12 +15,12 @@ REPORT_TO["both"] = REPORT_TO["wandb"] + REPORT_TO["tensorboard"]
 
 
 def check_trackers(report_to):
-    """Raise UserError for a report_to that is unknown or whose package is not installed."""
+    """Raise UserError for an unknown report_to or one whose package is not installed."""
     if report_to not in REPORT_TO:
         raise UserError(f"report_to is {report_to}, but must be one of {', '.join(REPORT_TO)}")
     for package in REPORT_TO[report_to]:
-        found = importlib.util.find_spec(package)
-        if found is None or found.origin is None:  # a mere folder of that name, as W&B leaves one
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:  # a plain folder of that name, such as W&B's
             other = "--report-to none" if package == "wandb" else "--report-to wandb"
             raise UserError(
                 f"report_to is {report_to}, but {package} is not installed: pip install {package}, or add {other}"
@@ -28,11 +28,11 @@ def check_trackers(report_to):
 
 
 class Journal:
-    """The log of a run: `rows`, the same in `folder`/log.jsonl, and their numbers under train/ in the
-    trackers that `config`, train.py's, names in report_to.
+    """The log of a run: `rows`, which are also the lines of `folder`/log.jsonl, and their numbers as train/... in the
+    trackers that train.py's `config` names in report_to.
 
-    Of an interrupted run that goes on, `past` is the checkpoint's state: its `log` and its W&B `run_id`.
-    Of several processes the first one writes; the others have a Journal without a folder, which is silent.
+    `past` is the checkpoint's state when a run resumes: its `log` and its W&B `run_id`. Only the first process writes;
+    the Journal of the others has no folder and is silent.
     """
 
     def __init__(self, folder, config, past):
@@ -47,32 +47,31 @@ class Journal:
 
     @property
     def run_id(self):
-        """The W&B run's, or None."""
+        """The id of the W&B run, or None."""
         return next((t.tracker.id for t in self.trackers if t.name == "wandb"), None)
 
     def record(self, **row):
-        """Log the figures of a step."""
+        """Log the numbers of a step."""
         if self.file:
             self.rows.append(row)
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
             numbers = {f"train/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
             for tracker in self.trackers:
-                # W&B counts its own calls, of which a step may have two.
+                # W&B counts its own calls; a step may have two.
                 tracker.log(numbers, step=None if tracker.name == "wandb" else row["step"])
 
-    def show(self, step, pictures):
-        """Give the trackers the PIL images of a preview: TensorBoard, whose files stay here, and W&B
-        where that was asked for."""
+    def show(self, step, images):
+        """Log the PIL images of a preview: to TensorBoard, whose files stay here, and to W&B if `config` allows it."""
         for tracker in self.trackers:
             if tracker.name == "tensorboard":
                 import numpy as np
 
-                tracker.log_images({"preview": np.stack(pictures)}, step=step, dataformats="NHWC")
+                tracker.log_images({"preview": np.stack(images)}, step=step, dataformats="NHWC")
             elif self.wandb_pictures:
                 from wandb import Image
 
-                tracker.log({"preview": [Image(p) for p in pictures], "train/step": step})
+                tracker.log({"preview": [Image(image) for image in images], "train/step": step})
 
     def finish(self, exit_code=0):
         """Close the file and the trackers."""
@@ -86,10 +85,7 @@ class Journal:
 
 
 def start_tensorboard(folder, config, rows, run_id):
-    """accelerate's tracker for TensorBoard, writing to `folder`/tensorboard.
-
-    Of an interrupted run that goes on, what was logged after its last checkpoint is to be passed over.
-    """
+    """accelerate's TensorBoard tracker, writing to `folder`/tensorboard. Rows after the last checkpoint are purged."""
     from accelerate.tracking import TensorBoardTracker
 
     done = rows[-1]["step"] if rows else -1
@@ -99,7 +95,7 @@ def start_tensorboard(folder, config, rows, run_id):
 
 
 def has_key():
-    """Whether W&B finds an API key without asking for one: in the environment, or where `wandb login` put it."""
+    """Whether W&B has an API key, in the environment or from `wandb login`, and so will not ask for one."""
     host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         if netrc.netrc(os.environ.get("NETRC")).authenticators(host):
@@ -108,11 +104,10 @@ def has_key():
 
 
 def start_wandb(folder, config, rows, run_id):
-    """accelerate's tracker with a W&B run: online with an API key, else offline, never asking;
-    WANDB_MODE decides if set.
+    """accelerate's tracker with a W&B run: online with an API key, otherwise offline; WANDB_MODE overrides. Never asks.
 
-    It gets the configuration and the figures, no code, no captions, no prompts, and no images unless
-    `config`["wandb_pictures"]. With `run_id` a run that was interrupted goes on.
+    It receives the configuration and the numbers, no code, no captions, no prompts, and images only with
+    `config`["wandb_pictures"]. `run_id` continues an interrupted run.
     """
     import wandb
     from accelerate.tracking import WandBTracker
@@ -123,7 +118,7 @@ def start_wandb(folder, config, rows, run_id):
         mode = "offline"
     texts = [name for name in config if name.endswith(("prompts", "captions", "class"))]
     shown = {name: value for name, value in config.items() if name not in texts}
-    # What W&B notes of the machine includes the command line.
+    # W&B's metadata of the machine include the command line.
     options = tuple("--" + name.replace("_", "-") for name in texts)
     typed = any(argument.startswith(options) for argument in sys.argv)
 
@@ -139,7 +134,7 @@ def start_wandb(folder, config, rows, run_id):
                 console="off",
                 silent=True,
                 x_disable_meta=typed,
-                # Whatever WANDB_SAVE_CODE and the account say: prompts stand in the script too.
+                # Whatever WANDB_SAVE_CODE and the account say: scripts contain prompts too.
                 save_code=False,
                 disable_code=True,
                 disable_git=True,
@@ -152,7 +147,7 @@ def start_wandb(folder, config, rows, run_id):
     try:
         return start(mode)
     except Exception as problem:
-        # No network, a wrong key, an unknown mode: not worth a training run.
+        # No network, a wrong key, an unknown mode: no reason to end a training run.
         print(f"W&B cannot start ({one_line(problem, 120)}): logging offline")
         os.environ["WANDB_MODE"] = "offline"
         return start("offline")

@@ -1,7 +1,7 @@
 """The LoRA parameters of one model as one flat vector.
 
-The optimizer, the loss scaler and the all-reduce of several GPUs then see one tensor in place of some
-hundred small ones: one kernel each, where launching them would take longer than they compute.
+The optimizer, the loss scaler and the all-reduce of several GPUs then work on one tensor with one kernel each, instead
+of hundreds of small ones, whose launches would take longer than their work.
 """
 
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from lib.kernels.lora import DoraFactors, bind, fuse_lora, trained_weights
 
 @dataclass
 class LoraParameters:
-    """What is trained of one model."""
+    """The trained parameters of one model."""
 
     model: torch.nn.Module
     learning_rate: float  # at its peak
     parameters: list  # the model's own, views of `working`; see lora.trained_weights
-    leaves: list  # the same values, some joined: what it computes with and is differentiated by
-    copies: tuple  # (to, from): those of the leaves that lie elsewhere, and where in `working` their values are
-    flat: torch.nn.Parameter  # float32, what the optimizer updates; MicroStep gives it a gradient
-    working: torch.Tensor  # `flat` in the type that the model computes with
-    gradient: torch.Tensor  # of `working`: where a backward pass writes it
-    projected: list  # (rows of A in `flat`, a slice, their projection, where the model computes with the product)
-    dora: DoraFactors | None  # what DoRA's layers scale with; LoRA has none
+    leaves: list  # the same values, partly fused: the model computes with them and is differentiated by them
+    copies: tuple  # (to, from): leaves outside `working`, and their values in it
+    flat: torch.nn.Parameter  # float32 [n], what the optimizer updates; MicroStep sets its gradient
+    working: torch.Tensor  # `flat` in the model's dtype
+    gradient: torch.Tensor  # of `working`; the backward pass writes it
+    projected: list  # (slice of `flat` with the rows of an A, their projection, where the model reads the product)
+    dora: DoraFactors | None  # the scales of DoRA's layers; None for LoRA
 
     def refresh(self):
-        """Give the model the values that `flat` has now: before anything is computed, as A is a copy even where
-        `working` and `flat` share memory."""
+        """Copy the current values of `flat` to the model, before every computation: A is a copy even where `working` and
+        `flat` share memory."""
         if self.projected:
             self.working.copy_(self.flat.data)
             for rows, projection, to in self.projected:
@@ -42,60 +42,60 @@ class LoraParameters:
             self.dora.refresh(self.flat.data[-self.dora.factors.numel() :])
 
     def expect_gradients(self):
-        """A backward pass begins; one before it may have failed midway."""
+        """Called before a backward pass; an earlier one may have failed midway."""
         for fused in self.model.fused_layers:
             if fused.gradients:
                 fused.gradients.written = 0
 
-    def add_gradients(self, found, replace):
-        """Add the gradient that a backward pass has written to that of `flat`, or `replace` that by it. `found` are those
-        of the leaves, None but for DoRA's magnitudes."""
+    def add_gradients(self, of_leaves, overwrite):
+        """Add the gradient that the backward pass wrote to that of `flat`, or `overwrite` it.
+
+        `of_leaves` are autograd's, None except for DoRA's magnitudes.
+        """
         times = {fused.gradients.written for fused in self.model.fused_layers if fused.gradients}
         if times != {1}:
-            raise RuntimeError(f"each layer has one gradient in a pass, not {sorted(times)}")
-        magnitudes = [gradient for gradient in found if gradient is not None]
+            raise RuntimeError(f"each layer has one gradient per pass, not {sorted(times)}")
+        magnitudes = [gradient for gradient in of_leaves if gradient is not None]
         if magnitudes:
             torch.cat(magnitudes, out=self.gradient[-sum(map(len, magnitudes)) :])
-        found = self.with_projections(self.gradient)  # the chain rule of A P: P is symmetric
-        if replace:
-            self.flat.grad.copy_(found)
+        gradient = self.with_projections(self.gradient)  # the chain rule of A P: P is symmetric
+        if overwrite:
+            self.flat.grad.copy_(gradient)
         else:
-            self.flat.grad += found
+            self.flat.grad += gradient
 
     def saved(self):
-        """The float32 values as a file holds them, one vector in the order of `flat`: A times its projection, where
-        it has one, so that a reader needs to know nothing of that."""
+        """The float32 values for a file, in the order of `flat`: A is multiplied by its projection, so that readers need
+        not know of it."""
         return self.with_projections(self.flat.data)
 
     def with_projections(self, vector):
-        """A flat `vector` with its rows of A times their projections, in float32; the vector itself without any."""
+        """A flat `vector` with each A multiplied by its projection, in float32; without any, the vector itself."""
         if not self.projected:
             return vector
-        found = vector.to(torch.float32, copy=True)
+        product = vector.to(torch.float32, copy=True)
         for rows, projection, _ in self.projected:
-            part = _rows_of_a(found, rows, projection)
+            part = _rows_of_a(product, rows, projection)
             part.copy_(part @ projection)
-        return found
+        return product
 
     def compute_with(self, values):
-        """Let the model compute with `values`, as `saved` gives them, until the next `refresh`. Where `working` and
-        `flat` share memory, as on a CPU, they replace those of `flat`."""
+        """Let the model compute with `values`, as from `saved`, until the next `refresh`. Where `working` and `flat`
+        share memory, as on a CPU, `flat` changes too."""
         self.working.copy_(values)
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)
 
 
 def _rows_of_a(vector, rows, projection):
-    """The part `rows` of a flat vector as the matrix that `projection` [in, in] is multiplied to: [rows, in]."""
+    """The slice `rows` of a flat vector as a matrix to multiply by `projection` [in, in]: [rows, in]."""
     return vector[rows].view(-1, len(projection))
 
 
 def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtype, dora=False, projections=None):
-    """Freeze `model`, add LoRA or DoRA layers to it and move it to `device`: a LoraParameters.
+    """Freeze `model`, add LoRA or DoRA layers and move it to `device`, computing in `dtype`: its LoraParameters.
 
-    `dtype` is what the model computes with. Every trainable parameter of it is in the vector.
-    `projections`, {layer name: float32 [in, in]} of every adapted layer or None, are what A is multiplied by before
-    it computes; the layers that are computed together have the same.
+    `projections`, {adapted layer: float32 [in, in]} or None, multiply each A; fused layers share theirs.
     """
     model.requires_grad_(False)
     names = {layer: name for name, layer in adapters.add_lora(model, rank, alpha, targets, dora).items()}
@@ -110,34 +110,31 @@ def add_lora_parameters(model, rank, alpha, targets, learning_rate, device, dtyp
     projected = []
     if projections:
         projected = projected_rows(fused_layers, lambda fused: projections[names[fused.adapted[0]]])
-    found = LoraParameters(
-        model, learning_rate, parameters, leaves, copies, flat, working, gradient, projected, factors
-    )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if trainable != found.flat.numel():
-        raise RuntimeError(f"{trainable} trainable parameters, {found.flat.numel()} in the vector")
-    return found
+    if trainable != flat.numel():
+        raise RuntimeError(f"{trainable} trainable parameters, but {flat.numel()} in the vector")
+    return LoraParameters(model, learning_rate, parameters, leaves, copies, flat, working, gradient, projected, factors)
 
 
 def projected_rows(fused_layers, projection_of):
-    """[(slice of the flat vector, projection, A in the layer's matrix)] of the adapted fused layers; see `bind` for the
-    vector's order. `projection_of` is a function of a fused layer."""
-    found, place = [], 0
+    """[(slice of the flat vector, projection, A in the layer's matrix)] of the adapted fused layers.
+
+    `projection_of` is a function of a fused layer; see `bind` for the order of the vector.
+    """
+    projected, place = [], 0
     for fused in filter(lambda fused: fused.adapted, fused_layers):
         rows = slice(place, place + fused.a.numel())
-        found.append((rows, projection_of(fused), fused.a.data))
+        projected.append((rows, projection_of(fused), fused.a.data))
         place += sum(weight.numel() for weight in fused.factors())
-    return found
+    return projected
 
 
 def flatten_parameters(parameters, dtype):
-    """(flat, working): the values of `parameters` as one flat float32 parameter, and as one flat tensor of
-    `dtype`, of which they become views.
+    """(flat, working): `parameters` as one float32 vector, and as one of `dtype`, of which they become views.
 
-    `flat` has to be copied into `working` whenever it has changed. For float32 the two share memory.
-
-    A departure from a parameter a matrix: bitsandbytes keeps the optimizer's state of tensors of fewer
-    than 4,096 elements in 32 bits, and in the vector they get 8 (bench/optimizer_state.py).
+    `flat` must be copied into `working` whenever it changes; in float32 the two share memory. One vector makes a
+    difference: bitsandbytes keeps the state of tensors of fewer than 4,096 elements in 32 bits, and here in 8
+    (bench/optimizer_state.py).
     """
     flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))
     working = flat.data.to(dtype)
@@ -146,7 +143,7 @@ def flatten_parameters(parameters, dtype):
 
 
 def set_views(parameters, flat):
-    """Make `parameters` views of the tensor `flat`, one behind the other."""
+    """Make `parameters` consecutive views of the tensor `flat`."""
     sizes = [parameter.numel() for parameter in parameters]
     for parameter, part in zip(parameters, flat.split(sizes), strict=True):
         parameter.data = part.view(parameter.shape)

@@ -1,18 +1,17 @@
-"""Protection: an adapter is kept from acting on given prompts, by algebra (lib/PROTECTION.md).
+"""Protection: a projection keeps an adapter from acting on listed prompts (lib/PROTECTION.md).
 
-Some layers see nothing but text: all of the text encoder, and in the UNet the keys and values of the attention to the
-text. Let the rows x be what such a layer reads from the base model under the protected prompts, each of length 1, and
-C the mean of x x^T. In place of A the adapter computes with
+Some layers read only text: all of the text encoder, and in the UNet the keys and values of cross-attention. Let x be
+the rows that such a layer reads in the base model under the protected prompts, each normalized to length 1, and C the
+mean of x x^T. Instead of A the adapter computes with
 
     A P / r      P = (1 + C / (ridge * mean eigenvalue of C))^-1
                  r = max(rms |x P| of the caption, rms |x P| of the prompts / MOST_LEFT)
 
-P takes away the directions that the prompts use and leaves the others. r gives the caption back the size that it had,
-so that learning rates mean what they do without P, but gives the prompts no more than MOST_LEFT of theirs: in all
-layers but the text encoder's first one the base model's states of the caption hardly differ from those of others, so a
-factor would enlarge both. There the adapter learns from what it makes of the caption in the
-layers before. By induction over the layers every layer reads under a protected prompt nearly what it reads in the base
-model, so C stays right while the adapter is trained.
+P removes the directions that the prompts use and keeps the others. r restores the norm of the caption, so that learning
+rates mean the same as without P, but leaves the prompts at most MOST_LEFT of theirs: after the text encoder's first
+layer, the base model's states of the caption hardly differ from those of other prompts, and a factor would amplify
+both. There the adapter learns from what its earlier layers make of the caption. By induction over the layers, every
+layer reads nearly the base model's input under a protected prompt, so C remains valid during training.
 """
 
 import torch
@@ -21,20 +20,20 @@ from lib import adapters
 from lib.errors import UserError
 from lib.kernels.lora import without_lora
 
-AT_ONCE = 64  # prompts that are encoded together
-KINDS = "listed", "held_out", "concept"  # of prompts that are measured
-SHOWN = 200  # at most, of a list
-MOST_LEFT = 0.03  # of the norm of the listed prompts' rows, root mean square, in what A reads
-SET_APART = 0.5  # times what is left of the caption may be left of a held-out prompt, in the layer that tells them best
-STATES = "the UNet's keys and values"  # a reader of text like the text encoder's layers
+AT_ONCE = 64  # prompts encoded together
+KINDS = "listed", "held_out", "concept"  # of measured prompts
+MEASURED = 200  # prompts of a list, at most
+MOST_LEFT = 0.03  # of the root mean square norm of the listed prompts' rows
+SET_APART = 0.5  # largest ratio of what P leaves of held-out prompts to the caption, in the layer that separates best
+STATES = "the UNet's keys and values"  # one reader beside the text encoder's layers
 
 
 @torch.no_grad()
 def layer_inputs(text_encoder, layers, input_ids):
-    """{reader: what it reads, float32 [n, 77, d], each row of length 1} under token ids [n, 77].
+    """({reader: its input, float32 [n, 77, d] with rows of length 1}, {layer: its reader}) under token ids [n, 77].
 
-    The readers are the names `layers` of linear layers of the text encoder, of several that read the same tensor the
-    first, and STATES, which reads the text encoder's output. `readers` says who reads with whom.
+    A reader is the first of those of `layers`, linear layers of the text encoder, that read the same tensor, or STATES,
+    which reads the text encoder's output.
     """
     seen = {}
     modules = dict(text_encoder.named_modules())
@@ -47,24 +46,24 @@ def layer_inputs(text_encoder, layers, input_ids):
     finally:
         for hook in hooks:
             hook.remove()
-    found, first_of = {}, {}
+    inputs_of, first_of = {}, {}
     for name, tensor in {**seen, STATES: states}.items():
         if first_of.setdefault(id(tensor), name) == name:
-            found[name] = torch.nn.functional.normalize(tensor.float(), dim=-1)
+            inputs_of[name] = torch.nn.functional.normalize(tensor.float(), dim=-1)
     readers = {name: first_of[id(tensor)] for name, tensor in seen.items()}
-    return found, readers
+    return inputs_of, readers
 
 
 class Protection:
-    """The projections of a text encoder's adapted `layers` and of the UNet's keys and values, and what they leave.
+    """The projections of a text encoder's adapted `layers` and of the UNet's keys and values.
 
-    `ids` is a function of prompts that gives their token ids, int64 [n, 77]; `prompts` are ProtectedPrompts.
-    `projections` is {reader: P / r, float32 [d, d]}, `readers` {layer: its reader}. `left` is {reader: shares}: of the
-    norm of a prompt's row P leaves that share where it leaves most, for the captions (their mean), for held-out prompts
-    and for listed ones (their 95th percentiles).
+    `ids` is a function from prompts to token ids, int64 [n, 77]; `prompts` are ProtectedPrompts. `projections` is
+    {reader: P / r, float32 [d, d]}, `readers` {layer: its reader}. `left` is {reader: (caption, held out, listed)}: the
+    share of a row's norm that P leaves, where it leaves most of a prompt; the mean of the captions, the 95th percentiles
+    of the prompts.
 
-    Each of several processes makes its own. These may differ in the last place; the trained weights do not, since the
-    gradients are averaged.
+    Every process computes its own. They may differ in the last digit; the trained weights do not, because the gradients
+    are averaged.
     """
 
     @torch.no_grad()
@@ -101,52 +100,53 @@ class Protection:
             scale = torch.maximum(caption[reader].square().mean(), of_listed / MOST_LEFT**2).sqrt()
             self.projections[reader] = (p / scale).float()
         self.states = {}
-        if not layers:  # the text encoder stays as it is and is not kept
+        if not layers:  # the text encoder is not adapted and will be freed
             self.states = {
                 kind: [text_encoder(c.to(text_encoder.device))[0].cpu() for c in ids(self.sample(kind)).split(AT_ONCE)]
                 for kind in KINDS
             }
 
     def sample(self, kind):
-        """The prompts of one of KINDS that are measured: of the list evenly spread ones, of the captions all."""
+        """The measured prompts of one of KINDS: all captions, or an even selection of the list."""
         if kind == "concept":
             return self.captions
         prompts = getattr(self.prompts, kind)
-        return prompts[:: max(1, len(prompts) // SHOWN)][:SHOWN]
+        return prompts[:: max(1, len(prompts) // MEASURED)][:MEASURED]
 
     def of(self, layers):
-        """{layer: its projection} of the text encoder's `layers`, or of any layers of the UNet that read the text."""
+        """{layer: its projection} of `layers` of the text encoder, or of the UNet's that read the text."""
         return {name: self.projections[self.readers.get(name, STATES)] for name in layers}
 
     def check(self):
-        """UserError unless P leaves clearly less of held-out prompts than of the caption in some layer."""
-        best = min(held / taught for taught, held, _ in self.left.values())
+        """UserError unless in some layer P leaves clearly less of held-out prompts than of the caption."""
+        best = min(held / caption for caption, held, _ in self.left.values())
         if best > SET_APART:
             raise UserError(
-                f"the protected prompts do not set the concept apart: of prompts like them that were held out P leaves {best:.2f} "
-                f"times as much as of “{self.captions[0]}”, in the layer where the two differ most, and {SET_APART} is the "
-                f"most. {self.prompts.path} has too few prompts ({len(self.prompts.listed)}), too few of the same kind of "
-                "thing, or some that say what the caption says; prompts/protected.txt is a list"
+                f"the protected prompts do not set the concept apart: the projection leaves {best:.2f} times as much of "
+                f"held-out prompts as of “{self.captions[0]}” even in the best layer; the limit is {SET_APART}. "
+                f"{self.prompts.path} has too few prompts ({len(self.prompts.listed)}), too few about the same kind of "
+                "thing, or some that describe the concept; prompts/protected.txt is an example"
             )
 
     def table(self):
-        """What P leaves, layer by layer, as text."""
+        """`left` as a table for the console."""
         head = f"{'what P leaves, of the norm':34}{'caption':>9}{'held out':>10}{'listed':>9}\n"
         return head + "\n".join(
-            f"{reader:34}{taught:9.4f}{held:10.4f}{listed:9.4f}" for reader, (taught, held, listed) in self.left.items()
+            f"{reader:34}{caption:9.4f}{held:10.4f}{listed:9.4f}"
+            for reader, (caption, held, listed) in self.left.items()
         )
 
     @torch.no_grad()
     def differences(self, trained):
-        """How much the finished adapter changes of what the UNet reads: {kind: dict(text_states, keys_values)}.
+        """The largest changes in what the UNet reads from a prompt: {kind: dict(text_states, keys_values)}.
 
-        `trained` are {component: LoraParameters}, which from here on compute with the values of the file, rounded to
-        half precision as other programs read them. Each figure is the largest |after - before| / |before| of its
-        prompts, norms over all positions; that of keys and values is also the largest of all layers.
+        Each is the maximum of |after - before| / |before| over the prompts, with norms over all positions; for keys and
+        values also the maximum over the layers. `trained`, {component: LoraParameters}, afterwards computes with the
+        values of the file, rounded to half precision as other programs read them.
         """
         for part in trained.values():
             part.compute_with(part.saved().half())
-        unet, found = trained["unet"].model, {}
+        unet, largest = trained["unet"].model, {}
         encoder = trained["text_encoder"].model if "text_encoder" in trained else None
         layers = adapters.lora_layers(unet)
         for kind in KINDS:
@@ -165,11 +165,11 @@ class Protection:
                     a, b = (getattr(layer, f"lora_{x}")["default"].weight.half().float() for x in "AB")
                     adapted = after @ weight.T + layer.scaling["default"] * (after @ a.T) @ b.T
                     worst["keys_values"] = max(worst["keys_values"], relative(adapted, before @ weight.T))
-            found[kind] = {key: float(f"{value:.3g}") for key, value in worst.items()}
-        return found
+            largest[kind] = {key: float(f"{value:.3g}") for key, value in worst.items()}
+        return largest
 
     def record(self, trained):
-        """What config.json says of it."""
+        """The entry of config.json."""
         prompts = self.prompts
         return dict(
             noun=prompts.noun,
@@ -183,14 +183,14 @@ class Protection:
 
 
 def relative(after, before):
-    """The largest |after - before| / |before| of prompts [n, 77, d]: a float."""
+    """The maximum of |after - before| / |before| over prompts [n, 77, d]: a float."""
     return ((after - before).norm(dim=(1, 2)) / before.norm(dim=(1, 2))).max().item()
 
 
 def projection_of(moments, ridge):
-    """P, float64 [d, d], of C, the mean of x x^T over what is protected; on the device of C.
+    """P = (1 + C / s)^-1, s = ridge * mean eigenvalue of C: float64 [d, d] on the device of C.
 
-    (1 + C / s)^-1 with s = ridge * mean eigenvalue has C's eigenvectors, and the eigenvalues 1 / (1 + v / s).
+    C is `moments`. P has C's eigenvectors, with the eigenvalues 1 / (1 + v / s).
     """
     scale = ridge * moments.diagonal().mean()
     system = torch.eye(len(moments), dtype=torch.float64) + (moments / scale).cpu()
@@ -198,8 +198,8 @@ def projection_of(moments, ridge):
 
 
 def differences_text(differences):
-    """One line of `Protection.differences`."""
-    listed, others, concept = (f"{differences[kind]['keys_values']:.1%}" for kind in ("listed", "held_out", "concept"))
+    """`Protection.differences` as a line."""
+    listed, others, concept = (f"{differences[kind]['keys_values']:.1%}" for kind in KINDS)
     return (
         f"keys and values change by at most: listed prompts {listed}, others like them {others}, the concept {concept}"
     )

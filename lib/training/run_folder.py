@@ -1,11 +1,14 @@
-"""What a run leaves in its folder: the adapter, snapshots of it, config.json and the loss curve."""
+"""What a run leaves in its folder: the adapter, snapshots of it, config.json, the model card and the loss curve."""
 
 import contextlib
 import json
 import shutil
 from collections import Counter
 
+import matplotlib
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from lib import adapter_files, adapters
@@ -15,16 +18,18 @@ from lib.errors import UserError, one_line
 from lib.files import write_marker
 from lib.models import base_model_name
 from lib.provenance import provenance
-from lib.training.loss_figure import loss_figure
+from lib.run_config import differences
 from lib.training.parameters import set_views
 from lib.training.protection import differences_text
 
+matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold dollar signs
+
+
+# ---- the adapter -----------------------------------------------------------------------------------
+
 
 def check_trained(models):
-    """Raise UserError unless every lora_B is finite and has moved away from its start at zero.
-
-    `models` is a dict by component.
-    """
+    """Raise UserError unless every lora_B of `models`, {component: model}, is finite and no longer zero."""
     for component, model in models.items():
         rows = adapters.factors(model)
         if not all(weight.isfinite().all() for weight in adapters.magnitudes(model).values()):
@@ -35,14 +40,13 @@ def check_trained(models):
         dead = [name for name, (_, b) in rows.items() if not (b.any() and b.isfinite().all())]
         if dead:
             raise UserError(
-                f"the adapter did not train: {len(dead)} of {len(rows)} lora_B of the {component} are "
-                f"zero or not finite ({adapters.some(dead)}); nothing was saved. Is the learning rate "
-                "0 or far too high?"
+                f"the adapter did not train: {len(dead)} of {len(rows)} lora_B of the {component} are zero or not "
+                f"finite ({adapters.some(dead)}); nothing was saved. Is the learning rate 0 or far too high?"
             )
 
 
 def finished_models(trained):
-    """{component: model} with the float32 values that the optimizer holds, checked: what is saved."""
+    """{component: model} with the optimizer's float32 values, checked, ready to be saved."""
     for part in trained.values():
         set_views(part.parameters, part.saved())
     models = {name: part.model for name, part in trained.items()}
@@ -50,67 +54,12 @@ def finished_models(trained):
     return models
 
 
-def data_record(data, train_indices, held_out):
-    """What config.json says of the data set: its hash, captions, and which images were trained on, of
-    which sizes."""
-    names = [row.name for row in data]
-    return dict(
-        sha256=data.sha256,
-        captions=sorted({row.caption for row in data}),
-        caption_counts=dict(sorted(Counter(data[i].caption for i in train_indices).items())),
-        size_counts=dict(Counter("{}x{}".format(*data.sizes[i]) for i in train_indices).most_common()),
-        trained_on=[names[i] for i in train_indices],
-        held_out=[names[i] for i in sorted(held_out)],
-    )
-
-
-def write_adapter(folder, config, models, data, step, half=False):
-    """Write the adapter in `models` after `step` steps; its header says what it was trained on."""
-    captions = data["captions"]
-    caption = captions[0] if len(captions) == 1 else f"{len(captions)} captions"
-    targets = {name: config[f"{name}_targets"] for name in models}
-    adapter_files.save_adapter(
-        folder,
-        models,
-        config["rank"],
-        config["alpha"],
-        targets,
-        dict(
-            base_model=base_model_name(config["base_model"]),
-            caption=caption,
-            data_sha256=data["sha256"],
-            steps=str(step),
-            seed=str(config["seed"]),
-        ),
-        half,
-    )
-
-
-def note_replaced(folder, config, say):
-    """Say, before a run with `config` begins anew, that the finished run in `folder` will be replaced, if there is
-    one. (It cannot be trained on: the learning rate of every step depends on how many there are.)"""
-    try:
-        earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-        now = json.loads(json.dumps(config, default=str))
-        differing = [
-            f"{key}: {earlier.get(key)} then, {now.get(key)} now"
-            for key in sorted(earlier.keys() | now.keys())
-            if earlier.get(key) != now.get(key)
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return
-    what = one_line("; ".join(differing), 300) or "of the same configuration"
-    say(
-        f"note: {folder} holds a finished run ({what}). Training begins anew, and replaces it once the new run is "
-        "whole; to keep both add --run-name with another name"
-    )
-
-
 @contextlib.contextmanager
 def optimizer_values(trained):
-    """{component: model} that hold, inside, the float32 values of the optimizer, not their copies in the
-    type that the models compute with. Those are in the same place as before afterwards, where a recorded
-    pass reads them."""
+    """{component: model} that hold the optimizer's float32 values inside the context.
+
+    Afterwards the parameters are again the copies that the models compute with, where a captured pass reads them.
+    """
     for part in trained.values():
         set_views(part.parameters, part.saved())
     try:
@@ -120,11 +69,25 @@ def optimizer_values(trained):
             set_views(part.parameters, part.working)
 
 
-def write_snapshot(folder, config, trained, data, step):
-    """Keep the adapter after `step` steps in `folder`/snapshots/step_001000, in half precision.
+def write_adapter(folder, config, models, data, step, half=False):
+    """Write the adapter in `models` after `step` steps; its header states what it was trained on."""
+    captions = data["captions"]
+    header = dict(
+        base_model=base_model_name(config["base_model"]),
+        caption=captions[0] if len(captions) == 1 else f"{len(captions)} captions",
+        data_sha256=data["sha256"],
+        steps=str(step),
+        seed=str(config["seed"]),
+    )
+    targets = {name: config[f"{name}_targets"] for name in models}
+    adapter_files.save_adapter(folder, models, config["rank"], config["alpha"], targets, header, half)
 
-    Not if some component's lora_B are still all zero, as after a step at the rate 0: such an adapter does
-    nothing, and no reader takes it.
+
+def write_snapshot(folder, config, trained, data, step):
+    """Write the adapter after `step` steps to `folder`/snapshots/step_001000, in half precision.
+
+    An adapter with a component whose lora_B are all zero, as after a step at the rate 0, has no effect, and no reader
+    accepts it: no snapshot is written.
     """
     with optimizer_values(trained) as models:
         for name, model in models.items():
@@ -137,47 +100,80 @@ def write_snapshot(folder, config, trained, data, step):
 
 
 def drop_later_snapshots(folder, step):
-    """Remove the snapshots of a run that goes on after `step`, which lie behind it."""
+    """Remove the snapshots after `step` when a run resumes from there."""
     for place in (folder / "snapshots").glob("step_*"):
         if int(place.name.removeprefix("step_")) > step:
             shutil.rmtree(place)
 
 
-def write_run(folder, config, models, journal, data, device, **figures):
-    """Write a run into `folder`: its adapter, what others read of it, loss.png and, last, config.json.
+# ---- the finished run ------------------------------------------------------------------------------
 
-    `data` is from `data_record`; `figures` are what else config.json says of the run, the base model's
-    prediction_type and the mixed_precision that was computed in among it.
+
+def data_record(data, train_indices, held_out):
+    """The data set in config.json: its hash, captions, image sizes, and which images were trained on."""
+    names = [row.name for row in data]
+    return dict(
+        sha256=data.sha256,
+        captions=sorted({row.caption for row in data}),
+        caption_counts=dict(sorted(Counter(data[i].caption for i in train_indices).items())),
+        size_counts=dict(Counter("{}x{}".format(*data.sizes[i]) for i in train_indices).most_common()),
+        trained_on=[names[i] for i in train_indices],
+        held_out=[names[i] for i in sorted(held_out)],
+    )
+
+
+def note_replaced(folder, config, say):
+    """Note, before a new run starts, that it will replace the finished run in `folder`, and how the two differ.
+
+    A finished run cannot be trained further: the learning rate of every step depends on their number.
+    """
+    try:
+        earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+        now = json.loads(json.dumps(config, default=str))
+        differing = [f"{key}: {old} then, {new} now" for key, (old, new) in differences(earlier, now, ()).items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
+    what = one_line("; ".join(differing), 300) or "of the same configuration"
+    say(
+        f"note: {folder} holds a finished run ({what}). Training starts over, and replaces it once the new run is "
+        "whole; to keep both add --run-name with another name"
+    )
+
+
+def write_run(folder, config, models, log, data, device, result):
+    """Write a finished run to `folder`: its adapter, the files for other programs, loss.png and, last, config.json.
+
+    `log` are the rows of log.jsonl, `data` is from `data_record`, `result` the rest of what config.json states.
     """
     write_adapter(folder, config, models, data, config["max_steps"])
-    loss_figure(journal.rows, config["run_name"]).savefig(folder / "loss.png")
+    loss_figure(log, config["run_name"]).savefig(folder / "loss.png")
     sizes = {name: sum(weight.numel() for weight in adapters.trained_weights(model)) for name, model in models.items()}
-    write_for_others(folder, config, models, data, figures)
-    record = dict(config=config, **provenance(device), data=data, parameters=sizes, **figures)
+    write_for_others(folder, config, models, data, result)
+    result = result | dict(optimizer=result["optimizer"]["name"])
+    record = dict(config=config, **provenance(device), data=data, parameters=sizes, **result)
     if device.type == "cuda":
         record["peak_gib_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
-    write_marker(folder / "config.json", record)  # with it the folder is whole
+    write_marker(folder / "config.json", record)  # now the folder is complete
 
 
-def write_for_others(folder, config, models, data, figures):
-    """Write what other programs and people read of a run: kohya's file and the model card.
-
-    The arguments are those of `write_run`.
-    """
-    config = config | dict(mixed_precision=figures["mixed_precision"])
-    predicts, width = figures["prediction_type"], models["unet"].config.cross_attention_dim
-    header = kohya_header(config, data, width, predicts, preview_thumbnail(folder))
+def write_for_others(folder, config, models, data, result):
+    """Write kohya's file and the model card of a run; the arguments are those of `write_run`."""
+    optimizer, scheduler, predicts = result["optimizer"], result["lr_scheduler"], result["prediction_type"]
+    config = config | dict(mixed_precision=result["mixed_precision"])
+    header = kohya_header(config, data, models["unet"].config.cross_attention_dim, predicts, preview_thumbnail(folder))
+    header |= dict(ss_optimizer=optimizer["name"], ss_lr_scheduler=scheduler)
     layers = {name: adapters.factors(model) for name, model in models.items()}
     scales = {name: adapters.dora_scales(model) for name, model in models.items()}
-    target = folder / f"{config['run_name']}.safetensors"
-    save_kohya(target, layers, config["alpha"], header, scales)
-    card = card_text(config, data, predicts, figures["protection"])
-    (folder / CARD).write_text(card, encoding="utf-8")
+    save_kohya(folder / f"{config['run_name']}.safetensors", layers, config["alpha"], header, scales)
+    card = config | dict(optimizer=optimizer["settings"], lr_scheduler=scheduler)
+    (folder / CARD).write_text(card_text(card, data, predicts, result["protection"]), encoding="utf-8")
 
 
 def preview_thumbnail(folder):
-    """The adapter's last preview of its caption, a PIL image, or None where none was drawn: the
-    first square of the newest image in previews/. Never a training image, which may be private."""
+    """The last preview of the caption, a PIL image: the first square of the newest image in previews/, or None.
+
+    Never a training image, which may be private.
+    """
     newest = max((folder / "previews").glob("step_*.webp"), default=None)
     if newest is None:
         return None
@@ -187,7 +183,7 @@ def preview_thumbnail(folder):
 
 
 def outcome_text(folder):
-    """What the console says of the run that lies in `folder`."""
+    """The console's summary of the finished run in `folder`."""
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = f"{folder}: {record['config']['max_steps']} steps"
     if record["skipped_steps"]:
@@ -199,5 +195,68 @@ def outcome_text(folder):
         text += f"\n{differences_text(record['protection']['differences'])}"
     text += f"\n  python inference.py --lora-dir {folder}"
     if (folder / "snapshots").is_dir():
-        text += " --snapshots  # without that its last step alone"
+        text += " --snapshots  # without it the last step alone"
     return text
+
+
+# ---- the loss curve --------------------------------------------------------------------------------
+
+HELD_OUT, TRAINED, RAW = "#c4572e", "#2f5ea8", "#b9c4d6"
+
+
+def loss_figure(log, title):
+    """A matplotlib figure of held-out loss, training loss and learning rate over the steps.
+
+    `log` are the rows of log.jsonl. The held-out loss, at fixed noise and timesteps, is the one to look at; its lowest
+    point is marked. The training loss depends mostly on the sampled timesteps, so its running mean lies over it.
+    """
+    held_out = [(r["step"], r["validation_loss"]) for r in log if "validation_loss" in r]
+    trained = [row for row in log if "loss" in row]
+    figure = Figure(figsize=(8, 7 if held_out else 5), dpi=120, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    heights = [3, 2, 1] if held_out else [3, 1]
+    panels = list(figure.subplots(len(heights), height_ratios=heights, sharex=True))
+    if held_out:
+        draw_held_out(panels[0], held_out)
+    draw_trained(panels[-2], trained)
+    panels[-1].plot([r["step"] for r in trained], [r["learning_rate"] for r in trained], color="#555555")
+    panels[-1].set(xlabel="step", ylabel="learning rate")
+    panels[-1].set_ylim(bottom=0)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure
+
+
+def draw_held_out(axes, held_out):
+    """The held-out loss and its lowest point, on a range of its own, since it may change little."""
+    steps, losses = zip(*held_out, strict=True)
+    step, lowest = min(held_out, key=lambda pair: pair[1])
+    axes.plot(steps, losses, "o-", color=HELD_OUT, markersize=4, linewidth=1.8)
+    axes.plot(step, lowest, "o", markersize=13, markerfacecolor="none", markeredgecolor=HELD_OUT, markeredgewidth=1.6)
+    # Below the curve, where nothing else is, and on the side that has room.
+    right = step - steps[0] > (steps[-1] - steps[0]) / 2
+    axes.annotate(
+        f"lowest: {lowest:.4f} after step {step:,}",
+        (step, lowest),
+        (0, -16),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="top",
+        color=HELD_OUT,
+    )
+    axes.margins(y=0.22)
+    axes.set(ylabel="held-out loss")
+    axes.set_title("loss of held-out images, at fixed noise and timesteps", fontsize=9, loc="left")
+
+
+def draw_trained(axes, trained):
+    """The training loss and its running mean."""
+    steps, losses = [r["step"] for r in trained], [r["loss"] for r in trained]
+    kernel = np.ones(max(min(5, len(losses)), len(losses) // 20))
+    running = np.convolve(losses, kernel, "same") / np.convolve(np.ones(len(losses)), kernel, "same")
+    axes.plot(steps, losses, color=RAW, linewidth=0.8, label="training loss")
+    axes.plot(steps, running, color=TRAINED, linewidth=1.8, label="its running mean")
+    axes.set(ylabel="training loss")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=9, ncols=2)

@@ -70,9 +70,8 @@ def kind(question, answer):
 
 
 def judged(summaries, concept):
-    """[(question, verdicts)]: every experiment's verdict on it, with what a page adds: the experiment's
-    `name`, `kind`, `sentence` and `bar`, its interval drawn or None. `summaries` is {experiment:
-    summary}."""
+    """[(question, each experiment's verdict)], for a page extended by the experiment's `name`, `kind`, `sentence` and
+    `bar` (its interval, or None); `summaries` is {experiment: summary}."""
     bars = verdict_bars(summaries)
     by_question = {}
     for name, summary in summaries.items():
@@ -88,8 +87,7 @@ def judged(summaries, concept):
 
 
 def by_category(rows):
-    """[(title, category, rows)] of rows that have a `category`: what was taught first, unrelated
-    prompts last."""
+    """[(title, category, rows)] of rows with a `category`: success prompts first, unrelated ones last."""
     groups = [
         (category.title, name, [row for row in rows if row["category"] == name])
         for name, category in CATEGORIES.items()
@@ -98,13 +96,13 @@ def by_category(rows):
 
 
 def details_text(shown, adapters):
-    """Configuration, hashes and versions as JSON, for the end of a page."""
+    """Configuration, hashes and versions as JSON."""
     record = dict(config=shown["config"], **shown["provenance"], adapters=adapters)
     return json.dumps(record, indent=2, ensure_ascii=False)
 
 
 def score_table(rows):
-    """Every pair's scores as rows of text, the head first; `rows` are a run's, base and LoRA in turn."""
+    """Every pair's scores as rows of text, the header first; `rows` are a run's, base and LoRA in turn."""
     measured = {k: m for k, m in METRICS.items() if m.scorer and m.shown and rows[1].get(k) is not None}
     changes = {key for key, metric in measured.items() if metric.kind == DIFFERENCE}
     head = ["Prompt and seed", *(m.name + (", base → LoRA" if k in changes else "") for k, m in measured.items())]
@@ -118,14 +116,14 @@ def score_table(rows):
 
 
 def nearest_cards(run, training, limit=12):
-    """The training images that have the nearest LoRA image, each beside it."""
-    places = {name: place for place, name in enumerate(training.names)}  # few images are read
+    """The training images with the nearest LoRA images, in pairs; only the images shown are read."""
+    places = {name: place for place, name in enumerate(training.names)}
     nearest = {}
     for row, image in zip([r for r in run.rows if r["model"] == "lora"], run.lora, strict=True):
         known = nearest.get(row["nearest_picture"])
         if known is None or row["nearest_similarity"] > known[0]["nearest_similarity"]:
             nearest[row["nearest_picture"]] = (row, image)
-    best = sorted(nearest.values(), key=lambda found: -found[0]["nearest_similarity"])[:limit]
+    best = sorted(nearest.values(), key=lambda pair: -pair[0]["nearest_similarity"])[:limit]
     return [
         dict(
             name=row["nearest_picture"],
@@ -243,25 +241,24 @@ def run_page(run, summary, shown):
 
 
 def comparison_title(names):
-    """What a comparison is of: a few experiments by their names, more by their number."""
+    """The title of a comparison: a few experiments by name, more by their number."""
     if len(names) > 4:
         return f"{len(names)} experiments compared"
     return f"{', '.join(names[:-1])} and {names[-1]} compared" if len(names) > 1 else names[0]
 
 
 def verdict_rows(verdicts, names):
-    """What `judged` gives as a table: a row a question, a verdict or None for each of the experiments
-    `names`."""
+    """The output of `judged` as a table: a row a question, with a verdict or None for each of the experiments `names`."""
     rows = []
-    for question, found in verdicts:
-        by_name = {verdict["name"]: verdict for verdict in found}
+    for question, of_question in verdicts:
+        by_name = {verdict["name"]: verdict for verdict in of_question}
         cells = [by_name.get(name) for name in names]
         rows.append(dict(question=question, plain=questions()[question].asks, cells=cells))
     return rows
 
 
 def comparison_page(groups, summaries, pairs, shown):
-    """The report over several experiments: images side by side, the verdicts, differences."""
+    """The report on several experiments as HTML: images side by side, verdicts, differences."""
     adapters = {run.name: run.adapter for members in groups.values() for run in members}
     concept = words.concept_name(adapters.values())
     columns, titles = columns_of(groups), words.plain_names(groups)

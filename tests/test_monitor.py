@@ -15,7 +15,7 @@ from conftest import ROOT, TINY_RUN, assert_one_line, call, command, options, pi
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_safety import kill, succeeded, training
+from training_runs import kill, succeeded, training
 
 import inference
 import train
@@ -24,7 +24,7 @@ from lib.adapter_files import WEIGHTS
 from lib.dataset import Row
 from lib.evaluation import generation
 from lib.kernels import cpu
-from lib.training import checkpoints, journal, loss_figure, micro_step, monitor, parameters, previews, run_folder
+from lib.training import checkpoints, journal, micro_step, monitor, parameters, run_folder
 
 NAME = "lora_weights_rank_32"
 OTHERS = ("README.md", f"{NAME}.safetensors")  # for people and other programs
@@ -220,17 +220,17 @@ def test_a_run_that_goes_on_goes_on_with_its_strip(common, watched, tmp_path):
 
 def test_a_strip_is_bounded_and_of_one_kind(tmp_path):
     prompts = ["a", "b"]
-    taken = previews.Previews(tmp_path, lambda title: [picture(1, (260, 260))] * 2, prompts)
+    taken = monitor.Previews(tmp_path, lambda title: [picture(1, (260, 260))] * 2, prompts)
     for step in range(40):
         taken.take(step)
     with Image.open(tmp_path / "previews.webp") as strip:
-        assert strip.width == 6 + previews.MOST_COLUMNS * (previews.LARGEST_SIDE + 6)
+        assert strip.width == 6 + monitor.MOST_COLUMNS * (monitor.LARGEST_SIDE + 6)
     assert len(taken.files()) == 40
     shown = taken.spread(taken.files())
-    assert (shown[0][0], shown[-1][0], len(shown)) == (0, 39, previews.MOST_COLUMNS)
+    assert (shown[0][0], shown[-1][0], len(shown)) == (0, 39, monitor.MOST_COLUMNS)
     # Of other prompts since it was interrupted: the old files stay, the strip shows the new ones.
     (tmp_path / "previews" / "step_000038.webp").write_bytes(b"damaged")
-    other = previews.Previews(tmp_path, lambda title: [picture(2)], ["c"], first_step=39)
+    other = monitor.Previews(tmp_path, lambda title: [picture(2)], ["c"], first_step=39)
     other.take(40)
     with Image.open(tmp_path / "previews.webp") as strip:
         assert strip.size == (480, 24 + 64 + 6 + 24)
@@ -240,7 +240,7 @@ def test_a_strip_is_bounded_and_of_one_kind(tmp_path):
 def test_the_prompts_of_a_preview():
     captions = ("a dog", "a zwx dog", "a zwx dog")
     rows = [Row(str(number), caption, None, None) for number, caption in enumerate(captions, 1)]
-    found = previews.preview_texts(["{caption}", "{caption} in the rain", "a zwx dog", "a cat"], rows)
+    found = monitor.preview_texts(["{caption}", "{caption} in the rain", "a zwx dog", "a cat"], rows)
     assert found == ["a zwx dog", "a zwx dog in the rain", "a cat"]
 
 
@@ -334,9 +334,9 @@ def test_a_snapshot_has_its_held_out_loss(watched):
 
 def test_the_loss_curve_is_led_by_the_held_out_loss():
     log = [dict(step=step, loss=1.0, learning_rate=0.1) for step in range(10, 50, 10)]
-    assert len(loss_figure.loss_figure(log, "x").axes) == 2
+    assert len(run_folder.loss_figure(log, "x").axes) == 2
     log += [dict(step=step, validation_loss=loss) for step, loss in ((0, 0.3), (20, 0.1), (40, 0.2))]
-    figure = loss_figure.loss_figure(log, "x")
+    figure = run_folder.loss_figure(log, "x")
     first = figure.axes[0]
     assert list(first.lines[0].get_ydata()) == [0.3, 0.1, 0.2]
     assert first.lines[1].get_xydata().tolist() == [[20, 0.1]]
