@@ -14,12 +14,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.evaluation.metrics.effects import copy_study, effects, grid, kernel_distances
-from lib.evaluation.metrics.lpips_distances import pair_mean
-from lib.evaluation.metrics.memorisation import memorised
+from lib.evaluation.metrics.lpips_distances import FEWEST_SEEDS, pair_mean
+from lib.evaluation.metrics.memorisation import memorised, similarity_to_others
 from lib.evaluation.metrics.table import DIFFERENCE, METRICS
 from lib.evaluation.prompts import CATEGORIES, members
 from lib.evaluation.report.words import interval_text
-from lib.evaluation.statistics import FEWEST_RUNS, UNCLEAR, holm, mean_interval, runs_to_decide, smallest_detectable
+from lib.evaluation.statistics import (
+    FEWEST_RUNS,
+    UNCLEAR,
+    holm,
+    jackknife,
+    mean_interval,
+    runs_to_decide,
+    smallest_detectable,
+)
 
 TOO_FEW_RUNS = {
     1: "one training run does not show how much training runs differ; five would",
@@ -51,6 +59,8 @@ def analyse(runs, prompts, base_pairs, margins, training=None):
             totals[category] = total = {
                 key: mean_interval(values[:, chosen].mean(axis=1)) for key, values in found.items()
             }
+            if (share := picked_up(found, prompts, category)) is not None:
+                total["picked_up"] = share
             for key in (f"{model}_{key}" for key in differences for model in ("base", "lora")):
                 total[key] = float(np.mean([table[i][key] for i in chosen]))
             if training is not None and len(training.names) > 1 and "change" in found:
@@ -59,10 +69,35 @@ def analyse(runs, prompts, base_pairs, margins, training=None):
         runs=[run.name for run in runs], seeds=base_pairs.shape[-1], prompts=table, categories=totals, margins=margins
     )
     success = members(prompts, "success")
-    if training is not None and success and summary["seeds"] > 1:
-        summary["memorised"] = memorised([copy_study(run, success, training) for run in runs], margins["copies"])
+    if training is not None and success:
+        reason = next(filter(None, (training.not_of(run.adapter) for run in runs)), None)
+        studies = [copy_study(run, success, training) for run in runs]
+        if reason:
+            summary["similarity"] = similarity_to_others(studies, training.data_dir, reason)
+        elif summary["seeds"] > 1:
+            summary["memorised"] = memorised(studies, margins["copies"])
     summary["verdicts"] = verdicts(found, prompts, summary)
     return summary
+
+
+def picked_up(found, prompts, category):
+    """How far the prompts of a category moved toward the training images, as a share of how far success prompts did.
+
+    The interval of the ratio, from the jackknife's values per seed; None where success prompts did not gain in every run
+    and on every choice of seeds, and with too few seeds.
+    """
+    success, chosen = members(prompts, "success"), members(prompts, category)
+    gains = found.get("concept_similarity")
+    if category == "success" or gains is None or not success or gains.shape[2] < FEWEST_SEEDS:
+        return None
+
+    def gain(of_prompts, kept):
+        return gains[:, of_prompts][:, :, kept].mean(axis=(1, 2))  # [runs]
+
+    every = np.arange(gains.shape[2])
+    if min(gain(success, np.delete(every, seed)).min() for seed in every) <= 0:
+        return None
+    return mean_interval(jackknife(lambda kept: gain(chosen, kept) / gain(success, kept), len(every)))
 
 
 @dataclass

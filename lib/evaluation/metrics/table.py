@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from lib.evaluation.metrics.clip_scores import concept_similarity, nearest_training, text_embeddings
 from lib.evaluation.metrics.lpips_distances import change, lpips_distances, variety
+from lib.evaluation.metrics.memorisation import AS_NEAR
 from lib.evaluation.prompts import CATEGORIES, UNTAUGHT
 from lib.evaluation.statistics import UNCLEAR
 
@@ -24,7 +25,7 @@ class Question:
     name: str
     asks: str  # in plain words
     wanted: str  # the answer of a good adapter
-    says: dict  # {answer: a sentence without figures}; may hold {concept}, {pick_up} and {images}, see words.py
+    says: dict  # {answer: a sentence}; may hold {concept}, {pick_up}, {images} and {bound}, see words.py
     category: str = "success"  # whose prompts it is about
     text: str = ""  # the figures; may hold {interval}, {margin}, {bound} and {change}, see verdicts.py
     ends: dict = field(default_factory=dict)  # {answer: what follows `text`}
@@ -154,11 +155,11 @@ MEMORISED = Question(
     asks="Does it copy training images?",
     wanted="no",
     says={
-        "yes": "Some of its images are near-copies of training images.",
-        "no": "No copies of training images were found.",
-        UNCLEAR: "Unclear: does it copy training images?",
+        "yes": "Some of its images are nearer to training images than chance allows.",
+        "no": "No copying of training images was found{bound}.",
+        UNCLEAR: "Unclear: does it copy training images?{bound}",
     },
-    bar="share of near-copies, up to its upper bound",
+    bar=f"share of images {AS_NEAR}, up to its upper bound",
 )
 
 METRICS = {
@@ -226,14 +227,14 @@ METRICS = {
     ),
     "nearest_similarity": Metric(
         name="similarity to the nearest training image",
-        short="Nearest copy",
-        explained="Nearest copy: highest cosine to an image trained on.",
+        short="Nearest image",
+        explained="Nearest image: highest cosine to a training image.",
         kind=DIFFERENCE,
         scorer=nearest,
         columns=("nearest_similarity", "nearest_picture"),
         of_adapter=True,
         shown=(),
-        swept={("success",): "Nearest copy: similarity to one training image, LoRA minus base"},
+        swept={("success",): "Nearest image: similarity to one training image, LoRA minus base"},
     ),
 }
 

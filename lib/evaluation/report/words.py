@@ -61,25 +61,43 @@ def plain_sentence(verdict, concept, summary=None):
     """A verdict as one sentence that needs no figures to be understood.
 
     `concept` names the concept. With the verdict's `summary` the sentence also says how much of the concept other
-    prompts pick up, as a share of the gain of success prompts, and whether their images change at all.
+    prompts pick up, as a share of the gain of success prompts with its interval, whether their images change at all, and
+    which share of images too near to training images cannot be ruled out.
     """
     question = questions()[verdict["question"]]
     return question.says[verdict["answer"]].format(
         concept=concept,
         pick_up=pick_up_text(question.category, summary),
         images=images_text(question.category, summary, verdict["answer"] == question.wanted),
+        bound=bound_text(summary, verdict["answer"] == question.wanted),
     )
 
 
 def pick_up_text(category, summary):
-    """How much of the concept the prompts of a category pick up: “pick up most of it (80%)”."""
+    """How much of the concept the prompts of a category pick up: “pick up most of it (80% [77%, 84%])”. No word for
+    the amount where the ends of the interval have two, no figures where success prompts did not gain for certain."""
     totals = summary["categories"] if summary else {}
-    gained = totals.get("success", {}).get("concept_similarity", dict(low=0))
-    if not gained["low"] > 0 or "concept_similarity" not in totals.get(category, {}):
+    share = totals.get(category, {}).get("picked_up")
+    if not share or not totals["success"]["concept_similarity"]["low"] > 0:
         return "pick it up"
-    share = totals[category]["concept_similarity"]["mean"] / gained["mean"]
-    amount = next((words for words, below in AMOUNTS if share < below), "all of it")
-    return f"pick up {amount} ({share:.0%})"
+    low, high = (next((text for text, below in AMOUNTS if share[end] < below), "all of it") for end in ("low", "high"))
+    figures = f"({share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}])".replace("-", "−")
+    return f"pick up {low} {figures}" if low == high else f"pick it up {figures}"
+
+
+def bound_text(summary, within):
+    """Which share of images as near to a training image as these are to one another cannot be ruled out: the end
+    `within` a sentence, or a sentence of its own."""
+    high = ((summary or {}).get("memorised") or {}).get("high")
+    if high is None:
+        return ""
+    text = f"up to {high:.0%} of its images may be as near to one as these are to one another"
+    return f"; {text}" if within else f" {text.capitalize()}."
+
+
+def similarity_title(similarity):
+    """What stands in place of a verdict on copies where the training images are not known."""
+    return f"Similarity to the images in {similarity['data_dir']}"
 
 
 def images_text(category, summary, within):
@@ -152,7 +170,8 @@ def pair_sentence(row):
         return f"{text} (for {AS_THEY_ARE}; {MAY_DIFFER})"
     if "files" in row:
         files = row["files"]
-        text += f" {AS_THEY_ARE.capitalize()}: {pair_answer(row, files)}, {interval_text(files)}; {MAY_DIFFER}."
+        interval = f", {interval_text(files)}" if row["runs"] > 1 else ""  # otherwise that of the row
+        text += f" {AS_THEY_ARE.capitalize()}: {pair_answer(row, files)}{interval}; {MAY_DIFFER}."
     return text
 
 
@@ -251,6 +270,27 @@ def kernel_table(summary):
     ]
 
 
+def copies_table(summary):
+    """Similarities to the nearest training image: generated images beside the control, or None without them."""
+    if similarity := summary.get("similarity"):
+        groups, level = dict(drawn="success images", images="these images, to another one"), None
+        title, measured = similarity_title(similarity), similarity
+    elif measured := summary.get("memorised"):
+        groups, level = dict(drawn="success images", held_out="held-out images (control)"), measured["level"]
+        groups["trained_on"] = "training images, to another one"
+        title = "Similarity to the nearest training image"
+    else:
+        return None
+    head = [title, "images", "median"]
+    head += [] if level is None else [f"above {level:.3f}: as near as training images to one another"]
+    rows = []
+    for key, name in groups.items():
+        group = measured[key]
+        median = "–" if group["median"] is None else f"{group['median']:.3f}"
+        rows.append([name, str(group["pictures"]), median, *([] if level is None else [str(group["above"])])])
+    return [head, *rows]
+
+
 def sweep_table(rows):
     """Every point's figures with intervals."""
     heads = {
@@ -303,8 +343,10 @@ def markdown_table(rows):
 
 def verdict_text(summary):
     """The verdicts of one run or experiment as a Markdown list."""
-    lines = [f"- **{v['question']}: {v['answer']}.** {v['text']}" for v in summary["verdicts"]]
-    return "\n".join(lines or [NO_VERDICTS])
+    lines = [f"- **{v['question']}: {v['answer']}.** {v['text']}" for v in summary["verdicts"]] or [NO_VERDICTS]
+    if similarity := summary.get("similarity"):
+        lines += [""] * (lines == [NO_VERDICTS]) + [f"- **{similarity_title(similarity)}.** {similarity['text']}"]
+    return "\n".join(lines)
 
 
 def summary_text(summary):
