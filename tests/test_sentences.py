@@ -79,7 +79,7 @@ def test_copies_of_unknown_training_images_are_not_judged(adapter, reason, train
     assert note.startswith(f"mine: {reason}. ")
     assert ("trained on other images" in note) == (adapter is OTHER)
     page = pages.run_page(run, summary, shown(warnings=[note]) | dict(training=training))
-    assert first_sentences(page)[-1] == ("none", f"Similarity to the images in processed_data: {text}")
+    assert first_sentences(page)[-1] == ("none", f"Similarity to the images in processed_data: s{text[1:]}")
     assert "copying of training images" not in page
     nearest = page[page.index("Images in processed_data and their nearest generated images") :]
     assert "On the left an image in processed_data" in nearest

@@ -368,11 +368,11 @@ def similarity_to_others(studies, data_dir, reason):
     """
     nearest, _, own = zip(*(study.nearest() for study in studies), strict=True)
     drawn, images = group(nearest, None), group(own[:1], None)
-    text = f"success images reach a median of {drawn['median']:.3f} to the nearest of these images"
+    text = f"Success images reach a median of {drawn['median']:.3f} to the nearest of these images"
     if images["median"] is not None:
         text += f"; these reach {images['median']:.3f} to one another"
     text += f". Copying is not judged: {reason}."
-    return dict(data_dir=data_dir, reason=reason, drawn=drawn, images=images, text=text[0].upper() + text[1:])
+    return dict(data_dir=data_dir, reason=reason, drawn=drawn, images=images, text=text)
 
 
 # ---- the answer ----------------------------------------------------------------------------

@@ -154,8 +154,8 @@ def training_notes(runs, training):
         if reason := training.not_of(run.adapter):
             names.setdefault(reason, []).append(run.name)
     return [
-        f"{', '.join(of_reason)}: {reason}. The training images spoken of are those in {training.data_dir}; whether it "
-        "copies its own is not judged."
+        f"{', '.join(of_reason)}: {reason}. “Training images” here are those in {training.data_dir}; whether it copies "
+        "its own is not judged."
         for reason, of_reason in names.items()
     ]
 

@@ -309,7 +309,7 @@ def forest_bars(pairs):
         if "level" in pair:
             title += ", these adapters as they are"
         if "files" in pair:
-            answer += f" (these adapters as they are: {pair['files']['answer']})"
+            answer += f" (as they are: {pair['files']['answer']})"
         row = difference_bar(pair, f"{metric_name(pair['metric'])}, {pair['category']} prompts")
         rows.append(row | dict(title=title, answer=answer, kind=pair["answer"]))
     groups = {}

@@ -231,7 +231,8 @@ def run_page(run, summary, shown):
     opening = [rows[0] for _, rows in verdicts]
     if similarity := similarity_of(summary):
         opening = opening or [dict(kind="open", sentence=words.NO_VERDICTS)]
-        opening.append(dict(kind="none", sentence=f"{similarity['title']}: {similarity['text']}"))
+        text = similarity["text"]
+        opening.append(dict(kind="none", sentence=f"{similarity['title']}: {text[0].lower()}{text[1:]}"))
     return TEMPLATES.get_template("run.html").render(
         title=run.name,
         verdicts=verdicts,
