@@ -229,8 +229,11 @@ def print_notes(config):
         ignored = [f"--{key.replace('_', '-')}" for key in keys if config[key] != usual(config)[key]]
         if ignored:
             print(f"note: --rescore measures the saved images; {', '.join(ignored)} is ignored")
-    elif config["seeds"] < FEWEST and (config["snapshots"] or tuple(config["lora_scales"]) != CONFIG["lora_scales"]):
-        print(f"note: no step or scale will be advised; that takes {FEWEST} sampling seeds (--seeds {FEWEST})")
+    elif config["snapshots"] or tuple(config["lora_scales"]) != CONFIG["lora_scales"]:
+        if config["seeds"] < FEWEST:
+            print(f"note: no step or scale will be advised; that takes {FEWEST} sampling seeds (--seeds {FEWEST})")
+        if not (Path(config["data_dir"]) / "captions.jsonl").is_file():
+            print(f"note: no step or scale will be advised; that takes training images, {config['data_dir']} has none")
 
 
 def judge_and_write(runs, base_pairs, shown, output_dir):
