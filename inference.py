@@ -64,7 +64,8 @@ CONFIG = dict(
     clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
     change_margin=0.05,  # a twentieth of the way to another image of the same prompt
     variety_margin=0.25,  # of the base's variety over the seeds; a greater loss is a collapse
-    copy_margin=1 / 3,  # of success images may be near-copies; 8 seeds cannot rule out fewer
+    copy_margin=1
+    / 3,  # of success images may be as near to a training image as these are; 8 seeds cannot rule out fewer
     # other ways to run
     snapshots=False,  # also evaluate the snapshots of the training run, and advise a step
     lora_scales=(1.0,),  # others: also evaluate the adapter at these scales, and advise one
@@ -184,7 +185,8 @@ def evaluate(config):
         folder = fetch_base_model(config["base_model"], config["revision"], half, config["resolution"])
         pipeline, wait_until_ready = prepare_pipeline(config, plan, folder, prompts, device)
     clip, training = scores.load_scorer(config, prompts, runs, device)
-    scores.note_other_images(runs, training, config["data_dir"])
+    for note in scores.training_notes(runs, training):
+        print(f"note: {note}")
 
     # Generate.
     if generating:
@@ -207,7 +209,8 @@ def evaluate(config):
         times.append(time.monotonic())
 
         # Judge and write.
-        shown = dict(prompts=prompts, seeds=seeds, config=config, training=training, provenance=provenance(device))
+        made_with = provenance(device) | dict(scorers=scores.scorers_record(config, clip, training))
+        shown = dict(prompts=prompts, seeds=seeds, config=config, training=training, provenance=made_with)
         judge_and_write(runs, base_pairs, shown, output_dir)
     finally:
         pool.shutdown(cancel_futures=True)  # what is left after an error
@@ -226,8 +229,11 @@ def print_notes(config):
         ignored = [f"--{key.replace('_', '-')}" for key in keys if config[key] != usual(config)[key]]
         if ignored:
             print(f"note: --rescore measures the saved images; {', '.join(ignored)} is ignored")
-    elif config["seeds"] < FEWEST and (config["snapshots"] or tuple(config["lora_scales"]) != CONFIG["lora_scales"]):
-        print(f"note: no step or scale will be advised; that takes {FEWEST} sampling seeds (--seeds {FEWEST})")
+    elif config["snapshots"] or tuple(config["lora_scales"]) != CONFIG["lora_scales"]:
+        if config["seeds"] < FEWEST:
+            print(f"note: no step or scale will be advised; that takes {FEWEST} sampling seeds (--seeds {FEWEST})")
+        if not (Path(config["data_dir"]) / "captions.jsonl").is_file():
+            print(f"note: no step or scale will be advised; that takes training images, {config['data_dir']} has none")
 
 
 def judge_and_write(runs, base_pairs, shown, output_dir):
@@ -252,7 +258,7 @@ def judge_and_write(runs, base_pairs, shown, output_dir):
         print(f"note: {reason}")
     for warning in warnings:
         print(f"warning: {warning}")
-    shown = shown | dict(warnings=warnings)
+    shown = shown | dict(warnings=warnings + scores.training_notes(runs, training))
     for run in runs:
         summary = analyse([run], prompts, base_pairs, margins, training)
         if run.sweep:

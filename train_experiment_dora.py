@@ -8,7 +8,7 @@ a weight's rows apart from their directions, which costs a norm of each weight a
 each output (lib/LORA.md).
 Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): the two are equivalent.
 Concept similarity of success prompts, DoRA minus rank 32: +0.000 [−0.001, +0.002], within the margin of 0.02. At Stable
-Diffusion v1.5's size a step takes 27% longer than LoRA's (bench/README.md); how well it learns there was not measured.
+Diffusion v1.5's size a step takes 31% longer than LoRA's (bench/README.md); how well it learns there was not measured.
 """
 
 from lib.errors import run_script

@@ -10,7 +10,7 @@ Hypothesis: it is the same adapter within the margins, in a fraction of the time
 of a large GPU idle.
 Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): it is not the same adapter.
 Concept similarity of success prompts is lower by 0.054 [0.037, 0.071]: it learns less. At Stable Diffusion v1.5's size
-the same samples take 0.46 of the time (bench/README.md); how well it learns there was not measured.
+the same samples take 0.50 of the time (bench/README.md); how well it learns there was not measured.
 """
 
 from lib.errors import run_script

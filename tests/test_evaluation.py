@@ -13,11 +13,11 @@ from lib.evaluation.comparison import compare
 from lib.evaluation.metrics import lpips_distances
 from lib.evaluation.metrics.effects import effects, no_change_reason
 from lib.evaluation.metrics.scores import Run
-from lib.evaluation.metrics.table import measures
+from lib.evaluation.metrics.table import METRICS, measures
 from lib.evaluation.report import words
 from lib.evaluation.runs import group_runs
 from lib.evaluation.statistics import UNCLEAR, jackknife, mean_interval
-from lib.evaluation.verdicts import analyse
+from lib.evaluation.verdicts import analyse, deciding_text
 
 PROMPTS = [("success", "a raincoat"), ("near", "a yellow coat"), ("unrelated", "a cat")]
 MARGINS = dict(concept_similarity=0.02, clip=0.02, change=0.05, variety=0.25)
@@ -67,7 +67,8 @@ def fake_run(
             rows += [base, lora]
     metadata = {} if seed is None else {"seed": str(seed)}
     pairs = np.stack([pairs_of(variety * c, rng) for c in (0.6, 0.5, 0.2)])
-    return Run(name, None, {"metadata": metadata}, [], [], rows=rows, pairs=pairs)
+    adapter = dict(metadata=metadata, training=None if seed is None else dict(seed=seed))  # without: from elsewhere
+    return Run(name, None, adapter, [], [], rows=rows, pairs=pairs)
 
 
 def analysed(*runs):
@@ -121,6 +122,27 @@ def test_what_cannot_be_told_says_what_would_decide_it():
     one = analysed(fake_run("one", cat=0.015, noise=0.03))
     alone = next(v for v in one["verdicts"] if v["question"] == "unrelated kept")
     assert "try --seeds 16" in alone["text"]
+
+
+def few_seeds(count, **changes):
+    """A run of which only the first sampling seeds were generated, and its base pairs."""
+    run = fake_run(f"few {changes}", **changes)
+    run.rows = [row for row in run.rows if row["seed"] < count]
+    run.pairs = run.pairs[:, :count, :count]
+    return run, base_pairs()[:, :count, :count]
+
+
+def test_no_change_is_named_that_is_larger_than_a_metric_can_show():
+    run, pairs = few_seeds(2, concept=0.1, noise=0.3)
+    texts = [v["text"] for v in analyse([run], PROMPTS, pairs, MARGINS)["verdicts"] if v["answer"] == UNCLEAR]
+    assert texts
+    for text in texts:
+        assert text.endswith("Two sampling seeds do not show how much images differ by chance; try --seeds 16.")
+    values = np.random.default_rng(1).standard_normal((1, 4))
+    assert re.search(r"only changes above about 2\.\d+ are noticed", deciding_text(values, 0.02))
+    assert "not even the largest possible change would be noticed" in deciding_text(values, 0.02, most=2.0)
+    assert METRICS["clip"].most == METRICS["concept_similarity"].most == 2  # cosines
+    assert METRICS["change"].most == METRICS["variety"].most == 1
 
 
 def test_a_change_is_a_share_of_its_own_prompts_ceiling():
@@ -226,6 +248,49 @@ def test_fewer_than_three_training_runs_claim_nothing():
         assert word in words.pair_sentence(row)
 
 
+def test_two_adapters_from_elsewhere_are_compared_as_they_are():
+    """Nobody can train a stranger's adapter five times."""
+    groups = {"one": [fake_run("one", concept=0.2)], "two": [fake_run("two", concept=0.1)]}
+    rows = compared_rows(groups)
+    row = rows["one", "two", "concept_similarity", "success"]
+    assert (row["answer"], row["level"], row["runs"]) == ("lower", "files", 1)
+    assert rows["one", "two", "clip", "success"]["answer"] == "equivalent"
+    label = "for these adapters as they are; another training run may differ"
+    assert words.pair_sentence(row).endswith(f"two is lower ({label})")
+    assert all("five would" not in words.pair_sentence(row) for row in rows.values())
+    [sentence] = words.difference_sentences(list(rows.values()))
+    assert sentence.startswith("two against one: lower in 1, equivalent in ") and sentence.endswith(f", {label}.")
+    note = words.pair_note(list(rows.values()))
+    assert "over other sampling seeds" in note and "another training run may differ" in note
+    assert "training seed" not in note and "nothing is claimed" not in note
+    wide = {"one": [fake_run("one", concept=0.2, noise=0.2)], "two": [fake_run("two", concept=0.1, noise=0.2)]}
+    row = compared_rows(wide)["one", "two", "concept_similarity", "success"]
+    assert row["answer"] == "undecided" and "try --seeds 16" in row["decides"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_runs_of_ones_own_are_compared_as_they_are_beside_their_experiments(count):
+    groups = {
+        name: [fake_run(f"{name}{i}", concept=c + i * more, seed=i) for i in range(count)]
+        for name, c, more in (("one", 0.2, 0.0), ("two", 0.0, 0.1))
+    }
+    rows = list(compared_rows(groups).values())
+    [row] = [row for row in rows if (row["metric"], row["category"]) == ("concept_similarity", "success")]
+    assert (row["answer"], row["files"]["answer"], row["files"]["runs"]) == ("undecided", "lower", 1)
+    assert row["files"]["mean"] == pytest.approx(row["mean"])
+    if count == 2:  # the runs differ, which the interval over both shows and that of the adapters as they are does not
+        assert row["files"]["high"] - row["files"]["low"] < 0.1 * (row["high"] - row["low"])
+    sentence = words.pair_sentence(row)
+    assert "do not show" in sentence or "does not show" in sentence
+    assert "These adapters as they are: two is lower" in sentence and "another training run may differ" in sentence
+    [sentence] = words.difference_sentences(rows)
+    assert "no difference between the experiments could be shown" in sentence
+    assert "these adapters as they are: lower in 1, equivalent in" in sentence
+    assert "nothing is claimed of the experiments" in words.pair_note(rows)
+    flat = [results.flattened(row) for row in rows]
+    assert {row["files_answer"] for row in flat} >= {"lower", "equivalent"} and len({tuple(row) for row in flat}) == 1
+
+
 def test_runs_without_a_training_seed_are_not_counted_twice():
     groups = {
         "one": [fake_run(f"one_{i}", concept=c) for i, c in enumerate((0.3, 0.1, 0.2))],
@@ -319,4 +384,4 @@ def test_runs_without_a_partner_are_named():
     assert rows[0]["left_out"] == ["one1", "one2", "two4", "two5"]
     note = words.pair_note(rows)
     assert "one1, one2, two4, two5" in note
-    assert "fewer than three training runs nothing is claimed" in note
+    assert "fewer than three training runs nothing is claimed of the experiments" in note

@@ -156,7 +156,7 @@ def test_copies_are_found_mirrored_or_not(m, mirrored):
     assert found["answer"] == "yes"
     assert found["p"] < 0.05
     assert found["share"] == found["high"] == 1
-    assert "some are near-copies" in found["text"]
+    assert "more similar to single training images than chance allows" in found["text"]
 
 
 def test_mirroring_the_drawn_pictures_changes_nothing():
@@ -213,7 +213,7 @@ def test_far_pictures_are_no_copies_and_too_few_of_them_cannot_be_told():
     assert found["answer"] == "no"
     assert found["share"] == 0
     assert found["high"] == pytest.approx(1 - 0.04 ** (1 / 8))
-    assert "fewer than 33% of such images are near-copies" in found["text"]
+    assert "fewer than 33% of such images are as near to a training image as these are to one another" in found["text"]
     assert memorised([study(trained_on, drawn)], margin=0.3)["answer"] == UNCLEAR
     found = memorised([study(trained_on, drawn[:, :5])])
     assert found["answer"] == UNCLEAR

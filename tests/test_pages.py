@@ -129,8 +129,8 @@ def test_the_page_opens_with_what_the_verdicts_say():
     page = run_page(fake_run("one", concept=0.3, near=0.24, cat=0.03, noise=0.001))
     assert first_sentences(page)[:3] == [
         ("good", "It learned “a raincoat”."),
-        ("bad", "Prompts close to it pick up most of it (80%)."),
-        ("bad", "Unrelated prompts pick up a little of it (10%)."),
+        ("bad", "Prompts close to it pick up most of it (80% [79%, 80%])."),
+        ("bad", "Unrelated prompts pick up a little of it (10% [10%, 10%])."),
     ]
     page = run_page(fake_run("two"))
     assert first_sentences(page)[:3] == [
@@ -223,7 +223,7 @@ def test_verdicts_stand_under_their_adapters():
     assert [row[1] for row in rows] == [""] * 4  # nothing is judged of the base model
     assert rows[0][2:] == ["✓ yes It learned “a raincoat”."] * 2
     assert rows[1][2].startswith("✓ yes Prompts close to it do not pick it up")
-    assert rows[1][3].startswith("✗ no Prompts close to it pick up most of it (66%).")
+    assert rows[1][3].startswith("✗ no Prompts close to it pick it up (66% [59%, 74%]).")
     assert rows[2][2].startswith("? unclear do unrelated prompts pick it up?")
     colours = re.findall(r'<div class="(good|bad|open)" role', page)
     marks = ["✓✗?".index(cell[0]) for row in rows for cell in row[2:]]

@@ -110,8 +110,11 @@ def test_a_rescore_says_what_it_ignores(capsys):
 @pytest.mark.parametrize(
     ("changes", "said"), [(dict(snapshots=True), True), (dict(lora_scales=(0.5,)), True), ({}, False)]
 )
-def test_too_few_seeds_for_advice_are_reported_at_once(changes, said, capsys):
-    inference.print_notes(inference.CONFIG | changes | dict(seeds=4))
-    assert ("no step or scale will be advised" in capsys.readouterr().out) == said
-    inference.print_notes(inference.CONFIG | changes | dict(seeds=8))
-    assert capsys.readouterr().out == ""
+def test_what_advice_lacks_is_reported_at_once(changes, said, capsys, tmp_path, processed_data):
+    def notes(**more):
+        inference.print_notes(inference.CONFIG | changes | more)
+        return capsys.readouterr().out
+
+    assert ("advised; that takes 8 sampling seeds" in notes(seeds=4, data_dir=processed_data)) == said
+    assert ("advised; that takes training images" in notes(seeds=8, data_dir=tmp_path)) == said
+    assert notes(seeds=8, data_dir=processed_data) == ""

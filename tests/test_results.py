@@ -12,10 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lib.adapter_files import WEIGHTS
+from lib.dataset import read_dataset
 from lib.errors import UserError
 from lib.evaluation import results
 from lib.evaluation.metrics import lpips_distances
 from lib.evaluation.metrics.table import measures
+from lib.models import model_digest
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,17 @@ def test_comparison_files(compared):
     measured = [key for key, _ in measures("compared") if key in ("clip", "concept_similarity")]
     assert len(record["pairs"]) == 3 * len(measured)
     assert "undecided" in done.stdout
+
+
+def test_an_evaluation_names_what_scored_it(compared, common):
+    data = read_dataset(common["data_dir"], 64)
+    for place in ("lora_weights_rank8", "comparison"):
+        scorers = json.loads((compared[0] / place / "metrics.json").read_text())["scorers"]
+        assert scorers == dict(
+            clip=dict(model=str(common["clip_model"]), sha256=model_digest(common["clip_model"])),
+            lpips=dict(model="AlexNet v0.1", sha256=lpips_distances.lpips_digest()),
+            training_images=dict(folder=str(common["data_dir"]), sha256=data.sha256),
+        )
 
 
 def test_rescore_gives_the_same_figures(compared, tmp_path, common):

@@ -128,7 +128,7 @@ def test_few_training_pictures_are_no_traceback(count):
         for model in ("base", "lora")
     ]
     pairs = np.ones((2, 4, 4)) - np.eye(4)
-    run = scores.Run("run", None, {}, [], [], rows=rows, pairs=pairs)
+    run = scores.Run("run", None, dict(metadata=dict(data_sha256="x")), [], [], rows=rows, pairs=pairs)
     run.embeddings = dict(base=drawn, lora=drawn[:, ::-1], lora_mirrored=drawn)
     margins = dict(concept_similarity=0.02, clip=0.02, change=0.05, variety=0.25, copies=1 / 3)
     summary = verdicts.analyse([run], prompts, pairs, margins, training_set(count))

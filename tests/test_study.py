@@ -250,3 +250,47 @@ def test_hours_come_from_the_rates_in_the_bench():
     assert f"about {seconds / 60:.0f} min" in text or f"about {seconds / 3600:.1f} h" in text
     for arm in set(study.ARMS) - set(study.SAMPLES_A_SECOND):
         assert arm in text
+
+
+# ---- evaluations that are not comparable ---------------------------------------------------
+
+
+def changed(folder, places, **changes):
+    """Change keys of the metrics.json in `places` of a study."""
+    for place in places:
+        path = folder / place / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def scorers(**digests):
+    alike = dict(clip="a", lpips="b", training_images="c") | digests
+    return {key: dict(sha256=digest) for key, digest in alike.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (dict(scorers=scorers(clip="z")), r"scorers \(clip\)"),
+        (dict(scorers=scorers(lpips="z")), r"scorers \(lpips\)"),
+        (dict(scorers=scorers(training_images="z")), r"scorers \(training images\)"),
+        (dict(summary=dict(margins=dict(concept_similarity=0.1))), "margins"),
+    ],
+)
+def test_evaluations_that_were_judged_otherwise_are_refused(tmp_path, changes, what):
+    folder = write_study(tmp_path, seeds=(1, 2))
+    every = [path.parent.relative_to(folder) for path in folder.rglob("*_seed*/metrics.json")]
+    changed(folder, every, scorers=scorers())
+    assert read_study(folder, ARMS, SCALED).notes == []
+    changed(folder, ["seed2/dora_seed2"], **changes)
+    with pytest.raises(UserError, match=rf"seed2/dora_seed2/metrics.json was judged with other {what} than .*seed1/"):
+        read_study(folder, ARMS, SCALED)
+
+
+def test_evaluations_without_digests_are_accepted(tmp_path):
+    """The committed ones have none: unknown, and all alike."""
+    committed = read_study(ROOT / "results" / "study", study.ARMS, study.SCALED)
+    assert not [note for note in committed.notes if "scored" in note]
+    folder = write_study(tmp_path, seeds=(1, 2))
+    changed(folder, ["seed2/dora_seed2"], scorers=scorers())
+    [note] = read_study(folder, ARMS, SCALED).notes
+    assert note.startswith("17 of 18 evaluations do not name the models that scored them")

@@ -1,12 +1,19 @@
-"""Two experiments on the same prompts and seeds: higher, lower, equivalent or undecided."""
+"""Two experiments on the same prompts and seeds: higher, lower, equivalent or undecided.
+
+With fewer than FEWEST_RUNS training runs nothing is claimed of experiments, but something of the adapters as they are:
+over other sampling seeds, not over other training runs. An adapter from elsewhere (without train.py's config.json) has
+no experiment that could be repeated; there this is the only answer.
+"""
 
 import itertools
 
 from lib.evaluation.metrics.effects import effects
-from lib.evaluation.metrics.table import measures
+from lib.evaluation.metrics.table import METRICS, measures
 from lib.evaluation.prompts import members
 from lib.evaluation.statistics import FEWEST_RUNS, equivalence, holm, mean_interval
 from lib.evaluation.verdicts import TOO_FEW_RUNS, deciding_text
+
+FILES = "files"  # `level` of a comparison that is about these adapters as they are, not about experiments
 
 
 def paired(a, b):
@@ -22,6 +29,11 @@ def paired(a, b):
     else:
         a, b = a[: len(b)], b[: len(a)]
     return a, b, bool(shared), sorted(every - {run.name for run in (*a, *b)})
+
+
+def cannot_be_repeated(a, b):
+    """Whether two groups of paired runs are too few, and one of them is from elsewhere, so that no more can be trained."""
+    return len(a) < FEWEST_RUNS and any(not run.adapter.get("training") for run in (*a, *b))
 
 
 def difference(values, margin, **names):
@@ -42,10 +54,13 @@ def differences(pairs, compared, prompts, base_pairs, margins, share=1.0):
     for (first, a), (second, b) in pairs:
         a, b, by_seed, left_out = paired(a, b)
         one, two = (effects(group, prompts, base_pairs) for group in (a, b))
+        about = dict(level=FILES) if cannot_be_repeated(a, b) else {}
         for key, category in compared:
             chosen = members(prompts, category)
             if key in one and key in two and key in margins and chosen:
                 values = (two[key] - share * one[key])[:, chosen].mean(axis=1)
+                if about:
+                    values = values.mean(axis=0, keepdims=True)
                 found.append(
                     difference(
                         values,
@@ -55,6 +70,7 @@ def differences(pairs, compared, prompts, base_pairs, margins, share=1.0):
                         metric=key,
                         category=category,
                         paired_by_training_seed=by_seed,
+                        **about,
                         left_out=left_out,
                         **named,
                     )
@@ -64,9 +80,9 @@ def differences(pairs, compared, prompts, base_pairs, margins, share=1.0):
 
 def decided_by(row, values, tests):
     """What would decide a comparison, one of `tests`: a sentence."""
-    if row["runs"] in TOO_FEW_RUNS:
+    if row["runs"] in TOO_FEW_RUNS and "level" not in row:
         return TOO_FEW_RUNS[row["runs"]].capitalize() + "."
-    return deciding_text(values, row["margin"], tests)
+    return deciding_text(values, row["margin"], tests, METRICS[row["metric"]].most)
 
 
 def answered(found, decided_by=decided_by):
@@ -78,7 +94,7 @@ def answered(found, decided_by=decided_by):
     ):
         row["p_holm"], row["equivalence"]["p_holm"] = float(p), float(same)
         row["answer"] = "undecided"
-        if row["runs"] >= FEWEST_RUNS:
+        if row["runs"] >= FEWEST_RUNS or "level" in row:
             if p < 0.05:
                 row["answer"] = "higher" if row["mean"] > 0 else "lower"
             if same < 0.05:
@@ -88,13 +104,33 @@ def answered(found, decided_by=decided_by):
     return rows
 
 
+def add_files_answers(found):
+    """Put `files` into the rows of comparisons (a list from `difference`) of too few training runs: the comparison of
+    these runs as they are, over the sampling seeds alone, corrected for all of them. Their mean is the row's."""
+    few = [
+        (row, values) for row, values in found if row["runs"] < FEWEST_RUNS and "level" not in row and row["seeds"] > 1
+    ]
+    as_they_are = [
+        difference(values.mean(axis=0, keepdims=True), row["margin"], level=FILES, metric=row["metric"])
+        for row, values in few
+    ]
+    if as_they_are:
+        for (row, _), files in zip(few, answered(as_they_are), strict=True):
+            row["files"] = files
+
+
 def compare(groups, prompts, base_pairs, margins):
     """Compare every pair of experiments on the same prompts and seeds: a list of dicts.
 
     `groups` is {experiment: [Run]}. A difference is second minus first, with its 95% interval and that interval's p
     after Holm's correction, and its 90% interval with the p-value of equivalence within the margin, likewise corrected.
     The answer is higher, lower, equivalent (also for a certain difference within the margin) or undecided, then with
-    `decides`: what would decide it. With fewer than FEWEST_RUNS training runs nothing is claimed.
+    `decides`: what would decide it. With fewer than FEWEST_RUNS training runs nothing is claimed of experiments;
+    `files` is then the same comparison of the adapters as they are. With an adapter from elsewhere the row itself is
+    about the adapters as they are: its `level` is FILES.
     """
     pairs = itertools.combinations(groups.items(), 2)
-    return answered(differences(pairs, measures("compared"), prompts, base_pairs, margins))
+    found = differences(pairs, measures("compared"), prompts, base_pairs, margins)
+    rows = answered(found)
+    add_files_answers(found)
+    return rows

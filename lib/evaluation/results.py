@@ -263,10 +263,12 @@ def write_comparison(target, groups, summaries, pairs, shown):
 
 
 def flattened(pair):
-    """A comparison as one row of a table, its equivalence in columns of its own."""
+    """A comparison as one row of a table, its equivalence and that of the adapters as they are in columns of their own."""
     row = pair | {f"equivalence_{key}": value for key, value in pair["equivalence"].items()}
-    row |= dict(left_out=", ".join(pair["left_out"]), decides=pair.get("decides", ""))
-    return {key: value for key, value in row.items() if key != "equivalence"}
+    files = pair.get("files", {})
+    row |= dict(left_out=", ".join(pair["left_out"]), decides=pair.get("decides", ""), level=pair.get("level", ""))
+    row |= {f"files_{key}": files.get(key, "") for key in ("answer", "mean", "low", "high", "p_holm")}
+    return {key: value for key, value in row.items() if key not in ("equivalence", "files")}
 
 
 def write_csv(path, rows):

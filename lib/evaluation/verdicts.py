@@ -8,17 +8,26 @@ Everything is paired by prompt and seed. The prompts are fixed; training runs an
 (see statistics.py).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from lib.evaluation.metrics.effects import copy_study, effects, grid, kernel_distances
-from lib.evaluation.metrics.lpips_distances import pair_mean
-from lib.evaluation.metrics.memorisation import memorised
+from lib.evaluation.metrics.lpips_distances import FEWEST_SEEDS, pair_mean
+from lib.evaluation.metrics.memorisation import memorised, similarity_to_others
 from lib.evaluation.metrics.table import DIFFERENCE, METRICS
 from lib.evaluation.prompts import CATEGORIES, members
 from lib.evaluation.report.words import interval_text
-from lib.evaluation.statistics import FEWEST_RUNS, UNCLEAR, holm, mean_interval, runs_to_decide, smallest_detectable
+from lib.evaluation.statistics import (
+    FEWEST_RUNS,
+    UNCLEAR,
+    holm,
+    jackknife,
+    mean_interval,
+    runs_to_decide,
+    smallest_detectable,
+)
 
 TOO_FEW_RUNS = {
     1: "one training run does not show how much training runs differ; five would",
@@ -50,6 +59,8 @@ def analyse(runs, prompts, base_pairs, margins, training=None):
             totals[category] = total = {
                 key: mean_interval(values[:, chosen].mean(axis=1)) for key, values in found.items()
             }
+            if (share := picked_up(found, prompts, category)) is not None:
+                total["picked_up"] = share
             for key in (f"{model}_{key}" for key in differences for model in ("base", "lora")):
                 total[key] = float(np.mean([table[i][key] for i in chosen]))
             if training is not None and len(training.names) > 1 and "change" in found:
@@ -58,10 +69,35 @@ def analyse(runs, prompts, base_pairs, margins, training=None):
         runs=[run.name for run in runs], seeds=base_pairs.shape[-1], prompts=table, categories=totals, margins=margins
     )
     success = members(prompts, "success")
-    if training is not None and success and summary["seeds"] > 1:
-        summary["memorised"] = memorised([copy_study(run, success, training) for run in runs], margins["copies"])
+    if training is not None and success:
+        reason = next(filter(None, (training.not_of(run.adapter) for run in runs)), None)
+        studies = [copy_study(run, success, training) for run in runs]
+        if reason:
+            summary["similarity"] = similarity_to_others(studies, training.data_dir, reason)
+        elif summary["seeds"] > 1:
+            summary["memorised"] = memorised(studies, margins["copies"])
     summary["verdicts"] = verdicts(found, prompts, summary)
     return summary
+
+
+def picked_up(found, prompts, category):
+    """How far the prompts of a category moved toward the training images, as a share of how far success prompts did.
+
+    The interval of the ratio, from the jackknife's values per seed; None where success prompts did not gain in every run
+    and on every choice of seeds, and with too few seeds.
+    """
+    success, chosen = members(prompts, "success"), members(prompts, category)
+    gains = found.get("concept_similarity")
+    if category == "success" or gains is None or not success or gains.shape[2] < FEWEST_SEEDS:
+        return None
+
+    def gain(of_prompts, kept):
+        return gains[:, of_prompts][:, :, kept].mean(axis=(1, 2))  # [runs]
+
+    every = np.arange(gains.shape[2])
+    if min(gain(success, np.delete(every, seed)).min() for seed in every) <= 0:
+        return None
+    return mean_interval(jackknife(lambda kept: gain(chosen, kept) / gain(success, kept), len(every)))
 
 
 @dataclass
@@ -77,6 +113,7 @@ class Line:
     counterclaim: tuple
     unchanged: float = 0.0
     holds: bool = None  # the claim; False: the counterclaim does; None: unclear
+    most: float = math.inf  # the largest effect that is possible
     tests: int = 1  # how many lines are tested together
 
     def p(self, side, at):
@@ -87,11 +124,14 @@ class Line:
         one_sided = half if there else 1 - half
         return min(1.0, 2 * one_sided) if at == self.unchanged else one_sided
 
+    def deciding_text(self, margin):
+        return deciding_text(self.values, margin, self.tests, self.most)
+
 
 def line_of(values, metric, category, margin):
     """The Line of a Metric's test on one category; `values` [runs, seeds]."""
     sides = [(side, metric.unchanged + margins * margin) for side, margins in metric.tested[category]]
-    return Line(values, *sides, metric.unchanged)
+    return Line(values, *sides, metric.unchanged, most=metric.most)
 
 
 def decide(lines):
@@ -157,9 +197,7 @@ def verdict(question, line, key, total, margin):
         change=change,
     )
     return dict(
-        question=question.name,
-        answer=answer,
-        text=text + (question.ends.get(answer) or deciding_text(line.values, margin, line.tests)),
+        question=question.name, answer=answer, text=text + (question.ends.get(answer) or line.deciding_text(margin))
     )
 
 
@@ -185,22 +223,30 @@ def learned(concept, clip, success, margins):
         holds, end = True, "The concept was learned."
     elif concept.holds:
         holds, end = None, "The images became more similar to them. Unclear: did the match with the prompt fall? "
-        end += deciding_text(clip.values, margins["clip"], clip.tests)
+        end += clip.deciding_text(margins["clip"])
     else:
-        holds, end = None, deciding_text(concept.values, margins["concept_similarity"], concept.tests)
+        holds, end = None, concept.deciding_text(margins["concept_similarity"])
     return dict(question="learned", answer=answer_word(holds), text=text + end)
 
 
-def deciding_text(values, margin, tests=1):
-    """What a study like `values` [runs, seeds], one of `tests`, notices in 80% of repetitions, and what would decide."""
+def deciding_text(values, margin, tests=1, most=math.inf):
+    """What a study like `values` [runs, seeds], one of `tests`, notices in 80% of repetitions, and what would decide.
+
+    `most` is the largest effect that is possible; what only a larger one would show is not printed as a number.
+    """
     runs, seeds = values.shape
     if values.size == 1:
         return "One image a prompt and one training run decide nothing."
+    more_seeds = f"try --seeds {max(16, 2 * seeds)}."
+    if seeds == 2:
+        return f"Two sampling seeds do not show how much images differ by chance; {more_seeds}"
     least = smallest_detectable(values, 0.05 / tests)
-    size = f"{runs} training runs of {seeds} seeds" if runs > 1 else f"{seeds} seeds"
+    size = f"{runs} training runs of {seeds} seeds" if runs > 1 else f"{seeds} seed{'s' if seeds > 1 else ''}"
     text = f"With {size} only changes above about {least:.3f} are noticed reliably; "
+    if not least < most:
+        text = f"With {size} not even the largest possible change would be noticed reliably; "
     if runs == 1:
-        return text + f"try --seeds {max(16, 2 * seeds)}."
+        return text + more_seeds
     if runs < FEWEST_RUNS:
         return text + TOO_FEW_RUNS[runs] + "."
     needed = runs_to_decide(values, margin, 0.05 / tests)

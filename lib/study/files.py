@@ -97,6 +97,7 @@ def study_of(records, arms, scaled, notes):
                 f"{place} has other prompts, sampling seeds or settings than {first_place}; remove it and run study.py "
                 "again"
             )
+    notes = notes + check_judged_alike(every)
     shape = len(prompts), len(seeds)
     runs = {
         key: [run_of(of_seed[key][1], of_seed[key][0], shape) for of_seed in records.values()]
@@ -129,6 +130,33 @@ def study_of(records, arms, scaled, notes):
         files=[str(place / "metrics.json") for place, _ in every],
         notes=notes,
     )
+
+
+def check_judged_alike(every):
+    """UserError, naming the file, if one of [(folder, record)] was scored by other models, compared with other training
+    images or judged by other margins than another. Returns notes.
+
+    A record without digests is accepted: earlier evaluations have none. A note says so where others have them.
+    """
+    known, unknown = {}, set()
+    for place, record in every:
+        scorers = {key: (entry or {}).get("sha256") for key, entry in (record.get("scorers") or {}).items()}
+        if not scorers:
+            unknown.add(place)
+        facts = {f"scorers ({key.replace('_', ' ')})": digest for key, digest in scorers.items()}
+        for what, fact in (facts | dict(margins=record["summary"]["margins"])).items():
+            first_place, first = known.setdefault(what, (place, fact))
+            if fact != first:
+                raise UserError(
+                    f"{place / 'metrics.json'} was judged with other {what} than {first_place / 'metrics.json'}; "
+                    "measure the images of both again with inference.py --rescore, or remove one and run study.py again"
+                )
+    if unknown and len(unknown) < len(every):
+        return [
+            f"{len(unknown)} of {len(every)} evaluations do not name the models that scored them and the training images; "
+            "they are taken to be the same."
+        ]
+    return []
 
 
 def prompts_and_seeds(record):

@@ -9,6 +9,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class Clip:
 
     model: CLIPModel
     processor: CLIPProcessor
+    digest: str = None  # SHA-256 of its files
 
     @property
     def max_tokens(self):
@@ -53,7 +55,7 @@ def load_clip(folder, device="cpu"):
     except Exception as problem:
         reason = one_line(problem, 160)
         raise UserError(f"CLIP model {folder} cannot be loaded: {reason}") from None
-    return Clip(model.eval().requires_grad_(False).to(device), processor)
+    return Clip(model.eval().requires_grad_(False).to(device), processor, model_digest(Path(folder)))
 
 
 @torch.no_grad()

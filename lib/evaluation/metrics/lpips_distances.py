@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lib.errors import UserError
 from lib.evaluation.statistics import jackknife
+from lib.models import digest_of
 
 # Scores are fp32; cuDNN would otherwise round convolutions to TF32 on a GPU.
 torch.backends.cudnn.allow_tf32 = False
@@ -49,6 +50,11 @@ def lpips_model(device="cpu"):
     if features or linear:
         raise RuntimeError(f"unexpected layers in the LPIPS weights: {sorted(features | linear)}")
     return model.eval().requires_grad_(False).to(device)
+
+
+def lpips_digest():
+    """SHA-256 of the LPIPS weights."""
+    return digest_of((ALEXNET, LINEAR))
 
 
 @torch.no_grad()

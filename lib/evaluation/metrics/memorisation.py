@@ -27,9 +27,10 @@ they are combined by a rule that holds under any dependence: Bonferroni's. Twice
 mean (Vovk & Wang 2020) find more copies where all images of a seed are nearly the same, and far fewer elsewhere.
 
 **The bound** (`reference_level`, `highest_share`). A "no" needs more than a p-value that is not small: the share of
-near-copies must be bounded. An image counts as a near-copy above a level that a training-like image exceeds with a
-chance of at least 5%, with 99% confidence: an order statistic low enough to carry its own error, so that too many images
-count rather than too few. The share above it is bounded over the seeds, with 96% confidence, by the inequality of Chernoff
+images that are as near to a training image as these are to one another must be bounded. An image counts above a level that
+a training-like image exceeds with a chance of at least 5%, with 99% confidence: an order statistic low enough to carry its
+own error, so that too many images count rather than too few. Many training images exceed it too: an image above the level
+is no copy for that. The share above it is bounded over the seeds, with 96% confidence, by the inequality of Chernoff
 and Hoeffding (1963, theorem 1); both hold at once with 95%.
 
 **Memory.** The m x m similarities of training images are computed in blocks, and only the few highest of each image are
@@ -51,11 +52,13 @@ from lib.evaluation.statistics import UNCLEAR
 ALPHA = 0.05  # chance of "yes" where nothing is copied, and of a bound that does not hold
 RARE = 0.05  # a training-like image exceeds the reference level with at least this chance
 LEVEL_ALPHA = 0.01  # the part of ALPHA for the reference level; the share gets the rest
-# Fewer near-copies than one image in three is a "no". The default of 8 seeds could never show less: without a single
-# near-copy, 8 seeds still allow a share of 1 - 0.04^(1/8) = 33.1%.
+# Fewer images above the level than one in three are a "no". The default of 8 seeds could never show less: without a single
+# one, 8 seeds still allow a share of 1 - 0.04^(1/8) = 33.1%.
 MARGIN = 1 / 3
 DRAWS = 9999  # random relabellings
 TIE = 1e-5  # cosines are float32; sums that differ by less than their rounding are equal
+
+AS_NEAR = "as near to a training image as these are to one another"  # above the level
 
 AT_ONCE = 2**22  # similarities held at a time, 16 MB; the products of smaller blocks take longer
 KEPT = 8  # results of `among_trained` in the cache
@@ -353,6 +356,25 @@ def seeds_for(margin):
     return int(np.ceil(np.log(ALPHA - LEVEL_ALPHA) / np.log1p(-margin)))
 
 
+# ---- without training images that are known ------------------------------------------------
+
+
+def similarity_to_others(studies, data_dir, reason):
+    """What is known of adapters whose training images are not those of the CopyStudies: a dict for metrics.json.
+
+    `reason` says why they are not. Success images are compared with the images in `data_dir`, and nothing follows about
+    copies. drawn and images: number of images and their median similarity to the nearest of these images; text: the same
+    in sentences.
+    """
+    nearest, _, own = zip(*(study.nearest() for study in studies), strict=True)
+    drawn, images = group(nearest, None), group(own[:1], None)
+    text = f"Success images reach a median of {drawn['median']:.3f} to the nearest of these images"
+    if images["median"] is not None:
+        text += f"; these reach {images['median']:.3f} to one another"
+    text += f". Copying is not judged: {reason}."
+    return dict(data_dir=data_dir, reason=reason, drawn=drawn, images=images, text=text)
+
+
 # ---- the answer ----------------------------------------------------------------------------
 
 
@@ -368,7 +390,7 @@ def memorised(studies, margin=MARGIN, draws=DRAWS, seed=0):
     """The answer for one experiment: a dict for metrics.json.
 
     `studies` are CopyStudy objects, one a training run, with the same prompts and seeds. `margin` is the share of
-    near-copies below which the answer is no. ValueError if shapes disagree.
+    images above the level below which the answer is no. ValueError if shapes disagree.
 
     - answer: "yes" (p <= 5%), "no" (p > 5% and `high` below the margin) or "unclear"; text: the same in sentences.
     - p: Bonferroni's over all prompts and runs; p_values [runs][prompts]: each on its own.
@@ -439,7 +461,7 @@ def words(answer):
     """The answer of `memorised` in sentences."""
     drawn, trained_on, held_out = answer["drawn"], answer["trained_on"], answer["held_out"]
     if answer["share"] is None:
-        text = "Too few training images for a level above which an image is a near-copy. "
+        text = "Too few training images to know how near they are to one another. "
     else:
         text = (
             f"{drawn['above']} of {drawn['pictures']} success images ({answer['share']:.0%}, at most "
@@ -452,13 +474,13 @@ def words(answer):
     tests = answer["runs"] * answer["prompts"]
     p = f"p = {answer['p']:.2g}" + (f", corrected for {tests} tests" if tests > 1 else "")
     if answer["answer"] == "yes":
-        return text + f"They are more similar to single training images than chance allows ({p}): some are near-copies."
+        return text + f"They are more similar to single training images than chance allows ({p})."
     if answer["too_few"]:
         return text + answer["too_few"]
     text += f"Copying was not found ({p})"
     if answer["answer"] == "no":
-        return text + f", and fewer than {answer['margin']:.0%} of such images are near-copies."
-    text += f", but more than {answer['margin']:.0%} near-copies cannot be ruled out."
+        return text + f"; fewer than {answer['margin']:.0%} of such images are {AS_NEAR}."
+    text += f", but it cannot be ruled out that more than {answer['margin']:.0%} of such images are {AS_NEAR}."
     if answer["seeds"] < (needed := seeds_for(answer["margin"])):
         text += f" That takes at least {needed} seeds."
     return text

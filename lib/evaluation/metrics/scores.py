@@ -14,7 +14,7 @@ from lib.config import image_size
 from lib.dataset import Images, prepared_as, read_dataset
 from lib.errors import UserError
 from lib.evaluation.metrics.clip_scores import Clip, fetch_clip, image_embeddings, kept_training_embeddings, load_clip
-from lib.evaluation.metrics.lpips_distances import pairwise_lpips
+from lib.evaluation.metrics.lpips_distances import lpips_digest, pairwise_lpips
 from lib.evaluation.metrics.table import METRICS
 from lib.evaluation.prompts import check_prompt_lengths
 
@@ -46,6 +46,12 @@ class Run:
         return int(seed) if str(seed).isdecimal() else None
 
 
+def data_hash(adapter):
+    """SHA-256 of the data that `adapter`, as `describe` returns it, was trained on, or None if unknown."""
+    places = (adapter.get("metadata"), adapter.get("training"))
+    return next((place["data_sha256"] for place in places if place and place.get("data_sha256")), None)
+
+
 @dataclass
 class TrainingSet:
     """The training images and their CLIP embeddings."""
@@ -56,10 +62,19 @@ class TrainingSet:
     embeddings: np.ndarray  # [m, d]
     mirrored: np.ndarray  # [m, d], of the mirrored images
     sizes: list = ()  # (width, height) of each
+    data_dir: str = "the data folder"
 
     def is_of(self, adapter):
-        """Whether `adapter`, as `describe` returns it, was trained on these images."""
-        return adapter.get("metadata", {}).get("data_sha256") in (None, *self.hashes)
+        """Whether `adapter`, as `describe` returns it, is known to have been trained on these images."""
+        return data_hash(adapter) in self.hashes
+
+    def not_of(self, adapter):
+        """Why these cannot be taken for the images that `adapter` was trained on: words, or None if they can."""
+        if self.is_of(adapter):
+            return None
+        if data_hash(adapter):
+            return f"it was trained on other images, captions or sizes than {self.data_dir} has"
+        return "which images it was trained on is unknown"
 
     def trained_on(self, adapter):
         """Indices of the images that the adapter's run did not hold out."""
@@ -105,7 +120,17 @@ def load_scorer(config, prompts, runs, device):
         hashes.append(read_dataset(data_dir, rows.resolution, "description").sha256)
     embeddings = kept_training_embeddings(rows, folder, clip)
     names = [row.name for row in rows]
-    return clip, TrainingSet(names, Images(rows), tuple(hashes), *embeddings, rows.sizes)
+    return clip, TrainingSet(names, Images(rows), tuple(hashes), *embeddings, rows.sizes, str(data_dir))
+
+
+def scorers_record(config, clip, training):
+    """What scores the images, for metrics.json: {"clip", "lpips", "training_images"}: dict(model or folder, sha256), or
+    None. Scores of other digests are not comparable."""
+    return dict(
+        clip=clip and dict(model=config["clip_model"], sha256=clip.digest),
+        lpips=dict(model="AlexNet v0.1", sha256=lpips_digest()),
+        training_images=training and dict(folder=training.data_dir, sha256=training.hashes[0]),
+    )
 
 
 def training_resolution(config, runs):
@@ -122,14 +147,17 @@ def training_resolution(config, runs):
     return min(resolution, prepared or resolution)
 
 
-def note_other_images(runs, training, data_dir):
-    """Print which adapters were trained on other images than the TrainingSet's."""
-    for run in runs:
-        if training and not training.is_of(run.adapter):
-            print(
-                f"note: {run.name} was trained on other images (or sizes) than {data_dir}; its held-out images are "
-                "unknown here"
-            )
+def training_notes(runs, training):
+    """A sentence for each reason why the TrainingSet, or None, is not what adapters were trained on, naming them."""
+    names = {}
+    for run in runs if training else ():
+        if reason := training.not_of(run.adapter):
+            names.setdefault(reason, []).append(run.name)
+    return [
+        f"{', '.join(of_reason)}: {reason}. “Training images” here are those in {training.data_dir}; whether it copies "
+        "its own is not judged."
+        for reason, of_reason in names.items()
+    ]
 
 
 def scores_of(images, adapter):

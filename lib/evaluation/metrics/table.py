@@ -4,11 +4,13 @@ A new metric is an entry of METRICS, a scorer in a file beside this one and, whe
 margin in the CONFIG of inference.py. Whatever reads METRICS skips a metric that an older metrics.json lacks.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lib.evaluation.metrics.clip_scores import concept_similarity, nearest_training, text_embeddings
 from lib.evaluation.metrics.lpips_distances import change, lpips_distances, variety
+from lib.evaluation.metrics.memorisation import AS_NEAR
 from lib.evaluation.prompts import CATEGORIES, UNTAUGHT
 from lib.evaluation.statistics import UNCLEAR
 
@@ -23,7 +25,7 @@ class Question:
     name: str
     asks: str  # in plain words
     wanted: str  # the answer of a good adapter
-    says: dict  # {answer: a sentence without figures}; may hold {concept}, {pick_up} and {images}, see words.py
+    says: dict  # {answer: a sentence}; may hold {concept}, {pick_up}, {images} and {bound}, see words.py
     category: str = "success"  # whose prompts it is about
     text: str = ""  # the figures; may hold {interval}, {margin}, {bound} and {change}, see verdicts.py
     ends: dict = field(default_factory=dict)  # {answer: what follows `text`}
@@ -47,6 +49,7 @@ class Metric:
     # In place of a scorer: (runs, {key: effects measured so far}, base_pairs) -> [runs, prompts, seeds] or None
     effect: Callable = None
     unchanged: float = 0.0  # its value where the adapter does nothing
+    most: float = math.inf  # the largest effect that is possible
     margin: str = None  # the key of inference.py's CONFIG; without one it is neither compared nor judged
     shown: tuple = tuple(CATEGORIES)  # categories in tables of several experiments; () keeps it out of all tables
     compared: tuple = ()  # categories in which two experiments are compared
@@ -152,11 +155,11 @@ MEMORISED = Question(
     asks="Does it copy training images?",
     wanted="no",
     says={
-        "yes": "Some of its images are near-copies of training images.",
-        "no": "No copies of training images were found.",
-        UNCLEAR: "Unclear: does it copy training images?",
+        "yes": "Some of its images are nearer to training images than chance allows.",
+        "no": "No copying of training images was found{bound}.",
+        UNCLEAR: "Unclear: does it copy training images?{bound}",
     },
-    bar="share of near-copies, up to its upper bound",
+    bar=f"share of images {AS_NEAR}, up to its upper bound",
 )
 
 METRICS = {
@@ -173,6 +176,7 @@ METRICS = {
         explained="CLIP: cosine of image and prompt.",
         kind=DIFFERENCE,
         scorer=clip_score,
+        most=2.0,  # of a difference of cosines
         margin="clip_margin",
         compared=("success",),
         swept={("success",): "Prompt match: CLIP score, LoRA minus base"},
@@ -184,6 +188,7 @@ METRICS = {
         explained="Concept: mean cosine to the training images.",
         kind=DIFFERENCE,
         scorer=concept,
+        most=2.0,
         margin="concept_margin",
         compared=("success", "near", "unrelated"),
         swept={
@@ -200,6 +205,7 @@ METRICS = {
         "seeds.",
         kind=SHARE,
         effect=change,
+        most=1.0,  # another image of the same prompt
         margin="change_margin",
         compared=("near", "unrelated"),
         swept={("near", "unrelated"): "Change of other prompts in any direction"},
@@ -211,6 +217,7 @@ METRICS = {
         kind=SHARE,
         effect=variety,
         unchanged=1.0,
+        most=1.0,  # one image for every seed
         margin="variety_margin",
         shown=("success",),
         compared=("success",),
@@ -220,14 +227,14 @@ METRICS = {
     ),
     "nearest_similarity": Metric(
         name="similarity to the nearest training image",
-        short="Nearest copy",
-        explained="Nearest copy: highest cosine to an image trained on.",
+        short="Nearest image",
+        explained="Nearest image: highest cosine to a training image.",
         kind=DIFFERENCE,
         scorer=nearest,
         columns=("nearest_similarity", "nearest_picture"),
         of_adapter=True,
         shown=(),
-        swept={("success",): "Nearest copy: similarity to one training image, LoRA minus base"},
+        swept={("success",): "Nearest image: similarity to one training image, LoRA minus base"},
     ),
 }
 

@@ -303,11 +303,15 @@ def difference_bar(row, label, relative=True):
 
 def forest_bars(pairs):
     """[(title, rows)]: the differences of each two experiments as bars in units of their margins."""
-    rows = [
-        difference_bar(pair, f"{metric_name(pair['metric'])}, {pair['category']} prompts")
-        | dict(title=f"{pair['second']} minus {pair['first']}")
-        for pair in pairs
-    ]
+    rows = []
+    for pair in pairs:
+        title, answer = f"{pair['second']} minus {pair['first']}", pair["answer"]
+        if "level" in pair:
+            title += ", these adapters as they are"
+        if "files" in pair:
+            answer += f" (as they are: {pair['files']['answer']})"
+        row = difference_bar(pair, f"{metric_name(pair['metric'])}, {pair['category']} prompts")
+        rows.append(row | dict(title=title, answer=answer, kind=pair["answer"]))
     groups = {}
     for row in placed(rows) if rows else ():
         groups.setdefault(row["title"], []).append(row)

@@ -86,6 +86,12 @@ def judged(summaries, concept):
     return list(by_question.items())
 
 
+def similarity_of(summary):
+    """A summary's `similarity`, with its title, or None."""
+    similarity = summary.get("similarity")
+    return similarity and similarity | dict(title=words.similarity_title(similarity))
+
+
 def by_category(rows):
     """[(title, category, rows)] of rows with a `category`: success prompts first, unrelated ones last."""
     groups = [
@@ -221,9 +227,18 @@ def comparison_sheets(columns, shown, seeds=2):
 def run_page(run, summary, shown):
     """The report of one run as HTML; `shown` has what all pages share: prompts, seeds, config, warnings, provenance,
     training (the TrainingSet or None)."""
+    verdicts = judged({run.name: summary}, words.concept_name([run.adapter]))
+    opening = [rows[0] for _, rows in verdicts]
+    if similarity := similarity_of(summary):
+        opening = opening or [dict(kind="open", sentence=words.NO_VERDICTS)]
+        text = similarity["text"]
+        opening.append(dict(kind="none", sentence=f"{similarity['title']}: {text[0].lower()}{text[1:]}"))
     return TEMPLATES.get_template("run.html").render(
         title=run.name,
-        verdicts=judged({run.name: summary}, words.concept_name([run.adapter])),
+        verdicts=verdicts,
+        opening=opening,
+        similarity=similarity,
+        shares=any("%])" in row["sentence"] for row in opening),
         warnings=shown["warnings"],
         no_verdicts=words.NO_VERDICTS,
         groups=by_category(pair_rows(run, shown)),
@@ -235,7 +250,7 @@ def run_page(run, summary, shown):
         scores=score_table(run.rows),
         advice=summary["sweep"]["advice"] if "sweep" in summary else None,
         nearest=nearest_cards(run, shown["training"]) if shown["training"] else None,
-        copies=summary.get("memorised"),
+        copies=words.copies_table(summary),
         details=details_text(shown, {run.name: run.adapter}),
     )
 
@@ -277,6 +292,7 @@ def comparison_page(groups, summaries, pairs, shown):
         others=others,
         judged=verdict_rows(verdicts, summaries),
         verdicts=verdicts,
+        similarities=[(name, found) for name, summary in summaries.items() if (found := similarity_of(summary))],
         differences=words.difference_sentences(pairs),
         warnings=shown["warnings"],
         no_verdicts=words.NO_VERDICTS,

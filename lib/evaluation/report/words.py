@@ -10,6 +10,7 @@ from lib.evaluation.metrics.table import DIFFERENCE, METRICS, measures, metric_n
 from lib.evaluation.statistics import FEWEST_RUNS
 
 NO_VERDICTS = "No verdicts: they need a CLIP model, the training images and several seeds."
+AS_THEY_ARE, MAY_DIFFER = "these adapters as they are", "another training run may differ"
 # How much of the concept other prompts pick up: words for shares below these.
 AMOUNTS = (("a little of it", 0.25), ("some of it", 0.6), ("most of it", 0.9))
 
@@ -60,25 +61,43 @@ def plain_sentence(verdict, concept, summary=None):
     """A verdict as one sentence that needs no figures to be understood.
 
     `concept` names the concept. With the verdict's `summary` the sentence also says how much of the concept other
-    prompts pick up, as a share of the gain of success prompts, and whether their images change at all.
+    prompts pick up, as a share of the gain of success prompts with its interval, whether their images change at all, and
+    which share of images too near to training images cannot be ruled out.
     """
     question = questions()[verdict["question"]]
     return question.says[verdict["answer"]].format(
         concept=concept,
         pick_up=pick_up_text(question.category, summary),
         images=images_text(question.category, summary, verdict["answer"] == question.wanted),
+        bound=bound_text(summary, verdict["answer"] == question.wanted),
     )
 
 
 def pick_up_text(category, summary):
-    """How much of the concept the prompts of a category pick up: “pick up most of it (80%)”."""
+    """How much of the concept the prompts of a category pick up: “pick up most of it (80% [77%, 84%])”. No word for
+    the amount where the ends of the interval have two, no figures where success prompts did not gain for certain."""
     totals = summary["categories"] if summary else {}
-    gained = totals.get("success", {}).get("concept_similarity", dict(low=0))
-    if not gained["low"] > 0 or "concept_similarity" not in totals.get(category, {}):
+    share = totals.get(category, {}).get("picked_up")
+    if not share or not totals["success"]["concept_similarity"]["low"] > 0:
         return "pick it up"
-    share = totals[category]["concept_similarity"]["mean"] / gained["mean"]
-    amount = next((words for words, below in AMOUNTS if share < below), "all of it")
-    return f"pick up {amount} ({share:.0%})"
+    low, high = (next((text for text, below in AMOUNTS if share[end] < below), "all of it") for end in ("low", "high"))
+    figures = f"({share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}])".replace("-", "−")
+    return f"pick up {low} {figures}" if low == high else f"pick it up {figures}"
+
+
+def bound_text(summary, within):
+    """Which share of images as near to a training image as these are to one another cannot be ruled out: the end
+    `within` a sentence, or a sentence of its own."""
+    high = ((summary or {}).get("memorised") or {}).get("high")
+    if high is None:
+        return ""
+    text = f"up to {high:.0%} of its images may be as near to one as these are to one another"
+    return f"; {text}" if within else f" {text.capitalize()}."
+
+
+def similarity_title(similarity):
+    """What stands in place of a verdict on copies where the training images are not known."""
+    return f"Similarity to the images in {similarity['data_dir']}"
 
 
 def images_text(category, summary, within):
@@ -95,14 +114,25 @@ def images_text(category, summary, within):
 def difference_sentences(pairs):
     """What the comparisons of each two experiments found, counted; one sentence for all if there are more than three
     pairs of experiments."""
-    answers = {}
+    by_pair = {}
     for row in pairs:
-        answers.setdefault(f"{row['second']} against {row['first']}", []).append(row["answer"])
-    if len(answers) > 3:
-        return [
-            f"{len(answers)} pairs of experiments: {answer_counts([row['answer'] for row in pairs], 'comparisons')}."
-        ]
-    return [f"{who}: {answer_counts(of_pair)}." for who, of_pair in answers.items()]
+        by_pair.setdefault(f"{row['second']} against {row['first']}", []).append(row)
+    if len(by_pair) > 3:
+        return [f"{len(by_pair)} pairs of experiments: {pair_counts(pairs, 'comparisons')}."]
+    return [f"{who}: {pair_counts(rows)}." for who, rows in by_pair.items()]
+
+
+def pair_counts(rows, noun="measures"):
+    """The answers of comparisons, counted: of experiments, of adapters as they are, or of both."""
+    text = answer_counts([row["answer"] for row in rows], noun)
+    if all("level" in row for row in rows):
+        return f"{text}, for {AS_THEY_ARE}; {MAY_DIFFER}"
+    if files_rows := sum("level" in row for row in rows):
+        text += f", {files_rows} of them for {AS_THEY_ARE}"
+    if files := [row["files"]["answer"] for row in rows if "files" in row]:
+        text = text.replace("no difference could", "no difference between the experiments could")
+        text += f"; {AS_THEY_ARE}: {answer_counts(files, noun)} ({MAY_DIFFER})"
+    return text
 
 
 def answer_counts(answers, noun="measures"):
@@ -132,14 +162,25 @@ def spread_text(summary):
 
 def pair_sentence(row):
     """What one comparison of two experiments found; if nothing, what would decide it."""
-    answer = {
-        "equivalent": f"equivalent within {row['margin']:g}",
-        "undecided": f"undecided. {row.get('decides', '')}",
-    }.get(row["answer"], f"{row['second']} is {row['answer']}")
-    return (
+    text = (
         f"{metric_name(row['metric'])} on {row['category']} prompts, {row['second']} minus {row['first']}: "
-        f"{interval_text(row)}: {answer}"
+        f"{interval_text(row)}: {pair_answer(row, row)}"
     )
+    if "level" in row:
+        return f"{text} (for {AS_THEY_ARE}; {MAY_DIFFER})"
+    if "files" in row:
+        files = row["files"]
+        interval = f", {interval_text(files)}" if row["runs"] > 1 else ""  # otherwise that of the row
+        text += f" {AS_THEY_ARE.capitalize()}: {pair_answer(row, files)}{interval}; {MAY_DIFFER}."
+    return text
+
+
+def pair_answer(row, found):
+    """The answer of a comparison in words; `found` is the row or its `files`."""
+    return {
+        "equivalent": f"equivalent within {row['margin']:g}",
+        "undecided": f"undecided. {row.get('decides', '')}" if found is row else "undecided",
+    }.get(found["answer"], f"{row['second']} is {found['answer']}")
 
 
 def pair_note(pairs):
@@ -148,16 +189,20 @@ def pair_note(pairs):
         f"95% intervals. Higher or lower: the interval excludes 0; equivalent: the 90% interval lies within the margin "
         f"(two one-sided tests); both after Holm's correction over these {len(pairs)} comparisons. "
     )
-    counts = sorted({row["runs"] for row in pairs})
-    note += f"{'/'.join(map(str, counts))} training run{'s' if counts[-1] > 1 else ''} each, "
-    if all(row["paired_by_training_seed"] for row in pairs):
-        note += "paired by training seed."
-    else:
-        note += "paired in their order if they share no training seed."
-    if counts[0] < FEWEST_RUNS:
-        note += (
-            " With fewer than three training runs nothing is claimed: they do not show how much training runs differ."
-        )
+    experiments = [row for row in pairs if "level" not in row]
+    if counts := sorted({row["runs"] for row in experiments}):
+        note += f"{'/'.join(map(str, counts))} training run{'s' if counts[-1] > 1 else ''} each, "
+        if all(row["paired_by_training_seed"] for row in experiments):
+            note += "paired by training seed."
+        else:
+            note += "paired in their order if they share no training seed."
+        if counts[0] < FEWEST_RUNS:
+            note += (
+                " With fewer than three training runs nothing is claimed of the experiments: they do not show how much "
+                "training runs differ."
+            )
+    if len(experiments) < len(pairs) or any("files" in row for row in pairs):
+        note = f"{note.rstrip()} What is said of {AS_THEY_ARE} holds over other sampling seeds; {MAY_DIFFER}."
     left_out = sorted({name for row in pairs for name in row["left_out"]})
     if left_out:
         note += f" Not compared, because no run shares their training seed: {', '.join(left_out)}."
@@ -225,6 +270,27 @@ def kernel_table(summary):
     ]
 
 
+def copies_table(summary):
+    """Similarities to the nearest training image: generated images beside the control, or None without them."""
+    if similarity := summary.get("similarity"):
+        groups, level = dict(drawn="success images", images="these images, to another one"), None
+        title, measured = similarity_title(similarity), similarity
+    elif measured := summary.get("memorised"):
+        groups, level = dict(drawn="success images", held_out="held-out images (control)"), measured["level"]
+        groups["trained_on"] = "training images, to another one"
+        title = "Similarity to the nearest training image"
+    else:
+        return None
+    head = [title, "images", "median"]
+    head += [] if level is None else [f"above {level:.3f}: as near as training images to one another"]
+    rows = []
+    for key, name in groups.items():
+        group = measured[key]
+        median = "–" if group["median"] is None else f"{group['median']:.3f}"
+        rows.append([name, str(group["pictures"]), median, *([] if level is None else [str(group["above"])])])
+    return [head, *rows]
+
+
 def sweep_table(rows):
     """Every point's figures with intervals."""
     heads = {
@@ -277,8 +343,10 @@ def markdown_table(rows):
 
 def verdict_text(summary):
     """The verdicts of one run or experiment as a Markdown list."""
-    lines = [f"- **{v['question']}: {v['answer']}.** {v['text']}" for v in summary["verdicts"]]
-    return "\n".join(lines or [NO_VERDICTS])
+    lines = [f"- **{v['question']}: {v['answer']}.** {v['text']}" for v in summary["verdicts"]] or [NO_VERDICTS]
+    if similarity := summary.get("similarity"):
+        lines += [""] * (lines == [NO_VERDICTS]) + [f"- **{similarity_title(similarity)}.** {similarity['text']}"]
+    return "\n".join(lines)
 
 
 def summary_text(summary):
