@@ -121,7 +121,7 @@ def test_a_run_goes_on_where_nobody_reads_what_it_says(exact, uninterrupted, tmp
             os.dup2(writer, number)
         with pytest.raises(OSError, match="Broken pipe|error"):
             os.write(1, b"said")
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
 
     child = start_training(tmp_path, exact | dict(output_dir=tmp_path), prepare=leave)
     assert finish(child, tmp_path).returncode == 0
