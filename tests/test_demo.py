@@ -26,7 +26,7 @@ TAUGHT, UNTAUGHT = "taught", "untaught"
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
+def evaluated(tmp_path_factory, few_prompts):
     """(folder of the runs, {run: metrics.json}) of two adapters: one taught in a quarter of the steps at five times the
     learning rate, one at a learning rate of almost nothing. Evaluated together, so that the base images are generated once.
     """
@@ -38,8 +38,10 @@ def evaluated(tmp_path_factory):
     for name, rate, steps in ((TAUGHT, 5e-4, 200), (UNTAUGHT, 1e-7, 10)):
         rates = dict(unet_learning_rate=rate, text_encoder_learning_rate=rate / 10)
         length = dict(max_steps=steps, warmup_steps=10 if steps > 10 else 1, validate_every=100)
+        length |= dict(preview_every=0, snapshot_every=0, report_to="none")
         run("train.py", "--demo", *options(data_dir=data, output_dir=runs, run_name=name, **rates, **length))
-    run("inference.py", "--demo", *options(data_dir=data, lora_dir=runs, output_dir=results, seeds=4, steps=16))
+    how = dict(prompts=few_prompts, seeds=4, steps=14)
+    run("inference.py", "--demo", *options(data_dir=data, lora_dir=runs, output_dir=results, **how))
     assert model_hashes() == before
     return runs, {name: json.loads((results / name / "metrics.json").read_text()) for name in (TAUGHT, UNTAUGHT)}
 
