@@ -237,8 +237,9 @@ def test_what_a_run_says_of_the_difference_is_what_the_file_makes(whole, apart_m
             ((after - before).norm(dim=(1, 2)) / before.norm(dim=(1, 2))).max().item()
             for before, after in zip(read["before", kind], read["after", kind], strict=True)
         ]
-        assert differences[kind]["text_states"] == pytest.approx(worst[0], rel=0.02)
-        assert differences[kind]["keys_values"] == pytest.approx(max(worst[1:]), rel=0.02)
+        rounding = 0.1 if DEVICE.type == "cuda" else 0.02  # a GPU computes the report in half precision
+        assert differences[kind]["text_states"] == pytest.approx(worst[0], rel=rounding)
+        assert differences[kind]["keys_values"] == pytest.approx(max(worst[1:]), rel=rounding)
     for key in ("text_states", "keys_values"):
         found = [differences[kind][key] for kind in ("listed", "held_out", "concept")]
         assert 0 < max(found[:2]) < 0.2 * found[2], found
