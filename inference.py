@@ -59,6 +59,8 @@ CONFIG = dict(
     # how it is scored
     clip_model="openai/clip-vit-base-patch32",
     clip_revision="refs/pr/15",  # the same weights as safetensors; the main branch has a pickle only
+    similarity_model="facebook/dinov2-base",  # embeds images for all similarities; "clip": CLIP's image encoder
+    similarity_revision=None,  # a commit of its hub repository; None: its newest
     # Effects within these margins are negligible, differences within them equivalent.
     concept_margin=0.02,  # cosine; a tenth of what the concept gains on the miniature
     clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
@@ -90,6 +92,7 @@ DEMO = dict(
     output_dir="results/demo_{name}",
     base_model="demo/model",
     clip_model="demo/clip",
+    similarity_model="clip",
     guidance_scale=3.0,
     resolution=256,
     batch_size=8,
@@ -98,8 +101,8 @@ DEMO = dict(
 
 # The values that each key may have.
 VALUES = (
-    (values.TEXT, "lora_dir output_dir base_model data_dir clip_model"),
-    (values.or_none(values.TEXT), "revision clip_revision prompts score_dir"),
+    (values.TEXT, "lora_dir output_dir base_model data_dir clip_model similarity_model"),
+    (values.or_none(values.TEXT), "revision clip_revision similarity_revision prompts score_dir"),
     (values.FLAG, "overwrite snapshots rescore"),
     (values.SIZE, "resolution"),
     (values.whole(1), "seeds steps"),
@@ -183,8 +186,8 @@ def evaluate(config):
         half = device.type == "cuda"
         folder = fetch_base_model(config["base_model"], config["revision"], half, config["resolution"])
         pipeline, wait_until_ready = prepare_pipeline(config, plan, folder, prompts, device)
-    clip, training = scores.load_scorer(config, prompts, runs, device)
-    scores.note_other_images(runs, training, config["data_dir"])
+    scorers = scores.load_scorers(config, prompts, runs, device)
+    scores.note_other_images(runs, scorers.training, config["data_dir"])
 
     # Generate.
     if generating:
@@ -202,12 +205,13 @@ def evaluate(config):
     pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
     try:
         results.begin_images(runs, prompts, seeds, pool)
-        scores.score_runs(runs, prompts, seeds, clip, training, device)
+        scores.score_runs(runs, prompts, seeds, scorers)
         base_pairs = scores.prompt_pairs(runs[0].base, len(seeds), device)
         times.append(time.monotonic())
 
         # Judge and write.
-        shown = dict(prompts=prompts, seeds=seeds, config=config, training=training, provenance=provenance(device))
+        made_with = provenance(device) | dict(scorers=scorers.record(config))
+        shown = dict(prompts=prompts, seeds=seeds, config=config, training=scorers.training, provenance=made_with)
         judge_and_write(runs, base_pairs, shown, output_dir)
     finally:
         pool.shutdown(cancel_futures=True)  # what is left after an error

@@ -996,6 +996,7 @@ def test_the_other_scripts_write_the_mark_of_a_whole_folder_last(tiny_model, uni
             base_model=tiny_model,
             lora_dir=uninterrupted,
             clip_model="none",
+            similarity_model="clip",
             prompts=tmp_path / "prompts.txt",
             seeds=1,
             steps=1,

@@ -7,8 +7,9 @@ margin in the CONFIG of inference.py. Whatever reads METRICS skips a metric that
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lib.evaluation.metrics.clip_scores import concept_similarity, nearest_training, text_embeddings
+from lib.evaluation.metrics.clip_scores import text_embeddings
 from lib.evaluation.metrics.lpips_distances import change, lpips_distances, variety
+from lib.evaluation.metrics.similarity import concept_similarity, nearest_training
 from lib.evaluation.prompts import CATEGORIES, UNTAUGHT
 from lib.evaluation.statistics import UNCLEAR
 
@@ -69,7 +70,7 @@ def clip_score(images, adapter):
     """Cosine of each image and its prompt."""
     if not images.clip:
         return None
-    return (images.embeddings * text_embeddings(images.prompts, images.clip)).sum(axis=1)
+    return (images.clip_embeddings * text_embeddings(images.prompts, images.clip)).sum(axis=1)
 
 
 def lpips(images, adapter):
@@ -80,6 +81,13 @@ def lpips(images, adapter):
 def concept(images, adapter):
     """Mean cosine of each image to the training images."""
     return concept_similarity(images.embeddings, images.training.embeddings) if images.training else None
+
+
+def clip_image_similarity(images, adapter):
+    """Mean cosine of each image to the training images by CLIP, where another encoder measures the concept."""
+    if not images.training or images.training.clip_embeddings is None:
+        return None
+    return concept_similarity(images.clip_embeddings, images.training.clip_embeddings)
 
 
 def nearest(images, adapter):
@@ -192,6 +200,13 @@ METRICS = {
         },
         tested=dict.fromkeys(CATEGORIES, (MOVED, STAYED)),
         questions=(LEARNED, *map(kept, UNTAUGHT)),
+    ),
+    "clip_image_similarity": Metric(
+        name="CLIP image similarity",
+        short="CLIP image",
+        explained="CLIP image: mean cosine to the training images by CLIP, in place of the encoder of Concept; not judged.",
+        kind=DIFFERENCE,
+        scorer=clip_image_similarity,
     ),
     "change": Metric(
         name="change",
