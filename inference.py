@@ -59,10 +59,12 @@ CONFIG = dict(
     # how it is scored
     clip_model="openai/clip-vit-base-patch32",
     clip_revision="refs/pr/15",  # the same weights as safetensors; the main branch has a pickle only
-    similarity_model="facebook/dinov2-base",  # embeds images for all similarities; "clip": CLIP's image encoder
+    similarity_model="facebook/dinov2-base",  # for similarities of images; "clip": CLIP's encoder; "none": none
     similarity_revision=None,  # a commit of its hub repository; None: its newest
     # Effects within these margins are negligible, differences within them equivalent.
-    concept_margin=0.02,  # cosine; a tenth of what the concept gains on the miniature
+    # A share of the way from the base model's images to the training images: a tenth of what there is to gain, by any
+    # encoder. On the miniature that is a cosine of 0.0222.
+    concept_margin=0.1,
     clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
     change_margin=0.05,  # a twentieth of the way to another image of the same prompt
     variety_margin=0.25,  # of the base's variety over the seeds; a greater loss is a collapse
@@ -244,28 +246,35 @@ def judge_and_write(runs, base_pairs, shown, output_dir):
     from lib.evaluation.choosing import sweep_summary
     from lib.evaluation.comparison import compare
     from lib.evaluation.metrics import scores
+    from lib.evaluation.metrics.concept_scale import concept_scale
     from lib.evaluation.metrics.effects import no_change_reason
     from lib.evaluation.metrics.table import margins_of
     from lib.evaluation.report.card import update_model_card
+    from lib.evaluation.report.words import scale_text
     from lib.evaluation.runs import group_runs
     from lib.evaluation.verdicts import analyse
 
-    prompts, training, margins = shown["prompts"], shown["training"], margins_of(shown["config"])
+    prompts, training, config = shown["prompts"], shown["training"], shown["config"]
+    scale = concept_scale(runs, prompts, training, config["concept_margin"])
+    margins = margins_of(config, scale)
     warnings = scores.shape_warnings(runs, training) + scores.image_warnings(runs, prompts, shown["seeds"])
+    if scale and scale["reason"]:
+        warnings.append(scale_text(scale))
     if reason := no_change_reason(base_pairs):
         print(f"note: {reason}")
     for warning in warnings:
         print(f"warning: {warning}")
     shown = shown | dict(warnings=warnings)
     for run in runs:
-        summary = analyse([run], prompts, base_pairs, margins, training)
+        summary = analyse([run], prompts, base_pairs, margins, training, scale)
         if run.sweep:
             summary["sweep"] = sweep_summary(run, prompts, base_pairs, margins)
         results.write_run(run, summary, shown, base_pairs)
         update_model_card(run, summary, shown)
     if len(runs) > 1:
         groups = group_runs(runs)
-        summaries = {name: analyse(members, prompts, base_pairs, margins, training) for name, members in groups.items()}
+        given = prompts, base_pairs, margins, training, scale
+        summaries = {name: analyse(members, *given) for name, members in groups.items()}
         pairs = compare(groups, prompts, base_pairs, margins)
         results.write_comparison(output_dir / "comparison", groups, summaries, pairs, shown)
 

@@ -34,7 +34,7 @@ CONFIG = dict(
     data_dir="processed_data",  # the images, with descriptions for the arm with varied captions
     prompts="prompts/study_sd15.txt",  # a prompt a line, with its category
     clip_model=None,  # that scores the images; None: the default of inference.py
-    similarity_model=None,  # that embeds images for similarities; None: the default of inference.py
+    similarity_model=None,  # for similarities of images; None: the default of inference.py
     lora_dir="lora_weights/study_sd15",  # a folder per training seed
     output_dir="results/study_sd15",  # a folder per training seed, and the page
     seeds=(42, 43, 44, 45, 46),  # training seeds; with fewer than three nothing is claimed
@@ -236,8 +236,9 @@ def main():
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # the output of the scripts stays in order with this one's
     study(config, prompts)
     if config["page"]:
-        from lib.study import page, words
+        from lib.study import levels, page, words
 
+        levels.write_levels(config["output_dir"], config["data_dir"])
         claims = page.write_study(config["output_dir"], ARMS, SCALED)
         print("\n" + "\n".join(words.sentence(claim) for claim in claims))
         print(f"\nopen {Path(config['output_dir']) / 'report.html'}")

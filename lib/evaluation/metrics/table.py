@@ -24,9 +24,9 @@ class Question:
     name: str
     asks: str  # in plain words
     wanted: str  # the answer of a good adapter
-    says: dict  # {answer: a sentence without figures}; may hold {concept}, {pick_up} and {images}, see words.py
+    says: dict  # {answer: a plain sentence}; may hold {concept}, {way}, {pick_up} and {images}, see words.py
     category: str = "success"  # whose prompts it is about
-    text: str = ""  # the figures; may hold {interval}, {margin}, {bound} and {change}, see verdicts.py
+    text: str = ""  # the figures; may hold {interval}, {way}, {margin}, {bound} and {change}, see verdicts.py
     ends: dict = field(default_factory=dict)  # {answer: what follows `text`}
     bar: str = ""  # label of its interval as a bar
     inverted: bool = False  # whether the first claim of Metric.tested makes a no
@@ -118,8 +118,8 @@ def kept(category):
             UNCLEAR: f"Unclear: do {category.plain} pick it up?{{images}}",
         },
         category=category.name,
-        text=f"On {category.noun} the similarity to the training images changed by {{interval}} (negligible below "
-        "{margin:g}){change}. ",
+        text=f"On {category.noun} the similarity to the training images changed by {{interval}}{{way}} (negligible "
+        "below {margin:g}){change}. ",
         ends={
             "no": "The concept bleeds into them.",
             "yes": "They move toward the training images by less than the margin.",
@@ -134,8 +134,8 @@ LEARNED = Question(
     asks="Does it generate the concept?",
     wanted="yes",
     says={
-        "yes": "It learned {concept}.",
-        "no": "It did not learn {concept}.",
+        "yes": "It learned {concept}{way}.",
+        "no": "It did not learn {concept}{way}.",
         UNCLEAR: "Unclear: did it learn {concept}?",
     },
     bar=f"gain in similarity to the training images, {CATEGORIES['success'].plain}",
@@ -255,10 +255,15 @@ def metric_name(key):
     return METRICS[key].name if key in METRICS else key
 
 
-def margins_of(config):
-    """{metric: margin} of inference.py's CONFIG, and `copies`, the margin of memorisation."""
+def margins_of(config, scale):
+    """{metric: margin} of inference.py's CONFIG, and `copies`, the margin of memorisation.
+
+    The margin of the concept is that of its `scale` (concept_scale.py). Where that is unknown there is none, so that
+    nothing is judged by it.
+    """
     margins = {key: config[metric.margin] for key, metric in METRICS.items() if metric.margin}
-    return margins | dict(copies=config["copy_margin"])
+    margins |= dict(concept_similarity=scale and scale["margin"], copies=config["copy_margin"])
+    return {key: margin for key, margin in margins.items() if margin is not None}
 
 
 def measures(where):
