@@ -63,7 +63,7 @@ CONFIG = dict(
     similarity_revision=None,  # a commit of its hub repository; None: its newest
     # Effects within these margins are negligible, differences within them equivalent.
     # A share of the way from the base model's images to the training images: a tenth of what there is to gain, by any
-    # encoder. On the miniature that is a cosine of 0.0222.
+    # encoder. In the study of the miniature that is a cosine of 0.0222.
     concept_margin=0.1,
     clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
     change_margin=0.05,  # a twentieth of the way to another image of the same prompt

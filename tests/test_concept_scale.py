@@ -14,6 +14,7 @@ from test_scores import training_set
 
 import inference
 import study
+from lib.errors import UserError
 from lib.evaluation.choosing import Point, sweep_summary
 from lib.evaluation.metrics import concept_scale
 from lib.evaluation.metrics.clip_scores import load_clip
@@ -251,6 +252,14 @@ def test_the_committed_study_is_judged_on_the_scale_of_its_training_images():
     )
     assert committed.margins["concept_similarity"] == float(f"{MARGIN * (level - base):.3g}")
     assert committed.scale["margin"] == committed.margins["concept_similarity"]
+
+
+def test_a_study_scored_by_two_encoders_is_refused(tmp_path):
+    folder = write_study(tmp_path / "study", seeds=(1, 2))
+    path = folder / "seed2" / "dora_seed2" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(scorers=dict(similarity=dict(model="another")))))
+    with pytest.raises(UserError, match="dora_seed2 was scored by other models than .*seed1"):
+        read_study(folder, ARMS, SCALED)
 
 
 def test_levels_are_measured_for_evaluations_without_them(tmp_path, tiny_clip, processed_data):
