@@ -170,6 +170,11 @@ def test_the_share_stands_in_verdicts_tables_and_sentences():
     assert ["way to the training images, success prompts", text, text] in rows
 
 
+def test_a_share_near_nothing_has_no_negative_zero():
+    assert words.share_text(dict(mean=-0.0004, low=-0.013, high=0.0004)) == "0% [−1%, 0%]"
+    assert words.share_text(dict(mean=0.716, low=0.6, high=1.204)) == "72% [60%, 120%]"
+
+
 # ---- the whole way of inference.py ---------------------------------------------------------
 
 

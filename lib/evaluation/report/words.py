@@ -32,7 +32,8 @@ def interval_text(interval, sign=True):
 
 def share_text(interval):
     """“71% [60%, 82%]”."""
-    mean, low, high = (f"{interval[key]:.0%}".replace("-", "−") for key in ("mean", "low", "high"))
+    # + 0.0, as the rounded value may be a negative zero
+    mean, low, high = (f"{round(interval[key], 2) + 0.0:.0%}".replace("-", "−") for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
