@@ -121,13 +121,12 @@ def load_scorers(config, prompts, runs, device):
         also = similarity_model in ("clip", "none")
         print(f"note: without a CLIP model {'only LPIPS is' if also else 'the CLIP score is not'} measured")
     clip_folder = None if clip_model == "none" else fetch_clip(clip_model, config["clip_revision"])
-    folder = None
-    if similarity_model not in ("clip", "none"):
-        folder = fetch_dinov2(similarity_model, config["similarity_revision"])
-    data_dir, rows = config["data_dir"], None
+    data_dir, rows, folder = config["data_dir"], None, None
     if similarity_model == "none" or (similarity_model == "clip" and not clip_folder):
         pass
     elif (Path(data_dir) / "captions.jsonl").is_file():
+        if similarity_model != "clip":
+            folder = fetch_dinov2(similarity_model, config["similarity_revision"])
         rows = read_dataset(data_dir, training_resolution(config, runs))
     else:
         print(f"note: {data_dir} has no captions.jsonl; concept similarity is not measured")
