@@ -257,6 +257,7 @@ def test_the_committed_study_is_judged_on_the_scale_of_its_training_images():
     )
     assert committed.margins["concept_similarity"] == float(f"{MARGIN * (level - base):.3g}")
     assert committed.scale["margin"] == committed.margins["concept_similarity"]
+    assert any("was set after these evaluations, which had one of 0.02" in note for note in committed.notes)
 
 
 def test_a_study_scored_by_two_encoders_is_refused(tmp_path):

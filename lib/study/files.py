@@ -21,6 +21,7 @@ from lib.evaluation.runs import check_fingerprints, group_runs
 
 MINIATURE = "demo/model"
 LEVELS = "training_level.json"
+LATER = "The margin of concept similarity, {now:g}, was set after these evaluations, which had one of {before:g}."
 
 
 @dataclass
@@ -118,9 +119,12 @@ def study_of(records, arms, scaled, notes, levels=None):
                 "--rescore, or remove it and run study.py again"
             )
     scale = study_scale([record for _, record in every], prompts, levels or {})
-    margins = {key: value for key, value in first["summary"]["margins"].items() if key != "concept_similarity"}
+    margins = dict(first["summary"]["margins"])
+    before = margins.pop("concept_similarity", None)
     if scale and scale["margin"]:
-        margins = dict(concept_similarity=scale["margin"]) | margins
+        margins["concept_similarity"] = scale["margin"]
+        if before and "concept_scale" not in first["summary"]:
+            notes = [*notes, LATER.format(now=scale["margin"], before=before)]
     elif scale:
         notes = [*notes, scale_text(scale)]
     shape = len(prompts), len(seeds)
