@@ -59,8 +59,12 @@ CONFIG = dict(
     # how it is scored
     clip_model="openai/clip-vit-base-patch32",
     clip_revision="refs/pr/15",  # the same weights as safetensors; the main branch has a pickle only
+    similarity_model="facebook/dinov2-base",  # for similarities of images; "clip": CLIP's encoder; "none": none
+    similarity_revision=None,  # a commit of its hub repository; None: its newest
     # Effects within these margins are negligible, differences within them equivalent.
-    concept_margin=0.02,  # cosine; a tenth of what the concept gains on the miniature
+    # A share of the way from the base model's images to the training images: a tenth of what there is to gain, by any
+    # encoder. In the study of the miniature that is a cosine of 0.0222.
+    concept_margin=0.1,
     clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
     change_margin=0.05,  # a twentieth of the way to another image of the same prompt
     variety_margin=0.25,  # of the base's variety over the seeds; a greater loss is a collapse
@@ -91,6 +95,7 @@ DEMO = dict(
     output_dir="results/demo_{name}",
     base_model="demo/model",
     clip_model="demo/clip",
+    similarity_model="clip",
     guidance_scale=3.0,
     resolution=256,
     batch_size=8,
@@ -99,8 +104,8 @@ DEMO = dict(
 
 # The values that each key may have.
 VALUES = (
-    (values.TEXT, "lora_dir output_dir base_model data_dir clip_model"),
-    (values.or_none(values.TEXT), "revision clip_revision prompts score_dir"),
+    (values.TEXT, "lora_dir output_dir base_model data_dir clip_model similarity_model"),
+    (values.or_none(values.TEXT), "revision clip_revision similarity_revision prompts score_dir"),
     (values.FLAG, "overwrite snapshots rescore"),
     (values.SIZE, "resolution"),
     (values.whole(1), "seeds steps"),
@@ -184,8 +189,8 @@ def evaluate(config):
         half = device.type == "cuda"
         folder = fetch_base_model(config["base_model"], config["revision"], half, config["resolution"])
         pipeline, wait_until_ready = prepare_pipeline(config, plan, folder, prompts, device)
-    clip, training = scores.load_scorer(config, prompts, runs, device)
-    for note in scores.training_notes(runs, training):
+    scorers = scores.load_scorers(config, prompts, runs, device)
+    for note in scores.training_notes(runs, scorers.training):
         print(f"note: {note}")
 
     # Generate.
@@ -204,13 +209,13 @@ def evaluate(config):
     pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
     try:
         results.begin_images(runs, prompts, seeds, pool)
-        scores.score_runs(runs, prompts, seeds, clip, training, device)
+        scores.score_runs(runs, prompts, seeds, scorers)
         base_pairs = scores.prompt_pairs(runs[0].base, len(seeds), device)
         times.append(time.monotonic())
 
         # Judge and write.
-        made_with = provenance(device) | dict(scorers=scores.scorers_record(config, clip, training))
-        shown = dict(prompts=prompts, seeds=seeds, config=config, training=training, provenance=made_with)
+        made_with = provenance(device) | dict(scorers=scorers.record(config))
+        shown = dict(prompts=prompts, seeds=seeds, config=config, training=scorers.training, provenance=made_with)
         judge_and_write(runs, base_pairs, shown, output_dir)
     finally:
         pool.shutdown(cancel_futures=True)  # what is left after an error
@@ -246,28 +251,35 @@ def judge_and_write(runs, base_pairs, shown, output_dir):
     from lib.evaluation.choosing import sweep_summary
     from lib.evaluation.comparison import compare
     from lib.evaluation.metrics import scores
+    from lib.evaluation.metrics.concept_scale import concept_scale
     from lib.evaluation.metrics.effects import no_change_reason
     from lib.evaluation.metrics.table import margins_of
     from lib.evaluation.report.card import update_model_card
+    from lib.evaluation.report.words import scale_text
     from lib.evaluation.runs import group_runs
     from lib.evaluation.verdicts import analyse
 
-    prompts, training, margins = shown["prompts"], shown["training"], margins_of(shown["config"])
+    prompts, training, config = shown["prompts"], shown["training"], shown["config"]
+    scale = concept_scale(runs, prompts, training, config["concept_margin"])
+    margins = margins_of(config, scale)
     warnings = scores.shape_warnings(runs, training) + scores.image_warnings(runs, prompts, shown["seeds"])
+    if scale and scale["reason"]:
+        warnings.append(scale_text(scale))
     if reason := no_change_reason(base_pairs):
         print(f"note: {reason}")
     for warning in warnings:
         print(f"warning: {warning}")
     shown = shown | dict(warnings=warnings + scores.training_notes(runs, training))
     for run in runs:
-        summary = analyse([run], prompts, base_pairs, margins, training)
+        summary = analyse([run], prompts, base_pairs, margins, training, scale)
         if run.sweep:
             summary["sweep"] = sweep_summary(run, prompts, base_pairs, margins)
         results.write_run(run, summary, shown, base_pairs)
         update_model_card(run, summary, shown)
     if len(runs) > 1:
         groups = group_runs(runs)
-        summaries = {name: analyse(members, prompts, base_pairs, margins, training) for name, members in groups.items()}
+        given = prompts, base_pairs, margins, training, scale
+        summaries = {name: analyse(members, *given) for name, members in groups.items()}
         pairs = compare(groups, prompts, base_pairs, margins)
         results.write_comparison(output_dir / "comparison", groups, summaries, pairs, shown)
 

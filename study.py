@@ -34,6 +34,7 @@ CONFIG = dict(
     data_dir="processed_data",  # the images, with descriptions for the arm with varied captions
     prompts="prompts/study_sd15.txt",  # a prompt a line, with its category
     clip_model=None,  # that scores the images; None: the default of inference.py
+    similarity_model=None,  # for similarities of images; None: the default of inference.py
     lora_dir="lora_weights/study_sd15",  # a folder per training seed
     output_dir="results/study_sd15",  # a folder per training seed, and the page
     seeds=(42, 43, 44, 45, 46),  # training seeds; with fewer than three nothing is claimed
@@ -81,7 +82,7 @@ class Step(NamedTuple):
 
 VALUES = (
     (values.TEXT, "base_model data_dir prompts lora_dir output_dir"),
-    (values.or_none(values.TEXT), "clip_model"),
+    (values.or_none(values.TEXT), "clip_model similarity_model"),
     (values.several(values.whole(0, 2**62), 1), "seeds"),
     (values.several(values.number(0, 10), 1), "scales"),
     (values.whole(1), "sampling_seeds"),
@@ -122,9 +123,7 @@ def steps_of(seed, config, prompts):
         training.append(Step(arm, f"seed {seed}: train {arm}", done, command))
 
     shared += options(prompts=config["prompts"], seeds=config["sampling_seeds"])
-    if config["clip_model"]:
-        shared += options(clip_model=config["clip_model"])
-
+    shared += options(**{key: config[key] for key in ("clip_model", "similarity_model") if config[key]})
     asked = prompts, config["sampling_seeds"]
     done = all(is_evaluated(results / name, *asked) for name in names.values())
     done = done and (results / "comparison" / "metrics.json").is_file()
@@ -239,8 +238,9 @@ def main():
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # the output of the scripts stays in order with this one's
     study(config, prompts)
     if config["page"]:
-        from lib.study import page, words
+        from lib.study import levels, page, words
 
+        levels.write_levels(config["output_dir"], config["data_dir"])
         claims = page.write_study(config["output_dir"], ARMS, SCALED)
         print("\n" + "\n".join(words.sentence(claim) for claim in claims))
         print(f"\nopen {Path(config['output_dir']) / 'report.html'}")

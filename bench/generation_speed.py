@@ -147,6 +147,7 @@ def whole(args):
     """inference.py in a process of its own: on a GPU with empty kernel caches, then again."""
     folder = Path(tempfile.mkdtemp(prefix="generation_speed_"))
     options = ["--demo"] if args.demo else ["--base-model", args.base_model, "--clip-model", args.clip_model]
+    options += ["--similarity-model", "clip"]
     options += ["--lora-dir", args.lora_dir, "--output-dir", folder / "results"]
     try:
         for name in ("first run", "second run") if DEVICE.type == "cuda" else ("inference.py",):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.evaluation.metrics.concept_scale import MARGIN, base_similarity, scale_of
 from lib.study.files import study_of
 
 ARMS = ("rank32", "rank8", "unet_only", "dora", "protected", "protected_plain_loss", "varied_captions", "large_batch")
@@ -86,11 +87,14 @@ def record_of(name, arm, seed, rows, base_pairs, rng, base_model):
     """The keys of a metrics.json that a study reads."""
     training = dict(max_steps=1000, seed=seed, arm=arm, data_sha256="0" * 64, data_dir="processed_data")
     metadata = dict(seed=str(seed), caption="a holographic raincoat")
+    base, _ = base_similarity(rows, PROMPTS)
+    # So that the margin of 10% of the way is that of MARGINS.
+    level = dict(level=base + MARGINS["concept_similarity"] / MARGIN, held_out=None, images=28)
     return dict(
         run=name,
         config=dict(steps=28, guidance_scale=6.0, resolution=64, base_model=base_model),
         adapter=dict(fingerprint=name, metadata=metadata, training=training, held_out=[]),
-        summary=dict(margins=MARGINS),
+        summary=dict(margins=MARGINS, concept_scale=scale_of([level], base, "success", MARGIN)),
         pictures=rows,
         pairs=dict(base=base_pairs, lora=pairs(rng)),
         swept=[],

@@ -117,6 +117,7 @@ def test_a_supported_model_is_trained_resumed_and_evaluated(tiny_model, tmp_path
         lora_dir=tmp_path / "whole" / NAME,
         output_dir=tmp_path / "results",
         clip_model="none",
+        similarity_model="clip",
         data_dir="none",
         resolution=64,
         steps=2,

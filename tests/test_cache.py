@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from lib import cache, dataset
 from lib.dataset import KEPT, read_dataset
 from lib.errors import UserError
-from lib.evaluation.metrics import clip_scores
+from lib.evaluation.metrics import clip_scores, similarity
 from lib.training import latents, setup
 
 
@@ -307,11 +307,11 @@ def test_embeddings_of_training_pictures_are_kept(data, tiny_clip, tmp_path, mon
 
     def embedded():
         asked.clear()
-        found = clip_scores.kept_training_embeddings(read_dataset(data, 64), folder, clip)
+        found = similarity.kept_training_embeddings(read_dataset(data, 64), clip)
         return [part.tolist() for part in found], sum(asked)
 
     rows = read_dataset(data, 64)
-    plain = clip_scores.training_embeddings([rows.image(i) for i in range(6)], clip)
+    plain = similarity.training_embeddings([rows.image(i) for i in range(6)], clip)
     first, count = embedded()
     assert count == 12
     assert first == [part.tolist() for part in plain]

@@ -204,6 +204,7 @@ def common(tiny_model, tiny_clip, processed_data, few_prompts):
     return dict(
         base_model=tiny_model,
         clip_model=tiny_clip,
+        similarity_model="clip",
         data_dir=processed_data,
         prompts=few_prompts,
         resolution=64,
@@ -280,7 +281,7 @@ def test_advice_comes_first_then_images_then_curves_then_tables(chosen):
 def test_measured_again_it_is_the_same(chosen, common, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(chosen[0], copy)
-    config = {key: common[key] for key in ("clip_model", "data_dir")}
+    config = {key: common[key] for key in ("clip_model", "similarity_model", "data_dir")}
     run("inference.py", "--rescore", *options(output_dir=copy, **config))
     before, after = (json.loads((place / "metrics.json").read_text()) for place in (chosen[0], copy))
     assert before["summary"] == after["summary"]
@@ -326,7 +327,7 @@ def test_several_runs_have_a_choice_each(common, kept, tmp_path):
     snapshots = weights / f"{NAME}_seed7" / "snapshots"
     (snapshots / "step_000002").rename(snapshots / "step_000003")
     shutil.rmtree(snapshots / "step_000004")
-    config = common | dict(lora_dir=weights, output_dir=out, clip_model="none", seeds=1)
+    config = common | dict(lora_dir=weights, output_dir=out, clip_model="none", similarity_model="clip", seeds=1)
     run("inference.py", *options(**config), "--snapshots")
     points = {}
     for place in sorted(out.glob("*_seed*")):

@@ -47,6 +47,7 @@ def commands(tiny_model, sources):
             base_model=tiny_model,
             lora_dir=sources / "adapter",
             clip_model="none",
+            similarity_model="clip",
             resolution=64,
             steps=1,
             seeds=1,

@@ -21,7 +21,9 @@ from lib.evaluation.metrics import clip_scores, lpips_distances
 
 
 def tiny(model, clip, data):
-    return dict(base_model=model, clip_model=clip, data_dir=data, resolution=64, steps=2, seeds=2)
+    return dict(
+        base_model=model, clip_model=clip, similarity_model="clip", data_dir=data, resolution=64, steps=2, seeds=2
+    )
 
 
 @pytest.fixture(scope="module")

@@ -351,7 +351,15 @@ def test_a_wrong_file_is_refused_and_named(tmp_path, pipeline, change, words):
 
 def test_inference_takes_a_file(tmp_path, trained, tiny_model):
     """A folder of files: tests/test_other_adapters.py."""
-    config = dict(base_model=tiny_model, clip_model="none", data_dir="none", resolution=64, steps=1, seeds=1)
+    config = dict(
+        base_model=tiny_model,
+        clip_model="none",
+        similarity_model="clip",
+        data_dir="none",
+        resolution=64,
+        steps=1,
+        seeds=1,
+    )
     path = shutil.copy(trained / NAME / f"{NAME}.safetensors", tmp_path / "ours.safetensors")
     done = call("inference.py", *options(**config, lora_dir=path, output_dir=tmp_path / "one"))
     assert done.returncode == 0, done.stderr

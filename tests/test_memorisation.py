@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from lib.evaluation.metrics import clip_scores, memorisation
+from lib.evaluation.metrics import memorisation
 from lib.evaluation.metrics.memorisation import CopyStudy, memorised
+from lib.evaluation.metrics.similarity import nearest_training, similarities
 from lib.evaluation.statistics import UNCLEAR
 
 DIMENSIONS, SEEDS, PROMPTS = 32, 8, 3
@@ -45,7 +46,7 @@ def far(rng, *shape):
 
 def to_others(embeddings):
     """The similarity of each image to each other one [n, n], -inf to itself, all at once."""
-    similarity = clip_scores.similarities(embeddings, embeddings, mirror(embeddings))
+    similarity = similarities(embeddings, embeddings, mirror(embeddings))
     np.fill_diagonal(similarity, -np.inf)
     return similarity
 
@@ -62,7 +63,7 @@ def test_a_study_measures_nearness_as_the_scores_do():
     drawn, held_out, own = found.nearest()
     reference = found.trained_on, found.trained_on_mirrored
     for values, embeddings in ((drawn[1], found.drawn[1]), (held_out, found.held_out)):
-        expected, _ = clip_scores.nearest_training(embeddings, *reference)
+        expected, _ = nearest_training(embeddings, *reference)
         np.testing.assert_allclose(values, expected, atol=1e-5)
     np.testing.assert_allclose(own, reference_own(found), atol=1e-5)
 
@@ -306,7 +307,7 @@ def test_training_like_pictures_exceed_the_level_with_a_chance_of_5_percent_or_m
     for _ in range(100):
         trained_on, fresh = pictures(rng, m), pictures(rng, 1000)
         level = memorisation.reference_level(study(trained_on, fresh[None, :3]).own.across)
-        nearest, _ = clip_scores.nearest_training(fresh, trained_on, mirror(trained_on))
+        nearest, _ = nearest_training(fresh, trained_on, mirror(trained_on))
         shares.append((nearest > level).mean())
         too_high += shares[-1] < 0.05
     assert too_high <= 4  # of 100; 1 is allowed
@@ -423,7 +424,7 @@ def test_blocks_find_what_the_whole_matrix_holds(m, kind, at_once):
     drawn, held_out, own = study.nearest()
     np.testing.assert_allclose(own, ranked[:, :1].ravel(), atol=1e-6)
     for values, embeddings in ((held_out, study.held_out), (drawn[1], study.drawn[1])):
-        expected = clip_scores.similarities(embeddings, *study.trained).max(axis=1)
+        expected = similarities(embeddings, *study.trained).max(axis=1)
         np.testing.assert_allclose(values, expected, atol=1e-6)
 
     p_values = memorisation.copy_p_values(study, draws=199)

@@ -83,7 +83,7 @@ def test_a_new_metric_is_measured_judged_and_shown(brightness, tmp_path):
         for number in range(count):
             dark = np.asarray(picture(number)).astype(int) - dim - number % 3
             Image.fromarray(dark.clip(0).astype(np.uint8)).save(tmp_path / kind / f"{number}.png")
-    out, clip = tmp_path / "out", dict(clip_model="none")
+    out, clip = tmp_path / "out", dict(clip_model="none", similarity_model="clip")
     done = call("inference.py", *options(score_dir=f"{tmp_path / 'base'},{tmp_path / 'lora'}", output_dir=out, **clip))
     assert done.returncode == 0, done.stderr
     rows, record = list(csv.DictReader((out / "metrics.csv").open())), evaluated(out)

@@ -34,6 +34,7 @@ def evaluate(model, clip, data, folder, output_dir, **more):
         dict(
             base_model=model,
             clip_model=clip,
+            similarity_model="clip",
             data_dir=data,
             resolution=64,
             steps=1,

@@ -247,7 +247,15 @@ def test_what_is_refused_or_adapted_in_part_is_printed(tmp_path, models, tiny_mo
     kohya_file(folder / "part.safetensors", only(layers, "attn2"), ss_clip_skip="2")
     kohya_file(folder / "whole.safetensors", layers, 4.0, ss_clip_skip="1")
     save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, folder / "loha.safetensors")
-    config = dict(base_model=tiny_model, clip_model="none", data_dir="none", resolution=64, steps=1, seeds=1)
+    config = dict(
+        base_model=tiny_model,
+        clip_model="none",
+        similarity_model="clip",
+        data_dir="none",
+        resolution=64,
+        steps=1,
+        seeds=1,
+    )
     done = call("inference.py", *options(**config, lora_dir=folder, output_dir=tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]

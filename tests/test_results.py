@@ -25,6 +25,7 @@ def common(tiny_model, tiny_clip, processed_data, few_prompts):
     return dict(
         base_model=tiny_model,
         clip_model=tiny_clip,
+        similarity_model="clip",
         data_dir=processed_data,
         prompts=few_prompts,
         resolution=64,
@@ -90,7 +91,7 @@ def test_an_evaluation_names_what_scored_it(compared, common):
 def test_rescore_gives_the_same_figures(compared, tmp_path, common):
     copy = tmp_path / "copy"
     shutil.copytree(compared[0], copy)
-    config = {key: common[key] for key in ("clip_model", "data_dir")}
+    config = {key: common[key] for key in ("clip_model", "similarity_model", "data_dir")}
     run("inference.py", "--rescore", *options(output_dir=copy, **config))
     for name in ("lora_weights_rank8", "lora_weights_unet_only"):
         before, after = (json.loads((place / name / "metrics.json").read_text()) for place in (compared[0], copy))
@@ -103,7 +104,9 @@ def test_two_training_seeds_of_one_experiment_alone(tmp_path, common, trained):
     weights = tmp_path / "weights"
     for seed, factor in ((1, 1.0), (2, 0.5)):
         reseeded(trained / "lora_weights_rank_32", weights / f"mine_seed{seed}", seed, factor)
-    config = common | dict(lora_dir=weights, output_dir=tmp_path / "out", clip_model="none", seeds=1)
+    config = common | dict(
+        lora_dir=weights, output_dir=tmp_path / "out", clip_model="none", similarity_model="clip", seeds=1
+    )
     done = call("inference.py", *options(**config))
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "comparison" / "metrics.json").read_text())
@@ -111,7 +114,9 @@ def test_two_training_seeds_of_one_experiment_alone(tmp_path, common, trained):
     assert list(record["experiments"]) == ["mine"]
     # The published study's mistake is caught among saved images as well.
     shutil.copytree(tmp_path / "out" / "mine_seed1", tmp_path / "out" / "rank_8")
-    done = call("inference.py", "--rescore", *options(output_dir=tmp_path / "out", clip_model="none"))
+    done = call(
+        "inference.py", "--rescore", *options(output_dir=tmp_path / "out", clip_model="none", similarity_model="clip")
+    )
     assert_one_line(done, "are the same adapter")
 
 
@@ -129,7 +134,9 @@ def test_rescore_names_a_missing_picture(compared, tmp_path, common):
     copy = tmp_path / "copy"
     shutil.copytree(compared[0] / "lora_weights_rank8", copy)
     (copy / "images" / "a-red-leather-jacket" / "base_42.png").unlink()
-    done = call("inference.py", "--rescore", *options(output_dir=copy, clip_model=common["clip_model"]))
+    done = call(
+        "inference.py", "--rescore", *options(output_dir=copy, clip_model=common["clip_model"], similarity_model="clip")
+    )
     assert_one_line(done, "base_42.png")
     assert (copy / "report.html").is_file()
 
@@ -140,7 +147,17 @@ def test_score_dir_measures_pictures_drawn_elsewhere(tmp_path, tiny_clip):
         for number in range(1, 6):
             picture(number + shift).save(tmp_path / kind / f"{kind}_{number}.png")
     pair = f"{tmp_path / 'base'},{tmp_path / 'lora'}"
-    run("inference.py", "--score-dir", pair, "--clip-model", "none", "--output-dir", tmp_path / "out")
+    run(
+        "inference.py",
+        "--score-dir",
+        pair,
+        "--clip-model",
+        "none",
+        "--similarity-model",
+        "clip",
+        "--output-dir",
+        tmp_path / "out",
+    )
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     measured = [row["lpips"] for row in record["pictures"] if row["model"] == "lora"]
     expected = lpips_distances.lpips_distances(
@@ -149,7 +166,17 @@ def test_score_dir_measures_pictures_drawn_elsewhere(tmp_path, tiny_clip):
     np.testing.assert_allclose(measured, expected, atol=1e-6)
     assert record["summary"]["verdicts"] == []
     (tmp_path / "lora" / "lora_5.png").unlink()
-    done = call("inference.py", "--score-dir", pair, "--clip-model", "none", "--output-dir", tmp_path / "o")
+    done = call(
+        "inference.py",
+        "--score-dir",
+        pair,
+        "--clip-model",
+        "none",
+        "--similarity-model",
+        "clip",
+        "--output-dir",
+        tmp_path / "o",
+    )
     assert_one_line(done, "4")
 
 

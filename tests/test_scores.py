@@ -10,6 +10,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from lib.evaluation import verdicts
 from lib.evaluation.metrics import clip_scores, lpips_distances, scores
+from lib.evaluation.metrics.similarity import concept_similarity, kernel_distance, nearest_training
 from lib.evaluation.statistics import UNCLEAR
 
 
@@ -73,10 +74,10 @@ def test_concept_similarity_and_nearest():
     training = np.eye(3, dtype=np.float32)
     mirrored = np.roll(training, 1, axis=0)
     embeddings = np.array([[1, 0, 0], [0.6, 0.8, 0]], np.float32)
-    assert_close(clip_scores.concept_similarity(embeddings, training), [1 / 3, 1.4 / 3], 1e-6)
-    similarity, index = clip_scores.nearest_training(embeddings[1:], training, np.zeros((3, 3)))
+    assert_close(concept_similarity(embeddings, training), [1 / 3, 1.4 / 3], 1e-6)
+    similarity, index = nearest_training(embeddings[1:], training, np.zeros((3, 3)))
     assert (similarity[0], index[0]) == (np.float32(0.8), 1)
-    similarity, index = clip_scores.nearest_training(embeddings[1:], np.zeros((3, 3)), mirrored)
+    similarity, index = nearest_training(embeddings[1:], np.zeros((3, 3)), mirrored)
     assert (similarity[0], index[0]) == (np.float32(0.8), 2)
 
 
@@ -167,13 +168,13 @@ def test_kernel_distance_is_the_unbiased_one():
         return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
 
     expected = within(a) + within(b) - 2 * kernel(a, b).mean()
-    assert clip_scores.kernel_distance(a, b) == pytest.approx(expected, rel=1e-3)
-    same = [clip_scores.kernel_distance(unit(rng, 16, 0.3), unit(rng, 24, 0.3)) for _ in range(30)]
+    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-3)
+    same = [kernel_distance(unit(rng, 16, 0.3), unit(rng, 24, 0.3)) for _ in range(30)]
     assert abs(np.mean(same)) < 3 * np.std(same) / 30**0.5  # 0 on average for equal sets
     torch.manual_seed(1)
     before = torch.rand(1)
     torch.manual_seed(1)
-    clip_scores.kernel_distance(a, b)
+    kernel_distance(a, b)
     assert torch.rand(1) == before  # it disturbs nobody's random numbers
 
 

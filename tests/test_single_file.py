@@ -235,6 +235,7 @@ def test_train_and_inference_take_the_file(one_file, processed_data, tmp_path):
         lora_dir=tmp_path / "runs" / NAME,
         output_dir=tmp_path / "out",
         clip_model="none",
+        similarity_model="clip",
         data_dir="none",
         resolution=64,
         steps=1,

@@ -13,7 +13,7 @@ from test_preprocess import prepare
 from lib.config import check_resolution, half_resolution, image_size
 from lib.errors import UserError
 from lib.evaluation import generation
-from lib.evaluation.metrics import clip_scores
+from lib.evaluation.metrics import clip_scores, similarity
 from lib.evaluation.report import charts
 from lib.images import shown, strip
 from lib.training.monitor import LARGEST_SIDE
@@ -130,7 +130,7 @@ def test_clip_sees_squares_as_its_processor_does(clip):
     with torch.no_grad():
         expected = clip.model.get_image_features(pixel_values=processed).pooler_output
     found = clip_scores.image_embeddings(images, clip)
-    np.testing.assert_array_equal(found, clip_scores.unit_length(expected))
+    np.testing.assert_array_equal(found, similarity.unit_length(expected))
 
 
 @pytest.mark.parametrize("size", [(64, 96), (96, 64)])
@@ -181,7 +181,7 @@ def test_sheets_show_pictures_in_their_shape(size):
 def common(tiny_model, tiny_clip, tmp_path_factory):
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("a holographic raincoat\nnear: a raincoat\nunrelated: a cat\n")
-    return dict(base_model=tiny_model, clip_model=tiny_clip, steps=1, seeds=2, prompts=prompts)
+    return dict(base_model=tiny_model, clip_model=tiny_clip, similarity_model="clip", steps=1, seeds=2, prompts=prompts)
 
 
 @pytest.fixture(scope="module")

@@ -252,6 +252,18 @@ def test_hours_come_from_the_rates_in_the_bench():
         assert arm in text
 
 
+def test_models_that_score_are_passed_on():
+    config = study.CONFIG | dict(output_dir="/nowhere", lora_dir="/nowhere")
+    more = ["--clip-model", "mine", "--similarity-model", "a folder"]
+    for changes, expected in ((dict(), []), (dict(clip_model="mine", similarity_model="a folder"), more)):
+        steps = study.steps_of(42, config | changes, [])
+        commands = [step.command for step in steps if step.command[0] == "inference.py"]
+        assert len(commands) == 2
+        for command in commands:
+            passed = [place for place, part in enumerate(command) if part in ("--clip-model", "--similarity-model")]
+            assert [command[place + more] for place in passed for more in (0, 1)] == expected
+
+
 # ---- evaluations that are not comparable ---------------------------------------------------
 
 

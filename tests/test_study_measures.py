@@ -171,6 +171,7 @@ def test_an_evaluation_keeps_scales_and_speed(trained, tiny_model, tiny_clip, pr
         prompts=tmp_path / "prompts.txt",
         base_model=tiny_model,
         clip_model=tiny_clip,
+        similarity_model="clip",
         data_dir=processed_data,
         resolution=64,
         steps=2,

@@ -133,7 +133,7 @@ def sweep_summary(run, prompts, base_pairs, margins):
         if now and before and point.scale == 1:
             rows[-1]["held_out"] = mean_interval([np.subtract(now, before)])
     choice = None
-    if all(CONCEPT in of_point for of_point in values.values()):
+    if "concept_similarity" in margins and all(CONCEPT in of_point for of_point in values.values()):
         choice = choice_of(values, margins["concept_similarity"])
     return dict(rows=rows, choice=choice, advice=advice_text(choice, rows, margins))
 
@@ -183,6 +183,8 @@ def advice_text(choice, rows, margins):
     if choice is None:
         if not all(CONCEPT in row for row in rows):
             return "None is advised. The concept was not measured."
+        if "concept_similarity" not in margins:
+            return "None is advised. The scale of concept similarity is unknown, and with it the margin."
         return f"None is advised. Choosing on one half of the sampling seeds and reporting on the other needs {FEWEST}."
     chosen, best, last = choice["chosen"], choice["best"], named(choice["greatest"])
     (choosing, reporting), margin = choice["seeds"], margins["concept_similarity"]

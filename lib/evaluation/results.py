@@ -72,7 +72,8 @@ def read_saved(output_dir, config):
         runs.append(run)
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
     # How images were generated is saved; how they are scored and judged is configured now.
-    scoring = {"clip_model", "clip_revision", "data_dir", "output_dir", "overwrite", "rescore"}
+    scoring = {"clip_model", "clip_revision", "similarity_model", "similarity_revision", "data_dir"}
+    scoring |= {"output_dir", "overwrite", "rescore"}
     scoring |= {key for key in config if key.endswith("_margin")}
     return runs, config | record["config"] | {key: config[key] for key in scoring}, prompts, seeds
 

@@ -294,5 +294,10 @@ def jackknife(statistic, seeds):
     """
     every = np.arange(seeds)
     whole = np.asarray(statistic(every), np.float64)
-    without = np.stack([statistic(np.delete(every, seed)) for seed in every], axis=-1)
-    return whole[..., None] - (seeds - 1) * (without - without.mean(axis=-1, keepdims=True))
+    return pseudo_values(whole, np.stack([statistic(np.delete(every, seed)) for seed in every], axis=-1))
+
+
+def pseudo_values(whole, without):
+    """`jackknife` from the statistic over all of n samples, `whole` [...], and without each, `without` [..., n]."""
+    whole, n = np.asarray(whole), without.shape[-1]
+    return whole[..., None] - (n - 1) * (without - without.mean(axis=-1, keepdims=True))

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lib.evaluation.metrics.concept_scale import concept_share
 from lib.evaluation.metrics.effects import copy_study, effects, grid, kernel_distances
 from lib.evaluation.metrics.lpips_distances import FEWEST_SEEDS, pair_mean
 from lib.evaluation.metrics.memorisation import memorised, similarity_to_others
 from lib.evaluation.metrics.table import DIFFERENCE, METRICS
 from lib.evaluation.prompts import CATEGORIES, members
-from lib.evaluation.report.words import interval_text
+from lib.evaluation.report.words import interval_text, way_text
 from lib.evaluation.statistics import (
     FEWEST_RUNS,
     UNCLEAR,
@@ -35,11 +36,11 @@ TOO_FEW_RUNS = {
 }
 
 
-def analyse(runs, prompts, base_pairs, margins, training=None):
+def analyse(runs, prompts, base_pairs, margins, training=None, scale=None):
     """Every figure of one experiment with its interval, and the verdicts: a dict for metrics.json.
 
     `runs` are the experiment's training runs, `base_pairs` as for `effects`, `margins` a dict by metric, `training` a
-    TrainingSet or None.
+    TrainingSet or None, `scale` that of the evaluation's concept (concept_scale.py) or None.
     """
     found = effects(runs, prompts, base_pairs)
     differences = [key for key in found if METRICS[key].kind == DIFFERENCE]
@@ -63,11 +64,12 @@ def analyse(runs, prompts, base_pairs, margins, training=None):
                 total["picked_up"] = share
             for key in (f"{model}_{key}" for key in differences for model in ("base", "lora")):
                 total[key] = float(np.mean([table[i][key] for i in chosen]))
+            if training is not None and (share := concept_share(runs, chosen, training)):
+                total["concept_share"] = share
             if training is not None and len(training.names) > 1 and "change" in found:
                 total["kernel_distance"] = kernel_distances(runs, chosen, training.embeddings)
-    summary = dict(
-        runs=[run.name for run in runs], seeds=base_pairs.shape[-1], prompts=table, categories=totals, margins=margins
-    )
+    summary = dict(runs=[run.name for run in runs], seeds=base_pairs.shape[-1], prompts=table, categories=totals)
+    summary |= dict(margins=margins, concept_scale=scale)
     success = members(prompts, "success")
     if training is not None and success:
         reason = next(filter(None, (training.not_of(run.adapter) for run in runs)), None)
@@ -192,6 +194,7 @@ def verdict(question, line, key, total, margin):
         change += "image of the same prompt"
     text = question.text.format(
         interval=interval_text(total[key], METRICS[key].signed),
+        way=way_text(total),
         margin=margin,
         bound=line.counterclaim[1],
         change=change,
@@ -205,8 +208,8 @@ def learned(concept, clip, success, margins):
     """Whether concept similarity rose on success prompts and the CLIP score did not fall by the margin."""
     moved = success["concept_similarity"]
     text = (
-        f"On success prompts the similarity to the training images changed by {interval_text(moved)} (negligible below "
-        f"{margins['concept_similarity']:g}), the CLIP score by {interval_text(success['clip'])} (it may fall by less "
+        f"On success prompts the similarity to the training images changed by {interval_text(moved)}{way_text(success)} "
+        f"(negligible below {margins['concept_similarity']:g}), the CLIP score by {interval_text(success['clip'])} (it may fall by less "
         f"than {margins['clip']:g}). "
     )
     if concept.holds is False:

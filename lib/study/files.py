@@ -3,6 +3,7 @@
 results/study/seed42/<arm>_seed42/metrics.json            each arm at full scale
 results/study/seed42/comparison/metrics.json              written last
 results/study/scales_seed42/<arm>_seed42/metrics.json     some arms at several scales
+results/study/training_level.json                         for evaluations without the scale of the concept
 """
 
 import json
@@ -12,11 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from lib.errors import UserError
+from lib.evaluation.metrics.concept_scale import base_similarity, scale_of
 from lib.evaluation.metrics.scores import Run
+from lib.evaluation.report.words import scale_text
 from lib.evaluation.results import GENERATED_WITH
 from lib.evaluation.runs import check_fingerprints, group_runs
 
 MINIATURE = "demo/model"
+LEVELS = "training_level.json"
+LATER = "The margin of concept similarity, {now:g}, was set after these evaluations, which had one of {before:g}."
 
 
 @dataclass
@@ -30,6 +35,7 @@ class Study:
     arms: dict  # {arm: [Run per training seed]}
     scaled: dict  # {arm: {scale: [Run per training seed]}}, without the scale 0
     margins: dict
+    scale: dict  # of the concept, see concept_scale.py; None where it is unknown
     drawn_with: dict  # the settings of generation
     provenance: dict  # of the first evaluation
     files: list = field(default_factory=list)  # every metrics.json that was read
@@ -66,7 +72,17 @@ def read_study(folder, arms, scaled):
         records[seed] = {key: (path, read_record(path)) for key, path in paths.items()}
     if not records:
         raise UserError(f"{folder}: no whole training seed in it; run python study.py")
-    return study_of(records, arms, scaled, notes)
+    levels = read_levels(folder / LEVELS) if (folder / LEVELS).is_file() else {}
+    return study_of(records, arms, scaled, notes, levels)
+
+
+def read_levels(path):
+    """{run: level of its training images, with the margin's share} of `write_levels`; UserError if it cannot be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {name: level | dict(share=record["share"]) for name, level in record["runs"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise UserError(f"{path} cannot be read ({problem!r}); remove it and run study.py again") from None
 
 
 def read_record(folder):
@@ -84,8 +100,8 @@ def read_record(folder):
         ) from None
 
 
-def study_of(records, arms, scaled, notes):
-    """A Study from {training seed: {(arm, "own" or "scales"): (folder, record)}}."""
+def study_of(records, arms, scaled, notes, levels=None):
+    """A Study from {training seed: {(arm, "own" or "scales"): (folder, record)}}; `levels` from `read_levels`."""
     every = [pair for of_seed in records.values() for pair in of_seed.values()]
     first_place, first = every[0]
     prompts, seeds = prompts_and_seeds(first)
@@ -98,6 +114,15 @@ def study_of(records, arms, scaled, notes):
                 "again"
             )
     notes = notes + check_judged_alike(every)
+    scale = study_scale([record for _, record in every], prompts, levels or {})
+    margins = dict(first["summary"]["margins"])
+    before = margins.pop("concept_similarity", None)
+    if scale and scale["margin"]:
+        margins["concept_similarity"] = scale["margin"]
+        if before and "concept_scale" not in first["summary"]:
+            notes = [*notes, LATER.format(now=scale["margin"], before=before)]
+    elif scale:
+        notes = [*notes, scale_text(scale)]
     shape = len(prompts), len(seeds)
     runs = {
         key: [run_of(of_seed[key][1], of_seed[key][0], shape) for of_seed in records.values()]
@@ -124,7 +149,8 @@ def study_of(records, arms, scaled, notes):
         base_pairs=full_pairs(first["pairs"]["base"], shape),
         arms=by_arm,
         scaled=by_scale,
-        margins=first["summary"]["margins"],
+        margins=margins,
+        scale=scale,
         drawn_with=drawn_with,
         provenance={key: first.get(key) for key in ("versions", "commit", "device")},
         files=[str(place / "metrics.json") for place, _ in every],
@@ -144,7 +170,11 @@ def check_judged_alike(every):
         if not scorers:
             unknown.add(place)
         facts = {f"scorers ({key.replace('_', ' ')})": digest for key, digest in scorers.items()}
-        for what, fact in (facts | dict(margins=record["summary"]["margins"])).items():
+        # The margin of concept similarity follows from each evaluation's own scale; the share of it is what was chosen.
+        margins = {key: value for key, value in record["summary"]["margins"].items() if key != "concept_similarity"}
+        if scale := record["summary"].get("concept_scale"):
+            margins["share of the concept's scale"] = scale["share"]
+        for what, fact in (facts | dict(margins=margins)).items():
             first_place, first = known.setdefault(what, (place, fact))
             if fact != first:
                 raise UserError(
@@ -157,6 +187,17 @@ def check_judged_alike(every):
             "they are taken to be the same."
         ]
     return []
+
+
+def study_scale(records, prompts, levels):
+    """The scale of the concept from each evaluation's own or, where that lacks one, from `levels`; None where concept
+    similarity was not measured."""
+    base, category = base_similarity(records[0]["pictures"], prompts)
+    if base is None:
+        return None
+    unknown = dict(level=None, held_out=None, images=0, share=None)
+    scales = [record["summary"].get("concept_scale") or levels.get(record["run"], unknown) for record in records]
+    return scale_of(scales, base, category, scales[0]["share"])
 
 
 def prompts_and_seeds(record):

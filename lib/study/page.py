@@ -44,7 +44,7 @@ QUESTIONS = {
 }
 SAVED = ("forest.png", "change_and_concept.png")
 KINDS = {True: "good", False: "bad", None: "open"}
-DETAILS = ("config", "margins", "prompts", "versions", "commit", "device", "files")
+DETAILS = ("config", "margins", "concept_scale", "prompts", "versions", "commit", "device", "files")
 
 
 def write_study(folder, arms, scaled):
@@ -73,6 +73,7 @@ def write_study(folder, arms, scaled):
         at_equal_concept=equal,
         runs=runs,
         margins=study.margins,
+        concept_scale=study.scale,
         config=study.drawn_with,
         training_seeds=study.training_seeds,
         sampling_seeds=study.sampling_seeds,
@@ -177,7 +178,7 @@ def study_page(study, claims, rows, questions, figures, sheet, record):
         cards=cards,
         limits=words.limits(study),
         warnings=study.notes,
-        note=words.note_text(rows),
+        note=words.note_text(study, rows),
         strip=sheet,
         questions=forest_bars,
         charts={name: pages.figure_uri(figure) for name, figure in figures.items() if name != "forest.png"},

@@ -2,7 +2,7 @@
 
 from lib.evaluation.metrics.table import metric_name
 from lib.evaluation.prompts import CATEGORIES, members
-from lib.evaluation.report.words import concept_name, interval_text, markdown_table
+from lib.evaluation.report.words import concept_name, interval_text, markdown_table, scale_text
 from lib.study.measures import BASELINE, NOT_ASKED, PROTECTED
 
 LIMITS = (
@@ -68,9 +68,10 @@ def introduction(study):
     )
 
 
-def note_text(rows):
+def note_text(study, rows):
     """How the comparisons were tested."""
-    return (
+    scale = "" if study.scale is None or study.scale["reason"] else f"{scale_text(study.scale)} "
+    return scale + (
         "Intervals are 95% intervals over training and sampling seeds. Higher or lower: the interval excludes 0. "
         "Equivalent: the 90% interval lies within the margin (two one-sided tests). Both are corrected with Holm's "
         f"method over the {len(rows)} comparisons that the claims rest on. These were fixed after two pilots of three "
@@ -169,7 +170,7 @@ def claims_markdown(study, claims, rows):
         "the points of claim 3, study.json every figure and the files that they are from.",
         markdown_table(claims_table(claims)).replace("|--:", "|---"),
         " ".join(limits(study)),
-        note_text(rows),
+        note_text(study, rows),
         *study.notes,
         *map(claim_section, claims),
     ]

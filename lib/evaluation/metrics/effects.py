@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from lib.evaluation.metrics.clip_scores import kernel_distance
 from lib.evaluation.metrics.lpips_distances import no_change_reason
 from lib.evaluation.metrics.memorisation import CopyStudy
+from lib.evaluation.metrics.similarity import kernel_distance
 from lib.evaluation.metrics.table import DIFFERENCE, METRICS, SHARE
 from lib.evaluation.statistics import jackknife, mean_interval
 

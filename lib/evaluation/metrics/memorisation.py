@@ -46,7 +46,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, special, stats
 
-from lib.evaluation.metrics.clip_scores import similarities
+from lib.evaluation.metrics.similarity import similarities
 from lib.evaluation.statistics import UNCLEAR
 
 ALPHA = 0.05  # chance of "yes" where nothing is copied, and of a bound that does not hold
@@ -180,7 +180,7 @@ def nearest_of_the_rest(neighbours, chosen):
 
 @dataclass
 class CopyStudy:
-    """CLIP image embeddings of one training run, float32 of unit length.
+    """Image embeddings of one training run, float32 of unit length.
 
     `*_mirrored` are the embeddings of the same images mirrored: a mirrored copy is a copy.
     """

@@ -13,10 +13,13 @@ from tqdm import tqdm
 from lib.config import image_size
 from lib.dataset import Images, prepared_as, read_dataset
 from lib.errors import UserError
-from lib.evaluation.metrics.clip_scores import Clip, fetch_clip, image_embeddings, kept_training_embeddings, load_clip
+from lib.evaluation.metrics.clip_scores import Clip, fetch_clip, load_clip
+from lib.evaluation.metrics.dinov2 import Dinov2, fetch_dinov2, load_dinov2
 from lib.evaluation.metrics.lpips_distances import lpips_digest, pairwise_lpips
+from lib.evaluation.metrics.similarity import kept_training_embeddings
 from lib.evaluation.metrics.table import METRICS
 from lib.evaluation.prompts import check_prompt_lengths
+from lib.models import base_model_name
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Run:
     rows: list = None  # a dict an image; see `score`
     folder: Path = None  # the adapter's own, if its images were generated now
     pairs: np.ndarray = None  # LPIPS between the LoRA images of a prompt, [prompts, seeds, seeds]
-    embeddings: dict = None  # {"base", "lora", "lora_mirrored"}: CLIP embeddings [prompts, seeds, d]
+    embeddings: dict = None  # {"base", "lora", "lora_mirrored"}: embeddings [prompts, seeds, d]
     sweep: dict = field(default_factory=dict)  # {Point: Run}: `points`, scored
     saving: list = ()  # futures of the threads that write its images
 
@@ -54,7 +57,7 @@ def data_hash(adapter):
 
 @dataclass
 class TrainingSet:
-    """The training images and their CLIP embeddings."""
+    """The training images and their embeddings by the encoder of similarities."""
 
     names: list
     pictures: Images  # PIL, read on access
@@ -63,6 +66,7 @@ class TrainingSet:
     mirrored: np.ndarray  # [m, d], of the mirrored images
     sizes: list = ()  # (width, height) of each
     data_dir: str = "the data folder"
+    clip_embeddings: np.ndarray = None  # [m, d], by CLIP where that is not the encoder of similarities
 
     def is_of(self, adapter):
         """Whether `adapter`, as `describe` returns it, is known to have been trained on these images."""
@@ -90,47 +94,75 @@ class ImageSet:
     prompts: list  # the prompt of each image
     device: object = "cpu"
     clip: Clip | None = None
-    training: TrainingSet | None = None  # never without `clip`
+    encoder: Clip | Dinov2 | None = None  # of similarities
+    training: TrainingSet | None = None  # never without `encoder`
     base: list = None  # the base image from the same noise for each; None for base images
     known: dict = field(default_factory=dict)  # {metric: {column: values}} scored before
 
     @functools.cached_property
     def embeddings(self):
+        """Embeddings [n, d] by the encoder of similarities."""
+        return self.encoder.embed(self.images)
+
+    @functools.cached_property
+    def clip_embeddings(self):
         """CLIP embeddings [n, d]."""
-        return image_embeddings(self.images, self.clip)
+        return self.embeddings if self.clip is self.encoder else self.clip.embed(self.images)
 
 
-def load_scorer(config, prompts, runs, device):
-    """(Clip, TrainingSet); None, with a note, for what is not wanted or missing."""
-    if config["clip_model"] == "none":
-        print("note: without a CLIP model only LPIPS is measured")
-        return None, None
-    folder = fetch_clip(config["clip_model"], config["clip_revision"])
-    data_dir, rows = config["data_dir"], None
-    if (Path(data_dir) / "captions.jsonl").is_file():
+@dataclass
+class Scorers:
+    """The models that score images, and the training images; None for what is not wanted or missing."""
+
+    device: object
+    clip: Clip | None = None
+    encoder: Clip | Dinov2 | None = None  # of similarities
+    training: TrainingSet | None = None  # never without `encoder`
+
+    def record(self, config):
+        """What scored the images, for metrics.json: {"clip", "similarity", "lpips": {"model", "sha256"}, "training_images":
+        {"folder", "sha256"}}, or None. Scores of other digests are not comparable."""
+        models = dict(clip=self.clip, similarity=self.encoder)
+        names = dict(clip=config["clip_model"], similarity=config["similarity_model"])
+        names["similarity"] = names["clip"] if self.encoder is self.clip else names["similarity"]
+        record = {
+            key: model and dict(model=base_model_name(names[key]), sha256=model.digest) for key, model in models.items()
+        }
+        images = self.training and dict(folder=self.training.data_dir, sha256=self.training.hashes[0])
+        return record | dict(lpips=dict(model="AlexNet v0.1", sha256=lpips_digest()), training_images=images)
+
+
+def load_scorers(config, prompts, runs, device):
+    """The Scorers; a note is printed for what is not wanted or missing."""
+    clip_model, similarity_model = config["clip_model"], config["similarity_model"]
+    if clip_model == "none":
+        also = similarity_model in ("clip", "none")
+        print(f"note: without a CLIP model {'only LPIPS is' if also else 'the CLIP score is not'} measured")
+    clip_folder = None if clip_model == "none" else fetch_clip(clip_model, config["clip_revision"])
+    data_dir, rows, folder = config["data_dir"], None, None
+    if similarity_model == "none" or (similarity_model == "clip" and not clip_folder):
+        pass
+    elif (Path(data_dir) / "captions.jsonl").is_file():
+        if similarity_model != "clip":
+            folder = fetch_dinov2(similarity_model, config["similarity_revision"])
         rows = read_dataset(data_dir, training_resolution(config, runs))
     else:
         print(f"note: {data_dir} has no captions.jsonl; concept similarity is not measured")
-    clip = load_clip(folder, device)
-    check_prompt_lengths(prompts, clip.processor.tokenizer, clip.max_tokens, config["clip_model"])
+    scorers = Scorers(device)
+    if clip_folder:
+        scorers.clip = clip = load_clip(clip_folder, device)
+        check_prompt_lengths(prompts, clip.processor.tokenizer, clip.max_tokens, clip_model)
     if not rows:
-        return clip, None
+        return scorers
+    scorers.encoder = load_dinov2(folder, device) if folder else scorers.clip
     hashes = [rows.sha256]
     with contextlib.suppress(UserError):  # only some data sets have descriptions
         hashes.append(read_dataset(data_dir, rows.resolution, "description").sha256)
-    embeddings = kept_training_embeddings(rows, folder, clip)
-    names = [row.name for row in rows]
-    return clip, TrainingSet(names, Images(rows), tuple(hashes), *embeddings, rows.sizes, str(data_dir))
-
-
-def scorers_record(config, clip, training):
-    """What scores the images, for metrics.json: {"clip", "lpips", "training_images"}: dict(model or folder, sha256), or
-    None. Scores of other digests are not comparable."""
-    return dict(
-        clip=clip and dict(model=config["clip_model"], sha256=clip.digest),
-        lpips=dict(model="AlexNet v0.1", sha256=lpips_digest()),
-        training_images=training and dict(folder=training.data_dir, sha256=training.hashes[0]),
-    )
+    embeddings, names = kept_training_embeddings(rows, scorers.encoder), [row.name for row in rows]
+    scorers.training = TrainingSet(names, Images(rows), tuple(hashes), *embeddings, rows.sizes, str(data_dir))
+    if scorers.clip and scorers.clip is not scorers.encoder:
+        scorers.training.clip_embeddings, _ = kept_training_embeddings(rows, scorers.clip)
+    return scorers
 
 
 def training_resolution(config, runs):
@@ -191,17 +223,18 @@ def score(run, prompts, seeds, base, embedded=True):
             run.rows.append(dict(prompt=prompt, category=category, seed=seed, model=model) | columns)
     run.pairs = prompt_pairs(run.lora, len(seeds), base.device)
     if base.training and embedded:
-        mirrored = image_embeddings([ImageOps.mirror(image) for image in run.lora], base.clip)
+        mirrored = base.encoder.embed([ImageOps.mirror(image) for image in run.lora])
         embeddings = dict(base=base.embeddings, lora=lora.embeddings, lora_mirrored=mirrored)
         run.embeddings = {name: values.reshape(len(prompts), len(seeds), -1) for name, values in embeddings.items()}
 
 
-def score_runs(runs, prompts, seeds, clip, training, device):
+def score_runs(runs, prompts, seeds, scorers):
     """Score every run and, where it was generated at several points, each of them, in `sweep`: {Point: Run}."""
     texts = [prompt for _, prompt in prompts for _ in seeds]
     for run in tqdm(runs, desc="scores", unit="run", leave=False, disable=len(runs) == 1):
         if run.base is not runs[0].base or run is runs[0]:  # shared base images are scored once
-            base = ImageSet(run.base, texts, device, clip, training)
+            models = scorers.clip, scorers.encoder, scorers.training
+            base = ImageSet(run.base, texts, scorers.device, *models)
         score(run, prompts, seeds, base)
         for point, images in sorted(run.points.items()):
             if run.is_own(point):
@@ -219,7 +252,7 @@ def shape_warnings(runs, training):
     if any(abs(w / h / (width / height) - 1) < 0.1 for w, h in training.sizes):
         return []
     return [
-        f"The images are {width}x{height}, a shape that no training image has: resized to squares for CLIP, they "
+        f"The images are {width}x{height}, a shape that no training image has: resized to squares, they "
         "are less similar to the training images, and copies are harder to find."
     ]
 

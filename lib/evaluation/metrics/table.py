@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lib.evaluation.metrics.clip_scores import concept_similarity, nearest_training, text_embeddings
+from lib.evaluation.metrics.clip_scores import text_embeddings
 from lib.evaluation.metrics.lpips_distances import change, lpips_distances, variety
 from lib.evaluation.metrics.memorisation import AS_NEAR
+from lib.evaluation.metrics.similarity import concept_similarity, nearest_training
 from lib.evaluation.prompts import CATEGORIES, UNTAUGHT
 from lib.evaluation.statistics import UNCLEAR
 
@@ -25,9 +26,9 @@ class Question:
     name: str
     asks: str  # in plain words
     wanted: str  # the answer of a good adapter
-    says: dict  # {answer: a sentence}; may hold {concept}, {pick_up}, {images} and {bound}, see words.py
+    says: dict  # {answer: a sentence}; may hold {concept}, {way}, {pick_up}, {images} and {bound}, see words.py
     category: str = "success"  # whose prompts it is about
-    text: str = ""  # the figures; may hold {interval}, {margin}, {bound} and {change}, see verdicts.py
+    text: str = ""  # the figures; may hold {interval}, {way}, {margin}, {bound} and {change}, see verdicts.py
     ends: dict = field(default_factory=dict)  # {answer: what follows `text`}
     bar: str = ""  # label of its interval as a bar
     inverted: bool = False  # whether the first claim of Metric.tested makes a no
@@ -72,7 +73,7 @@ def clip_score(images, adapter):
     """Cosine of each image and its prompt."""
     if not images.clip:
         return None
-    return (images.embeddings * text_embeddings(images.prompts, images.clip)).sum(axis=1)
+    return (images.clip_embeddings * text_embeddings(images.prompts, images.clip)).sum(axis=1)
 
 
 def lpips(images, adapter):
@@ -83,6 +84,13 @@ def lpips(images, adapter):
 def concept(images, adapter):
     """Mean cosine of each image to the training images."""
     return concept_similarity(images.embeddings, images.training.embeddings) if images.training else None
+
+
+def clip_image_similarity(images, adapter):
+    """Mean cosine of each image to the training images by CLIP, where another encoder measures the concept."""
+    if not images.training or images.training.clip_embeddings is None:
+        return None
+    return concept_similarity(images.clip_embeddings, images.training.clip_embeddings)
 
 
 def nearest(images, adapter):
@@ -113,8 +121,8 @@ def kept(category):
             UNCLEAR: f"Unclear: do {category.plain} pick it up?{{images}}",
         },
         category=category.name,
-        text=f"On {category.noun} the similarity to the training images changed by {{interval}} (negligible below "
-        "{margin:g}){change}. ",
+        text=f"On {category.noun} the similarity to the training images changed by {{interval}}{{way}} (negligible "
+        "below {margin:g}){change}. ",
         ends={
             "no": "The concept bleeds into them.",
             "yes": "They move toward the training images by less than the margin.",
@@ -129,8 +137,8 @@ LEARNED = Question(
     asks="Does it generate the concept?",
     wanted="yes",
     says={
-        "yes": "It learned {concept}.",
-        "no": "It did not learn {concept}.",
+        "yes": "It learned {concept}{way}.",
+        "no": "It did not learn {concept}{way}.",
         UNCLEAR: "Unclear: did it learn {concept}?",
     },
     bar=f"gain in similarity to the training images, {CATEGORIES['success'].plain}",
@@ -198,6 +206,13 @@ METRICS = {
         tested=dict.fromkeys(CATEGORIES, (MOVED, STAYED)),
         questions=(LEARNED, *map(kept, UNTAUGHT)),
     ),
+    "clip_image_similarity": Metric(
+        name="CLIP image similarity",
+        short="CLIP image",
+        explained="CLIP image: mean cosine to the training images by CLIP, in place of the encoder of Concept; not judged.",
+        kind=DIFFERENCE,
+        scorer=clip_image_similarity,
+    ),
     "change": Metric(
         name="change",
         short="Change",
@@ -247,10 +262,15 @@ def metric_name(key):
     return METRICS[key].name if key in METRICS else key
 
 
-def margins_of(config):
-    """{metric: margin} of inference.py's CONFIG, and `copies`, the margin of memorisation."""
+def margins_of(config, scale):
+    """{metric: margin} of inference.py's CONFIG, and `copies`, the margin of memorisation.
+
+    The margin of the concept is that of its `scale` (concept_scale.py). Where that is unknown there is none, so that
+    nothing is judged by it.
+    """
     margins = {key: config[metric.margin] for key, metric in METRICS.items() if metric.margin}
-    return margins | dict(copies=config["copy_margin"])
+    margins |= dict(concept_similarity=scale and scale["margin"], copies=config["copy_margin"])
+    return {key: margin for key, margin in margins.items() if margin is not None}
 
 
 def measures(where):

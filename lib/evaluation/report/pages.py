@@ -245,6 +245,8 @@ def run_page(run, summary, shown):
         spread=words.spread_text(summary),
         table=words.summary_table(summary),
         explained=words.explained([key for key in METRICS if key in summary["prompts"][0]]),
+        scale=words.scale_text(summary.get("concept_scale")),
+        scale_table=words.scale_table(summary),
         tables=[words.kernel_table(summary), words.study_table(summary)],
         distribution=figure_uri(distribution_figure(run, shown["prompts"])),
         scores=score_table(run.rows),
@@ -280,7 +282,13 @@ def comparison_page(groups, summaries, pairs, shown):
     summaries = {titles[name]: summary for name, summary in summaries.items()}
     pairs = [r | dict(first=titles[r["first"]], second=titles[r["second"]]) for r in pairs]
     experiments = [
-        dict(name=name, spread=words.spread_text(summary), table=words.summary_table(summary), runs=summary["runs"])
+        dict(
+            name=name,
+            spread=words.spread_text(summary),
+            table=words.summary_table(summary),
+            scale_table=words.scale_table(summary),
+            runs=summary["runs"],
+        )
         for name, summary in summaries.items()
     ]
     verdicts = judged(summaries, concept)
@@ -297,6 +305,7 @@ def comparison_page(groups, summaries, pairs, shown):
         warnings=shown["warnings"],
         no_verdicts=words.NO_VERDICTS,
         table=words.comparison_table(summaries),
+        scale=words.scale_text(next(iter(summaries.values())).get("concept_scale")),
         experiments=experiments,
         forests=forest_bars(pairs),
         sentences=[words.pair_sentence(row) for row in pairs],

@@ -31,6 +31,19 @@ def interval_text(interval, sign=True):
     return f"{mean} [{low}, {high}]"
 
 
+def share_text(interval):
+    """“71% [60%, 82%]”."""
+    # + 0.0, as the rounded value may be a negative zero
+    mean, low, high = (f"{round(interval[key], 2) + 0.0:.0%}".replace("-", "−") for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def way_text(total):
+    """How far a category's images went to the training images, behind their gain in similarity: “, 71% [60%, 82%] of
+    the way to them”; empty where it is unknown."""
+    return f", {share_text(total['concept_share'])} of the way to them" if "concept_share" in total else ""
+
+
 def number_text(value):
     """“−0.0596”: a score by itself, with a true minus sign as the intervals have."""
     return f"{value:.4f}".replace("-", "−")
@@ -60,13 +73,16 @@ def concept_name(adapters):
 def plain_sentence(verdict, concept, summary=None):
     """A verdict as one sentence that needs no figures to be understood.
 
-    `concept` names the concept. With the verdict's `summary` the sentence also says how much of the concept other
-    prompts pick up, as a share of the gain of success prompts with its interval, whether their images change at all, and
-    which share of images too near to training images cannot be ruled out.
+    `concept` names the concept. With the verdict's `summary` the sentence also says how far success prompts went to the
+    training images, how much of the concept other prompts pick up, as a share of the gain of success prompts with its
+    interval, whether their images change at all, and which share of images too near to training images cannot be ruled out.
     """
     question = questions()[verdict["question"]]
+    share = summary["categories"].get(question.category, {}).get("concept_share") if summary else None
+    way = f": its images went {share_text(share)} of the way to the training images" if share else ""
     return question.says[verdict["answer"]].format(
         concept=concept,
+        way=way,
         pick_up=pick_up_text(question.category, summary),
         images=images_text(question.category, summary, verdict["answer"] == question.wanted),
         bound=bound_text(summary, verdict["answer"] == question.wanted),
@@ -291,6 +307,35 @@ def copies_table(summary):
     return [head, *rows]
 
 
+def scale_table(summary):
+    """How far each category's images went from the base model's to the training images, or None where it is unknown."""
+    shares = {name: t["concept_share"] for name, t in summary["categories"].items() if "concept_share" in t}
+    if not shares:
+        return None
+    rows = [["Concept similarity", "base", "LoRA", "training images", "of the way to them"]]
+    for name, share in shares.items():
+        total = summary["categories"][name]
+        ends = total["base_concept_similarity"], total["lora_concept_similarity"], share["level"]
+        rows.append([f"{name} prompts", *(f"{value:.3f}".replace("-", "−") for value in ends), share_text(share)])
+    return rows
+
+
+def scale_text(scale):
+    """What the scale of the concept and its margin are: sentences, or why there is none. `scale` is from
+    concept_scale.py; empty for None."""
+    if scale is None:
+        return ""
+    if scale["reason"]:
+        return f"No verdict rests on concept similarity: {scale['reason']}."
+    text = f"Training images have a mean similarity of {scale['level']:.3f} to one another"
+    if scale["held_out"] is not None:
+        text += f", held-out images one of {scale['held_out']:.3f} to them"
+    return (
+        f"{text}. The base model's images of {scale['category']} prompts have {scale['base']:.3f}. The margin of concept "
+        f"similarity, {scale['margin']:g}, is {100 * scale['share']:.3g}% of the way from these to the training images."
+    )
+
+
 def sweep_table(rows):
     """Every point's figures with intervals."""
     heads = {
@@ -325,6 +370,9 @@ def comparison_table(summaries):
             if metric.margin and category in metric.shown and all(key in total for total in totals):
                 cells = [interval_text(total[key], metric.signed) for total in totals]
                 rows.append([f"{metric.name}, {category} prompts", *cells])
+            if key == "concept_similarity" and all("concept_share" in total for total in totals):
+                cells = [share_text(total["concept_share"]) for total in totals]
+                rows.append([f"way to the training images, {category} prompts", *cells])
     answers = [{v["question"]: v["answer"] for v in s["verdicts"]} for s in summaries.values()]
     for question in dict.fromkeys(question for found in answers for question in found):
         rows.append([f"{question}?", *(found.get(question, "–") for found in answers)])
@@ -351,8 +399,9 @@ def verdict_text(summary):
 
 def summary_text(summary):
     """Verdicts and tables of one run or experiment."""
-    parts = [verdict_text(summary), spread_text(summary), markdown_table(summary_table(summary))]
-    for table in (kernel_table(summary), study_table(summary)):
+    parts = [verdict_text(summary), spread_text(summary), scale_text(summary.get("concept_scale"))]
+    parts = [part for part in parts if part] + [markdown_table(summary_table(summary))]
+    for table in (scale_table(summary), kernel_table(summary), study_table(summary)):
         if table:
             parts.append(markdown_table(table))
     if "sweep" in summary:
@@ -363,6 +412,8 @@ def summary_text(summary):
 def comparison_text(summaries, pairs):
     """The comparison page's content."""
     parts = [markdown_table(comparison_table(summaries))]
+    if scale := scale_text(next(iter(summaries.values())).get("concept_scale")):
+        parts.append(scale)
     for name, summary in summaries.items():
         parts.append(f"## {name}\n\n{verdict_text(summary)}\n\n{spread_text(summary)}")
     if pairs:
