@@ -14,7 +14,7 @@ from test_scores import training_set
 
 import inference
 import study
-from lib.errors import UserError
+from lib.dataset import read_dataset
 from lib.evaluation.choosing import Point, sweep_summary
 from lib.evaluation.metrics import concept_scale
 from lib.evaluation.metrics.clip_scores import load_clip
@@ -146,7 +146,7 @@ def test_the_share_stands_in_verdicts_tables_and_sentences():
     training, rng = training_set(6), np.random.default_rng(4)
     training.embeddings = unit(0.4 * training.embeddings + 1).astype(np.float32)
     run = fake_run("one", concept=0.2)
-    run.adapter["held_out"] = ["images/image_00.png"]
+    run.adapter |= dict(held_out=["images/image_00.png"], metadata=dict(data_sha256=training.hashes[0]))
     concept = training.embeddings.sum(axis=0)
     base = unit(np.array([1, -1] * 4) + 0.1 * rng.standard_normal((3, 8, 8))).astype(np.float32)
     run.embeddings = dict(base=base, lora=unit(0.3 * base + concept), lora_mirrored=base)
@@ -260,14 +260,6 @@ def test_the_committed_study_is_judged_on_the_scale_of_its_training_images():
     assert any("was set after these evaluations, which had one of 0.02" in note for note in committed.notes)
 
 
-def test_a_study_scored_by_two_encoders_is_refused(tmp_path):
-    folder = write_study(tmp_path / "study", seeds=(1, 2))
-    path = folder / "seed2" / "dora_seed2" / "metrics.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(scorers=dict(similarity=dict(model="another")))))
-    with pytest.raises(UserError, match="dora_seed2 was scored by other models than .*seed1"):
-        read_study(folder, ARMS, SCALED)
-
-
 def test_levels_are_measured_for_evaluations_without_them(tmp_path, tiny_clip, processed_data):
     folder = write_study(tmp_path / "study", seeds=(1, 2, 3))
     places = [path for path in folder.glob("*/*/metrics.json") if path.parent.name != "comparison"]
@@ -277,6 +269,7 @@ def test_levels_are_measured_for_evaluations_without_them(tmp_path, tiny_clip, p
         del record["summary"]["concept_scale"]
         record["config"] |= dict(clip_model=str(tiny_clip), clip_revision=None)
         record["adapter"]["held_out"] = ["images/image_01.png"]
+        record["adapter"]["metadata"] |= dict(data_sha256=read_dataset(processed_data, 64).sha256)
         path.write_text(json.dumps(record))
     unknown = read_study(folder, ARMS, SCALED)
     assert "concept_similarity" not in unknown.margins

@@ -81,8 +81,10 @@ def test_an_evaluation_names_what_scored_it(compared, common):
     data = read_dataset(common["data_dir"], 64)
     for place in ("lora_weights_rank8", "comparison"):
         scorers = json.loads((compared[0] / place / "metrics.json").read_text())["scorers"]
+        clip = dict(model=common["clip_model"].name, sha256=model_digest(common["clip_model"]))
         assert scorers == dict(
-            clip=dict(model=str(common["clip_model"]), sha256=model_digest(common["clip_model"])),
+            clip=clip,
+            similarity=clip,
             lpips=dict(model="AlexNet v0.1", sha256=lpips_distances.lpips_digest()),
             training_images=dict(folder=str(common["data_dir"]), sha256=data.sha256),
         )

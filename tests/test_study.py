@@ -275,7 +275,7 @@ def changed(folder, places, **changes):
 
 
 def scorers(**digests):
-    alike = dict(clip="a", lpips="b", training_images="c") | digests
+    alike = dict(clip="a", similarity="s", lpips="b", training_images="c") | digests
     return {key: dict(sha256=digest) for key, digest in alike.items()}
 
 
@@ -283,6 +283,7 @@ def scorers(**digests):
     ("changes", "what"),
     [
         (dict(scorers=scorers(clip="z")), r"scorers \(clip\)"),
+        (dict(scorers=scorers(similarity="z")), r"scorers \(similarity\)"),
         (dict(scorers=scorers(lpips="z")), r"scorers \(lpips\)"),
         (dict(scorers=scorers(training_images="z")), r"scorers \(training images\)"),
         (dict(summary=dict(margins=dict(concept_similarity=0.1))), "margins"),
