@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Fine-tune Stable Diffusion v1.5 on one concept with LoRA: processed_data/ -> lora_weights/.
 
-    python train.py                                    # the recipe below, on a CUDA GPU
-    python train.py --demo                             # the embedded miniature, on any CPU
-    python train.py --max-steps 100 --warmup-steps 10  # any key of CONFIG can be overridden
-    accelerate launch --num_processes 2 train.py       # several GPUs
+    python train.py                                           # the recipe below, on a CUDA GPU
+    python train.py --demo                                    # the embedded miniature, on any CPU
+    python train.py --max-steps 100 --warmup-steps 10         # any key of CONFIG can be overridden
+    accelerate launch --multi_gpu --num_processes 2 train.py  # several GPUs
 
 It writes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format), <run_name>.safetensors
 (kohya's: ComfyUI, A1111 and others), README.md (a model card), config.json (configuration, versions, commit, device),
