@@ -52,12 +52,12 @@ CONFIG = dict(
     prompts=None,  # a text file, a line a prompt, `near:` or `unrelated:` before it; None: PROMPTS
     seeds=8,  # images a prompt
     seed=42,  # of the first image; the others count up from it
-    steps=28,
-    guidance_scale=6.0,
+    steps=28,  # denoising steps of an image
+    guidance_scale=6.0,  # classifier-free guidance: how strongly images follow the prompt; 1: none
     resolution=512,  # pixels, or "WIDTHxHEIGHT"; each a multiple of 8
     batch_size=0,  # images at once; 0: what the GPU's free memory holds, at most 8
     # how it is scored
-    clip_model="openai/clip-vit-base-patch32",
+    clip_model="openai/clip-vit-base-patch32",  # a hub id or a local folder; none: only LPIPS is measured
     clip_revision="refs/pr/15",  # the same weights as safetensors; the main branch has a pickle only
     similarity_model="facebook/dinov2-base",  # for similarities of images; "clip": CLIP's encoder; "none": none
     similarity_revision=None,  # a commit of its hub repository; None: its newest
@@ -68,8 +68,7 @@ CONFIG = dict(
     clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
     change_margin=0.05,  # a twentieth of the way to another image of the same prompt
     variety_margin=0.25,  # of the base's variety over the seeds; a greater loss is a collapse
-    copy_margin=1
-    / 3,  # of success images may be as near to a training image as these are; 8 seeds cannot rule out fewer
+    copy_margin=1 / 3,  # of success images, as near to a training image as these to one another; 8 seeds bound no fewer
     # other ways to run
     snapshots=False,  # also evaluate the snapshots of the training run, and advise a step
     lora_scales=(1.0,),  # others: also evaluate the adapter at these scales, and advise one

@@ -29,22 +29,22 @@ CONFIG = dict(
     validation_count=4,  # images held out, a quarter at most, to measure their loss at fixed noise
     mask_weight=1.0,  # weight of the loss outside the masks in data_dir; 1: masks have no effect
     # output
-    output_dir="lora_weights",
-    run_name="lora_weights_protected",  # <- changed
+    output_dir="lora_weights",  # the run's folder goes here
+    run_name="lora_weights_protected",  # names the run's folder and kohya's file in it <- changed
     push_to_hub=None,  # owner/name: upload the finished run to this private repository on the Hub
     # LoRA: the weights become W + alpha / rank * B A
-    rank=32,
+    rank=32,  # columns of B and rows of A; the file's size grows with it
     alpha=32.0,  # equal to the rank: a scale of 1
     dora=False,  # DoRA: the rows of W + alpha / rank * B A get trained norms (lib/LORA.md)
     unet_targets=("attn2.to_k", "attn2.to_v"),  # the layers that read the text <- changed
-    text_encoder_targets=("q_proj", "v_proj"),
-    train_text_encoder=True,
+    text_encoder_targets=("q_proj", "v_proj"),  # queries and values
+    train_text_encoder=True,  # False: the text encoder stays frozen, only the UNet is trained
     # optimization
-    unet_learning_rate=3e-4,  # <- changed
+    unet_learning_rate=3e-4,  # the peak, after the warm-up <- changed
     text_encoder_learning_rate=1e-3,  # it has to separate the concept from everything else <- changed
-    adam_beta1=0.9,
-    adam_beta2=0.999,
-    adam_weight_decay=1e-2,
+    adam_beta1=0.9,  # decay of the running mean of gradients
+    adam_beta2=0.999,  # decay of the running mean of their squares
+    adam_weight_decay=1e-2,  # each step takes this times the learning rate off the LoRA weights
     max_steps=4000,  # optimizer steps: 125 times 32 images
     warmup_steps=50,  # linear from 0, then a cosine to 0
     batch_size=1,  # images per process and micro-step
@@ -77,7 +77,7 @@ CONFIG = dict(
     snapshot_every=500,  # steps between snapshots of the adapter (15 MB each) for inference.py --snapshots; 0: none
     report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
-    wandb_pictures=False,  # True: W&B gets the previews too; no prompt ever leaves this machine
+    wandb_pictures=False,  # True: W&B gets the previews too, but never a prompt
 )
 
 # The values of --demo: train.py's, and a list of prompts in the miniature's words.

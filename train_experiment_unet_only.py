@@ -25,22 +25,22 @@ CONFIG = dict(
     validation_count=4,  # images held out, a quarter at most, to measure their loss at fixed noise
     mask_weight=1.0,  # weight of the loss outside the masks in data_dir; 1: masks have no effect
     # output
-    output_dir="lora_weights",
-    run_name="lora_weights_unet_only",  # <- changed
+    output_dir="lora_weights",  # the run's folder goes here
+    run_name="lora_weights_unet_only",  # names the run's folder and kohya's file in it <- changed
     push_to_hub=None,  # owner/name: upload the finished run to this private repository on the Hub
     # LoRA: the weights become W + alpha / rank * B A
-    rank=32,
+    rank=32,  # columns of B and rows of A; the file's size grows with it
     alpha=32.0,  # equal to the rank: a scale of 1
     dora=False,  # DoRA: the rows of W + alpha / rank * B A get trained norms (lib/LORA.md)
     unet_targets=("to_k", "to_q", "to_v", "to_out.0"),  # all attention projections
-    text_encoder_targets=("q_proj", "v_proj"),
-    train_text_encoder=False,  # <- changed
+    text_encoder_targets=("q_proj", "v_proj"),  # queries and values
+    train_text_encoder=False,  # False: the text encoder stays frozen, only the UNet is trained <- changed
     # optimization
-    unet_learning_rate=1e-4,
+    unet_learning_rate=1e-4,  # the peak, after the warm-up
     text_encoder_learning_rate=1e-5,  # a tenth: language forgets faster than images
-    adam_beta1=0.9,
-    adam_beta2=0.999,
-    adam_weight_decay=1e-2,
+    adam_beta1=0.9,  # decay of the running mean of gradients
+    adam_beta2=0.999,  # decay of the running mean of their squares
+    adam_weight_decay=1e-2,  # each step takes this times the learning rate off the LoRA weights
     max_steps=4000,  # optimizer steps: 125 times 32 images
     warmup_steps=50,  # linear from 0, then a cosine to 0
     batch_size=1,  # images per process and micro-step
@@ -73,7 +73,7 @@ CONFIG = dict(
     snapshot_every=500,  # steps between snapshots of the adapter (15 MB each) for inference.py --snapshots; 0: none
     report_to="wandb",  # wandb, tensorboard (files in the run's folder), both or none
     wandb_project="lora-holographic-raincoat",  # offline without an API key; WANDB_MODE=disabled: off
-    wandb_pictures=False,  # True: W&B gets the previews too; no prompt ever leaves this machine
+    wandb_pictures=False,  # True: W&B gets the previews too, but never a prompt
 )
 
 if __name__ == "__main__":

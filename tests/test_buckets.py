@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from test_preprocess import RED, WHITE, close, prepare
 from training_runs import assert_equal_runs, kill, succeeded, training
 
+import train
 from lib.preparation.framing import bucket_sizes, choose_sizes, framed, kept_share, nearest_size, subject_box, view
 from lib.training.samples import Samples, epoch_order
 
@@ -143,7 +144,7 @@ def test_images_that_lose_more_than_a_quarter_are_counted(tmp_path, capsys):
 
 
 def settings(seed, batch_size):
-    return dict(seed=seed, batch_size=batch_size, loss_guidance_scale=(1.0, 1.0))
+    return train.CONFIG | dict(seed=seed, batch_size=batch_size)
 
 
 def test_micro_batches_hold_one_shape_and_processes_share_them():

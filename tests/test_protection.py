@@ -242,7 +242,7 @@ def test_the_loss_at_guidance_is_that_of_two_models(prediction, masked, kept):
 
 def test_guidance_is_drawn_evenly_and_shifts_nothing_else():
     def drawn(guidance):
-        config = dict(seed=7, batch_size=2, loss_guidance_scale=guidance)
+        config = train.CONFIG | dict(seed=7, batch_size=2, loss_guidance_scale=guidance)
         made = samples.Samples([0, 1, 2], lambda _: (4, 8, 8), 1000, config)
         return [made.micro_batch(number) for number in range(300)], made.probes([3, 4])
 
