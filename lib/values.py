@@ -1,5 +1,6 @@
 """The values that the keys of a CONFIG may have; each script has a table, checked once at the start."""
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ def several(kind, least=0):
     """Tuples or lists of at least `least` values of a kind."""
     words = f"a tuple{f' of at least {least}' if least else ''}, each {kind.words}"
     example = '("text",)' if kind is TEXT else "(1,)"
-    words += f"; a single one needs a comma: {example}"
+    words += f"; a single one needs a comma: {example}" if least < 2 else ""
 
     def holds(value):
         return isinstance(value, (tuple, list)) and len(value) >= least and all(map(kind.holds, value))
@@ -86,7 +87,10 @@ SIZE = Kind("a resolution", lambda value: isinstance(value, (int, str)))  # see 
 
 def check(config, table):
     """UserError naming the key unless `config` has exactly the keys of `table`, [(kind, "key key …")], with values of those
-    kinds."""
+    kinds.
+
+    The command line gives text for a key whose default is None. Where a number is meant, `config` gets the number.
+    """
     kinds = {key: kind for kind, keys in table for key in keys.split()}
     for key in kinds:
         if key not in config:
@@ -95,4 +99,14 @@ def check(config, table):
         if key not in kinds:
             raise UserError(f"CONFIG has {key}, which nothing reads; is it misspelled?")
         if not kinds[key].holds(value):
+            config[key] = number_in(value)
+        if not kinds[key].holds(config[key]):
             raise UserError(f"{key} is {value!r}, but must be {kinds[key].words}")
+
+
+def number_in(text):
+    """The number that a text spells, or the value itself."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, TypeError):
+            return kind(text) if isinstance(text, str) else text
+    return text

@@ -184,6 +184,7 @@ def test_processes_that_share_the_seeds_share_nothing_else(plan):
 
 def test_a_trial_lies_in_folders_of_its_own(plan):
     plan.start("--max-steps", "4", "--no-page", "--seeds", "1")
+    assert plan.calls
     assert all("lora_4_steps" in " ".join(command) for command in plan.calls)
     assert all("results_4_steps" in " ".join(c) for c in plan.calls if c[0] == "inference.py")
     assert all("--max-steps 4 --warmup-steps 0" in " ".join(c) for c in plan.calls[:8])
