@@ -15,9 +15,9 @@ signal, a crash or a power cut resumes from its last checkpoint with the same co
 tests/plain_loop.py is the same training without any optimization: read it first. Here latents are encoded once and
 cached in processed_data/latents/, noise and timesteps derive from (seed, sample number), and the LoRA parameters of a
 model are one flat vector: one optimizer kernel, one overflow check and, on several GPUs, one all-reduce of one tensor.
-On a GPU the forward and backward pass is a CUDA graph, captured once and replayed, and so is the update, whose
-decisions stay on the GPU, so that Python prepares the next steps meanwhile. A CPU calls plain functions (lib/kernels/,
-lib/training/updates.py, bench/README.md).
+On a GPU the forward and backward pass is a CUDA graph, captured once and replayed. So is the update: it decides on the
+GPU while Python prepares the next steps. On a CPU these are plain function calls (lib/kernels/, lib/training/updates.py,
+bench/README.md).
 """
 
 import contextlib

@@ -1,9 +1,10 @@
 """Triton kernels for group norm with its SiLU, forward and backward, in channels-last layout.
 
-PyTorch's need several passes and another layout. Here a thread reads eight channels at once, one tile ahead of what it
-computes, and an element takes one multiplication and one addition: norm, weight and bias are folded into a slope and an
-offset per channel. One kernel normalizes a small feature map; for a large one a first kernel sums and a second applies.
-Times by size: bench/norm_speed.py. Without Triton, `channels_last.missing_kernels` gives the reason and PyTorch's
+    out = silu(slope x + offset)     slope and offset, per channel, contain the norm, weight and bias
+
+PyTorch's kernels need several passes and another layout. Here a thread reads eight channels at once and prefetches the
+next tile. Small feature maps take one kernel. Large ones take two: one computes the sums, one applies the norm. Times
+by size: bench/norm_speed.py. Without Triton, `channels_last.missing_kernels` gives the reason and PyTorch's
 kernels remain.
 """
 

@@ -1,8 +1,8 @@
 """Triton kernels for transformers: a sum with the layer norm that follows it, GEGLU and CLIP's activation.
 
 A transformer adds each layer's output to the residual stream and passes a norm of the sum to the next layer. PyTorch
-launches a kernel for the sum and one for the norm; backward, one for the norm's gradient and one to add the residual
-stream's. Here it is one each way. All work on rows: [..., width] seen as [rows, width].
+launches two kernels forward (sum, norm) and two backward (the norm's gradient, the sum with the residual stream's).
+Here one kernel does each pass. All kernels treat [..., width] as [rows, width].
 """
 
 import torch

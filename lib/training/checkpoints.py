@@ -107,8 +107,8 @@ def go_back(folder, updates):
     """Make a checkpoint with good weights the newest one in `folder`; returns its step, or None if there is none.
 
     After numbers that are not finite, the last of `updates` broke the weights: a checkpoint with fewer updates is good.
-    It is marked, so that the learning rates may change from there on. If it carries the mark already, the run broke
-    again after it, perhaps because its weights were breaking slowly: it is dropped for an older one, if there is one.
+    That checkpoint is marked, so that learning rates may change from there on. If it is already marked, the run broke
+    again after it, perhaps because its weights were slowly diverging; an older one replaces it, if there is one.
     """
     good = []
     for path in listed(folder):
@@ -238,8 +238,8 @@ class Progress:
 class Saver:
     """Saves and restores a run: its parameters, optimizer, loss scaler, log and progress.
 
-    `trained` is {component: LoraParameters}, `scaler` accelerate's or None, `journal` the run's. The newest `keep`
-    checkpoints are kept, two at least: whether the newest is any good shows in the step after it.
+    `trained` is {component: LoraParameters}, `scaler` accelerate's or None, `journal` the run's. It keeps the newest
+    `keep` checkpoints, at least two: only the step after a checkpoint shows whether it is good.
     """
 
     def __init__(self, folder, this_run, trained, optimizer, scaler, journal, progress, keep):

@@ -1,7 +1,7 @@
 """The loss, and one micro-step: the forward and backward pass of one micro-batch over fixed buffers.
 
-A CUDA graph always reads and writes the same tensors, so a micro-batch is copied to where the pass reads it. On a CPU
-the same functions are called directly.
+A CUDA graph always reads and writes the same tensors, so each micro-batch is copied into fixed buffers. On a CPU the
+same functions are called directly.
 """
 
 import functools
@@ -35,8 +35,8 @@ def diffusion_loss(
 
     c is the prediction with the adapter under the caption, u the base model's without text: `no_text` holds the hidden
     states of the empty prompt [n, 77, d], or the keys and values that `unet.text_keys_values` computes from them. Classifier-free
-    guidance (Ho & Salimans 2022) generates with that combination, so an adapter that leaves u alone would otherwise be
-    amplified g times. Divided by g, the gradient keeps the size that it has at g = 1.
+    guidance (Ho & Salimans 2022) generates with that combination: trained on the plain loss, an adapter that leaves u
+    unchanged would be amplified g times. Dividing by g keeps the gradient at its size for g = 1.
     """
     noisy_latents = scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)  # [n, 4, h, w]
     noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample.float()
@@ -191,7 +191,7 @@ class MicroStep:
 
     @torch.no_grad()
     def project_no_text(self):
-        """Replace the hidden states of no text by the base UNet's keys and values: they are the same in every step."""
+        """Replace the empty prompt's hidden states with the base UNet's keys and values, the same in every step."""
         if hasattr(self.unet, "text_keys_values"):  # see lib/kernels/fused_projections.py
             with without_lora(self.unet):
                 self.no_text = self.unet.text_keys_values(self.no_text)

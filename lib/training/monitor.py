@@ -1,4 +1,4 @@
-"""What shows a run while it trains and does not change it: held-out loss, snapshots, previews."""
+"""Monitors a run without changing it: held-out loss, snapshots, previews."""
 
 import json
 import time

@@ -130,10 +130,10 @@ def projected_rows(fused_layers, projection_of):
 
 
 def flatten_parameters(parameters, dtype):
-    """(flat, working): `parameters` as one float32 vector, and as one of `dtype`, of which they become views.
+    """(flat, working): `parameters` as one vector, in float32 and in `dtype`; they become views of `working`.
 
-    `flat` must be copied into `working` whenever it changes; in float32 the two share memory. One vector makes a
-    difference: bitsandbytes keeps the state of tensors of fewer than 4,096 elements in 32 bits, and here in 8
+    Whenever `flat` changes, copy it into `working`; in float32 the two share memory. One vector changes the numerics:
+    bitsandbytes stores the state of tensors with fewer than 4,096 elements in 32 bits, but that of this vector in 8
     (bench/optimizer_state.py).
     """
     flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))

@@ -37,11 +37,11 @@ def epoch_order(seed, epoch, count):
 
 
 def cycle_chunks(seed, cycle, shapes, size):
-    """The images of `size` epochs (the `cycle`-th of such) in chunks of `size` images of one shape: int64 [n, size].
+    """The images of cycle number `cycle`, which is `size` epochs, in chunks of one shape: int64 [n, size].
 
-    `shapes` [n] number the shapes of the n images. The rest of a shape in one epoch waits for the next, so no chunk is
-    padded: in `size` epochs the k images of a shape fill exactly k chunks. A chunk stands where its middle image does
-    in the epochs. With chunks of one image, or images of one shape, this is the order of the epochs.
+    `shapes` [n] holds a shape number per image. Images left over in one epoch carry over to the next, so no chunk is
+    padded: in `size` epochs, k images of a shape fill exactly k chunks. A chunk takes the position of its middle image
+    in the epochs. If `size` is 1 or all images have one shape, this is the order of the epochs.
     """
     epochs = range(cycle * size, (cycle + 1) * size)
     order = np.concatenate([epoch_order(seed, epoch, len(shapes)) for epoch in epochs])

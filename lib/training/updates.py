@@ -1,8 +1,8 @@
 """The end of an optimizer step, after its backward passes: the overflow check, the update and the counts.
 
-PlainUpdates works with any optimizer, as accelerate does: the host waits for the GPU in every step. CapturedUpdates
-leaves every decision to the GPU, so that the host prepares the next steps meanwhile and reads the outcome of a step a
-little later. It has kernels for 8-bit AdamW only.
+PlainUpdates works with any optimizer, as accelerate does, and waits for the GPU in every step. CapturedUpdates decides
+on the GPU. Meanwhile the host prepares the next steps, and it reads each outcome a little later. CapturedUpdates
+supports 8-bit AdamW only.
 """
 
 from collections import deque
