@@ -12,13 +12,13 @@
 
 The output folder (with several runs, one subfolder each) gets report.html, the page to open; overview.webp;
 images/<prompt>/{base,lora}_<seed>.png; metrics.json, metrics.csv (a row an image) and summary.md. With --snapshots or
---lora-scales there is also choose.html, to open first. Several runs get a comparison/ beside them: its report.html and
-overview.webp show the base model and each adapter in columns. The model card in a run's own folder gets sample images
-and the verdicts. An evaluation of another adapter, or of images generated with other settings, is replaced with
---overwrite only.
+--lora-scales there is also choose.html, to open first. With several runs, comparison/ holds a report.html and an
+overview.webp that show the base model and each adapter in columns. Sample images and verdicts are added to the model
+card in each run's own folder. An evaluation of another adapter, or of images generated with other settings, is only
+replaced with --overwrite.
 
-Base model and adapter share one pipeline and each image's starting noise, which comes from its seed alone.
-Runs whose configurations differ in the seed alone are training seeds of one experiment.
+Base model and adapter share one pipeline and the same initial noise, which depends on the image's seed only. Runs that
+differ only in the seed count as training seeds of one experiment.
 """
 
 import gc
@@ -35,9 +35,9 @@ from lib.evaluation.prompts import read_prompts
 from lib.files import locked
 from lib.imports import quick_imports
 
-# Set before torch is imported: its CPU threads then spin only briefly while they wait for one another. By default they
-# spin so long that another process on one of the cores stops nearly everything. Without any spinning
-# (OMP_WAIT_POLICY=PASSIVE) a quiet machine runs at half the speed.
+# Set before torch is imported: short spin-waits for its CPU threads. With the default, one other process on one of the
+# cores nearly stalls the run. Without spinning (OMP_WAIT_POLICY=PASSIVE) an otherwise idle machine runs at half the
+# speed.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 CONFIG = dict(
@@ -165,7 +165,7 @@ def evaluate(config):
     if config["clip_model"] != CONFIG["clip_model"] and config["clip_revision"] == CONFIG["clip_revision"]:
         config = config | dict(clip_revision=None)  # the default revision belongs to the default model
 
-    # Plan: whatever can be wrong is found before a model is loaded, or before images are generated.
+    # Plan: every check runs before a model is loaded, or before images are generated.
     results.recover(output_dir)
     print_notes(config)
     if config["rescore"]:
@@ -237,7 +237,7 @@ def print_notes(config):
 
 
 def judge_and_write(runs, base_pairs, shown, output_dir):
-    """Judges each run, and each experiment beside the others, and writes their folders and the adapters' model cards.
+    """Judges each run, compares the experiments, and writes their folders and the adapters' model cards.
 
     `base_pairs` are the distances between base images of one prompt, `shown` is what all pages show, without the
     warnings.

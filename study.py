@@ -160,7 +160,7 @@ def is_evaluated(folder, prompts, sampling_seeds):
 
 
 def call(command):
-    """Run one of the scripts beside this one; its output goes where this one's goes.
+    """Run one of the scripts next to this one; its output goes where this one's goes.
 
     The terminal sends Ctrl-C to the script too; other signals are passed on, and the script saves what it has. Raises
     UserError if it fails, SystemExit if it or this script was stopped.

@@ -76,7 +76,7 @@ def key_comments(source):
         if token.type == tokenize.COMMENT:
             text = token.string.lstrip("# ").replace("<- changed", "").strip()
             (comments if token.line[: token.start[1]].strip() else own_line)[token.start[0]] = text
-    found, heading = {}, None
+    texts, heading = {}, None
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "CONFIG":
             before = node.lineno
@@ -84,9 +84,9 @@ def key_comments(source):
                 above = [own_line[line] for line in range(before, key.lineno) if line in own_line]
                 heading = " ".join(above).rstrip(".") or heading
                 lines = range(key.lineno, key.end_lineno + 1)
-                found[key.arg] = heading, " ".join(comments[line] for line in lines if line in comments)
+                texts[key.arg] = heading, " ".join(comments[line] for line in lines if line in comments)
                 before = key.end_lineno
-    return found
+    return texts
 
 
 # Keys of the CONFIGs that may hold paths; score_dir two of them, with a comma.
@@ -116,8 +116,8 @@ def at_home(key, value):
             parts[place] = os.path.expanduser(part)
             if parts[place] == part:
                 raise UserError(
-                    f"{key} is {value}, but there is no home folder {part.split('/')[0]}; a folder of that very "
-                    f"name is written ./{part}"
+                    f"{key} is {value}, but there is no home folder {part.split('/')[0]}; write ./{part} "
+                    "for a folder with that name"
                 )
     return ",".join(parts)
 

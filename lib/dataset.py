@@ -1,7 +1,7 @@
 """The training set: captions.jsonl and its images, written by preprocess.py or by hand.
 
-Images are read when needed, so their number takes no memory. Their hashes are cached in latents/pictures.json with
-their sizes and times of modification.
+Images are read on demand, so memory does not grow with their number. Their hashes are cached in latents/pictures.json,
+with file sizes and modification times.
 """
 
 import contextlib
@@ -240,7 +240,7 @@ def read_listing(data_dir, caption_from):
             raise UserError(f'{where}: not of the form {{"file_name": …, "text": …}}') from None
         if caption is None and caption_from != "text":
             raise UserError(
-                f"{where}: {name} has no {caption_from}; write one beside the image (data/README.md says "
+                f"{where}: {name} has no {caption_from}; write one next to the image (data/README.md says "
                 "how) and run preprocess.py again"
             )
         if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
@@ -271,8 +271,8 @@ def read_listing(data_dir, caption_from):
 def find_file(places, folders):
     """The first of the paths `places` that is a file, else one whose name differs only in case or Unicode normalization,
     else a broken link, else None. `folders` caches the Names of each folder between calls."""
-    if found := next((place for place in places if place.is_file()), None):
-        return found
+    if path := next((place for place in places if place.is_file()), None):
+        return path
     for place in places:
         if place.name and place.parent.is_dir():
             if place.parent not in folders:

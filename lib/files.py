@@ -184,8 +184,8 @@ def locked(folder):
     """Lock the output folder `folder` against a second run. Raises UserError naming the run that holds the lock, or
     if the file system cannot lock.
 
-    The lock is the operating system's, on a file next to the folder: it ends with its process, however that ends. The
-    holder is named in a second file, as Windows does not let others read a locked one.
+    The lock is the operating system's, on a file next to the folder: it is released when the process ends, even if
+    killed. The holder is named in a second file, as Windows does not let others read a locked one.
     """
     path, holder = hidden_sibling(folder, "lock"), hidden_sibling(folder, "lock.holder")
     lock = FileLock(path, timeout=0.1, poll_interval=0.02, fallback_to_soft=False)

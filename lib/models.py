@@ -1,4 +1,4 @@
-"""Base models: fetched from the hub or found in a folder, checked, and loaded part by part."""
+"""Base models: fetched from the hub or read from a folder, checked, and loaded part by part."""
 
 import contextlib
 import hashlib

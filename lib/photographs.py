@@ -236,7 +236,7 @@ def unread_kind(path):
     if head.startswith(POINTERS):
         return "a pointer to an image that was not fetched; git lfs pull, or git annex get, brings it"
     if path.suffix.lower() in TEXTS:
-        return "no image; captions are read from photo.txt beside photo.jpg, and from captions.jsonl"
+        return "no image; captions are read from photo.txt next to photo.jpg, and from captions.jsonl"
     return "not an image, or one in another format"
 
 

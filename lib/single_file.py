@@ -1,7 +1,7 @@
 """Converts a base model in one file, as download sites offer it, to a folder in diffusers' layout.
 
 Such a file holds only the weights of UNet, VAE and text encoder, under the names of the original code. The configurations
-and the tokenizer's vocabulary come from lib/base_models/. The folder is cached beside the hub's models (HF_HOME).
+and the tokenizer's vocabulary come from lib/base_models/. The folder is cached next to the hub's models (HF_HOME).
 """
 
 import contextlib
@@ -255,7 +255,7 @@ def prediction_type(folder, header):
 
 @torch.no_grad()
 def cosine_with_noise(folder):
-    """The cosine between noise and the output for it of the UNet in `folder`, at the last timestep."""
+    """cos(noise, unet(noise)) at the last timestep, for the UNet in `folder`."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
     last = DDPMScheduler.from_pretrained(folder / "scheduler").config.num_train_timesteps - 1
     noise = torch.randn(1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -230,7 +230,7 @@ def refuse(key, tensor, path):
     if kind is None and key.startswith(("lora_te2_", "lora_te3_")):
         kind = "of Stable Diffusion XL or later (a second text encoder)"
     elif kind is None and key.startswith("bundle_emb."):
-        kind = "an embedding beside the LoRA"
+        kind = "an embedding in addition to the LoRA"
     elif kind is None:
         kind = "of LoCon (a convolution)" if tensor.ndim == 4 else "of an unknown kind"
     raise UserError(

@@ -1,4 +1,4 @@
-"""LoRA and DoRA adapters in files: found, read into an `Adapter`, written in diffusers' format.
+"""Finds LoRA and DoRA adapters, reads them into an `Adapter` and writes them in diffusers' format.
 
 Three layouts are read: diffusers' single file, PEFT's folders (as in the published study) and kohya's file
 (lib/adapter_files/kohya.py).
@@ -108,7 +108,7 @@ def adapter_files(folder):
 def read_adapter(folder):
     """Read an adapter, a folder or a file in any of the layouts, into an Adapter.
 
-    A text encoder whose B are all zero beside a UNet that is adapted is left out with a note. Raises UserError naming
+    If the UNet is adapted, a text encoder whose B are all zero is left out with a note. Raises UserError naming
     the file for anything that is not a whole LoRA adapter: a damaged file, an unknown key or kind of adapter, a missing
     factor, ranks that disagree, values that are not finite, or B that are all zero.
     """

@@ -1,8 +1,8 @@
 """bitsandbytes' blockwise 8-bit AdamW as a Triton kernel whose inputs are all on the GPU.
 
 bitsandbytes' own kernel gets the learning rate and step number from the host. Before its launch the loss scaler copies
-the overflow flag to the host, and the GPU idles meanwhile. Here a small kernel decides whether a step counts. The update
-kernel is always launched, and changes nothing if the step does not count. If the kernels are unavailable,
+the overflow flag to the host, and the GPU idles meanwhile. Here a small kernel decides whether a step counts.
+The update kernel is always launched, and changes nothing if the step does not count. If the kernels are unavailable,
 `missing_kernels` gives the reason and bitsandbytes is used.
 """
 
@@ -78,9 +78,9 @@ if triton:
     def _nearest(x, qmap, SIGNED: tl.constexpr):
         """The index of the value of `qmap` [256], ascending, that is nearest to x, |x| <= 1.
 
-        `qmap` is bitsandbytes' dynamic map: seven decades of evenly spaced values, each decade with twice as many as the
-        one below, and their negatives if SIGNED. A formula gives an index that is off by at most one; the midpoints to
-        its neighbours correct it. A search would read the map seven times.
+        `qmap` is bitsandbytes' dynamic map: seven decades of evenly spaced values, each decade with twice as many as
+        the one below, and their negatives if SIGNED. A formula gives an index that is off by at most one; the midpoints
+        to its neighbours correct it. A search would read the map seven times.
         """
         size = tl.abs(x)
         decade = tl.minimum(tl.maximum(tl.floor(tl.log2(size) * 0.30102999566398120) + 7, 0), 6)

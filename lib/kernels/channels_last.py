@@ -151,8 +151,8 @@ def rebuild(model):
 
 @torch.no_grad()
 def _merge_biases(block):
-    """Merge the biases of a residual block that meet in one sum: each saves a pass over the whole tensor. Its SiLU is in
-    the norms' kernel now; that of the timestep moves into a hook."""
+    """Merge the biases of a residual block that are added to the same sum: each saves a pass over the whole tensor. The
+    block's SiLU is now in the norms' kernel; the timestep's moves into a hook."""
     projection, shortcut = block.time_emb_proj, block.conv_shortcut
     if projection is not None:
         inner = getattr(projection, "base_layer", projection)  # inside LoRA
@@ -199,7 +199,7 @@ def _normed(norm, x, silu, shift=None):
 
 def _block_forward(block, x, temb=None):
     """A residual block's forward pass. The shift between its convolutions, from the timestep or the first one's bias,
-    is added inside the second norm's kernel, and the last bias with the sum: two passes over the tensor less."""
+    is added inside the second norm's kernel, and the last bias together with the residual: this saves two passes."""
     x, hidden = _normed(block.norm1, x, True)
     if temb is None:
         hidden, shift = conv_without_bias(block.conv1, hidden), block.conv1.bias.expand(len(x), -1)

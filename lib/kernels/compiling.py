@@ -46,7 +46,7 @@ def in_threads(jobs, device):
 def failure(work):
     """What `work` returns, or its error in one line, except for memory errors, which are raised.
 
-    A compiler, a driver or an unknown GPU may raise anything, and training goes on without their kernels.
+    A compiler, a driver or an unknown GPU may raise anything; training continues without their kernels.
     """
     try:
         return work()

@@ -1,6 +1,6 @@
-"""What stands around convolutions in channels-last layout besides norms: biases and sums, concatenation, upsampling.
+"""Operations around channels-last convolutions other than norms: biases and sums, concatenation, upsampling.
 
-PyTorch's kernels for these take two to eight times as long as reading and writing takes.
+PyTorch's kernels for these take two to eight times as long as the memory traffic alone.
 """
 
 import torch

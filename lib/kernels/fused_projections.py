@@ -122,11 +122,11 @@ class CrossAttention:
 
 
 def _query_chunks(query):
-    """Into how many chunks the queries [n, rows, width] of a cross-attention are split, as if they were a larger batch;
-    1 without gradients or without a GPU.
+    """Number of chunks into which a cross-attention's queries [n, rows, width] are split, as if they were a larger
+    batch; 1 without gradients or without a GPU.
 
-    cuDNN's backward pass starts one program per 64 keys, and a text has 77; each goes through all queries. Chunks
-    give more programs; their gradients of a key are added afterwards.
+    cuDNN's backward pass launches one program per 64 keys, and each iterates over all queries. A text has only 77 keys,
+    so chunks give more programs. The chunks' gradients of a key are summed afterwards.
     """
     n, rows, chunks = *query.shape[:2], 1
     if not (query.is_cuda and torch.is_grad_enabled()):

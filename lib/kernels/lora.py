@@ -22,7 +22,7 @@ class AdaptedLinear(torch.autograd.Function):
 
     For LoRA and one layer it equals F.linear(x, W, bias) + scale * F.linear(F.linear(x, A), B).
 
-    `matrix` stacks W, A and zero padding, so one product gives both x Wᵀ and x Aᵀ. B is block diagonal: each of `blocks`
+    `matrix` stacks W, A and zero padding, so one product gives x Wᵀ and x Aᵀ. B is block diagonal: each of `blocks`
     holds B of adjacent layers with the same number of outputs. The first n layers are adapted, the others are not (with
     DoRA all are). Tensors have one dtype, except those marked float32. `magnitude` and `a`, a part of `matrix`, are
     arguments only to receive gradients. With `gradients` the backward pass writes those of A and B there and returns

@@ -25,7 +25,7 @@ KINDS = "listed", "held_out", "concept"  # of measured prompts
 MEASURED = 200  # prompts of a list, at most
 MOST_LEFT = 0.03  # of the root mean square norm of the listed prompts' rows
 SET_APART = 0.5  # largest ratio of what P leaves of held-out prompts to the caption, in the layer that separates best
-STATES = "the UNet's keys and values"  # one reader beside the text encoder's layers
+STATES = "the UNet's keys and values"  # one reader in addition to the text encoder's layers
 
 
 @torch.no_grad()

@@ -135,8 +135,8 @@ def note_replaced(folder, config, say):
         return
     what = one_line("; ".join(differing), 300) or "of the same configuration"
     say(
-        f"note: {folder} holds a finished run ({what}). Training starts over, and replaces it once the new run is "
-        "whole; to keep both add --run-name with another name"
+        f"note: {folder} holds a finished run ({what}). Training starts over and replaces it once the new run is "
+        "complete; to keep both, add --run-name with another name"
     )
 
 

@@ -1,8 +1,8 @@
 """The training samples by their number: which image, and its noise, timestep and guidance.
 
-Epochs follow one another, each in an order of its own, and all that is random about a sample derives from (seed,
-number). Processes and micro-steps take consecutive samples, so two processes see what one with twice the batch size
-sees, and resuming needs no random state.
+Each epoch has its own order, and everything random about a sample derives from (seed, number). Processes and
+micro-steps take consecutive samples, so two processes see the same samples as one with twice the batch size. Resuming
+needs no random state.
 """
 
 import functools
@@ -74,8 +74,8 @@ class Samples:
         if not few or len(self.shape_counts) == 1:
             return []
         return [
-            f"note: {sum(few)} of {len(self.images)} images have a shape that fewer than {size} have: a batch of "
-            "theirs repeats them, and comes so rarely that every image is seen equally often"
+            f"note: {sum(few)} of {len(self.images)} images have a shape with fewer than {size} images. "
+            "Their batches repeat images but are rarer, so every image is seen equally often"
         ]
 
     def image(self, sample):

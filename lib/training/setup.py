@@ -153,8 +153,8 @@ def noise_scheduler(base_folder):
 def recompute_large_maps(unet):
     """Gradient checkpointing for the blocks of `unet` that work on its larger feature maps.
 
-    The activations of the small maps need little memory, and recomputing them takes nearly as long as of the large
-    ones: the time of a kernel hardly depends on the size of small maps.
+    Small maps are excluded. Their activations need little memory, and recomputing them takes nearly as long as for large
+    maps, because the time of a kernel hardly depends on the size of a small map.
     """
     unet.enable_gradient_checkpointing(recomputed)
     sizes = len(unet.down_blocks)
@@ -185,7 +185,7 @@ def adapted_models(base_folder, tokens, protected, config, dtype, device, say):
         protection = make_protection(text_encoder, base_folder, protected, config)
         say(protection.table())
         protection.check()
-    torch.manual_seed(config["seed"])  # LoRA's A starts as noise, drawn on the CPU: the same everywhere
+    torch.manual_seed(config["seed"])  # LoRA's A starts as noise, sampled on the CPU: the same everywhere
     models = {"unet": unet} | ({"text_encoder": text_encoder} if config["train_text_encoder"] else {})
     trained = {name: add_adapter(name, model, protection, config, dtype, device) for name, model in models.items()}
     for name, part in trained.items():
