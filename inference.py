@@ -11,7 +11,7 @@
     python inference.py --score-dir BASE_FOLDER,LORA_FOLDER                # images from elsewhere
 
 The output folder (with several runs, one subfolder each) gets report.html, the page to open; overview.webp;
-images/<prompt>/{base,lora}_<seed>.png; metrics.json, metrics.csv (a row an image) and summary.md. With --snapshots or
+images/<prompt>/{base,lora}_<seed>.png; metrics.json, metrics.csv (one row per image) and summary.md. With --snapshots or
 --lora-scales there is also choose.html, to open first. With several runs, comparison/ holds a report.html and an
 overview.webp that show the base model and each adapter in columns. Sample images and verdicts are added to the model
 card in each run's own folder. An evaluation of another adapter, or of images generated with other settings, is only
@@ -49,8 +49,8 @@ CONFIG = dict(
     revision=None,  # a commit of the hub repository; None: its newest
     data_dir="processed_data",  # the training images, for the concept similarity
     # what is generated
-    prompts=None,  # a text file, a line a prompt, `near:` or `unrelated:` before it; None: PROMPTS
-    seeds=8,  # images a prompt
+    prompts=None,  # a text file, one prompt per line, `near:` or `unrelated:` before it; None: PROMPTS
+    seeds=8,  # images per prompt
     seed=42,  # of the first image; the others count up from it
     steps=28,
     guidance_scale=6.0,
@@ -286,7 +286,7 @@ def print_times(times, runs, count, device):
     print(
         f"{count} images in {times[-1] - times[1]:.1f} s, after {imports:.1f} of imports: loading {loading:.1f} s, "
         f"generation {generation:.1f}, scores {scoring:.1f}, files {files:.1f}; "
-        f"{(generation + scoring) / count:.3f} s an image generated and scored{memory}"
+        f"{(generation + scoring) / count:.3f} s per image generated and scored{memory}"
     )
 
 

@@ -50,7 +50,7 @@ CONFIG = dict(
     max_megapixels=200,  # larger images are refused: a small file can hide gigabytes
     duplicate_bits=6,  # a duplicate: at most this many of the 64 bits of the perceptual hash differ, and
     duplicate_colour=12.0,  # thumbnails differ by at most this (mean of 0..255)
-    processes=0,  # processes that prepare images; 0: one a core
+    processes=0,  # processes that prepare images; 0: one per core
     keep_edits=True,  # preserve manual edits in output_dir; False: discard them
     strict=False,  # True: any skipped or duplicate image is an error
 )

@@ -32,12 +32,12 @@ from lib.evaluation.prompts import read_prompts
 CONFIG = dict(
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # Hub name, folder or .safetensors file
     data_dir="processed_data",  # the images, with descriptions for the arm with varied captions
-    prompts="prompts/study_sd15.txt",  # a prompt a line, with its category
+    prompts="prompts/study_sd15.txt",  # one prompt per line, with its category
     clip_model=None,  # that scores the images; None: the default of inference.py
     lora_dir="lora_weights/study_sd15",  # a folder per training seed
     output_dir="results/study_sd15",  # a folder per training seed, and the page
     seeds=(42, 43, 44, 45, 46),  # training seeds; with fewer than three nothing is claimed
-    sampling_seeds=8,  # images a prompt
+    sampling_seeds=8,  # images per prompt
     scales=(0.2, 0.4, 0.6, 0.8, 1.0),  # of the adapter, for rank 32
     page=True,  # write report.html, claims.md, study.json and charts
     max_steps=None,  # for a trial: steps of each arm, without warm-up, in folders named after it
@@ -62,7 +62,7 @@ ARMS = dict(
 SCALED = ("rank32",)
 SAMPLING_SEED = 42  # the first sampling seed of inference.py
 
-# Measured on one NVIDIA H200 (bench/README.md): training images a second (steps times batch) of the arms timed there.
+# Measured on one NVIDIA H200 (bench/README.md): training images per second (steps times batch) of the arms timed there.
 SAMPLES_A_SECOND = dict(
     rank32=71.5, rank8=71.8, unet_only=79.8, dora=54.5, large_batch=144, protected=60, protected_plain_loss=78.9
 )

@@ -206,8 +206,8 @@ def block(layer):
 
 
 def adapted_parts(adapter, models):
-    """What an adapter adapts of `models` if that is only a part of the blocks or one kind of attention, and its file does
-    not state so: a list of phrases."""
+    """A list of phrases that name the adapted parts of `models`, if these are only a part of the blocks or one kind of
+    attention and the file does not state so."""
     phrases = []
     for component, rows in adapter.factors.items():
         if adapter.targets.get(component):

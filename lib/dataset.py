@@ -119,7 +119,7 @@ class Dataset:
         if mask.size != self.sizes[index]:
             mask = ImageOps.fit(mask, self.sizes[index], Image.Resampling.BILINEAR)
         if mask.getextrema()[1] == 0:
-            raise UserError(f"{path} cannot be used: its mask marks nothing of what is trained on")
+            raise UserError(f"{path} cannot be used: its mask marks nothing in the part that is trained on")
         return torch.from_numpy(np.array(mask.resize(size, Image.Resampling.BOX)))
 
     def masks_sha256(self):
@@ -190,8 +190,8 @@ def prepared_as(data_dir):
     --buckets; (None, {}) without a manifest."""
     try:
         manifest = json.loads((Path(data_dir) / "manifest.json").read_text(encoding="utf-8"))
-        config, pictures = manifest["config"], manifest["pictures"]
-        sizes = {picture["file_name"]: tuple(picture["size"]) for picture in pictures if config["buckets"]}
+        config, images = manifest["config"], manifest["pictures"]
+        sizes = {image["file_name"]: tuple(image["size"]) for image in images if config["buckets"]}
         return int(config["resolution"]), sizes
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None, {}
@@ -202,8 +202,8 @@ def read_known(data_dir):
     the training set}. Both are empty if it is missing or damaged."""
     try:
         record = json.loads((data_dir / KEPT / "pictures.json").read_text(encoding="utf-8"))
-        pictures = {name: fact for name, fact in record["pictures"].items() if [*map(type, fact)] == FACT}
-        return dict(pictures=pictures, data={k: v for k, v in record["data"].items() if type(v) is str})
+        facts = {name: fact for name, fact in record["pictures"].items() if [*map(type, fact)] == FACT}
+        return dict(pictures=facts, data={k: v for k, v in record["data"].items() if type(v) is str})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return dict(pictures={}, data={})
@@ -299,7 +299,7 @@ def read_layers_of(path):
         return image, alpha
     except (Unusable, OSError) as reason:
         raise UserError(
-            f"{path} cannot be read as an image: {reason}; mend it, or take it out of captions.jsonl"
+            f"{path} cannot be read as an image: {reason}; repair it, or remove it from captions.jsonl"
         ) from None
 
 

@@ -32,7 +32,7 @@ def real_folder(path):
             if goal.is_symlink() or not goal.parent.is_dir():
                 raise UserError(
                     f"{place} is a link to {os.readlink(place)}, where no folder can be made; "
-                    "mend the link, or name another output folder"
+                    "fix the link, or name another output folder"
                 )
     return Path(os.path.realpath(path))
 

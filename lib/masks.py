@@ -79,7 +79,7 @@ def levels(image):
         grey = np.where(grey > 0, np.uint8(255), np.uint8(0))
     elif brightest < 128:
         raise Unusable(
-            f"it has {marked.size} levels besides black, the brightest {brightest} of 255; make what "
-            "the training is about white, the rest black"
+            f"it has {marked.size} levels besides black, the brightest {brightest} of 255; make "
+            "the subject white and the rest black"
         )
     return Image.fromarray(grey)

@@ -140,7 +140,7 @@ def upright_shape(path):
 
 
 def deep_colours(path, image):
-    """Whether a file has more than 8 bits a channel; Pillow reads 8 of them."""
+    """Whether a file has more than 8 bits per channel; Pillow reads 8 of them."""
     if image.format == "PNG":
         with path.open("rb") as file:
             return file.read(25)[24:] == b"\x10"
@@ -234,7 +234,7 @@ def unread_kind(path):
     if path.suffix.lower() in RAW_ENDINGS:
         return "by its name a camera's raw file, but damaged or of an unknown kind"
     if head.startswith(POINTERS):
-        return "a pointer to an image that was not fetched; git lfs pull, or git annex get, brings it"
+        return "a pointer to an image that was not fetched; run git lfs pull or git annex get"
     if path.suffix.lower() in TEXTS:
         return "no image; captions are read from photo.txt next to photo.jpg, and from captions.jsonl"
     return "not an image, or one in another format"

@@ -16,8 +16,8 @@ PRIVATE = ("config.json",)
 
 
 def odd_token():
-    """A sentence that names a character that no token of the hub contains, or None. Such a token otherwise ends as
-    some error of the network."""
+    """A sentence about a character that no token of the hub contains, or None. Otherwise such a token ends in some
+    network error."""
     for token, place in (
         (os.environ.get("HF_TOKEN", "").strip(), "HF_TOKEN"),
         (get_token() or "", "the token for the hub"),

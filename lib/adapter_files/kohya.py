@@ -1,6 +1,6 @@
 """LoRA adapters in kohya's file format, which ComfyUI, A1111, Forge, InvokeAI and SD.Next read.
 
-A safetensors file with three tensors a layer: lora_down.weight (A), lora_up.weight (B) and alpha. A layer's name is
+A safetensors file with three tensors per layer: lora_down.weight (A), lora_up.weight (B) and alpha. A layer's name is
 `lora_unet_` or `lora_te_` and the module's path with _ for each dot. The keys ss_… (kohya's sd-scripts) and modelspec.…
 (https://github.com/Stability-AI/ModelSpec) of the header describe the training.
 """
@@ -78,7 +78,7 @@ def save_kohya(path, layers, alpha, header, scales=None):
 
 
 def prefixed(component, layer):
-    """A layer's name in a file: that of a text encoder's layer begins with `text_model.`, whatever transformers says."""
+    """A layer's name in a file. A text encoder's layers get the prefix `text_model.` even if transformers omits it."""
     return f"text_model.{layer.removeprefix('text_model.')}" if component == "text_encoder" else layer
 
 

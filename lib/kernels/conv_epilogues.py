@@ -110,7 +110,7 @@ def _fits_16_bytes(pixels):
 
 
 def _as_16_bytes(pixels):
-    """Pixels [n, h, w, c] in a type of 16 bytes. Viewed as a vector first: a single pixel may have any strides, with
-    which it has no view of another type."""
+    """Pixels [n, h, w, c] in a dtype of 16 bytes. They are flattened first: a single pixel may have any strides, and
+    then it cannot be viewed as another dtype."""
     pixels = pixels.contiguous()
     return pixels.view(-1).view(torch.complex128).view(*pixels.shape[:-1], -1)

@@ -27,7 +27,7 @@ def threads_for(values, device):
 
 @contextlib.contextmanager
 def computing_with(threads):
-    """Inside, PyTorch uses `threads` CPU threads."""
+    """Context in which PyTorch uses `threads` CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

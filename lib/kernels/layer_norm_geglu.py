@@ -15,8 +15,8 @@ if triton:
 
     @triton.jit
     def sigmoid(x):
-        """1 / (1 + exp(-x)) by the hardware's approximations, to 22 bits: exact division takes longer than all else in a
-        norm."""
+        """1 / (1 + exp(-x)) to 22 bits, with the hardware's approximations: exact division takes longer than the rest of
+        a norm."""
         more = 1 + tl.exp2(-1.4426950408889634 * x)
         return tl.rsqrt(more * more)
 
@@ -60,7 +60,7 @@ if triton:
         tl.store(out + begin + offset, (apart * rstd * w + b).to(out.dtype.element_ty), mask=inside)
 
     # dx = dy = grad_total + rstd (dz - mean(dz) - hat mean(dz hat))
-    # where hat = (total - mean) rstd and dz = grad_norm weight; one row a program
+    # where hat = (total - mean) rstd and dz = grad_norm weight; one row per program
     @triton.jit
     def _add_layer_norm_backward(
         total,  # [rows, WIDTH]
@@ -100,7 +100,7 @@ if triton:
     @triton.jit
     def _normal(x):
         """(Φ(x), exp(-x²/2)), Φ being the standard normal distribution function, to 1e-7: Abramowitz and Stegun 7.1.26.
-        With it the kernel is bound by memory, with erf itself by arithmetic."""
+        With it the kernel is memory-bound, with erf itself compute-bound."""
         bell = tl.exp2(-0.7213475204444817 * x * x)
         more = 1 + 0.3275911 * 0.7071067811865476 * tl.abs(x)
         t = tl.rsqrt(more * more)

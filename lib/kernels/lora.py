@@ -321,7 +321,7 @@ def trained_weights(fused_layers):
 
 @contextlib.contextmanager
 def without_lora(model):
-    """Inside, `model` computes what its base model does."""
+    """Context in which `model` computes without its adapter."""
     fused_layers = model.fused_layers if adapters.lora_layers(model) else []
     for fused in fused_layers:
         fused.without_lora = True

@@ -1,4 +1,4 @@
-"""Changes that a person made to a training set after preprocess.py wrote it, which the next run preserves.
+"""Manual changes to a training set, which the next run of preprocess.py preserves.
 
 The manifest records what was written: each image's caption and the SHA-256 of its files. Any difference is a change.
 It is stored under the image's source, as image numbers may change from run to run.

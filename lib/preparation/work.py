@@ -28,7 +28,7 @@ from lib.preparation.framing import framed, view
 from lib.texts import is_utf8
 
 FEW = 8  # images that take less time than starting another process
-MEGAPIXELS_AT_ONCE = 32  # in all processes together; an image takes about 16 MB a megapixel
+MEGAPIXELS_AT_ONCE = 32  # in all processes together; an image takes about 16 MB per megapixel
 MAKER = 2  # version of this code: another number invalidates all parts
 # Endings of an image's parts.
 PNG, MASK, VIEW, RECORD = ".png", ".mask.png", ".jpg", ".json"
@@ -40,7 +40,7 @@ def prepare_images(data_dir, names, masks, sizes, parts, settings, processes=0):
 
     An image's `key` is the stem of its parts in the folder `parts`: PNG, the training image at its size of `sizes`;
     MASK, if it has one; VIEW, a thumbnail for the contact sheet. `masks` is from `find_masks`; `settings` are `crop`,
-    see `framed`, and `max_megapixels`. `processes` are used, 0 for one a core.
+    see `framed`, and `max_megapixels`. `processes` are used, 0 for one per core.
     """
     work = functools.partial(prepare_image, data_dir, parts, settings)
     workers = min(processes or cores(), math.ceil(len(names) / FEW))

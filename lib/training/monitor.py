@@ -11,8 +11,8 @@ from lib.files import write_bytes
 from lib.images import shown, strip, webp
 from lib.training.run_folder import drop_later_snapshots, write_snapshot
 
-# The strip is read into memory as a whole. Of more previews than this it shows an even selection with the first and
-# the last; each has a file of its own all the same.
+# The strip is read into memory as a whole, so it shows at most this many previews: an even selection with the first
+# and the last. Every preview also has its own file.
 MOST_COLUMNS = 16
 LARGEST_SIDE = 256  # pixels, the width of an image in the strip
 DESCRIPTION = 0x010E  # EXIF's ImageDescription holds the prompts of a preview's file
@@ -33,7 +33,7 @@ class Monitor:
     """The monitor of one run, in its first process.
 
     `micro` is the run's MicroStep, `probes` are those of the held-out loss (none: it is not computed), `data` is from
-    `data_record`. `generate`, where there are `prompts`, returns their images; see Previews. A run that resumes after
+    `data_record`. If there are `prompts`, `generate` returns their images; see Previews. A run that resumes after
     `first_step` drops later previews and snapshots.
     """
 
