@@ -141,7 +141,7 @@ def steps_of(seed, config, prompts):
 
 
 def is_evaluated(folder, prompts, sampling_seeds):
-    """Whether `folder` holds an evaluation of these prompts; UserError if it holds another."""
+    """Whether `folder` holds an evaluation of these prompts. Raises UserError if it holds another."""
     path = folder / "metrics.json"
     if not path.is_file():
         return False

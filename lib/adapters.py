@@ -1,7 +1,7 @@
 """LoRA and DoRA adapters in a model: added to be trained, or read from a file and merged into the weights.
 
     LoRA   W' = W + scale * (alpha / rank) * B A       Hu et al. 2021, https://arxiv.org/abs/2106.09685
-    DoRA   W' = m * W'' / ‖W''‖, W'' = LoRA's W'        Liu et al. 2024; see LORA.md
+    DoRA   W' = m * W'' / ‖W''‖, W'' = LoRA's W'        Liu et al. 2024, see LORA.md
 
 W is [out, in], A [rank, in] and B [out, rank]; norms are those of rows, and m is [out]. An `Adapter` in memory holds A and
 B of each adapted linear layer under the layer's module name.

@@ -23,7 +23,7 @@ def parse_config(config, description, demo=None, argv=None):
     Every key `some_key` is an option `--some-key VALUE`; booleans are `--some-key` and `--no-some-key`; tuples are
     comma-separated. With `demo` (a dict of a few of the same keys) there is also `--demo`, whose values give way to
     those typed. `--help` takes its text from the comments in CONFIG; `description` is the docstring of the script.
-    UserError for an unknown option or a value of the wrong type.
+    Raises UserError for an unknown option or a value of the wrong type.
     """
     spec = sys.modules["__main__"].__spec__  # of a module started with -m
     parser = _Parser(
@@ -106,7 +106,7 @@ PATHS = (
 def at_home(key, value):
     """A path with its leading “~” expanded, as no shell does it in CONFIG and in --key=~/folder.
 
-    UserError for an unknown home folder; other values are returned unchanged.
+    Raises UserError for an unknown home folder; other values are returned unchanged.
     """
     if not isinstance(value, str):
         return value
@@ -149,7 +149,7 @@ def check_range(config, key, low, high=float("inf")):
 def image_size(resolution):
     """(width, height) in pixels of a resolution: a number, for a square, or the text "WIDTHxHEIGHT".
 
-    UserError for anything else.
+    Raises UserError for anything else.
     """
     sides = re.fullmatch(r"(\d+)(?:x(\d+))?", str(resolution))
     if not sides:

@@ -58,7 +58,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def folder_of_file(path):
-    """The folder converted from a base model in one file; UserError if the file is missing or a pickle."""
+    """The folder converted from a base model in one file. Raises UserError if the file is missing or a pickle."""
     if path.suffix.lower() in PICKLES:
         raise UserError(
             f"base model {path} is a pickle, which can run any program when opened; use the model's .safetensors file"
@@ -235,7 +235,7 @@ def loading(path):
 
 
 def load_part(cls, folder, part, dtype, **options):
-    """`cls.from_pretrained` for one part of a base model's folder; UserError if weights are missing."""
+    """`cls.from_pretrained` for one part of a base model's folder. Raises UserError if weights are missing."""
     files = loaded_weights(folder / part, PARTS[part], dtype == torch.float16)
     for path in files:
         if reason := describe_content(path):

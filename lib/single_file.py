@@ -107,7 +107,7 @@ def check_last_noise(file, keys, header, path):
 
 @contextlib.contextmanager
 def reading(path):
-    """An open safetensors file; UserError naming it if it cannot be opened or, in the block, read."""
+    """An open safetensors file. Raises UserError naming it if it cannot be opened or, in the block, read."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -117,7 +117,7 @@ def reading(path):
 
 
 def version_of(file, keys, path):
-    """1 or 2; UserError naming any other kind of model."""
+    """1 or 2. Raises UserError naming any other kind of model."""
     wanted = "supported are Stable Diffusion 1.x and 2.x for text to image, with VAE and text encoder"
     versions = [version for key, version in TEXT_KEYS.items() if key in keys]
     parts = {"UNet": UNET, "VAE": VAE, "text encoder": TEXT}

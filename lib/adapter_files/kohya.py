@@ -173,7 +173,7 @@ def dotted(layer):
 
 
 def as_matrix(key, tensor, path):
-    """A factor in float32, a 1x1 convolution's as a matrix; UserError if the kernel is larger (LoCon)."""
+    """A factor in float32, a 1x1 convolution's as a matrix. Raises UserError if the kernel is larger (LoCon)."""
     if tensor.ndim == 4:
         if tuple(tensor.shape[2:]) != (1, 1):
             refuse(key, tensor, path)
@@ -217,14 +217,14 @@ def without_idle(rows):
 
 
 def alpha_value(tensor, layer, path):
-    """The alpha of a layer; UserError if it is not one positive number."""
+    """The alpha of a layer. Raises UserError if it is not one positive number."""
     if tensor.numel() != 1 or not 1e-6 <= tensor.item() <= 1e6:
         raise UserError(f"{path}: alpha of {layer} is {tensor.flatten()[:3].tolist()}, but must be a positive number")
     return tensor.item()
 
 
 def refuse(key, tensor, path):
-    """UserError naming the kind of adapter that a key of the file `path` belongs to."""
+    """Raises UserError naming the kind of adapter that a key of the file `path` belongs to."""
     ending = key.split(".", 1)[-1]
     kind = next((f"of {kind}" for part, kind in OTHER_KINDS.items() if ending.startswith(part)), None)
     if kind is None and key.startswith(("lora_te2_", "lora_te3_")):

@@ -64,7 +64,7 @@ def save_adapter(folder, models, rank, alpha, targets, metadata, half=False):
 
 def find_adapters(folder):
     """The adapters in `folder`: [(name, path)]. Itself if it is one (a folder or a safetensors file), else its
-    subfolders that are, else its safetensors files. UserError if there are none."""
+    subfolders that are, else its safetensors files. Raises UserError if there are none."""
     folder = Path(folder)
     if folder.is_file():
         return [(folder.stem, folder)]
@@ -226,7 +226,7 @@ def guess_component(layer):
 
 
 def read_tensors(path):
-    """All tensors and the header of a safetensors file; UserError if it is damaged or empty."""
+    """All tensors and the header of a safetensors file. Raises UserError if it is damaged or empty."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -240,7 +240,7 @@ def read_tensors(path):
 
 
 def read_peft_config(path):
-    """A PEFT adapter_config.json; UserError if it is damaged or not of LoRA."""
+    """A PEFT adapter_config.json. Raises UserError if it is damaged or not of LoRA."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]
@@ -301,7 +301,7 @@ def targets(config):
 
 
 def check_factors(rows, path, part):
-    """UserError unless each layer has both factors, [rank, in] and [out, rank], with finite values."""
+    """Raises UserError unless each layer has both factors, [rank, in] and [out, rank], with finite values."""
     single = sorted(name for name, row in rows.items() if not row.keys() >= {"A", "B"})
     if single:
         raise UserError(

@@ -50,7 +50,7 @@ class AddBias(torch.autograd.Function):
 
 
 def run_add_bias(x, y, bias):
-    """Launch the kernel; see AddBias."""
+    """Launch the kernel (see AddBias)."""
     out = torch.empty_like(x, memory_format=torch.channels_last)
     pixels = (maps.permute(0, 2, 3, 1).contiguous() for maps in (x, x if y is None else y))
     rows, others = (each.view(-1, len(bias)) for each in pixels)

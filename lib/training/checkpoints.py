@@ -171,7 +171,7 @@ def check_same_run(state, now, folder):
 
 
 def check_same_everywhere(this_run, saved, accelerator):
-    """UserError in every process unless all are about to train `this_run` from the same checkpoint.
+    """Raises UserError in every process unless all are about to train `this_run` from the same checkpoint.
 
     `this_run` is from `identity`, `saved` from `latest`. All processes have read it when this returns.
     """
@@ -219,7 +219,7 @@ class Progress:
     loss_count: int = 0  # the number of those steps
     skipped: int = 0  # steps whose gradient overflowed in fp16
     updates: int = 0  # the other steps
-    changes: list = field(default_factory=list)  # of learning rates; see `continued`
+    changes: list = field(default_factory=list)  # of learning rates (see `continued`)
 
     def add(self, loss):
         """Count a finished step and its loss."""

@@ -142,7 +142,7 @@ def read_pair(path):
 @torch.no_grad()
 def encode_latents(vae, data, indices, device):
     """Yield (some of `indices`, their means, their deviations), float32 [n, channels, h, w] each, a few images of one size
-    at a time; the next are read meanwhile. UserError naming an image for which the VAE returns NaN."""
+    at a time; the next are read meanwhile. Raises UserError naming an image for which the VAE returns NaN."""
     at_once = AT_ONCE if device.type == "cuda" else 1
     order = sorted(indices, key=lambda index: data.sizes[index])
     waiting = []

@@ -33,7 +33,7 @@ class Monitor:
     """The monitor of one run, in its first process.
 
     `micro` is the run's MicroStep, `probes` are those of the held-out loss (none: it is not computed), `data` is from
-    `data_record`. If there are `prompts`, `generate` returns their images; see Previews. A run that resumes after
+    `data_record`. If there are `prompts`, `generate` returns their images (see Previews). A run that resumes after
     `first_step` drops later previews and snapshots.
     """
 

@@ -19,7 +19,7 @@ class LoraParameters:
 
     model: torch.nn.Module
     learning_rate: float  # at its peak
-    parameters: list  # the model's own, views of `working`; see lora.trained_weights
+    parameters: list  # the model's own, views of `working` (see lora.trained_weights)
     leaves: list  # the same values, partly fused: the model computes with them and is differentiated by them
     copies: tuple  # (to, from): leaves outside `working`, and their values in it
     flat: torch.nn.Parameter  # float32 [n], what the optimizer updates; MicroStep sets its gradient

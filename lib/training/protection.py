@@ -118,7 +118,7 @@ class Protection:
         return {name: self.projections[self.readers.get(name, STATES)] for name in layers}
 
     def check(self):
-        """UserError unless in some layer P leaves clearly less of held-out prompts than of the caption."""
+        """Raises UserError unless in some layer P leaves clearly less of held-out prompts than of the caption."""
         best = min(held / caption for caption, held, _ in self.left.values())
         if best > SET_APART:
             raise UserError(

@@ -54,7 +54,7 @@ class Samples:
     """The samples of the training `images`, which are indices into the data set.
 
     `shape_of` returns the latent shape (c, h, w) of an index. Where shapes differ, the micro-batches of all processes
-    together have one; see `cycle_chunks`. From `config` come seed, batch_size and loss_guidance_scale, the range from
+    together have one (see `cycle_chunks`). From `config` come seed, batch_size and loss_guidance_scale, the range from
     which each sample's guidance is sampled uniformly.
     """
 

@@ -37,7 +37,7 @@ def base_tokenizer(base_folder):
 def caption_tokens(base_folder, data, prompts, truncate=False):
     """(token ids of the captions, int64 [n, 77]; those of the empty prompt, [1, 77]).
 
-    UserError for a caption or preview prompt of more than 77 tokens, unless `truncate` cuts it off.
+    Raises UserError for a caption or preview prompt of more than 77 tokens, unless `truncate` cuts it off.
     """
     tokenizer = base_tokenizer(base_folder)
     if prompts:
@@ -100,7 +100,7 @@ def text_states(text_encoder, input_ids, trained, say):
 
 
 def divided(data_dir, images, validation_count, seed, say):
-    """(train_indices, held_out) of `images` images, with a line on the console; see `split`."""
+    """(train_indices, held_out) of `images` images, with a line on the console (see `split`)."""
     train_indices, held_out = split(images, validation_count, seed)
     say(f"{data_dir}: {len(train_indices)} images to train on, {len(held_out)} held out")
     if len(held_out) < validation_count:

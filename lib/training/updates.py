@@ -52,7 +52,7 @@ def average(vector, processes):
 
 
 class PlainUpdates:
-    """Updates by the optimizer itself; see `make_updates`."""
+    """Updates by the optimizer itself (see `make_updates`)."""
 
     def __init__(self, micro, optimizer, accelerator, progress, max_overflows, give_up):
         self.micro, self.optimizer, self.accelerator = micro, optimizer, accelerator
@@ -96,7 +96,7 @@ class PlainUpdates:
 
 
 class CapturedUpdates:
-    """Updates by a CUDA graph, with the `states` from `eight_bit_states`; see `make_updates` and PlainUpdates.
+    """Updates by a CUDA graph, with the `states` from `eight_bit_states` (see `make_updates` and PlainUpdates).
 
     The host is at most STEPS_AHEAD steps ahead of the GPU. It reads the outcome of a step that much later, or in `settle`;
     until then `progress.skipped`, `progress.updates` and the step count in the optimizer's state lag behind.
