@@ -11,8 +11,8 @@
     python inference.py --score-dir BASE_FOLDER,LORA_FOLDER                # images from elsewhere
 
 The output folder (with several runs, one subfolder each) gets report.html, the page to open; overview.webp;
-images/<prompt>/{base,lora}_<seed>.png; metrics.json, metrics.csv (one row per image) and summary.md. With --snapshots or
---lora-scales there is also choose.html, to open first. With several runs, comparison/ holds a report.html and an
+images/<prompt>/{base,lora}_<seed>.png; metrics.json, metrics.csv (one row per image) and summary.md. With --snapshots
+or --lora-scales there is also choose.html, to open first. With several runs, comparison/ holds a report.html and an
 overview.webp that show the base model and each adapter in columns. Sample images and verdicts are added to the model
 card in each run's own folder. An evaluation of another adapter, or of images generated with other settings, is only
 replaced with --overwrite.
@@ -85,7 +85,7 @@ PROMPTS = (
 )
 PUBLISHED = tuple(pair for pair in PROMPTS if pair[0] != "near")  # the published study's five prompts
 
-# What --demo puts in their place.
+# Overrides of --demo.
 DEMO = dict(
     lora_dir="lora_weights/demo_runs/lora_weights_rank_32",
     output_dir="results/demo_{name}",
@@ -113,7 +113,7 @@ VALUES = (
 
 
 def check_config(config):
-    """Refuses values that make no sense, before anything is loaded."""
+    """Rejects invalid values before anything is loaded."""
     values.check(config, VALUES)
     check_resolution(config, least=32, square=False)  # LPIPS needs 32 pixels
     if config["rescore"] and config["score_dir"]:
@@ -125,7 +125,7 @@ def check_config(config):
 
 
 def usual(config):
-    """The defaults: of --demo where `config` has its base model."""
+    """The defaults; those of --demo if `config` has its base model."""
     return CONFIG | (DEMO if config["base_model"] == DEMO["base_model"] else {})
 
 

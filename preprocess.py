@@ -6,7 +6,7 @@
 
 Images may also be HEIC files from phones; camera raw files are skipped and named. Each image is rotated as its EXIF
 says, converted to sRGB, put on white where it is transparent, and resized and centre-cropped to a square (never
-squashed). An image that cannot be used is named with the reason; of near-duplicates the better one is kept. The output
+squashed). Unusable images are named with the reason. Of near-duplicates only the better one is kept. The output
 also holds contact_sheet.jpg, to check the result at a glance (numbered pages if there are many images), and
 manifest.json: for each image its source, the source's SHA-256 and what was done to it. An interrupted run resumes where
 it stopped. Captions, images and masks that were changed by hand in processed_data/ are preserved.
@@ -57,7 +57,7 @@ CONFIG = dict(
 
 
 def check_config(config):
-    """Refuse invalid values, and folders that lie in one another."""
+    """Reject invalid values, and folders nested in one another."""
     check_resolution(config, step=1)
     if config["crop"] not in CROPS:
         raise UserError(f"crop is {config['crop']}, but must be one of {', '.join(CROPS)}")
@@ -72,7 +72,7 @@ def check_config(config):
         raise UserError(f"{data_dir}: no such folder; make it and put images in it")
     source, target = data_dir.resolve(), real_folder(output_dir)
     if source == target or source in target.parents or target in source.parents:
-        raise UserError(f"output_dir {output_dir} and data_dir {data_dir} lie in one another")
+        raise UserError(f"output_dir {output_dir} and data_dir {data_dir} must not contain one another")
     check_output_folder(output_dir, "manifest.json")
 
 

@@ -252,7 +252,7 @@ def train(config):
         say(note)
     micro = MicroStep(models, latents, masks, config, accelerator)
 
-    # Where the run stands: at the start, or where the last checkpoint left it.
+    # The state of the run: at the start, or of the last checkpoint.
     if is_main and not saved:
         fresh_folder(target_folder)
     journal = Journal(work_folder if is_main else None, config, saved[1] if saved else {})

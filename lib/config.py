@@ -21,8 +21,8 @@ def parse_config(config, description, demo=None, argv=None):
     """CONFIG with the command line's overrides.
 
     Every key `some_key` is an option `--some-key VALUE`; booleans are `--some-key` and `--no-some-key`; tuples are
-    comma-separated. With `demo` (a dict of a few of the same keys) there is also `--demo`, whose values give way to
-    those typed. `--help` takes its text from the comments in CONFIG; `description` is the docstring of the script.
+    comma-separated. With `demo` (a dict of a few of the same keys) there is also `--demo`, whose values yield to
+    explicit options. `--help` takes its text from the comments in CONFIG; `description` is the docstring of the script.
     Raises UserError for an unknown option or a value of the wrong type.
     """
     spec = sys.modules["__main__"].__spec__  # of a module started with -m

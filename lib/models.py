@@ -197,15 +197,15 @@ def is_half(path):
 
 
 def loaded_weights(folder, stem, half):
-    """The weight files of a model's folder that are loaded. If both precisions are there, as after two fetches, they are
-    the fp16 variant for `half` and the others otherwise."""
+    """The weight files of a model's folder that are loaded. If both precisions are there, as after two fetches, `half`
+    selects the fp16 variant."""
     pattern = re.compile(rf"{stem}(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
     paths = [path for path in weight_files(folder, stem) if pattern.fullmatch(path.name)]
     return [path for path in paths if is_half(path) == half] or paths
 
 
 def digest_of(files):
-    """SHA-256 of the contents of files, in their order: moving them changes nothing."""
+    """SHA-256 of the contents of files, in their order, whatever their paths."""
     return hashlib.sha256(" ".join(map(content_digest, files)).encode()).hexdigest()
 
 

@@ -116,8 +116,8 @@ def decoded(path, max_megapixels):
 
 
 def orientation(image):
-    """The EXIF orientation (1 to 8) of an opened image. 1 for HEIF, as pillow_heif has turned it already; Pillow turns
-    a TIFF file itself while loading it."""
+    """The EXIF orientation (1 to 8) of an opened image. Always 1 for HEIF, which pillow_heif has already rotated.
+    Pillow rotates a TIFF file itself while loading it."""
     if image.format == "HEIF":
         return 1
     tag = image.getexif().get(0x0112, 1)
@@ -150,8 +150,8 @@ def deep_colours(path, image):
 def eight_bits(image, negative, done):
     """A greyscale image of more than 8 bits, or of floats, as an L image. Appends what was done to `done`.
 
-    White is the first of WHITES that is not below the brightest value, as cameras and scanners store 10 to 14 bits in a
-    file of 16. `negative` means that 0 is white.
+    White is the smallest of WHITES that is at least the brightest value: cameras and scanners store 10 to 14 bits in a
+    16-bit file. `negative` means that 0 is white.
     """
     levels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
     top = levels.max(initial=0)

@@ -57,8 +57,8 @@ OTHERS = {
 def converted(path, say=print):
     """The folder in diffusers' layout of the base model in the safetensors file `path`.
 
-    Raises UserError naming the file if it is damaged or not a whole Stable Diffusion 1.x or 2.x for text to image. Of
-    several processes at once, the first converts.
+    Raises UserError naming the file if it is damaged or not a whole Stable Diffusion 1.x or 2.x for text to image. If
+    several processes start at once, the first one converts.
     """
     path = Path(path)
     with reading(path) as file:

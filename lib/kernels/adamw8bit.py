@@ -25,7 +25,7 @@ if triton:
         largest,  # []
         loss,  # []
         loss_sum,  # []
-        outcome,  # int32 [4]: updates, skipped steps, overflows in a row, why the run ends
+        outcome,  # int32 [4]: updates, skipped steps, consecutive overflows, why the run ends
         scale,  # [], written if SCALED
         tracker,  # int32 [], written if SCALED
         control,  # [4], written
@@ -116,7 +116,7 @@ if triton:
         decay,
         BLOCK: tl.constexpr,
     ):
-        """See `update`; one block a program."""
+        """See `update`; one block per program."""
         block = tl.program_id(0)
         place = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         count = tl.where(tl.load(control) != 0, COUNT, 0)  # 0 to update nothing
@@ -153,11 +153,11 @@ def decide(largest, loss, loss_sum, outcome, scaling, most_overflows, betas, con
     """Decide on the GPU whether a step updates, is skipped or ends the run; tensors are changed in place.
 
     `largest` [] is the gradient's largest absolute value and `loss` [] the step's loss. `outcome`, int32 [4], counts
-    updates, skipped steps and overflows in a row; its last element is 0 or why the run ends: NOT_FINITE,
-    LOSS_NOT_FINITE or OVERFLOWS (more in a row than `most_overflows`). Once that is not 0, nothing changes any more.
-    `scaling` is None or (scale [] float32, growth tracker [] int32, growth factor, backoff factor, growth interval) of
-    a torch.amp.GradScaler, updated as torch._amp_update_scale_ does. The loss of a step that does not end the run is
-    added to `loss_sum`. `update` reads `control`, float32 [4].
+    updates, skipped steps and consecutive overflows; its last element is 0 or why the run ends: NOT_FINITE,
+    LOSS_NOT_FINITE or OVERFLOWS (more than `most_overflows` consecutive ones). Once that is not 0, nothing changes any
+    more. `scaling` is None or (scale [] float32, growth tracker [] int32, growth factor, backoff factor, growth
+    interval) of a torch.amp.GradScaler, updated as torch._amp_update_scale_ does. The loss of a step that does not end
+    the run is added to `loss_sum`. `update` reads `control`, float32 [4].
     """
     scale, tracker, *numbers = scaling or (control, outcome, 1.0, 1.0, 1)
     logs = [math.log2(max(beta, 1e-300)) for beta in betas]

@@ -155,8 +155,8 @@ def _unet_forward(forward, text_keys_values, sample, timestep, encoder_hidden_st
 class TimestepProjections(torch.nn.Module):
     """Projects the timestep's embedding [n, width] for all residual `blocks`: {id(block): [n, channels]}.
 
-    It takes the place of an activation after the embedding, which Stable Diffusion does not have; the blocks then
-    receive this dict in place of the embedding.
+    It is installed as the activation after the embedding, which Stable Diffusion does not have. The blocks then receive
+    this dict instead of the embedding.
     """
 
     def __init__(self, fused, blocks):

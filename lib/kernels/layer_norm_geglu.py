@@ -15,8 +15,8 @@ if triton:
 
     @triton.jit
     def sigmoid(x):
-        """1 / (1 + exp(-x)) to 22 bits, with the hardware's approximations: exact division takes longer than the rest of
-        a norm."""
+        """1 / (1 + exp(-x)) to 22 bits, with the hardware's approximations: exact division takes longer than the rest
+        of a norm."""
         more = 1 + tl.exp2(-1.4426950408889634 * x)
         return tl.rsqrt(more * more)
 

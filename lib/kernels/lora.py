@@ -103,7 +103,7 @@ class AdaptedLinear(torch.autograd.Function):
 
 
 class Gradients:
-    """Where a FusedLinear's gradients of A and of the blocks of B go, and how often they were `written`."""
+    """Buffers for a FusedLinear's gradients of A and of the blocks of B, `written` so many times."""
 
     def __init__(self, a, blocks):
         self.a, self.blocks, self.written = a, blocks, 0
@@ -231,7 +231,7 @@ class DoraFactors:
 
     @torch.no_grad()
     def refresh(self, magnitudes):
-        """Follow the layers' A and B, and `magnitudes`, float32 [outputs of all layers]."""
+        """Recompute from the layers' A and B, and from `magnitudes`, float32 [outputs of all layers]."""
         inverse_norms = {}
         for group, weights, squares in self.groups:
             of_group = self.squared_norms(group, weights, squares).rsqrt()

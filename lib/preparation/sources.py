@@ -41,9 +41,9 @@ def read_captions(folder, names):
     """The captions in `folder` for the images `names`: {image name: {key: (words, file they came from)}}.
 
     The keys are `text`, which replaces the fixed caption, and `description`, which an experiment trains on. A file
-    with one of CAPTION_ENDINGS next to an image is its `text` and takes precedence over the LISTINGS, whose rows hold an
-    image's name and `text`, `description` or both. Several lines are joined, which is printed. Raises UserError naming
-    the file and line of a malformed row, an empty caption, a missing image, or a second, different caption.
+    with one of CAPTION_ENDINGS next to an image is its `text` and takes precedence over the LISTINGS, whose rows hold
+    an image's name and `text`, `description` or both. Several lines are joined, which is printed. Raises UserError
+    naming the file and line of a malformed row, an empty caption, a missing image, or a second, different caption.
     """
     captions, known = {name: {} for name in names}, Names(names)
     files = sorted(path.name for path in folder.iterdir())

@@ -24,7 +24,7 @@ from lib.provenance import code_commit
 from lib.run_config import WITHOUT_EFFECT, differences
 from lib.training.optimizer import optimizer_record, restore_state, state_of
 
-# These may change after numbers that were not finite: they may be the reason.
+# These may change after non-finite numbers, which they may have caused.
 LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
 # Their names may change, by a move, a link or another machine; the hashes of their content may not.
 PLACES = ("data_dir", "base_model", "revision", "protected_prompts")
@@ -106,7 +106,7 @@ def latest(folder, say=print):
 def go_back(folder, updates):
     """Make a checkpoint with good weights the newest one in `folder`; returns its step, or None if there is none.
 
-    After numbers that are not finite, the last of `updates` broke the weights: a checkpoint with fewer updates is good.
+    After non-finite numbers, the last of `updates` broke the weights: a checkpoint with fewer updates is good.
     That checkpoint is marked, so that learning rates may change from there on. If it is already marked, the run broke
     again after it, perhaps because its weights were slowly diverging; an older one replaces it, if there is one.
     """
@@ -149,7 +149,7 @@ def identity(config, data, base_folder, accelerator, protected=None):
 def check_same_run(state, now, folder):
     """UserError with all differences unless the checkpoint `state` in `folder` belongs to the run `now`, an `identity`.
 
-    Returns the differences that are allowed, {key: (then, now)}: learning rates, after numbers that were not finite.
+    Returns the differences that are allowed, {key: (then, now)}: learning rates, after non-finite numbers.
     """
     saved = state["identity"]
     may = LEARNING_RATES if state.get("gave_up") else ()

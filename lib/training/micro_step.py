@@ -61,9 +61,9 @@ def squared_errors(predicted, expected, weights=None):
 
 
 def recomputed(module, *inputs):
-    """`module(*inputs)`, computed again in the backward pass instead of keeping its activations.
+    """`module(*inputs)` with gradient checkpointing: the backward pass recomputes its activations.
 
-    Nothing in these models is random, so no random state is saved either.
+    Nothing in these models is random, so no random state is saved.
     """
     return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 

@@ -37,7 +37,7 @@ class LoraParameters:
                 to.copy_(_rows_of_a(self.flat.data, rows, projection) @ projection)
         else:
             self.compute_with(self.flat.data)
-        # From the vector itself: half precision would swallow a magnitude's small steps.
+        # From `flat` itself: half precision would round away small updates of a magnitude.
         if self.dora:
             self.dora.refresh(self.flat.data[-self.dora.factors.numel() :])
 
@@ -65,8 +65,8 @@ class LoraParameters:
             self.flat.grad += gradient
 
     def saved(self):
-        """The float32 values for a file, in the order of `flat`: A is multiplied by its projection, so that readers need
-        not know of it."""
+        """The float32 values to save, in the order of `flat`. A is multiplied by its projection, so that readers need
+        not know it."""
         return self.with_projections(self.flat.data)
 
     def with_projections(self, vector):
@@ -80,8 +80,8 @@ class LoraParameters:
         return product
 
     def compute_with(self, values):
-        """Let the model compute with `values`, as from `saved`, until the next `refresh`. Where `working` and `flat`
-        share memory, as on a CPU, `flat` changes too."""
+        """Load `values`, as from `saved`, into the model until the next `refresh`. If `working` and `flat` share
+        memory, as on a CPU, `flat` changes too."""
         self.working.copy_(values)
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)

@@ -111,7 +111,7 @@ def training_memory(config):
 
 
 def not_finite(problem, step, names, advice):
-    """The UserError for a step (counted from 0) whose numbers are not finite; `names` are its images."""
+    """The UserError for a step (counted from 0) with non-finite numbers; `names` are its images."""
     line = f"{problem} at step {step + 1} ({', '.join(sorted(names))}). Are the learning rates too high?"
     return UserError(line, advice) if advice else UserError(line)
 

@@ -56,9 +56,9 @@ def finished_models(trained):
 
 @contextlib.contextmanager
 def optimizer_values(trained):
-    """{component: model} that hold the optimizer's float32 values inside the context.
+    """Context with {component: model} that hold the optimizer's float32 values.
 
-    Afterwards the parameters are again the copies that the models compute with, where a captured pass reads them.
+    Afterwards the parameters are again the working copies that a captured pass reads.
     """
     for part in trained.values():
         set_views(part.parameters, part.saved())
@@ -86,8 +86,8 @@ def write_adapter(folder, config, models, data, step, half=False):
 def write_snapshot(folder, config, trained, data, step):
     """Write the adapter after `step` steps to `folder`/snapshots/step_001000, in half precision.
 
-    An adapter with a component whose lora_B are all zero, as after a step at the rate 0, has no effect, and no reader
-    accepts it: no snapshot is written.
+    No snapshot is written if all lora_B of a component are zero, as after a step at learning rate 0: such an adapter
+    has no effect, and no reader accepts it.
     """
     with optimizer_values(trained) as models:
         for name, model in models.items():
@@ -125,7 +125,7 @@ def data_record(data, train_indices, held_out):
 def note_replaced(folder, config, say):
     """Note, before a new run starts, that it will replace the finished run in `folder`, and how the two differ.
 
-    A finished run cannot be trained further: the learning rate of every step depends on their number.
+    A finished run cannot be trained further: the learning rate of every step depends on the total number of steps.
     """
     try:
         earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
@@ -208,7 +208,7 @@ def loss_figure(log, title):
     """A matplotlib figure of held-out loss, training loss and learning rate over the steps.
 
     `log` are the rows of log.jsonl. The held-out loss, at fixed noise and timesteps, is the one to look at; its lowest
-    point is marked. The training loss depends mostly on the sampled timesteps, so its running mean lies over it.
+    point is marked. The training loss depends mostly on the sampled timesteps, so its running mean is plotted over it.
     """
     held_out = [(r["step"], r["validation_loss"]) for r in log if "validation_loss" in r]
     trained = [row for row in log if "loss" in row]

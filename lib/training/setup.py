@@ -73,9 +73,9 @@ def prompt_ids(tokenizer, prompts):
 @torch.no_grad()
 def encode_captions(text_encoder, input_ids, at_once=64):
     """(states, which): the text encoder's output for each distinct row of token ids [n, 77], [distinct, 77, d], and
-    the number of each row's, int64 [n]; both on its device.
+    each row's index into it, int64 [n]; both on its device.
 
-    `at_once` run together: all captions of a large data set would need more memory than training.
+    Captions are encoded `at_once` at a time: all those of a large data set would need more memory than training.
     """
     distinct, which = input_ids.to(text_encoder.device).unique(dim=0, return_inverse=True)
     states = [text_encoder(ids)[0] for ids in distinct.split(at_once)]
@@ -153,8 +153,8 @@ def noise_scheduler(base_folder):
 def recompute_large_maps(unet):
     """Gradient checkpointing for the blocks of `unet` that work on its larger feature maps.
 
-    Small maps are excluded. Their activations need little memory, and recomputing them takes nearly as long as for large
-    maps, because the time of a kernel hardly depends on the size of a small map.
+    Small maps are excluded. Their activations need little memory, and recomputing them takes nearly as long as for
+    large maps, because the time of a kernel hardly depends on the size of a small map.
     """
     unet.enable_gradient_checkpointing(recomputed)
     sizes = len(unet.down_blocks)

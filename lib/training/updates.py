@@ -23,9 +23,9 @@ IN_A_ROW = "fp16 overflowed {} times in a row"
 def make_updates(micro, optimizer, accelerator, progress, max_overflows, give_up):
     """The updates of a run that continues from `progress` and the states of the optimizer and the loss scaler.
 
-    `micro` is the MicroStep after `prepare`, `optimizer` as accelerate prepared it. A loss or gradient that is not
-    finite, and more than `max_overflows` fp16 overflows in a row, stop all updates: `progress` returns to before that
-    step, and give_up(problem, step counted from 0, its images) is called, which raises.
+    `micro` is the MicroStep after `prepare`, `optimizer` as accelerate prepared it. A non-finite loss
+    or gradient, and more than `max_overflows` consecutive fp16 overflows, stop all updates: `progress` returns to
+    before that step, and give_up(problem, step counted from 0, its images) is called, which raises.
     """
     arguments = micro, optimizer, accelerator, progress, max_overflows, give_up
     if accelerator.device.type != "cuda":
@@ -77,7 +77,7 @@ class PlainUpdates:
         """Update unless fp16 overflowed; returns the problem that ends the run, or None.
 
         The fp16 loss scaler skips an update whose gradient overflowed: that is ordinary, and counted. Without a scaler
-        nothing may be infinite. A loss that is not finite always ends the run.
+        nothing may be infinite. A non-finite loss always ends the run.
         """
         if self.accelerator.scaler is None and not self.micro.gradient.isfinite().all():
             return LOSS_OR_GRADIENT
