@@ -9,7 +9,7 @@
 It writes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format), <run_name>.safetensors
 (kohya's: ComfyUI, A1111 and others), README.md (a model card), config.json (configuration, versions, commit, device),
 log.jsonl, loss.png, previews/ and previews.webp (steps across, prompts down), and snapshots/ (the adapter at
-intervals). An earlier run of that name is replaced only once the new one is complete. A run stopped by Ctrl-C, a
+intervals). An earlier run with that name is replaced only once the new one is complete. A run stopped by Ctrl-C, a
 signal, a crash or a power cut resumes from its last checkpoint with the same command.
 
 tests/plain_loop.py is the same training without any optimization: read it first. Here latents are encoded once and

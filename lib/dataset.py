@@ -24,7 +24,7 @@ from lib.photographs import Unusable, check_content, fetched_by, read_layers
 from lib.texts import Names, alike, read_text, text_lines
 
 READER = 2  # version of the code that reads images: another number invalidates everything cached of them
-KEPT = "latents"  # the folder of a training set that caches what is computed from it
+KEPT = "latents"  # the cache folder of a training set
 FACT = [int, int, int, str]  # types of a `file_fact`
 
 

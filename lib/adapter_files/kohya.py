@@ -86,7 +86,7 @@ def idle_layers(rows):
     """Layers of zeros for the output projections that a text encoder's adapter lacks: {name: (A, B)} of rank 1.
 
     diffusers (0.42) recognises kohya's text encoder by them alone and refuses the whole file without them. It also
-    mishandles alphas that differ, so these layers get the alpha of the others, which scales nothing.
+    mishandles differing alphas, so these layers of zeros get the alpha of the others.
     """
     idle = {}
     for name, (a, _) in rows.items():

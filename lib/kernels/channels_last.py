@@ -30,7 +30,7 @@ def channels_last(*models, training=False):
     """Put UNets and VAEs on a GPU into channels-last layout with Triton kernels, and give text encoders the kernels of
     transformers. Their own weights must be frozen; `training` says whether gradients will pass through them.
 
-    Models on other devices stay as they are. Without Triton, which needs a C compiler and a GPU that it supports, a
+    Models on other devices are left unchanged. Without Triton, which needs a C compiler and a GPU that it supports, a
     note is printed and PyTorch's kernels remain.
     """
     if next(models[0].parameters()).device.type != "cuda":

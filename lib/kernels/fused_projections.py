@@ -19,7 +19,7 @@ from lib.kernels.lora import FusedLinear
 
 def fuse_projections(model, device, dora=False):
     """Fuse the projections of a UNet or CLIP text encoder and move them to `device`; returns each FusedLinear, [] for
-    other models. `dora` says whether the adapters are DoRA. Layers unlike Stable Diffusion's stay as they are."""
+    other models. `dora` says whether the adapters are DoRA. Layers unlike Stable Diffusion's are unchanged."""
     fused_layers, cross_attentions, blocks = [], [], []
 
     def fuse(layers):

@@ -103,7 +103,7 @@ class AdaptedLinear(torch.autograd.Function):
 
 
 class Gradients:
-    """Buffers for a FusedLinear's gradients of A and of the blocks of B, `written` so many times."""
+    """Buffers for a FusedLinear's gradients of A and of the blocks of B; `written` counts the writes."""
 
     def __init__(self, a, blocks):
         self.a, self.blocks, self.written = a, blocks, 0

@@ -2,7 +2,7 @@
 
 A checkpoint is one safetensors file: the flat parameters, the optimizer's state and, as JSON in its header, everything
 else. Noise, timesteps and data order derive from (seed, sample number), so no random state is saved. Each file carries
-the SHA-256 of its own content: a truncated, zero-filled or altered one is named, and the one before it is used.
+the SHA-256 of its own content: a truncated, zero-filled or altered one is reported, and the one before it is used.
 """
 
 import contextlib

@@ -229,7 +229,7 @@ def loss_figure(log, title):
 
 
 def draw_held_out(axes, held_out):
-    """The held-out loss and its lowest point, on a range of its own, since it may change little."""
+    """The held-out loss and its lowest point, in a range of its own, because it may change little."""
     steps, losses = zip(*held_out, strict=True)
     step, lowest = min(held_out, key=lambda pair: pair[1])
     axes.plot(steps, losses, "o-", color=HELD_OUT, markersize=4, linewidth=1.8)
