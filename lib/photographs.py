@@ -215,8 +215,8 @@ def raw_kind(path):
 
 
 def fetched_by(link):
-    """How to fetch the target of a git-annex link, in words after a comma; "" for another link."""
-    return ", until git annex get brings it" if ".git/annex/" in os.readlink(link).replace("\\", "/") else ""
+    """How to fetch the target of a git-annex link, in words after a semicolon; "" for another link."""
+    return "; run git annex get" if ".git/annex/" in os.readlink(link).replace("\\", "/") else ""
 
 
 def unread_kind(path):

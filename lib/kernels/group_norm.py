@@ -4,8 +4,8 @@
 
 PyTorch's kernels need several passes and another layout. Here a thread reads eight channels at once and prefetches the
 next tile. Small feature maps take one kernel. Large ones take two: one computes the sums, one applies the norm. Times
-by size: bench/norm_speed.py. Without Triton, `channels_last.missing_kernels` gives the reason and PyTorch's
-kernels remain.
+by size: bench/norm_speed.py. Without Triton, `channels_last.missing_kernels` gives the reason and PyTorch's kernels
+remain.
 """
 
 import math

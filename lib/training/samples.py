@@ -37,7 +37,7 @@ def epoch_order(seed, epoch, count):
 
 
 def cycle_chunks(seed, cycle, shapes, size):
-    """The images of cycle number `cycle`, which is `size` epochs, in chunks of one shape: int64 [n, size].
+    """The images of cycle number `cycle` (`size` epochs) in chunks of `size` images of one shape: int64 [n, size].
 
     `shapes` [n] holds a shape number per image. Images left over in one epoch carry over to the next, so no chunk is
     padded: in `size` epochs, k images of a shape fill exactly k chunks. A chunk takes the position of its middle image

@@ -23,9 +23,9 @@ IN_A_ROW = "fp16 overflowed {} times in a row"
 def make_updates(micro, optimizer, accelerator, progress, max_overflows, give_up):
     """The updates of a run that continues from `progress` and the states of the optimizer and the loss scaler.
 
-    `micro` is the MicroStep after `prepare`, `optimizer` as accelerate prepared it. A non-finite loss
-    or gradient, and more than `max_overflows` consecutive fp16 overflows, stop all updates: `progress` returns to
-    before that step, and give_up(problem, step counted from 0, its images) is called, which raises.
+    `micro` is the MicroStep after `prepare`, `optimizer` as accelerate prepared it. A non-finite loss or gradient, or
+    more than `max_overflows` consecutive fp16 overflows, stops all updates: `progress` returns to before that step, and
+    give_up(problem, step counted from 0, its images) is called, which raises.
     """
     arguments = micro, optimizer, accelerator, progress, max_overflows, give_up
     if accelerator.device.type != "cuda":
