@@ -125,7 +125,7 @@ def check_config(config):
 
 
 def usual(config):
-    """The defaults; those of --demo if `config` has its base model."""
+    """The defaults, or those of --demo if `config` has its base model."""
     return CONFIG | (DEMO if config["base_model"] == DEMO["base_model"] else {})
 
 

@@ -160,9 +160,9 @@ def is_evaluated(folder, prompts, sampling_seeds):
 
 
 def call(command):
-    """Run one of the scripts next to this one; its output goes where this one's goes.
+    """Run one of the scripts next to this one. Its output goes where this one's goes.
 
-    The terminal sends Ctrl-C to the script too; other signals are passed on, and the script saves what it has. Raises
+    The terminal sends Ctrl-C to the script too. Other signals are passed on, and the script saves what it has. Raises
     UserError if it fails, SystemExit if it or this script was stopped.
     """
     stopped = []

@@ -6,7 +6,7 @@
 W is [out, in], A [rank, in] and B [out, rank]; norms are those of rows, and m is [out]. An `Adapter` in memory holds A and
 B of each adapted linear layer under the layer's module name.
 
-A file's keys and the model's layers must match one to one. A mismatch is an error that counts and names them; the
+A file's keys and the model's layers must match one to one. A mismatch is an error that counts and names them. The
 underlying libraries would only warn and generate with the base model.
 """
 

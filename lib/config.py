@@ -106,7 +106,7 @@ PATHS = (
 def at_home(key, value):
     """A path with its leading “~” expanded, as no shell does it in CONFIG and in --key=~/folder.
 
-    Raises UserError for an unknown home folder; other values are returned unchanged.
+    Raises UserError for an unknown home folder. Other values are returned unchanged.
     """
     if not isinstance(value, str):
         return value

@@ -107,7 +107,7 @@ def written_files(folder, marker):
 
 def replace_folder(folder, marker):
     """Move the finished `unfinished(folder)` to `folder`. The files of the folder that was there are removed if its
-    `marker` lists them; all others are moved to the new one."""
+    `marker` lists them. All others are moved to the new one."""
     folder = real_folder(folder)
     new, old = unfinished(folder), hidden_sibling(folder, "old")
     for path in (*new.rglob("*"), new):
@@ -167,7 +167,7 @@ def move_unlisted(source, target, written, prefix=""):
 def recover_folder(folder, marker):
     """Complete or undo a replacement that was killed in `replace_folder` or right before it.
 
-    `marker` is the file that is written last. With it the new folder is complete and is moved to its place; without
+    `marker` is the file that is written last. With it the new folder is complete and is moved to its place. Without
     it, and if `folder` is missing, the old one is moved back.
     """
     folder = real_folder(folder)

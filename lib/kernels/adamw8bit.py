@@ -79,7 +79,7 @@ if triton:
         """The index of the value of `qmap` [256], ascending, that is nearest to x, |x| <= 1.
 
         `qmap` is bitsandbytes' dynamic map: seven decades of evenly spaced values, each decade with twice as many as
-        the one below, and their negatives if SIGNED. A formula gives an index that is off by at most one; the midpoints
+        the one below, and their negatives if SIGNED. A formula gives an index that is off by at most one. The midpoints
         to its neighbours correct it. A search would read the map seven times.
         """
         size = tl.abs(x)
@@ -153,7 +153,7 @@ def decide(largest, loss, loss_sum, outcome, scaling, most_overflows, betas, con
     """Decide on the GPU whether a step updates, is skipped or ends the run; tensors are changed in place.
 
     `largest` [] is the gradient's largest absolute value and `loss` [] the step's loss. `outcome`, int32 [4], counts
-    updates, skipped steps and consecutive overflows; its last element is 0 or why the run ends: NOT_FINITE,
+    updates, skipped steps and consecutive overflows. Its last element is 0 or why the run ends: NOT_FINITE,
     LOSS_NOT_FINITE or OVERFLOWS (more than `most_overflows` consecutive ones). Once that is not 0, nothing changes any
     more. `scaling` is None or (scale [] float32, growth tracker [] int32, growth factor, backoff factor, growth
     interval) of a torch.amp.GradScaler, updated as torch._amp_update_scale_ does. The loss of a step that does not end
@@ -179,7 +179,7 @@ def update(p, grad, state, rate, control, betas, eps, decay):
 
 @functools.cache
 def missing_kernels(device):
-    """Why these kernels cannot be used on `device`, or None; they are compared with bitsandbytes on a small input."""
+    """Why these kernels cannot be used on `device`, or None. They are compared with bitsandbytes on a small input."""
     if triton is None:
         return "this build of torch has no Triton"
     return failure(lambda: None if agrees(device) else "their results are wrong on this device")

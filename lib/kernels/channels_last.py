@@ -84,7 +84,7 @@ def compile_kernels(models, training):
 
 @functools.cache
 def missing_kernels(device):
-    """Why the Triton kernels cannot be used on `device`, or None; they are compared with PyTorch on a small input."""
+    """Why the Triton kernels cannot be used on `device`, or None. They are compared with PyTorch on a small input."""
     if triton is None:
         return "this build of torch has no Triton"
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +152,7 @@ def rebuild(model):
 @torch.no_grad()
 def _merge_biases(block):
     """Merge the biases of a residual block that are added to the same sum: each saves a pass over the whole tensor. The
-    block's SiLU is now in the norms' kernel; the timestep's moves into a hook."""
+    block's SiLU is now in the norms' kernel. The timestep's moves into a hook."""
     projection, shortcut = block.time_emb_proj, block.conv_shortcut
     if projection is not None:
         inner = getattr(projection, "base_layer", projection)  # inside LoRA
@@ -245,7 +245,7 @@ def _up_forward(
 
 
 def _upsample_forward(module, forward, x, output_size=None):
-    """An upsampler's forward pass to twice the size; other sizes go to its own `forward`."""
+    """An upsampler's forward pass to twice the size. Other sizes go to its own `forward`."""
     return forward(x, output_size) if output_size is not None else module.conv(UpsampleNearest2x.apply(x))
 
 

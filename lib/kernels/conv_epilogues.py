@@ -60,7 +60,7 @@ def run_add_bias(x, y, bias):
 
 
 def conv_add(convolution, x, y=None):
-    """convolution(x), and where y is given convolution(x) + y; its bias is frozen."""
+    """convolution(x), or convolution(x) + y if y is given. Its bias is frozen."""
     return AddBias.apply(conv_without_bias(convolution, x), y, convolution.bias)
 
 

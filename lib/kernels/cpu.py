@@ -74,7 +74,7 @@ SHARED_ROWS = ((0,), (1, 2)), ((0, 1), (2,))
 @torch.no_grad()
 def _small_kernels(convolution):
     """A 3x3 convolution after nearest upsampling as a 2x2 convolution of the small feature map, with four output pixels
-    as channels: (weights [4 * out, in, 2, 2], bias [4 * out]). A 3x3 window covers at most 2x2 different pixels; the
+    as channels: (weights [4 * out, in, 2, 2], bias [4 * out]). A 3x3 window covers at most 2x2 different pixels. The
     weights on equal pixels are summed."""
     weight = convolution.weight
     kernels = [
@@ -94,7 +94,7 @@ def _layout(x):
 
 
 def _upsample_forward(module, forward, weight, bias, x, output_size=None):
-    """An upsampler's forward pass with 4/9 of the multiplications; other sizes than twice go to its own `forward`."""
+    """An upsampler's forward pass with 4/9 of the multiplications. Other sizes than twice go to its own `forward`."""
     if output_size is not None:
         return forward(x, output_size)
     n, _, h, w = x.shape

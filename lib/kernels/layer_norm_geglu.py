@@ -162,7 +162,7 @@ if triton:
 
 
 class AddLayerNorm(torch.autograd.Function):
-    """(x + y, F.layer_norm(x + y, [width], weight, bias, eps)) of x and y [..., width]; with y None of x alone.
+    """(x + y, F.layer_norm(x + y, [width], weight, bias, eps)) of x and y [..., width]; if y is None, of x alone.
 
     weight and bias [width] are frozen. Sums over a row are float32. The backward pass needs x + y, which the residual
     stream keeps anyway, and the mean and deviation of each row.

@@ -261,7 +261,7 @@ class DoraFactors:
 def fuse_lora(model, fused_layers, device):
     """Compute every LoRA layer of `model` with AdaptedLinear from now on; returns all of its FusedLinear, to `bind`.
 
-    `fused_layers` are from `fuse_projections`; each remaining LoRA layer becomes a FusedLinear of its own.
+    `fused_layers` are from `fuse_projections`. Each remaining LoRA layer becomes a FusedLinear of its own.
     """
     in_groups = {layer for fused in fused_layers for layer in fused.layers}
     model.fused_layers = list(fused_layers)

@@ -1,7 +1,7 @@
 """Asynchronous copies between host and GPU through pinned memory.
 
 The call returns before the copy has finished, and the source must not change until then. Several buffers are used in
-turn; each is reused after its last copy has finished.
+turn. Each is reused after its last copy has finished.
 """
 
 from collections import deque

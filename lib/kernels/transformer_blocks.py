@@ -142,7 +142,7 @@ def _clip_layer_forward(layer, hidden_states, attention_mask=None, **others):
 
 @contextlib.contextmanager
 def shared_start(unet):
-    """Context in which `unet` computes the common start of both halves of a batch once; the halves must be equal.
+    """Context in which `unet` computes the common start of both halves of a batch once. The halves must be equal.
 
     With classifier-free guidance (Ho & Salimans 2022) a UNet predicts the same latents with the prompt and without, in
     one batch. The halves differ only from the first cross-attention on. Before it come the first residual block and, at

@@ -99,7 +99,7 @@ class Latents:
 
 
 def kept_folder(data, vae_folder, dtype, device):
-    """The cache folder of a Dataset's latents; its name hashes everything that may change their numbers."""
+    """The cache folder of a Dataset's latents. Its name hashes everything that may change their numbers."""
     made_with = [model_digest(vae_folder), str(dtype), device.type, data.resolution]
     made_with += [version("torch"), version("diffusers")]
     return data.folder / KEPT / hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]
@@ -142,7 +142,7 @@ def read_pair(path):
 @torch.no_grad()
 def encode_latents(vae, data, indices, device):
     """Yield (some of `indices`, their means, their deviations), float32 [n, channels, h, w] each, a few images of one size
-    at a time; the next are read meanwhile. Raises UserError naming an image for which the VAE returns NaN."""
+    at a time. The next are read meanwhile. Raises UserError naming an image for which the VAE returns NaN."""
     at_once = AT_ONCE if device.type == "cuda" else 1
     order = sorted(indices, key=lambda index: data.sizes[index])
     waiting = []

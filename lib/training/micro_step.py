@@ -93,7 +93,7 @@ class Buffers:
         self.train = self.measure = None  # the passes with and without gradient, set by MicroStep.prepare
 
     def fill(self, **columns):
-        """Begin to copy the inputs; each of `columns` has a value per image."""
+        """Begin to copy the inputs. Each of `columns` has a value per image."""
         to = unpack(self.uploader.buffer(), self.parts)
         for name, values in columns.items():
             torch.stack([torch.as_tensor(value) for value in values], out=to[name])
@@ -142,7 +142,7 @@ class MicroStep:
         self.now.train()
 
     def forward(self, buffers):
-        """The mean loss of the micro-batch in `buffers`; each image's goes to their `sample_losses`."""
+        """The mean loss of the micro-batch in `buffers`. Each image's goes to their `sample_losses`."""
         for part in self.trained.values():
             part.refresh()
         x = buffers.inputs
@@ -197,7 +197,7 @@ class MicroStep:
                 self.no_text = self.unet.text_keys_values(self.no_text)
 
     def begin_sum(self):
-        """Zero the gradient and the loss before a step; without accumulation the pass overwrites them."""
+        """Zero the gradient and the loss before a step. Without accumulation the pass overwrites them."""
         if self.accumulation > 1:
             self.gradient.zero_()
 

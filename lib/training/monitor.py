@@ -114,7 +114,7 @@ class Previews:
         return strip(columns, self.prompts, side)
 
     def is_ours(self, path):
-        """Whether a file shows these prompts; those of the interrupted run may differ."""
+        """Whether a file shows these prompts. Those of the interrupted run may differ."""
         try:
             with Image.open(path) as column:
                 return column.getexif().get(DESCRIPTION) == json.dumps(self.prompts)

@@ -70,7 +70,7 @@ class LoraParameters:
         return self.with_projections(self.flat.data)
 
     def with_projections(self, vector):
-        """A flat `vector` with each A multiplied by its projection, in float32; without any, the vector itself."""
+        """A flat `vector` with each A multiplied by its projection, in float32. Without any, the vector itself."""
         if not self.projected:
             return vector
         product = vector.to(torch.float32, copy=True)
@@ -130,7 +130,7 @@ def projected_rows(fused_layers, projection_of):
 
 
 def flatten_parameters(parameters, dtype):
-    """(flat, working): `parameters` as one vector, in float32 and in `dtype`; they become views of `working`.
+    """(flat, working): `parameters` as one vector, in float32 and in `dtype`. `parameters` become views of `working`.
 
     Whenever `flat` changes, copy it into `working`; in float32 the two share memory. One vector changes the numerics:
     bitsandbytes stores the state of tensors with fewer than 4,096 elements in 32 bits, but that of this vector in 8

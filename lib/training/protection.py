@@ -62,8 +62,8 @@ class Protection:
     share of the norm that P leaves, in the row of a prompt where it leaves most. It is the mean over the captions and
     the 95th percentile over the prompts.
 
-    Every process computes its own. They may differ in the last digit; the trained weights do not, because the gradients
-    are averaged.
+    Every process computes its own. They may differ in the last digit, but the trained weights do not, because the
+    gradients are averaged.
     """
 
     @torch.no_grad()
@@ -140,9 +140,9 @@ class Protection:
     def differences(self, trained):
         """The largest changes in what the UNet reads from a prompt: {kind: dict(text_states, keys_values)}.
 
-        Each is the maximum of |after - before| / |before| over the prompts, with norms over all positions; for keys and
-        values also the maximum over the layers. `trained`, {component: LoraParameters}, afterwards computes with the
-        values of the file, rounded to half precision as other programs read them.
+        Each is the maximum of |after - before| / |before| over the prompts, with norms over all positions. For keys and
+        values it is also the maximum over the layers. `trained`, {component: LoraParameters}, afterwards computes with
+        the values of the file, rounded to half precision as other programs read them.
         """
         for part in trained.values():
             part.compute_with(part.saved().half())

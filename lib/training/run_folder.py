@@ -70,7 +70,7 @@ def optimizer_values(trained):
 
 
 def write_adapter(folder, config, models, data, step, half=False):
-    """Write the adapter in `models` after `step` steps; its header states what it was trained on."""
+    """Write the adapter in `models` after `step` steps. Its header states what it was trained on."""
     captions = data["captions"]
     header = dict(
         base_model=base_model_name(config["base_model"]),
@@ -157,7 +157,7 @@ def write_run(folder, config, models, log, data, device, result):
 
 
 def write_for_others(folder, config, models, data, result):
-    """Write kohya's file and the model card of a run; the arguments are those of `write_run`."""
+    """Write kohya's file and the model card of a run. The arguments are those of `write_run`."""
     optimizer, scheduler, predicts = result["optimizer"], result["lr_scheduler"], result["prediction_type"]
     config = config | dict(mixed_precision=result["mixed_precision"])
     header = kohya_header(config, data, models["unet"].config.cross_attention_dim, predicts, preview_thumbnail(folder))
@@ -207,7 +207,7 @@ HELD_OUT, TRAINED, RAW = "#c4572e", "#2f5ea8", "#b9c4d6"
 def loss_figure(log, title):
     """A matplotlib figure of held-out loss, training loss and learning rate over the steps.
 
-    `log` are the rows of log.jsonl. The held-out loss, at fixed noise and timesteps, is the one to look at; its lowest
+    `log` are the rows of log.jsonl. The held-out loss, at fixed noise and timesteps, is the one to look at. Its lowest
     point is marked. The training loss depends mostly on the sampled timesteps, so its running mean is plotted over it.
     """
     held_out = [(r["step"], r["validation_loss"]) for r in log if "validation_loss" in r]

@@ -26,7 +26,7 @@ def split(images, asked, seed):
 
 
 def draw_noise(rng, shape, timesteps_count):
-    """(latent noise, added noise, timestep) of one sample; the noise is float32 of `shape`."""
+    """(latent noise, added noise, timestep) of one sample. The noise is float32 of `shape`."""
     latent_noise, noise = rng.standard_normal((2, *shape), dtype=np.float32)
     return latent_noise, noise, rng.integers(timesteps_count)
 

@@ -73,7 +73,7 @@ def prompt_ids(tokenizer, prompts):
 @torch.no_grad()
 def encode_captions(text_encoder, input_ids, at_once=64):
     """(states, which): the text encoder's output for each distinct row of token ids [n, 77], [distinct, 77, d], and
-    each row's index into it, int64 [n]; both on its device.
+    each row's index into it, int64 [n]. Both are on its device.
 
     Captions are encoded `at_once` at a time: all those of a large data set would need more memory than training.
     """
@@ -112,7 +112,7 @@ def divided(data_dir, images, validation_count, seed, say):
 def image_latents(base_folder, data, dtype, accelerator):
     """The Latents of a Dataset: those in its cache, and the others encoded by the VAE, which is loaded for that alone.
 
-    The first process encodes and writes; the others wait and read.
+    The first process encodes and writes. The others wait and read.
     """
     device, first = accelerator.device, accelerator.is_main_process
     if not first:

@@ -124,7 +124,7 @@ class CapturedUpdates:
 
     @torch.no_grad()
     def launch(self):
-        """The update at `rates`, to be captured; it writes `outcome`."""
+        """The update at `rates`, to be captured. It writes `outcome`."""
         gradient, group, scaling = self.micro.gradient[:-1], self.group, None
         if self.scaler is not None:
             scaler = self.scaler  # its two tensors have no public name
