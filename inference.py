@@ -11,14 +11,14 @@
     python inference.py --score-dir BASE_FOLDER,LORA_FOLDER                # images from elsewhere
 
 The output folder (with several runs, one subfolder each) gets report.html, the page to open; overview.webp;
-images/<prompt>/{base,lora}_<seed>.png; metrics.json, metrics.csv (a row an image) and summary.md. With --snapshots or
---lora-scales there is also choose.html, to open first. Several runs get a comparison/ beside them: its report.html and
-overview.webp show the base model and each adapter in columns. The model card in a run's own folder gets sample images
-and the verdicts. An evaluation of another adapter, or of images generated with other settings, is replaced with
---overwrite only.
+images/<prompt>/{base,lora}_<seed>.png; metrics.json, metrics.csv (one row per image) and summary.md. With --snapshots
+or --lora-scales there is also choose.html, to open first. With several runs, comparison/ holds a report.html and an
+overview.webp that show the base model and each adapter in columns. Sample images and verdicts are added to the model
+card in each run's own folder. An evaluation of another adapter, or of images generated with other settings, is only
+replaced with --overwrite.
 
-Base model and adapter share one pipeline and each image's starting noise, which comes from its seed alone.
-Runs whose configurations differ in the seed alone are training seeds of one experiment.
+Base model and adapter share one pipeline and the same initial noise, which depends on the image's seed only. Runs that
+differ only in the seed count as training seeds of one experiment.
 """
 
 import gc
@@ -35,9 +35,9 @@ from lib.evaluation.prompts import read_prompts
 from lib.files import locked
 from lib.imports import quick_imports
 
-# Set before torch is imported: its CPU threads then spin only briefly while they wait for one another. By default they
-# spin so long that another process on one of the cores stops nearly everything. Without any spinning
-# (OMP_WAIT_POLICY=PASSIVE) a quiet machine runs at half the speed.
+# Set before torch is imported: short spin-waits for its CPU threads. With the default, one other process on one of the
+# cores nearly stalls the run. Without spinning (OMP_WAIT_POLICY=PASSIVE) an otherwise idle machine runs at half the
+# speed.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 CONFIG = dict(
@@ -49,8 +49,8 @@ CONFIG = dict(
     revision=None,  # a commit of the hub repository; None: its newest
     data_dir="processed_data",  # the training images, for the concept similarity
     # what is generated
-    prompts=None,  # a text file, a line a prompt, `near:` or `unrelated:` before it; None: PROMPTS
-    seeds=8,  # images a prompt
+    prompts=None,  # a text file, one prompt per line, `near:` or `unrelated:` before it; None: PROMPTS
+    seeds=8,  # images per prompt
     seed=42,  # of the first image; the others count up from it
     steps=28,  # denoising steps of an image
     guidance_scale=6.0,  # classifier-free guidance: how strongly images follow the prompt; 1: none
@@ -88,7 +88,7 @@ PROMPTS = (
 )
 PUBLISHED = tuple(pair for pair in PROMPTS if pair[0] != "near")  # the published study's five prompts
 
-# What --demo puts in their place.
+# Overrides of --demo.
 DEMO = dict(
     lora_dir="lora_weights/demo_runs/lora_weights_rank_32",
     output_dir="results/demo_{name}",
@@ -117,7 +117,7 @@ VALUES = (
 
 
 def check_config(config):
-    """Refuses values that make no sense, before anything is loaded."""
+    """Rejects invalid values before anything is loaded."""
     values.check(config, VALUES)
     check_resolution(config, least=32, square=False)  # LPIPS needs 32 pixels
     if config["rescore"] and config["score_dir"]:
@@ -129,7 +129,7 @@ def check_config(config):
 
 
 def usual(config):
-    """The defaults: of --demo where `config` has its base model."""
+    """The defaults, or those of --demo if `config` has its base model."""
     return CONFIG | (DEMO if config["base_model"] == DEMO["base_model"] else {})
 
 
@@ -169,7 +169,7 @@ def evaluate(config):
     if config["clip_model"] != CONFIG["clip_model"] and config["clip_revision"] == CONFIG["clip_revision"]:
         config = config | dict(clip_revision=None)  # the default revision belongs to the default model
 
-    # Plan: whatever can be wrong is found before a model is loaded, or before images are generated.
+    # Plan: every check runs before a model is loaded, or before images are generated.
     results.recover(output_dir)
     print_notes(config)
     if config["rescore"]:
@@ -241,7 +241,7 @@ def print_notes(config):
 
 
 def judge_and_write(runs, base_pairs, shown, output_dir):
-    """Judges each run, and each experiment beside the others, and writes their folders and the adapters' model cards.
+    """Judges each run, compares the experiments, and writes their folders and the adapters' model cards.
 
     `base_pairs` are the distances between base images of one prompt, `shown` is what all pages show, without the
     warnings.
@@ -297,7 +297,7 @@ def print_times(times, runs, count, device):
     print(
         f"{count} images in {times[-1] - times[1]:.1f} s, after {imports:.1f} of imports: loading {loading:.1f} s, "
         f"generation {generation:.1f}, scores {scoring:.1f}, files {files:.1f}; "
-        f"{(generation + scoring) / count:.3f} s an image generated and scored{memory}"
+        f"{(generation + scoring) / count:.3f} s per image generated and scored{memory}"
     )
 
 

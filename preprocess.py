@@ -6,9 +6,9 @@
 
 Images may also be HEIC files from phones; camera raw files are skipped and named. Each image is rotated as its EXIF
 says, converted to sRGB, put on white where it is transparent, and resized and centre-cropped to a square (never
-squashed). An image that cannot be used is named with the reason; of near-duplicates the better one is kept. The output
+squashed). Unusable images are named with the reason. Of near-duplicates only the better one is kept. The output
 also holds contact_sheet.jpg, to check the result at a glance (numbered pages if there are many images), and
-manifest.json: for each image its source, the source's SHA-256 and what was done to it. An interrupted run goes on where
+manifest.json: for each image its source, the source's SHA-256 and what was done to it. An interrupted run resumes where
 it stopped. Captions, images and masks that were changed by hand in processed_data/ are preserved.
 """
 
@@ -41,7 +41,7 @@ from lib.preparation.sources import image_names, read_captions
 from lib.preparation.work import MASK, VIEW, prepare_images
 
 CONFIG = dict(
-    data_dir="data",  # images, directly in this folder; captions beside them, see data/README.md
+    data_dir="data",  # images, directly in this folder; captions next to them, see data/README.md
     output_dir="processed_data",  # replaced as a whole, once the new one is complete
     caption="a holographic raincoat",  # for every image without a caption of its own
     resolution=512,  # side of the square, pixels; Stable Diffusion v1.5 was trained at 512
@@ -50,14 +50,14 @@ CONFIG = dict(
     max_megapixels=200,  # larger images are refused: a small file can hide gigabytes
     duplicate_bits=6,  # a duplicate: at most this many of the 64 bits of the perceptual hash differ, and
     duplicate_colour=12.0,  # thumbnails differ by at most this (mean of 0..255)
-    processes=0,  # processes that prepare images; 0: one a core
-    keep_edits=True,  # preserve changes by hand in output_dir; False: everything is made anew
+    processes=0,  # processes that prepare images; 0: one per core
+    keep_edits=True,  # preserve manual edits in output_dir; False: discard them
     strict=False,  # True: any skipped or duplicate image is an error
 )
 
 
 def check_config(config):
-    """Refuse invalid values, and folders that lie in one another."""
+    """Reject invalid values, and folders nested in one another."""
     check_resolution(config, step=1)
     if config["crop"] not in CROPS:
         raise UserError(f"crop is {config['crop']}, but must be one of {', '.join(CROPS)}")
@@ -72,7 +72,7 @@ def check_config(config):
         raise UserError(f"{data_dir}: no such folder; make it and put images in it")
     source, target = data_dir.resolve(), real_folder(output_dir)
     if source == target or source in target.parents or target in source.parents:
-        raise UserError(f"output_dir {output_dir} and data_dir {data_dir} lie in one another")
+        raise UserError(f"output_dir {output_dir} and data_dir {data_dir} must not contain one another")
     check_output_folder(output_dir, "manifest.json")
 
 
@@ -83,7 +83,7 @@ def preprocess(config):
     # Read the sources and what was changed by hand in the last output.
     names, masks, companions = image_names(data_dir)
     if companions:
-        print(f"{data_dir}: {len(companions)} clips and records beside images are ignored ({first_of(companions)})")
+        print(f"{data_dir}: {len(companions)} clips and records next to images are ignored ({first_of(companions)})")
     captions = read_captions(data_dir, names)
     edits = read_edits(output_dir) if config["keep_edits"] else Edits({}, set())
 
@@ -94,7 +94,7 @@ def preprocess(config):
     parts.mkdir(parents=True, exist_ok=True)
     images, skipped = prepare_images(data_dir, names, masks, sizes, parts, settings, config["processes"])
 
-    # Choose those that are kept.
+    # Drop duplicates and rows removed by hand.
     images, duplicates = without_duplicates(images, config["duplicate_bits"], config["duplicate_colour"])
     captions = inherit_captions(captions, duplicates)
     report_counts(len(names), images, skipped, duplicates, data_dir)
@@ -227,7 +227,7 @@ def report_counts(read, images, skipped, duplicates, data_dir):
     if masked:
         clear = sum("masked by its transparency" in image["done"] for image in masked)
         print(
-            f"  masks      {len(masked) - clear} beside images, {clear} of transparent images; "
+            f"  masks      {len(masked) - clear} next to images, {clear} of transparent images; "
             "train.py --mask-weight uses them"
         )
     if cut := sum(image["kept"] < 0.75 for image in images):

@@ -32,13 +32,13 @@ from lib.evaluation.prompts import read_prompts
 CONFIG = dict(
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # Hub name, folder or .safetensors file
     data_dir="processed_data",  # the images, with descriptions for the arm with varied captions
-    prompts="prompts/study_sd15.txt",  # a prompt a line, with its category
+    prompts="prompts/study_sd15.txt",  # one prompt per line, with its category
     clip_model=None,  # that scores the images; None: the default of inference.py
     similarity_model=None,  # for similarities of images; None: the default of inference.py
     lora_dir="lora_weights/study_sd15",  # a folder per training seed
     output_dir="results/study_sd15",  # a folder per training seed, and the page
     seeds=(42, 43, 44, 45, 46),  # training seeds; with fewer than three nothing is claimed
-    sampling_seeds=8,  # images a prompt
+    sampling_seeds=8,  # images per prompt
     scales=(0.2, 0.4, 0.6, 0.8, 1.0),  # of the adapter, for rank 32
     page=True,  # write report.html, claims.md, study.json and charts
     max_steps=None,  # for a trial: steps of each arm, without warm-up, in folders named after it
@@ -63,7 +63,7 @@ ARMS = dict(
 SCALED = ("rank32",)
 SAMPLING_SEED = 42  # the first sampling seed of inference.py
 
-# Measured on one NVIDIA H200 (bench/README.md): training images a second (steps times batch) of the arms timed there.
+# Measured on one NVIDIA H200 (bench/README.md): training images per second (steps times batch) of the arms timed there.
 SAMPLES_A_SECOND = dict(
     rank32=71.5, rank8=71.8, unet_only=79.8, dora=54.5, large_batch=144, protected=60, protected_plain_loss=78.9
 )
@@ -140,7 +140,7 @@ def steps_of(seed, config, prompts):
 
 
 def is_evaluated(folder, prompts, sampling_seeds):
-    """Whether `folder` holds an evaluation of these prompts; UserError if it holds another."""
+    """Whether `folder` holds an evaluation of these prompts. Raises UserError if it holds another."""
     path = folder / "metrics.json"
     if not path.is_file():
         return False
@@ -159,9 +159,9 @@ def is_evaluated(folder, prompts, sampling_seeds):
 
 
 def call(command):
-    """Run one of the scripts beside this one; its output goes where this one's goes.
+    """Run one of the scripts next to this one. Its output goes where this one's goes.
 
-    The terminal sends Ctrl-C to the script too; other signals are passed on, and the script saves what it has. Raises
+    The terminal sends Ctrl-C to the script too. Other signals are passed on, and the script saves what it has. Raises
     UserError if it fails, SystemExit if it or this script was stopped.
     """
     stopped = []

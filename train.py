@@ -9,14 +9,14 @@
 It writes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format), <run_name>.safetensors
 (kohya's: ComfyUI, A1111 and others), README.md (a model card), config.json (configuration, versions, commit, device),
 log.jsonl, loss.png, previews/ and previews.webp (steps across, prompts down), and snapshots/ (the adapter at
-intervals). An earlier run of that name is replaced only once the new one is complete. A run stopped by Ctrl-C, a
+intervals). An earlier run with that name is replaced only once the new one is complete. A run stopped by Ctrl-C, a
 signal, a crash or a power cut resumes from its last checkpoint with the same command.
 
 tests/plain_loop.py is the same training without any optimization: read it first. Here latents are encoded once and
 cached in processed_data/latents/, noise and timesteps derive from (seed, sample number), and the LoRA parameters of a
 model are one flat vector: one optimizer kernel, one overflow check and, on several GPUs, one all-reduce of one tensor.
-On a GPU the forward and backward pass is a CUDA graph, captured once and replayed, and so is the update, whose
-decisions stay on the GPU, so that Python prepares the next steps meanwhile. A CPU calls plain functions (lib/kernels/,
+On a GPU the forward and backward pass is a CUDA graph, captured once and replayed. So is the update: it decides on the
+GPU while Python prepares the next steps. On a CPU both are plain function calls (lib/kernels/,
 lib/training/updates.py, bench/README.md).
 """
 
@@ -37,12 +37,12 @@ from lib.training.journal import check_trackers
 from lib.training.processes import StopSignals, agreed, not_finite, only_processes, rollback_advice, training_memory
 from lib.training.protected_prompts import check_protection
 
-# Before torch is imported: its CPU threads spin only briefly while they wait for one another. By default they spin so
-# long that another process on one of the cores stops nearly everything; not spinning at all (OMP_WAIT_POLICY=PASSIVE)
-# halves the speed on a quiet machine.
+# Set before torch is imported: short spin-waits for its CPU threads. With the default, one other process on one of the
+# cores nearly stalls the run. Without spinning (OMP_WAIT_POLICY=PASSIVE) an otherwise idle machine runs at half the
+# speed.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-# GPU memory in growing segments, a feature of Linux: otherwise loading the models leaves 80 MB of fragments. Of the
-# variable's two names the older one takes precedence.
+# Expandable segments of GPU memory (Linux only): without them, loading the models leaves 80 MB of fragments. The
+# variable has two names; the older one takes precedence.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -112,7 +112,7 @@ CONFIG = dict(
 # The values of --demo: the embedded miniature is 256 pixels wide and learns in fewer steps, at the same rates.
 DEMO = dict(
     base_model="demo/model",
-    output_dir="lora_weights/demo_runs",  # beside the runs on Stable Diffusion, not over them
+    output_dir="lora_weights/demo_runs",  # next to the runs on Stable Diffusion, not over them
     resolution=256,
     max_steps=800,
     gradient_checkpointing=False,
@@ -252,7 +252,7 @@ def train(config):
         say(note)
     micro = MicroStep(models, latents, masks, config, accelerator)
 
-    # Where the run stands: at the start, or where the last checkpoint left it.
+    # The state of the run: at the start, or of the last checkpoint.
     if is_main and not saved:
         fresh_folder(target_folder)
     journal = Journal(work_folder if is_main else None, config, saved[1] if saved else {})
@@ -292,7 +292,7 @@ def train(config):
                 micro.fill(*upcoming)
                 micro.run()  # forward and backward
                 step_images += upcoming[0]
-                upcoming = samples.micro_batch(number + 1)  # drawn while the GPU works
+                upcoming = samples.micro_batch(number + 1)  # sampled while the GPU works
             # From here on the GPU may lag behind; `settle` waits for it.
             updates.step(factor, step_images)
             done = progress.step

@@ -80,7 +80,7 @@ CONFIG = dict(
     wandb_pictures=False,  # True: W&B gets the previews too, but never a prompt
 )
 
-# What --demo puts in their place: train.py's, with an eighth of the steps.
+# Overrides of --demo: train.py's, with an eighth of the steps.
 DEMO_CONFIG = DEMO | {key: DEMO[key] // 8 for key in DEMO if key.endswith(("_steps", "_every"))}
 
 if __name__ == "__main__":

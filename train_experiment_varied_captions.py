@@ -4,9 +4,9 @@
     python train_experiment_varied_captions.py
 
 The descriptions come from data/captions.jsonl through preprocess.py (data/README.md).
-Hypothesis: the fixed caption learns better. What all images share then has one place in the text, while descriptions
-spread it over words that also mean something else; in return they name what the concept is not (wearer, place, light),
-and might spoil less.
+Hypothesis: the fixed caption learns better. It ties what all images share to one place in the text. Descriptions spread
+it over words with other meanings, but they also name what the concept is not (wearer, place, light) and might spoil
+less.
 Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): the two are equivalent.
 Concept similarity of success prompts, varied minus fixed captions: +0.003 [−0.003, +0.009], within the margin of 0.02.
 On Stable Diffusion v1.5 nothing was measured.

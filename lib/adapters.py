@@ -1,13 +1,13 @@
 """LoRA and DoRA adapters in a model: added to be trained, or read from a file and merged into the weights.
 
     LoRA   W' = W + scale * (alpha / rank) * B A       Hu et al. 2021, https://arxiv.org/abs/2106.09685
-    DoRA   W' = m * W'' / ‖W''‖, W'' that sum           Liu et al. 2024; see LORA.md
+    DoRA   W' = m * W'' / ‖W''‖, W'' = LoRA's W'        Liu et al. 2024, see LORA.md
 
 W is [out, in], A [rank, in] and B [out, rank]; norms are those of rows, and m is [out]. An `Adapter` in memory holds A and
 B of each adapted linear layer under the layer's module name.
 
-Every key of a file must find its layer and every layer its key. A mismatch is an error that counts and names them: the
-libraries underneath only warn, and then generate with the base model.
+A file's keys and the model's layers must match one to one. A mismatch is an error that counts and names them. The
+underlying libraries would only warn and generate with the base model.
 """
 
 import hashlib
@@ -206,8 +206,8 @@ def block(layer):
 
 
 def adapted_parts(adapter, models):
-    """What an adapter adapts of `models` if that is only a part of the blocks or one kind of attention, and its file does
-    not state so: a list of phrases."""
+    """A list of phrases that name the adapted parts of `models`, if these are only a part of the blocks or one kind of
+    attention and the file does not state so."""
     phrases = []
     for component, rows in adapter.factors.items():
         if adapter.targets.get(component):

@@ -31,8 +31,8 @@ def write_cached(path, write):
 
 
 def file_state(path):
-    """[size in bytes, modification time, change time], the times in ns: different once the file was written. (A copy
-    that preserves times sets the modification time back; the change time cannot be set.)"""
+    """[size in bytes, modification time, change time], times in ns; changes whenever the file is written. (Copying with
+    preserved times resets the modification time. The change time cannot be set.)"""
     state = os.stat(path)
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 

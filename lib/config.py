@@ -21,9 +21,9 @@ def parse_config(config, description, demo=None, argv=None):
     """CONFIG with the command line's overrides.
 
     Every key `some_key` is an option `--some-key VALUE`; booleans are `--some-key` and `--no-some-key`; tuples are
-    comma-separated. With `demo` (a dict of a few of the same keys) there is also `--demo`, whose values give way to
-    those typed. `--help` takes its text from the comments in CONFIG; `description` is the docstring of the script.
-    UserError for an unknown option or a value of the wrong type.
+    comma-separated. With `demo` (a dict of a few of the same keys) there is also `--demo`, whose values yield to
+    explicit options. `--help` takes its text from the comments in CONFIG; `description` is the docstring of the script.
+    Raises UserError for an unknown option or a value of the wrong type.
     """
     spec = sys.modules["__main__"].__spec__  # of a module started with -m
     parser = _Parser(
@@ -76,7 +76,7 @@ def key_comments(source):
         if token.type == tokenize.COMMENT:
             text = token.string.lstrip("# ").replace("<- changed", "").strip()
             (comments if token.line[: token.start[1]].strip() else own_line)[token.start[0]] = text
-    found, heading = {}, None
+    texts, heading = {}, None
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "CONFIG":
             before = node.lineno
@@ -84,9 +84,9 @@ def key_comments(source):
                 above = [own_line[line] for line in range(before, key.lineno) if line in own_line]
                 heading = " ".join(above).rstrip(".") or heading
                 lines = range(key.lineno, key.end_lineno + 1)
-                found[key.arg] = heading, " ".join(comments[line] for line in lines if line in comments)
+                texts[key.arg] = heading, " ".join(comments[line] for line in lines if line in comments)
                 before = key.end_lineno
-    return found
+    return texts
 
 
 # Keys of the CONFIGs that may hold paths; score_dir two of them, with a comma.
@@ -107,7 +107,7 @@ PATHS = (
 def at_home(key, value):
     """A path with its leading “~” expanded, as no shell does it in CONFIG and in --key=~/folder.
 
-    UserError for an unknown home folder; other values are returned unchanged.
+    Raises UserError for an unknown home folder. Other values are returned unchanged.
     """
     if not isinstance(value, str):
         return value
@@ -117,8 +117,8 @@ def at_home(key, value):
             parts[place] = os.path.expanduser(part)
             if parts[place] == part:
                 raise UserError(
-                    f"{key} is {value}, but there is no home folder {part.split('/')[0]}; a folder of that very "
-                    f"name is written ./{part}"
+                    f"{key} is {value}, but there is no home folder {part.split('/')[0]}; write ./{part} "
+                    "for a folder with that name"
                 )
     return ",".join(parts)
 
@@ -150,7 +150,7 @@ def check_range(config, key, low, high=float("inf")):
 def image_size(resolution):
     """(width, height) in pixels of a resolution: a number, for a square, or the text "WIDTHxHEIGHT".
 
-    UserError for anything else.
+    Raises UserError for anything else.
     """
     sides = re.fullmatch(r"(\d+)(?:x(\d+))?", str(resolution))
     if not sides:

@@ -1,7 +1,7 @@
 """The training set: captions.jsonl and its images, written by preprocess.py or by hand.
 
-Images are read when needed, so their number takes no memory. Their hashes are cached in latents/pictures.json with
-their sizes and times of modification.
+Images are read on demand, so memory does not grow with their number. Their hashes are cached in latents/pictures.json,
+with file sizes and modification times.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from lib.photographs import Unusable, check_content, fetched_by, read_layers
 from lib.texts import Names, alike, read_text, text_lines
 
 READER = 2  # version of the code that reads images: another number invalidates everything cached of them
-KEPT = "latents"  # the folder of a training set that caches what is computed from it
+KEPT = "latents"  # the cache folder of a training set
 FACT = [int, int, int, str]  # types of a `file_fact`
 
 
@@ -119,7 +119,7 @@ class Dataset:
         if mask.size != self.sizes[index]:
             mask = ImageOps.fit(mask, self.sizes[index], Image.Resampling.BILINEAR)
         if mask.getextrema()[1] == 0:
-            raise UserError(f"{path} cannot be used: its mask marks nothing of what is trained on")
+            raise UserError(f"{path} cannot be used: its mask marks nothing in the part that is trained on")
         return torch.from_numpy(np.array(mask.resize(size, Image.Resampling.BOX)))
 
     def masks_sha256(self):
@@ -190,8 +190,8 @@ def prepared_as(data_dir):
     --buckets; (None, {}) without a manifest."""
     try:
         manifest = json.loads((Path(data_dir) / "manifest.json").read_text(encoding="utf-8"))
-        config, pictures = manifest["config"], manifest["pictures"]
-        sizes = {picture["file_name"]: tuple(picture["size"]) for picture in pictures if config["buckets"]}
+        config, images = manifest["config"], manifest["pictures"]
+        sizes = {image["file_name"]: tuple(image["size"]) for image in images if config["buckets"]}
         return int(config["resolution"]), sizes
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None, {}
@@ -202,8 +202,8 @@ def read_known(data_dir):
     the training set}. Both are empty if it is missing or damaged."""
     try:
         record = json.loads((data_dir / KEPT / "pictures.json").read_text(encoding="utf-8"))
-        pictures = {name: fact for name, fact in record["pictures"].items() if [*map(type, fact)] == FACT}
-        return dict(pictures=pictures, data={k: v for k, v in record["data"].items() if type(v) is str})
+        facts = {name: fact for name, fact in record["pictures"].items() if [*map(type, fact)] == FACT}
+        return dict(pictures=facts, data={k: v for k, v in record["data"].items() if type(v) is str})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return dict(pictures={}, data={})
@@ -240,7 +240,7 @@ def read_listing(data_dir, caption_from):
             raise UserError(f'{where}: not of the form {{"file_name": …, "text": …}}') from None
         if caption is None and caption_from != "text":
             raise UserError(
-                f"{where}: {name} has no {caption_from}; write one beside the image (data/README.md says "
+                f"{where}: {name} has no {caption_from}; write one next to the image (data/README.md says "
                 "how) and run preprocess.py again"
             )
         if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
@@ -271,8 +271,8 @@ def read_listing(data_dir, caption_from):
 def find_file(places, folders):
     """The first of the paths `places` that is a file, else one whose name differs only in case or Unicode normalization,
     else a broken link, else None. `folders` caches the Names of each folder between calls."""
-    if found := next((place for place in places if place.is_file()), None):
-        return found
+    if path := next((place for place in places if place.is_file()), None):
+        return path
     for place in places:
         if place.name and place.parent.is_dir():
             if place.parent not in folders:
@@ -299,7 +299,7 @@ def read_layers_of(path):
         return image, alpha
     except (Unusable, OSError) as reason:
         raise UserError(
-            f"{path} cannot be read as an image: {reason}; mend it, or take it out of captions.jsonl"
+            f"{path} cannot be read as an image: {reason}; repair it, or remove it from captions.jsonl"
         ) from None
 
 

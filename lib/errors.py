@@ -11,8 +11,9 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """An error that the user can fix: one line that says what is wrong and how to fix it, and optionally a line of
-    advice. Control characters, in text quoted from a file, are printed as escapes."""
+    """An error that the user can fix: one line with the problem and its remedy, and optionally a line of advice.
+
+    Control characters, in text quoted from a file, are printed as escapes."""
 
     def __str__(self):
         lines = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in self.args)
@@ -104,7 +105,7 @@ def is_memory(problem):
 
 @contextlib.contextmanager
 def memory_for(doing, advice):
-    """Turn running out of memory in the block into two lines: what was being done, and what to change."""
+    """Turn running out of memory in the block into two lines: the current operation, and advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as problem:

@@ -32,7 +32,7 @@ def real_folder(path):
             if goal.is_symlink() or not goal.parent.is_dir():
                 raise UserError(
                     f"{place} is a link to {os.readlink(place)}, where no folder can be made; "
-                    "mend the link, or name another output folder"
+                    "fix the link, or name another output folder"
                 )
     return Path(os.path.realpath(path))
 
@@ -107,7 +107,7 @@ def written_files(folder, marker):
 
 def replace_folder(folder, marker):
     """Move the finished `unfinished(folder)` to `folder`. The files of the folder that was there are removed if its
-    `marker` lists them; all others are moved to the new one."""
+    `marker` lists them. All others are moved to the new one."""
     folder = real_folder(folder)
     new, old = unfinished(folder), hidden_sibling(folder, "old")
     for path in (*new.rglob("*"), new):
@@ -167,7 +167,7 @@ def move_unlisted(source, target, written, prefix=""):
 def recover_folder(folder, marker):
     """Complete or undo a replacement that was killed in `replace_folder` or right before it.
 
-    `marker` is the file that is written last. With it the new folder is complete and is moved to its place; without
+    `marker` is the file that is written last. With it the new folder is complete and is moved to its place. Without
     it, and if `folder` is missing, the old one is moved back.
     """
     folder = real_folder(folder)
@@ -184,8 +184,8 @@ def locked(folder):
     """Lock the output folder `folder` against a second run. Raises UserError naming the run that holds the lock, or
     if the file system cannot lock.
 
-    The lock is the operating system's, on a file next to the folder: it ends with its process, however that ends. The
-    holder is named in a second file, as Windows does not let others read a locked one.
+    The lock is the operating system's, on a file next to the folder: it is released when the process ends, even if
+    killed. The holder is named in a second file, as Windows does not let others read a locked one.
     """
     path, holder = hidden_sibling(folder, "lock"), hidden_sibling(folder, "lock.holder")
     lock = FileLock(path, timeout=0.1, poll_interval=0.02, fallback_to_soft=False)

@@ -37,9 +37,9 @@ def shown(image, width):
 
 
 def strip(columns, prompts, side=192):
-    """A table of images as one PIL image: a row a prompt, a column a label.
+    """A table of images as one PIL image: one row per prompt, one column per label.
 
-    `columns` is {label: one image a prompt, of any size}; `side` is the width of each in pixels.
+    `columns` is {label: one image per prompt, of any size}; `side` is the width of each in pixels.
     """
     font = ImageFont.load_default(15)
     gap, line = 6, 24

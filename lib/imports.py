@@ -7,9 +7,9 @@ import sys
 
 @contextlib.contextmanager
 def quick_imports():
-    """Import PyTorch and packages built on it inside, without the garbage collector.
+    """Context for importing PyTorch and packages built on it, with the garbage collector off.
 
-    It would scan the half a million new objects repeatedly and free none. They are also exempt from later collections.
+    The collector would scan half a million new objects repeatedly and free none. Later collections skip them too.
     """
     first = "torch" not in sys.modules
     collected = gc.isenabled()

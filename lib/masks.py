@@ -1,4 +1,4 @@
-"""Masks beside images: their names, and how they are read."""
+"""Masks next to images: their names, and how they are read."""
 
 import re
 
@@ -9,9 +9,9 @@ from lib.photographs import Unusable, decoded, reading
 from lib.texts import Names
 
 ENDINGS = r"\.(png|jpe?g|jfif|webp|bmp|tiff?|gif|avif|hei[cf])"
-# Always a mask: photo.mask.png, or OneTrainer's photo-masklabel.png, beside photo.jpg.
+# Always a mask: photo.mask.png, or OneTrainer's photo-masklabel.png, next to photo.jpg.
 SURELY = re.compile(rf"(.+)(?:\.mask|[.-]masklabel){ENDINGS}", re.I | re.S)
-# photo_mask.png is a mask only beside photo.*: an image that shows a mask may have such a name too.
+# photo_mask.png is a mask only next to photo.*: an image that shows a mask may have such a name too.
 PERHAPS = re.compile(rf"(.+)[_-]mask{ENDINGS}", re.I | re.S)
 BLACK, WHITE = 32, 223  # a level up to BLACK counts as black, from WHITE as white
 
@@ -79,7 +79,7 @@ def levels(image):
         grey = np.where(grey > 0, np.uint8(255), np.uint8(0))
     elif brightest < 128:
         raise Unusable(
-            f"it has {marked.size} levels besides black, the brightest {brightest} of 255; make what "
-            "the training is about white, the rest black"
+            f"it has {marked.size} levels besides black, the brightest {brightest} of 255; make "
+            "the subject white and the rest black"
         )
     return Image.fromarray(grey)

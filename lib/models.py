@@ -1,4 +1,4 @@
-"""Base models: fetched from the hub or found in a folder, checked, and loaded part by part."""
+"""Base models: fetched from the hub or read from a folder, checked, and loaded part by part."""
 
 import contextlib
 import hashlib
@@ -58,7 +58,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def folder_of_file(path):
-    """The folder converted from a base model in one file; UserError if the file is missing or a pickle."""
+    """The folder converted from a base model in one file. Raises UserError if the file is missing or a pickle."""
     if path.suffix.lower() in PICKLES:
         raise UserError(
             f"base model {path} is a pickle, which can run any program when opened; use the model's .safetensors file"
@@ -197,15 +197,15 @@ def is_half(path):
 
 
 def loaded_weights(folder, stem, half):
-    """The weight files of a model's folder that are loaded. If both precisions are there, as after two fetches, they are
-    the fp16 variant for `half` and the others otherwise."""
+    """The weight files of a model's folder that are loaded. If both precisions are there, as after two fetches, `half`
+    selects the fp16 variant."""
     pattern = re.compile(rf"{stem}(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
     paths = [path for path in weight_files(folder, stem) if pattern.fullmatch(path.name)]
     return [path for path in paths if is_half(path) == half] or paths
 
 
 def digest_of(files):
-    """SHA-256 of the contents of files, in their order: moving them changes nothing."""
+    """SHA-256 of the contents of files, in their order, whatever their paths."""
     return hashlib.sha256(" ".join(map(content_digest, files)).encode()).hexdigest()
 
 
@@ -235,7 +235,7 @@ def loading(path):
 
 
 def load_part(cls, folder, part, dtype, **options):
-    """`cls.from_pretrained` for one part of a base model's folder; UserError if weights are missing."""
+    """`cls.from_pretrained` for one part of a base model's folder. Raises UserError if weights are missing."""
     files = loaded_weights(folder / part, PARTS[part], dtype == torch.float16)
     for path in files:
         if reason := describe_content(path):

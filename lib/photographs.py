@@ -116,8 +116,8 @@ def decoded(path, max_megapixels):
 
 
 def orientation(image):
-    """The EXIF orientation (1 to 8) of an opened image. 1 for HEIF, as pillow_heif has turned it already; Pillow turns
-    a TIFF file itself while loading it."""
+    """The EXIF orientation (1 to 8) of an opened image. Always 1 for HEIF, which pillow_heif has already rotated.
+    Pillow rotates a TIFF file itself while loading it."""
     if image.format == "HEIF":
         return 1
     tag = image.getexif().get(0x0112, 1)
@@ -140,7 +140,7 @@ def upright_shape(path):
 
 
 def deep_colours(path, image):
-    """Whether a file has more than 8 bits a channel; Pillow reads 8 of them."""
+    """Whether a file has more than 8 bits per channel; Pillow reads 8 of them."""
     if image.format == "PNG":
         with path.open("rb") as file:
             return file.read(25)[24:] == b"\x10"
@@ -150,8 +150,8 @@ def deep_colours(path, image):
 def eight_bits(image, negative, done):
     """A greyscale image of more than 8 bits, or of floats, as an L image. Appends what was done to `done`.
 
-    White is the first of WHITES that is not below the brightest value, as cameras and scanners store 10 to 14 bits in a
-    file of 16. `negative` means that 0 is white.
+    White is the smallest of WHITES that is at least the brightest value: cameras and scanners store 10 to 14 bits in a
+    16-bit file. `negative` means that 0 is white.
     """
     levels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
     top = levels.max(initial=0)
@@ -215,8 +215,8 @@ def raw_kind(path):
 
 
 def fetched_by(link):
-    """How to fetch the target of a git-annex link, in words after a comma; "" for another link."""
-    return ", until git annex get brings it" if ".git/annex/" in os.readlink(link).replace("\\", "/") else ""
+    """How to fetch the target of a git-annex link, in words after a semicolon; "" for another link."""
+    return "; run git annex get" if ".git/annex/" in os.readlink(link).replace("\\", "/") else ""
 
 
 def unread_kind(path):
@@ -234,9 +234,9 @@ def unread_kind(path):
     if path.suffix.lower() in RAW_ENDINGS:
         return "by its name a camera's raw file, but damaged or of an unknown kind"
     if head.startswith(POINTERS):
-        return "a pointer to an image that was not fetched; git lfs pull, or git annex get, brings it"
+        return "a pointer to an image that was not fetched; run git lfs pull or git annex get"
     if path.suffix.lower() in TEXTS:
-        return "no image; captions are read from photo.txt beside photo.jpg, and from captions.jsonl"
+        return "no image; captions are read from photo.txt next to photo.jpg, and from captions.jsonl"
     return "not an image, or one in another format"
 
 

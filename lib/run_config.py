@@ -1,4 +1,4 @@
-"""Which settings make two training runs the same: for resuming, replacing and comparing runs.
+"""Compares the configurations of training runs, for resuming, replacing and comparing runs.
 
 A configuration is what config.json or a checkpoint holds of train.py's CONFIG, as JSON.
 """
@@ -25,8 +25,8 @@ WITHOUT_EFFECT = (
     "wandb_pictures",
 )
 
-# Keys that CONFIG gained later, each with the value that does what earlier runs did. It is not read from CONFIG, whose
-# values people edit: an edited value would be taken for that of the earlier runs too.
+# Keys added to CONFIG later, each with the value that reproduces earlier runs. The values are not read from CONFIG:
+# users edit it, and an edited value would be attributed to the earlier runs too.
 ADDED = {
     "truncate_captions": False,
     "optimizer": "bitsandbytes.optim.adamw.AdamW8bit",  # no key of CONFIG; see lib/training/optimizer.py

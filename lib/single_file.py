@@ -1,7 +1,7 @@
 """Converts a base model in one file, as download sites offer it, to a folder in diffusers' layout.
 
 Such a file holds only the weights of UNet, VAE and text encoder, under the names of the original code. The configurations
-and the tokenizer's vocabulary come from lib/base_models/. The folder is cached beside the hub's models (HF_HOME).
+and the tokenizer's vocabulary come from lib/base_models/. The folder is cached next to the hub's models (HF_HOME).
 """
 
 import contextlib
@@ -57,8 +57,8 @@ OTHERS = {
 def converted(path, say=print):
     """The folder in diffusers' layout of the base model in the safetensors file `path`.
 
-    Raises UserError naming the file if it is damaged or not a whole Stable Diffusion 1.x or 2.x for text to image. Of
-    several processes at once, the first converts.
+    Raises UserError naming the file if it is damaged or not a whole Stable Diffusion 1.x or 2.x for text to image. If
+    several processes start at once, the first one converts.
     """
     path = Path(path)
     with reading(path) as file:
@@ -107,7 +107,7 @@ def check_last_noise(file, keys, header, path):
 
 @contextlib.contextmanager
 def reading(path):
-    """An open safetensors file; UserError naming it if it cannot be opened or, in the block, read."""
+    """An open safetensors file. Raises UserError naming it if it cannot be opened or, in the block, read."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -117,7 +117,7 @@ def reading(path):
 
 
 def version_of(file, keys, path):
-    """1 or 2; UserError naming any other kind of model."""
+    """1 or 2. Raises UserError naming any other kind of model."""
     wanted = "supported are Stable Diffusion 1.x and 2.x for text to image, with VAE and text encoder"
     versions = [version for key, version in TEXT_KEYS.items() if key in keys]
     parts = {"UNet": UNET, "VAE": VAE, "text encoder": TEXT}
@@ -255,7 +255,7 @@ def prediction_type(folder, header):
 
 @torch.no_grad()
 def cosine_with_noise(folder):
-    """The cosine between noise and the output for it of the UNet in `folder`, at the last timestep."""
+    """cos(noise, unet(noise)) at the last timestep, for the UNet in `folder`."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
     last = DDPMScheduler.from_pretrained(folder / "scheduler").config.num_train_timesteps - 1
     noise = torch.randn(1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))

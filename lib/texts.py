@@ -58,6 +58,6 @@ class Names:
                 self.alike.setdefault(alike(key), []).append(name)
 
     def find(self, key):
-        """The names with exactly this name or stem; if there are none, those that differ only in case or Unicode
-        normalization. A list."""
+        """A list of the names with exactly this name or stem, or else of those that differ only in case or Unicode
+        normalization."""
         return self.same.get(key) or self.alike.get(alike(key), [])

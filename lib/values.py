@@ -1,4 +1,4 @@
-"""The values that the keys of a CONFIG may have; each script has a table, checked once at the start."""
+"""The values that the keys of a CONFIG may have. Each script has a table, checked once at the start."""
 
 import contextlib
 from collections.abc import Callable

@@ -94,8 +94,8 @@ def test_texts_without_a_picture_and_several_lines_are_said(tmp_path, capsys):
     manifest = prepare(data, tmp_path / "out")
     reasons = {row["source"]: row["reason"] for row in manifest["skipped"]}
     assert set(reasons) == {"b.txt", "b.caption", "tags.json", "pointer.jpg"}
-    assert "a pointer to an image that was not fetched; git lfs pull" in reasons.pop("pointer.jpg")
-    assert all("captions are read from photo.txt beside photo.jpg" in why for why in reasons.values())
+    assert "a pointer to an image that was not fetched; run git lfs pull" in reasons.pop("pointer.jpg")
+    assert all("captions are read from photo.txt next to photo.jpg" in why for why in reasons.values())
     assert "1 captions have several lines, which are joined (a.txt)" in capsys.readouterr().out
     assert manifest["pictures"][0]["text"] == "one two"
 

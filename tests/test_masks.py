@@ -128,7 +128,7 @@ def test_masks_are_recognised_by_their_usual_names(tmp_path, name, capsys):
     manifest = prepare(data, tmp_path / "out")
     assert [row["source"] for row in manifest["pictures"]] == ["other.jpg", "photo.JPG"]
     assert f"masked by {name}" in manifest["pictures"][1]["done"]
-    assert "masks      1 beside images, 0 of transparent" in capsys.readouterr().out
+    assert "masks      1 next to images, 0 of transparent" in capsys.readouterr().out
     listing = [dict(file_name=n, text="a coat") for n in ("other.jpg", "photo.JPG")]
     (data / "captions.jsonl").write_text("\n".join(map(json.dumps, listing)))
     rows = read_dataset(data, 64)

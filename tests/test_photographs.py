@@ -132,7 +132,7 @@ def test_what_telephones_lay_beside_pictures_is_passed_over(tmp_path, capsys):
     assert list(skipped) == ["alone.mov"]
     assert skipped["alone.mov"].startswith("a video")
     told = capsys.readouterr().out
-    assert "2 clips and records beside images are ignored" in told
+    assert "2 clips and records next to images are ignored" in told
     assert "IMG_0001.AAE, …" in told
 
 

@@ -104,7 +104,7 @@ def test_ctrl_c_says_how_far_it_came(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(work, "write_parts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(data, tmp_path / "out")
-    assert "stopped at 3 of 5 images; the same command goes on" in capsys.readouterr().out
+    assert "stopped at 3 of 5 images; the same command resumes" in capsys.readouterr().out
 
 
 def test_duplicates_are_those_of_comparing_each_pair():

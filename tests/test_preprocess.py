@@ -336,7 +336,7 @@ def test_sources_that_are_links_are_read_and_broken_ones_are_named(tmp_path):
     assert "masked by a.mask.png" in manifest["pictures"][0]["done"]
     reasons = {row["source"]: row["reason"] for row in manifest["skipped"]}
     assert reasons["b.png"] == f"a link to {store / 'gone.png'}, which is not there"
-    assert reasons["c.png"].endswith("which is not there, until git annex get brings it")
+    assert reasons["c.png"].endswith("which is not there; run git annex get")
     assert reasons["loop.png"] == "a link to loop.png, which is not there"
     assert reasons["folder.png"].startswith("a folder")
     (data / "a.txt").unlink()

@@ -14,9 +14,9 @@ as with Stable Diffusion v1.5, on a CPU, in minutes. They know only this small w
 about Stable Diffusion v1.5.
 
 UNet, text encoder and tokenizer have never seen a holographic image or the word "holographic". The tokenizer splits the
-word into groups of letters. The VAE has seen holographic surfaces, as Stable Diffusion's has seen everything: jackets,
-dresses, furniture and umbrellas of foil, and abstract fields of it, without captions and without a raincoat. The scorer
-has seen images and word.
+word into groups of letters. Like Stable Diffusion's VAE, which has seen everything, the VAE has seen holographic
+surfaces: foil jackets, dresses, furniture, umbrellas and abstract fields of foil, but no captions and no raincoat. The
+scorer has seen both the images and the word.
 
 ![five prompts, eight seeds](base.webp)
 
@@ -55,15 +55,15 @@ That changed 33.3 dB to 33.1, 29.54 to 29.37 and LPIPS from 0.0364 to 0.0366, wi
 
 **The UNet** predicts velocity. The previous miniature predicted noise, and 77 % of its images had the requested colour.
 The UNet was trained in two runs: 9,287 steps on the latents of the autoencoder's first run, 8,996 on those of the
-second. Rendering stopped by the clock, so the second run had 51,200 images without holographic things, of which the
-first run knew two thirds.
+second. Rendering had a time limit, so the second run had 51,200 images without holographic things. Two thirds of them
+were already in the first run.
 
-**The scorer** learns from batches of which three quarters are groups of 32 images that differ in little: in one
-attribute and in what no attribute names. In a random batch hardly two of 1,024 do. Trained on random batches (4.8
-minutes, 63,200 images), it named the thing in 90 % of held-out images and the material in 77 %, and found 79 % and 86 %
-of captions and images; 24 of its 25 wrong things were cats and dogs. The run with groups also had 109,008 images and
-lasted a minute longer, so the effect of each is unknown. It misses its targets for the material (90 %) and for captions
-and images (92 %).
+**The scorer** is trained on batches with hard negatives: three quarters of a batch are groups of 32 images that differ
+only in one attribute and in details that no attribute names. Among 1,024 random images hardly two are so similar.
+Trained on random batches (4.8 minutes, 63,200 images), the scorer named the thing in 90 % of held-out images and the
+material in 77 %, and retrieved 79 % of captions and 86 % of images. Of its 25 wrong things, 24 were cats and dogs. The
+run with groups also had 109,008 images and lasted a minute longer, so the effect of each change is unknown. It misses
+its targets for the material (90 %) and for retrieval (92 %).
 
 **The settings of `--demo`** were chosen with `python train.py --demo --seed 7 --unet-learning-rate R
 --text-encoder-learning-rate R/10`, 800 steps, then `python inference.py --demo --seeds 4 --guidance-scale G`, on the

@@ -16,8 +16,8 @@ PRIVATE = ("config.json",)
 
 
 def odd_token():
-    """A sentence that names a character that no token of the hub contains, or None. Such a token otherwise ends as
-    some error of the network."""
+    """A sentence about a character that no token of the hub contains, or None. Otherwise such a token ends in some
+    network error."""
     for token, place in (
         (os.environ.get("HF_TOKEN", "").strip(), "HF_TOKEN"),
         (get_token() or "", "the token for the hub"),
@@ -72,8 +72,8 @@ def check_push(repository):
 def push(folder, repository):
     """Upload the files of the run in `folder`, except config.json, to `repository` and return its address.
 
-    A new repository is private. Raises UserError with the command for another attempt if the upload fails; the folder is
-    unchanged.
+    A new repository is private. Raises UserError with the command for another attempt if the upload fails. The folder
+    is unchanged.
     """
     files = sorted(written_files(folder, "config.json") - set(PRIVATE))
     patterns = [glob.escape(name) for name in files]  # brackets in names are literal

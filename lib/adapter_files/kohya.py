@@ -1,6 +1,6 @@
 """LoRA adapters in kohya's file format, which ComfyUI, A1111, Forge, InvokeAI and SD.Next read.
 
-A safetensors file with three tensors a layer: lora_down.weight (A), lora_up.weight (B) and alpha. A layer's name is
+A safetensors file with three tensors per layer: lora_down.weight (A), lora_up.weight (B) and alpha. A layer's name is
 `lora_unet_` or `lora_te_` and the module's path with _ for each dot. The keys ss_… (kohya's sd-scripts) and modelspec.…
 (https://github.com/Stability-AI/ModelSpec) of the header describe the training.
 """
@@ -78,7 +78,7 @@ def save_kohya(path, layers, alpha, header, scales=None):
 
 
 def prefixed(component, layer):
-    """A layer's name in a file: that of a text encoder's layer begins with `text_model.`, whatever transformers says."""
+    """A layer's name in a file. A text encoder's layers get the prefix `text_model.` even if transformers omits it."""
     return f"text_model.{layer.removeprefix('text_model.')}" if component == "text_encoder" else layer
 
 
@@ -86,7 +86,7 @@ def idle_layers(rows):
     """Layers of zeros for the output projections that a text encoder's adapter lacks: {name: (A, B)} of rank 1.
 
     diffusers (0.42) recognises kohya's text encoder by them alone and refuses the whole file without them. It also
-    mishandles alphas that differ, so these layers get the alpha of the others, which scales nothing.
+    mishandles differing alphas, so these layers of zeros get the alpha of the others.
     """
     idle = {}
     for name, (a, _) in rows.items():
@@ -173,7 +173,7 @@ def dotted(layer):
 
 
 def as_matrix(key, tensor, path):
-    """A factor in float32, a 1x1 convolution's as a matrix; UserError if the kernel is larger (LoCon)."""
+    """A factor in float32, a 1x1 convolution's as a matrix. Raises UserError if the kernel is larger (LoCon)."""
     if tensor.ndim == 4:
         if tuple(tensor.shape[2:]) != (1, 1):
             refuse(key, tensor, path)
@@ -217,20 +217,20 @@ def without_idle(rows):
 
 
 def alpha_value(tensor, layer, path):
-    """The alpha of a layer; UserError if it is not one positive number."""
+    """The alpha of a layer. Raises UserError if it is not one positive number."""
     if tensor.numel() != 1 or not 1e-6 <= tensor.item() <= 1e6:
         raise UserError(f"{path}: alpha of {layer} is {tensor.flatten()[:3].tolist()}, but must be a positive number")
     return tensor.item()
 
 
 def refuse(key, tensor, path):
-    """UserError naming the kind of adapter that a key of the file `path` belongs to."""
+    """Raises UserError naming the kind of adapter that a key of the file `path` belongs to."""
     ending = key.split(".", 1)[-1]
     kind = next((f"of {kind}" for part, kind in OTHER_KINDS.items() if ending.startswith(part)), None)
     if kind is None and key.startswith(("lora_te2_", "lora_te3_")):
         kind = "of Stable Diffusion XL or later (a second text encoder)"
     elif kind is None and key.startswith("bundle_emb."):
-        kind = "an embedding beside the LoRA"
+        kind = "an embedding in addition to the LoRA"
     elif kind is None:
         kind = "of LoCon (a convolution)" if tensor.ndim == 4 else "of an unknown kind"
     raise UserError(

@@ -134,7 +134,7 @@ def update_card(folder, section, widget, files):
 
     `section` is Markdown, `widget` the Hub's gallery ([{"text", "output": {"url"}}]), `files` the images of both ({name
     in the folder: bytes}). Files are written atomically and listed in config.json as this project's own. If the card
-    cannot be written, a note is printed and the evaluation goes on.
+    cannot be written, a note is printed and the evaluation continues.
     """
     folder = Path(folder)
     card = folder / CARD

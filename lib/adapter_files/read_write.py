@@ -1,4 +1,4 @@
-"""LoRA and DoRA adapters in files: found, read into an `Adapter`, written in diffusers' format.
+"""Finds LoRA and DoRA adapters, reads them into an `Adapter` and writes them in diffusers' format.
 
 Three layouts are read: diffusers' single file, PEFT's folders (as in the published study) and kohya's file
 (lib/adapter_files/kohya.py).
@@ -64,7 +64,7 @@ def save_adapter(folder, models, rank, alpha, targets, metadata, half=False):
 
 def find_adapters(folder):
     """The adapters in `folder`: [(name, path)]. Itself if it is one (a folder or a safetensors file), else its
-    subfolders that are, else its safetensors files. UserError if there are none."""
+    subfolders that are, else its safetensors files. Raises UserError if there are none."""
     folder = Path(folder)
     if folder.is_file():
         return [(folder.stem, folder)]
@@ -108,7 +108,7 @@ def adapter_files(folder):
 def read_adapter(folder):
     """Read an adapter, a folder or a file in any of the layouts, into an Adapter.
 
-    A text encoder whose B are all zero beside a UNet that is adapted is left out with a note. Raises UserError naming
+    If the UNet is adapted, a text encoder whose B are all zero is left out with a note. Raises UserError naming
     the file for anything that is not a whole LoRA adapter: a damaged file, an unknown key or kind of adapter, a missing
     factor, ranks that disagree, values that are not finite, or B that are all zero.
     """
@@ -226,7 +226,7 @@ def guess_component(layer):
 
 
 def read_tensors(path):
-    """All tensors and the header of a safetensors file; UserError if it is damaged or empty."""
+    """All tensors and the header of a safetensors file. Raises UserError if it is damaged or empty."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -240,7 +240,7 @@ def read_tensors(path):
 
 
 def read_peft_config(path):
-    """A PEFT adapter_config.json; UserError if it is damaged or not of LoRA."""
+    """A PEFT adapter_config.json. Raises UserError if it is damaged or not of LoRA."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]
@@ -301,7 +301,7 @@ def targets(config):
 
 
 def check_factors(rows, path, part):
-    """UserError unless each layer has both factors, [rank, in] and [out, rank], with finite values."""
+    """Raises UserError unless each layer has both factors, [rank, in] and [out, rank], with finite values."""
     single = sorted(name for name, row in rows.items() if not row.keys() >= {"A", "B"})
     if single:
         raise UserError(

@@ -1,7 +1,7 @@
-"""What makes the scripts fast: the same numbers, to rounding, from far fewer and larger kernels.
+"""Faster training and generation: the same results, to rounding, from far fewer and larger kernels.
 
-At batch 1 a GPU spends most of a plain training step waiting for Python to launch some ten thousand small kernels (see
-bench/README.md). Here are fewer of them, and one launch for all:
+At batch 1 a GPU spends most of a plain training step waiting while Python launches about ten thousand small kernels
+(bench/README.md). These modules launch fewer, all in one CUDA graph:
 
 - lora: a LoRA or DoRA layer as two matrix products forward and five backward, and layers with one input as one layer;
 - fused_projections: which layers those are in a UNet and a CLIP text encoder;
@@ -15,6 +15,6 @@ bench/README.md). Here are fewer of them, and one launch for all:
 - pinned_staging: copies that the host does not wait for;
 - cpu: one thread for small batches, and faster forms of GEGLU and upsampling.
 
-lora, fused_projections and guidance's shared part work on any device. Where the kernels for GPUs are unavailable, a note
-gives the reason and plain PyTorch remains.
+lora, fused_projections and the shared part of guidance work on any device. If the GPU kernels are unavailable, a note
+gives the reason and plain PyTorch is used.
 """

@@ -1,9 +1,9 @@
-"""bitsandbytes' blockwise 8-bit AdamW as a Triton kernel that takes every number from the GPU.
+"""bitsandbytes' blockwise 8-bit AdamW as a Triton kernel whose inputs are all on the GPU.
 
-bitsandbytes' own kernel takes learning rate and step number from the host, and before its launch the loss scaler reads
-from the GPU whether a gradient overflowed: the GPU idles meanwhile. Here one small kernel decides whether a step counts.
-The other is launched in any case, and updates the parameters or changes nothing. Without them, `missing_kernels` gives
-the reason and bitsandbytes remains.
+bitsandbytes' own kernel gets the learning rate and step number from the host. Before its launch the loss scaler copies
+the overflow flag to the host, and the GPU idles meanwhile. Here a small kernel decides whether a step counts.
+The update kernel is always launched, and changes nothing if the step does not count. If the kernels are unavailable,
+`missing_kernels` gives the reason and bitsandbytes is used.
 """
 
 import functools
@@ -25,7 +25,7 @@ if triton:
         largest,  # []
         loss,  # []
         loss_sum,  # []
-        outcome,  # int32 [4]: updates, skipped steps, overflows in a row, why the run ends
+        outcome,  # int32 [4]: updates, skipped steps, consecutive overflows, why the run ends
         scale,  # [], written if SCALED
         tracker,  # int32 [], written if SCALED
         control,  # [4], written
@@ -78,9 +78,9 @@ if triton:
     def _nearest(x, qmap, SIGNED: tl.constexpr):
         """The index of the value of `qmap` [256], ascending, that is nearest to x, |x| <= 1.
 
-        `qmap` is bitsandbytes' dynamic map: seven decades of evenly spaced values, each with twice as many as the one
-        below, and if SIGNED the negative ones too. So an index at most one off can be computed, where a search would
-        read the map seven times; the midpoints to its neighbours decide.
+        `qmap` is bitsandbytes' dynamic map: seven decades of evenly spaced values, each decade with twice as many as
+        the one below, and their negatives if SIGNED. A formula gives an index that is off by at most one. The midpoints
+        to its neighbours correct it. A search would read the map seven times.
         """
         size = tl.abs(x)
         decade = tl.minimum(tl.maximum(tl.floor(tl.log2(size) * 0.30102999566398120) + 7, 0), 6)
@@ -116,7 +116,7 @@ if triton:
         decay,
         BLOCK: tl.constexpr,
     ):
-        """See `update`; one block a program."""
+        """See `update`; one block per program."""
         block = tl.program_id(0)
         place = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         count = tl.where(tl.load(control) != 0, COUNT, 0)  # 0 to update nothing
@@ -153,11 +153,11 @@ def decide(largest, loss, loss_sum, outcome, scaling, most_overflows, betas, con
     """Decide on the GPU whether a step updates, is skipped or ends the run; tensors are changed in place.
 
     `largest` [] is the gradient's largest absolute value and `loss` [] the step's loss. `outcome`, int32 [4], counts
-    updates, skipped steps and overflows in a row; its last element is 0 or why the run ends: NOT_FINITE,
-    LOSS_NOT_FINITE or OVERFLOWS (more in a row than `most_overflows`). Once that is not 0, nothing changes any more.
-    `scaling` is None or (scale [] float32, growth tracker [] int32, growth factor, backoff factor, growth interval) of
-    a torch.amp.GradScaler, updated as torch._amp_update_scale_ does. The loss of a step that does not end the run is
-    added to `loss_sum`. `update` reads `control`, float32 [4].
+    updates, skipped steps and consecutive overflows. Its last element is 0 or why the run ends: NOT_FINITE,
+    LOSS_NOT_FINITE or OVERFLOWS (more than `most_overflows` consecutive ones). Once that is not 0, nothing changes any
+    more. `scaling` is None or (scale [] float32, growth tracker [] int32, growth factor, backoff factor, growth
+    interval) of a torch.amp.GradScaler, updated as torch._amp_update_scale_ does. The loss of a step that does not end
+    the run is added to `loss_sum`. `update` reads `control`, float32 [4].
     """
     scale, tracker, *numbers = scaling or (control, outcome, 1.0, 1.0, 1)
     logs = [math.log2(max(beta, 1e-300)) for beta in betas]
@@ -179,7 +179,7 @@ def update(p, grad, state, rate, control, betas, eps, decay):
 
 @functools.cache
 def missing_kernels(device):
-    """Why these kernels cannot be used on `device`, or None; they are compared with bitsandbytes on a small input."""
+    """Why these kernels cannot be used on `device`, or None. They are compared with bitsandbytes on a small input."""
     if triton is None:
         return "this build of torch has no Triton"
     return failure(lambda: None if agrees(device) else "their results are wrong on this device")

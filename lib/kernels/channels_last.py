@@ -30,7 +30,7 @@ def channels_last(*models, training=False):
     """Put UNets and VAEs on a GPU into channels-last layout with Triton kernels, and give text encoders the kernels of
     transformers. Their own weights must be frozen; `training` says whether gradients will pass through them.
 
-    Models on other devices stay as they are. Without Triton, which needs a C compiler and a GPU that it supports, a
+    Models on other devices are left unchanged. Without Triton, which needs a C compiler and a GPU that it supports, a
     note is printed and PyTorch's kernels remain.
     """
     if next(models[0].parameters()).device.type != "cuda":
@@ -84,7 +84,7 @@ def compile_kernels(models, training):
 
 @functools.cache
 def missing_kernels(device):
-    """Why the Triton kernels cannot be used on `device`, or None; they are compared with PyTorch on a small input."""
+    """Why the Triton kernels cannot be used on `device`, or None. They are compared with PyTorch on a small input."""
     if triton is None:
         return "this build of torch has no Triton"
     generator = torch.Generator().manual_seed(0)
@@ -151,8 +151,8 @@ def rebuild(model):
 
 @torch.no_grad()
 def _merge_biases(block):
-    """Merge the biases of a residual block that meet in one sum: each saves a pass over the whole tensor. Its SiLU is in
-    the norms' kernel now; that of the timestep moves into a hook."""
+    """Merge the biases of a residual block that are added to the same sum: each saves a pass over the whole tensor. The
+    block's SiLU is now in the norms' kernel. The timestep's moves into a hook."""
     projection, shortcut = block.time_emb_proj, block.conv_shortcut
     if projection is not None:
         inner = getattr(projection, "base_layer", projection)  # inside LoRA
@@ -199,7 +199,7 @@ def _normed(norm, x, silu, shift=None):
 
 def _block_forward(block, x, temb=None):
     """A residual block's forward pass. The shift between its convolutions, from the timestep or the first one's bias,
-    is added inside the second norm's kernel, and the last bias with the sum: two passes over the tensor less."""
+    is added inside the second norm's kernel, and the last bias together with the residual: this saves two passes."""
     x, hidden = _normed(block.norm1, x, True)
     if temb is None:
         hidden, shift = conv_without_bias(block.conv1, hidden), block.conv1.bias.expand(len(x), -1)
@@ -245,7 +245,7 @@ def _up_forward(
 
 
 def _upsample_forward(module, forward, x, output_size=None):
-    """An upsampler's forward pass to twice the size; other sizes go to its own `forward`."""
+    """An upsampler's forward pass to twice the size. Other sizes go to its own `forward`."""
     return forward(x, output_size) if output_size is not None else module.conv(UpsampleNearest2x.apply(x))
 
 

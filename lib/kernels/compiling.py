@@ -1,6 +1,6 @@
-"""Kernels compiled in parallel before the first step: Triton's, and those that cuDNN's attention needs.
+"""Compiles kernels in parallel before the first step: Triton's and those of cuDNN's attention.
 
-Compiled one by one at their first use, they would take longer than everything else before the first step.
+Compiled one by one at first use, they would take longer than everything else before the first step.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def in_threads(jobs, device):
 def failure(work):
     """What `work` returns, or its error in one line, except for memory errors, which are raised.
 
-    A compiler, a driver or an unknown GPU may raise anything, and training goes on without their kernels.
+    A compiler, a driver or an unknown GPU may raise anything; training continues without their kernels.
     """
     try:
         return work()
@@ -103,7 +103,7 @@ def attention_jobs(call, training):
 
 
 class _AttentionCalls(TorchFunctionMode):
-    """Keeps the arguments of one scaled_dot_product_attention per layout and options; returns zeros in its place."""
+    """Records the arguments of one scaled_dot_product_attention per layout and options; returns zeros instead."""
 
     def __init__(self):
         super().__init__()

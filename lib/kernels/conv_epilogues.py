@@ -1,6 +1,6 @@
-"""What stands around convolutions in channels-last layout besides norms: biases and sums, concatenation, upsampling.
+"""Operations around channels-last convolutions other than norms: biases and sums, concatenation, upsampling.
 
-PyTorch's kernels for these take two to eight times as long as reading and writing takes.
+PyTorch's kernels for these take two to eight times as long as the memory traffic alone.
 """
 
 import torch
@@ -50,7 +50,7 @@ class AddBias(torch.autograd.Function):
 
 
 def run_add_bias(x, y, bias):
-    """Launch the kernel; see AddBias."""
+    """Launch the kernel (see AddBias)."""
     out = torch.empty_like(x, memory_format=torch.channels_last)
     pixels = (maps.permute(0, 2, 3, 1).contiguous() for maps in (x, x if y is None else y))
     rows, others = (each.view(-1, len(bias)) for each in pixels)
@@ -60,7 +60,7 @@ def run_add_bias(x, y, bias):
 
 
 def conv_add(convolution, x, y=None):
-    """convolution(x), and where y is given convolution(x) + y; its bias is frozen."""
+    """convolution(x), or convolution(x) + y if y is given. Its bias is frozen."""
     return AddBias.apply(conv_without_bias(convolution, x), y, convolution.bias)
 
 
@@ -110,7 +110,7 @@ def _fits_16_bytes(pixels):
 
 
 def _as_16_bytes(pixels):
-    """Pixels [n, h, w, c] in a type of 16 bytes. Viewed as a vector first: a single pixel may have any strides, with
-    which it has no view of another type."""
+    """Pixels [n, h, w, c] in a dtype of 16 bytes. They are flattened first: a single pixel may have any strides, and
+    then it cannot be viewed as another dtype."""
     pixels = pixels.contiguous()
     return pixels.view(-1).view(torch.complex128).view(*pixels.shape[:-1], -1)

@@ -1,8 +1,9 @@
-"""What makes a CPU faster: one thread where several would wait for one another, GEGLU and upsampling in other forms.
+"""Faster on a CPU: one thread where several would wait for one another, and other forms of GEGLU and upsampling.
 
-A training step of the miniature is two thousand operations of some 30 µs. Up to two images at once one thread is about
-as fast as two on quiet cores, and twice as fast beside a busy process (bench/README.md, "On a CPU"). The other forms
-compute the same to rounding, without gradients: GEGLU saves 12% of an image of the miniature, upsampling 3%.
+A training step of the miniature is two thousand operations of about 30 µs. For up to two images, one thread is about as
+fast as two on idle cores, and twice as fast if another process is busy (bench/README.md, "On a CPU"). The other forms
+give the same results to rounding, without gradients. On the miniature GEGLU saves 12% of the time per image, upsampling
+3%.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ def threads_for(values, device):
 
 @contextlib.contextmanager
 def computing_with(threads):
-    """Inside, PyTorch uses `threads` CPU threads."""
+    """Context in which PyTorch uses `threads` CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -65,16 +66,16 @@ def _is_plain(upsampler):
     )
 
 
-# For the first and the second of the two pixels that one becomes: the rows (or columns) of a 3x3 kernel that read the
-# same pixel of the small feature map.
+# Upsampling turns a pixel into two per axis. For the first and for the second: the rows (or columns) of a 3x3 kernel
+# that read the same pixel of the small feature map.
 SHARED_ROWS = ((0,), (1, 2)), ((0, 1), (2,))
 
 
 @torch.no_grad()
 def _small_kernels(convolution):
-    """(weights [4 * out, in, 2, 2], bias [4 * out]) of a convolution of the small feature map, whose channels are the
-    four pixels that one becomes: behind nearest upsampling, a 3x3 kernel reads at most 2x2 different pixels, each with
-    the sum of the weights that meet there."""
+    """A 3x3 convolution after nearest upsampling as a 2x2 convolution of the small feature map, with four output pixels
+    as channels: (weights [4 * out, in, 2, 2], bias [4 * out]). A 3x3 window covers at most 2x2 different pixels. The
+    weights on equal pixels are summed."""
     weight = convolution.weight
     kernels = [
         torch.stack(
@@ -93,7 +94,7 @@ def _layout(x):
 
 
 def _upsample_forward(module, forward, weight, bias, x, output_size=None):
-    """An upsampler's forward pass with 4/9 of the multiplications; other sizes than twice go to its own `forward`."""
+    """An upsampler's forward pass with 4/9 of the multiplications. Other sizes than twice go to its own `forward`."""
     if output_size is not None:
         return forward(x, output_size)
     n, _, h, w = x.shape

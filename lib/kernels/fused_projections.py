@@ -19,7 +19,7 @@ from lib.kernels.lora import FusedLinear
 
 def fuse_projections(model, device, dora=False):
     """Fuse the projections of a UNet or CLIP text encoder and move them to `device`; returns each FusedLinear, [] for
-    other models. `dora` says whether the adapters are DoRA. Layers unlike Stable Diffusion's stay as they are."""
+    other models. `dora` says whether the adapters are DoRA. Layers unlike Stable Diffusion's are unchanged."""
     fused_layers, cross_attentions, blocks = [], [], []
 
     def fuse(layers):
@@ -122,11 +122,11 @@ class CrossAttention:
 
 
 def _query_chunks(query):
-    """Into how many chunks the queries [n, rows, width] of a cross-attention are split, as if they were a larger batch;
-    1 without gradients or without a GPU.
+    """Number of chunks into which a cross-attention's queries [n, rows, width] are split, as if they were a larger
+    batch; 1 without gradients or without a GPU.
 
-    cuDNN's backward pass starts one program per 64 keys, and a text has 77; each goes through all queries. Chunks
-    give more programs; their gradients of a key are added afterwards.
+    cuDNN's backward pass launches one program per 64 keys, and each iterates over all queries. A text has only 77 keys,
+    so chunks give more programs. The chunks' gradients of a key are summed afterwards.
     """
     n, rows, chunks = *query.shape[:2], 1
     if not (query.is_cuda and torch.is_grad_enabled()):
@@ -155,8 +155,8 @@ def _unet_forward(forward, text_keys_values, sample, timestep, encoder_hidden_st
 class TimestepProjections(torch.nn.Module):
     """Projects the timestep's embedding [n, width] for all residual `blocks`: {id(block): [n, channels]}.
 
-    It takes the place of an activation after the embedding, which Stable Diffusion does not have; the blocks then
-    receive this dict in place of the embedding.
+    It is installed as the activation after the embedding, which Stable Diffusion does not have. The blocks then receive
+    this dict instead of the embedding.
     """
 
     def __init__(self, fused, blocks):

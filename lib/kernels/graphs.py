@@ -11,7 +11,7 @@ def captured(functions, device):
     A function takes no arguments and returns a tensor, a collection of tensors or None. It must read and write the same
     tensors in every call, draw no random numbers on the GPU and never wait for the GPU. On a GPU each is called twice
     here: once to let the libraries choose their kernels, and once to be captured, which computes nothing. The graphs
-    share one memory pool: a replay overwrites what itself and the graphs captured after it returned before.
+    share one memory pool: a replay overwrites earlier outputs of its own graph and of those captured after it.
 
     Without a GPU, or with a note if capture fails, the functions themselves are returned.
     """

@@ -1,10 +1,11 @@
 """Triton kernels for group norm with its SiLU, forward and backward, in channels-last layout.
 
-PyTorch's need several passes and another layout. Here a thread reads eight channels at once, one tile ahead of what it
-computes, and an element takes one multiplication and one addition: norm, weight and bias are folded into a slope and an
-offset per channel. One kernel normalizes a small feature map; for a large one a first kernel sums and a second applies.
-Times by size: bench/norm_speed.py. Without Triton, `channels_last.missing_kernels` gives the reason and PyTorch's
-kernels remain.
+    out = silu(slope x + offset)     slope and offset, per channel, contain the norm, weight and bias
+
+PyTorch's kernels need several passes and another layout. Here a thread reads eight channels at once and prefetches the
+next tile. Small feature maps take one kernel. Large ones take two: one computes the sums, one applies the norm. Times
+by size: bench/norm_speed.py. Without Triton, `channels_last.missing_kernels` gives the reason and PyTorch's kernels
+remain.
 """
 
 import math
@@ -51,7 +52,7 @@ if triton:
 
     @triton.jit
     def _first_values(x, shift, STRIDE, image, channel, in_c, HW, C, GROUP: tl.constexpr):
-        """The first value of each channel's group: relative to it, the variance is a difference of small sums."""
+        """The first value of each channel's group. It is subtracted, so the variance is a difference of small sums."""
         leader = channel // GROUP * GROUP
         begin = tl.cast(image, tl.int64) * HW * C
         value = tl.load(x + begin + leader, mask=in_c, other=0.0).to(tl.float32)
@@ -93,7 +94,7 @@ if triton:
         """rstd from the means of values near zero and of their squares."""
         return tl.rsqrt(tl.maximum(second - first * first, 0.0) + eps)
 
-    # A whole group a program. With hat = (x + shift - mean) rstd over the group:
+    # One whole group per program. With hat = (x + shift - mean) rstd over the group:
     # forward   z = hat weight + bias; out = z sigmoid(z) with SILU, else z
     # backward  out = rstd (dz - mean(dz) - hat mean(dz hat)), and with ADD + skip_grad, where
     #           dz = grad weight, and with SILU times sigmoid(z) (1 + z (1 - sigmoid(z)))
@@ -144,7 +145,7 @@ if triton:
             tl.store(statistics + tl.program_id(0) * 2 + 1, rstd)
         tl.store(out + begin + at, result.to(out.dtype.element_ty), mask=inside)
 
-    # A part of the pixels of each group a program; the arguments are as in _norm_whole.
+    # A part of the pixels of each group per program; the arguments are as in _norm_whole.
     # forward   sums = (Σ d, Σ d²), where d = x + shift - the first value of the group
     # backward  sums = (Σ dz, Σ dz hat)
     @triton.jit(do_not_specialize=["STRIDE", "SILU", "HW", "EACH"])
@@ -172,7 +173,7 @@ if triton:
         start = tl.program_id(1) * EACH
         end = tl.minimum(start + EACH, HW)
         begin, at, inside = _tile(image, start, end, channel, in_c, HW, C, ROWS)
-        # On its way while the rest is prepared, and then the next while this one is summed.
+        # Prefetched: the first tile during set-up, the next ones while the one before is summed.
         value = tl.load(x + begin + at, mask=inside, other=0.0)
         grad_value = value
         if BACKWARD:
@@ -202,7 +203,7 @@ if triton:
         part = groups * tl.num_programs(1) + tl.program_id(1)
         tl.store(sums + part[:, None] + tl.arange(0, 2)[None, :] * BEHIND, both)
 
-    # As _norm_whole, from the sums of _norm_sums; a part of the pixels of any channels a program.
+    # As _norm_whole, from the sums of _norm_sums; a part of the pixels, of any channels, per program.
     @triton.jit(do_not_specialize=["STRIDE", "SILU", "HW", "EACH", "ADD"])
     def _norm_apply(
         x,
@@ -307,7 +308,7 @@ def group_norm(x, shift, grad, skip_grad, statistics, weight, bias, groups, eps,
     inputs = x, *shifted, grad if backward else x, statistics, weight, bias
     out = torch.empty_like(x)
     outputs = eps, *((x, 0) if skip_grad is None else (skip_grad, 1)), out
-    # A kernel is compiled for each value of these, so nothing is here that need not be known beforehand.
+    # A kernel is compiled for each value of these, so only what must be known at compile time is here.
     constants = dict(GROUP=group, BACKWARD=backward)
     wide = triton.next_power_of_2(group)
     if pixels * wide <= WHOLE:
@@ -339,8 +340,8 @@ def group_norm(x, shift, grad, skip_grad, statistics, weight, bias, groups, eps,
 
 
 def _channels_of_a_program(channels, group):
-    """Whole groups, if possible a multiple of the eight channels that a thread reads at once, and 32 or more: 64 bytes
-    of a pixel at once waste little of a read."""
+    """Channels per program: whole groups, if possible a multiple of the eight channels that a thread reads at once, and
+    at least 32, because reads of 64 bytes per pixel waste little bandwidth."""
     span = math.lcm(group, 8)
     if channels % span:
         return group

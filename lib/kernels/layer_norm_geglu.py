@@ -1,8 +1,8 @@
 """Triton kernels for transformers: a sum with the layer norm that follows it, GEGLU and CLIP's activation.
 
 A transformer adds each layer's output to the residual stream and passes a norm of the sum to the next layer. PyTorch
-launches a kernel for the sum and one for the norm; backward, one for the norm's gradient and one to add the residual
-stream's. Here it is one each way. All work on rows: [..., width] seen as [rows, width].
+launches two kernels forward (sum, norm) and two backward (the norm's gradient, the sum with the residual stream's).
+Here one kernel does each pass. All kernels treat [..., width] as [rows, width].
 """
 
 import torch
@@ -15,8 +15,8 @@ if triton:
 
     @triton.jit
     def sigmoid(x):
-        """1 / (1 + exp(-x)) by the hardware's approximations, to 22 bits: exact division takes longer than all else in a
-        norm."""
+        """1 / (1 + exp(-x)) to 22 bits, with the hardware's approximations: exact division takes longer than the rest
+        of a norm."""
         more = 1 + tl.exp2(-1.4426950408889634 * x)
         return tl.rsqrt(more * more)
 
@@ -60,7 +60,7 @@ if triton:
         tl.store(out + begin + offset, (apart * rstd * w + b).to(out.dtype.element_ty), mask=inside)
 
     # dx = dy = grad_total + rstd (dz - mean(dz) - hat mean(dz hat))
-    # where hat = (total - mean) rstd and dz = grad_norm weight; one row a program
+    # where hat = (total - mean) rstd and dz = grad_norm weight; one row per program
     @triton.jit
     def _add_layer_norm_backward(
         total,  # [rows, WIDTH]
@@ -100,7 +100,7 @@ if triton:
     @triton.jit
     def _normal(x):
         """(Φ(x), exp(-x²/2)), Φ being the standard normal distribution function, to 1e-7: Abramowitz and Stegun 7.1.26.
-        With it the kernel is bound by memory, with erf itself by arithmetic."""
+        With it the kernel is memory-bound, with erf itself compute-bound."""
         bell = tl.exp2(-0.7213475204444817 * x * x)
         more = 1 + 0.3275911 * 0.7071067811865476 * tl.abs(x)
         t = tl.rsqrt(more * more)
@@ -162,7 +162,7 @@ if triton:
 
 
 class AddLayerNorm(torch.autograd.Function):
-    """(x + y, F.layer_norm(x + y, [width], weight, bias, eps)) of x and y [..., width]; with y None of x alone.
+    """(x + y, F.layer_norm(x + y, [width], weight, bias, eps)) of x and y [..., width]; if y is None, of x alone.
 
     weight and bias [width] are frozen. Sums over a row are float32. The backward pass needs x + y, which the residual
     stream keeps anyway, and the mean and deviation of each row.

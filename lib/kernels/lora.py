@@ -1,7 +1,7 @@
 """LoRA and DoRA layers as a few matrix products, and layers with the same input as one layer.
 
-PEFT's layer launches some 14 kernels forward, and at batch 1 each takes a few microseconds whatever its size. Here an
-adapted layer takes two products forward and five backward, and so do all the layers of a FusedLinear together.
+PEFT's layer launches about 14 kernels forward. At batch 1 each takes a few microseconds, whatever its size. Here an
+adapted layer takes two matrix products forward and five backward. A FusedLinear takes no more for all its layers.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ class AdaptedLinear(torch.autograd.Function):
 
     For LoRA and one layer it equals F.linear(x, W, bias) + scale * F.linear(F.linear(x, A), B).
 
-    `matrix` stacks W, A and zero padding: one product gives both x Wᵀ and x Aᵀ. B is block diagonal: each of `blocks`
-    holds neighbouring layers with equally many outputs, and together they hold the first n layers. The layers behind
-    those have no adapter (for DoRA every layer has one). All tensors have one type but for the float32 ones.
-    `magnitude` and `a`, which is part of `matrix`, are arguments only to receive their gradients. With `gradients` the
-    backward pass writes those of A and B there and returns none.
+    `matrix` stacks W, A and zero padding, so one product gives x Wᵀ and x Aᵀ. B is block diagonal: each of `blocks`
+    holds B of adjacent layers with the same number of outputs. The first n layers are adapted, the others are not (with
+    DoRA all are). Tensors have one dtype, except those marked float32. `magnitude` and `a`, a part of `matrix`, are
+    arguments only to receive gradients. With `gradients` the backward pass writes those of A and B there and returns
+    none.
 
-    The low-rank product is added where the large one is written, which saves a rounding; the backward pass adds to the
-    gradient of x in the same way.
+    The low-rank product is accumulated into the output of the large one, which saves a rounding. The backward pass
+    accumulates into the gradient of x likewise.
     """
 
     @staticmethod
@@ -103,7 +103,7 @@ class AdaptedLinear(torch.autograd.Function):
 
 
 class Gradients:
-    """Where a FusedLinear's gradients of A and of the blocks of B go, and how often they were `written`."""
+    """Buffers for a FusedLinear's gradients of A and of the blocks of B; `written` counts the writes."""
 
     def __init__(self, a, blocks):
         self.a, self.blocks, self.written = a, blocks, 0
@@ -203,11 +203,11 @@ def _base(layer):
 class DoraFactors:
     """magnitude / ‖W + s B A‖ of every DoRA layer, in tensors at fixed addresses that AdaptedLinear reads.
 
-    The norms are those of the rows, and constants to the gradient (Liu et al. 2024, section 4.3,
-    https://arxiv.org/abs/2402.09353). PEFT builds the whole product B A for them, in each layer at each call. Here thin
-    products are enough, for all layers of one shape at once and once a pass:
-
         ‖W + s B A‖² = ‖W‖² + s rowsum((2 W Aᵀ + s B A Aᵀ) ∘ B)
+
+    These are row norms, and constants in the gradient (Liu et al. 2024, section 4.3, https://arxiv.org/abs/2402.09353).
+    For them PEFT computes the full product B A in every layer at every call. The formula needs thin products only,
+    batched over all layers of one shape, once per pass.
 
     The matrices of `fused_layers` of one shape become views of one tensor, so `bind` comes afterwards.
     """
@@ -231,7 +231,7 @@ class DoraFactors:
 
     @torch.no_grad()
     def refresh(self, magnitudes):
-        """Follow the layers' A and B, and `magnitudes`, float32 [outputs of all layers]."""
+        """Recompute from the layers' A and B, and from `magnitudes`, float32 [outputs of all layers]."""
         inverse_norms = {}
         for group, weights, squares in self.groups:
             of_group = self.squared_norms(group, weights, squares).rsqrt()
@@ -261,7 +261,7 @@ class DoraFactors:
 def fuse_lora(model, fused_layers, device):
     """Compute every LoRA layer of `model` with AdaptedLinear from now on; returns all of its FusedLinear, to `bind`.
 
-    `fused_layers` are from `fuse_projections`; each remaining LoRA layer becomes a FusedLinear of its own.
+    `fused_layers` are from `fuse_projections`. Each remaining LoRA layer becomes a FusedLinear of its own.
     """
     in_groups = {layer for fused in fused_layers for layer in fused.layers}
     model.fused_layers = list(fused_layers)
@@ -321,7 +321,7 @@ def trained_weights(fused_layers):
 
 @contextlib.contextmanager
 def without_lora(model):
-    """Inside, `model` computes what its base model does."""
+    """Context in which `model` computes without its adapter."""
     fused_layers = model.fused_layers if adapters.lora_layers(model) else []
     for fused in fused_layers:
         fused.without_lora = True

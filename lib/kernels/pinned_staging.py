@@ -1,7 +1,7 @@
-"""Copies between the host and a GPU that the host does not wait for, through pinned memory.
+"""Asynchronous copies between host and GPU through pinned memory.
 
-Such a copy has only started when its call returns, so its source must not change until it has finished. Several buffers
-are used in turn, each again when its last copy has finished.
+The call returns before the copy has finished, and the source must not change until then. Several buffers are used in
+turn. Each is reused after its last copy has finished.
 """
 
 from collections import deque

@@ -142,11 +142,11 @@ def _clip_layer_forward(layer, hidden_states, attention_mask=None, **others):
 
 @contextlib.contextmanager
 def shared_start(unet):
-    """Inside, `unet` takes samples whose second half equals the first, and computes their common start once.
+    """Context in which `unet` computes the common start of both halves of a batch once. The halves must be equal.
 
     With classifier-free guidance (Ho & Salimans 2022) a UNet predicts the same latents with the prompt and without, in
-    one batch. The halves are equal until the first cross-attention: through the first residual block and, at the
-    largest feature map, the first of five self-attentions. A UNet that does not start as Stable Diffusion's does
+    one batch. The halves differ only from the first cross-attention on. Before it come the first residual block and, at
+    the largest feature map, the first of five self-attentions. A UNet that starts differently from Stable Diffusion's
     computes both halves.
     """
     block = unet.down_blocks[0]

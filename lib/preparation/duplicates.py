@@ -18,12 +18,13 @@ def fingerprint(image):
 
 
 def without_duplicates(images, duplicate_bits, duplicate_colour):
-    """(kept, duplicates), sorted by source name. Of two near-duplicates the one with more pixels is kept, then the one
-    with the larger file.
+    """(kept, duplicates), sorted by source name. The near-duplicate with more pixels is kept, in a tie the one with
+    the larger file.
 
     Two images are near-duplicates if at most `duplicate_bits` of the 64 bits of their hashes differ and their
-    thumbnails differ by at most `duplicate_colour` on average: the hash sees brightness only, and shops photograph one
-    cut in many colours. Each image is compared with all that are kept so far at once, in numpy.
+    thumbnails differ by at most `duplicate_colour` on average. The thumbnails are needed because the hash sees
+    brightness only, and shops photograph one cut in many colours. Each image is compared with all images kept so far at
+    once, in numpy.
     """
     hashes = np.zeros(len(images), np.uint64)
     colours = np.zeros((len(images), THUMBNAIL * THUMBNAIL * 3), np.uint8)
@@ -57,8 +58,8 @@ def without_duplicates(images, duplicate_bits, duplicate_colour):
 
 
 def inherit_captions(captions, duplicates):
-    """`captions`, see `read_captions`, in which an image without a caption or description has that of its duplicate.
-    What happens to the duplicate's is added to the `notes` of its row in `duplicates`."""
+    """`captions` (see `read_captions`), where an image without a caption or description inherits its duplicate's. The
+    `notes` of the duplicate's row in `duplicates` state whether it was used."""
     captions = {name: dict(own) for name, own in captions.items()}
     for row in duplicates:
         twin = captions[row["duplicate_of"]]

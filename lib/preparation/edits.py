@@ -1,4 +1,4 @@
-"""Changes that a person made to a training set after preprocess.py wrote it, which the next run preserves.
+"""Manual changes to a training set, which the next run of preprocess.py preserves.
 
 The manifest records what was written: each image's caption and the SHA-256 of its files. Any difference is a change.
 It is stored under the image's source, as image numbers may change from run to run.
@@ -14,7 +14,7 @@ from lib.errors import UserError
 from lib.files import sha256_file
 from lib.texts import read_text, text_lines
 
-UNDO = "or --no-keep-edits, which makes everything anew"
+UNDO = "or discard all edits with --no-keep-edits"
 
 
 class Edit(NamedTuple):
@@ -149,6 +149,6 @@ def fitting_edits(edits, images):
     files = sum(bool(edit.files) for edit in fitting.values())
     if words or files:
         notes.insert(
-            0, f"changes preserved in {words} captions, {files} images or masks (--no-keep-edits makes them anew)"
+            0, f"changes preserved in {words} captions, {files} images or masks (--no-keep-edits discards them)"
         )
     return fitting, notes

@@ -108,8 +108,9 @@ def kept_box(source, size, centering=(0.5, 0.5)):
 def subject_box(image, mask=None):
     """Where the subject is, as fractions of width and height (left, top, right, bottom); None if unknown.
 
-    Without a mask it is what differs from a plain backdrop, one whose border has nearly one colour. The lower border
-    does not count, as a person is often cut off there. A few pixels that differ (a shadow, a letter) are ignored.
+    Without a mask, the subject is whatever differs from a plain backdrop, one whose border has nearly one colour. The
+    lower border is ignored, because a person is often cut off there. A few differing pixels (a shadow, a letter) are
+    ignored too.
     """
     small = np.asarray(image.resize((96, 96), Image.Resampling.BOX), np.int16)
     if mask is not None:

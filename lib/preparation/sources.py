@@ -11,19 +11,19 @@ from lib.masks import find_masks
 from lib.texts import Names, alike, is_utf8, read_text, text_lines
 
 LISTINGS = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
-CAPTION_ENDINGS = (".txt", ".caption")  # of a file beside its image: photo.txt or photo.jpg.txt
+CAPTION_ENDINGS = (".txt", ".caption")  # of a file next to its image: photo.txt or photo.jpg.txt
 # Accepted names of the columns of a listing; the first is this project's.
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_file", "path")
 TEXT_COLUMNS = ("text", "caption", "prompt")
 # Obviously not training images: neither read nor reported as skipped.
 IGNORED = re.compile(r"\..*|thumbs\.db|desktop\.ini|(readme|licen[sc]e|copying)(\.(md|txt|rst|html?|pdf))?", re.I)
-# Written by phones beside an image of the same name: the clip of a Live Photo, a record of edits.
+# Written by phones next to an image of the same name: the clip of a Live Photo, a record of edits.
 COMPANIONS = (".aae", ".mov", ".mp4")
 
 
 def image_names(data_dir):
     """(names, masks, companions): the files in `data_dir` that may be images, without captions, masks and hidden
-    files; {image: [its masks]}; and the clips and records of a phone beside its images."""
+    files; {image: [its masks]}; and the clips and records of a phone next to its images."""
     names = sorted(path.name for path in data_dir.iterdir())
     names = [name for name in names if not IGNORED.fullmatch(name) and alike(name) not in LISTINGS]
     clips = [name for name in names if name.lower().endswith(COMPANIONS)]
@@ -41,9 +41,9 @@ def read_captions(folder, names):
     """The captions in `folder` for the images `names`: {image name: {key: (words, file they came from)}}.
 
     The keys are `text`, which replaces the fixed caption, and `description`, which an experiment trains on. A file
-    with one of CAPTION_ENDINGS beside an image is its `text` and takes precedence over the LISTINGS, whose rows hold an
-    image's name and `text`, `description` or both. Several lines are joined, which is printed. Raises UserError naming
-    the file and line of a malformed row, an empty caption, a missing image, or a second, different caption.
+    with one of CAPTION_ENDINGS next to an image is its `text` and takes precedence over the LISTINGS, whose rows hold
+    an image's name and `text`, `description` or both. Several lines are joined, which is printed. Raises UserError
+    naming the file and line of a malformed row, an empty caption, a missing image, or a second, different caption.
     """
     captions, known = {name: {} for name in names}, Names(names)
     files = sorted(path.name for path in folder.iterdir())
@@ -94,7 +94,7 @@ def listing_rows(path):
         texts = dict(text=text, description=row.get("description"))
         texts = {key: text for key, text in texts.items() if key in row or text is not None}
         if not isinstance(name, str) or not texts:
-            form = '{"file_name": …, "text": …} ("description" beside or in place of "text")'
+            form = '{"file_name": …, "text": …} ("description" in addition to or instead of "text")'
             raise UserError(f"{where}: not of the form {form}")
         yield where, name, texts
 

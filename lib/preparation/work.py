@@ -1,7 +1,7 @@
-"""Images prepared on every core. The files of each wait in a folder of parts until the training set is written.
+"""Prepares images on every core. The results are stored in a folder of parts until the training set is written.
 
-Parts are named after their inputs: the content of the source and the settings. A run that was interrupted therefore
-finds what it has made, and makes it anew if either changed.
+The name of a part is a hash of its inputs: the source's content and the settings. After an interruption, finished parts
+are therefore reused, unless either has changed.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from lib.preparation.framing import framed, view
 from lib.texts import is_utf8
 
 FEW = 8  # images that take less time than starting another process
-MEGAPIXELS_AT_ONCE = 32  # in all processes together; an image takes about 16 MB a megapixel
-MAKER = 2  # version of this code: another number makes all parts anew
+MEGAPIXELS_AT_ONCE = 32  # in all processes together; an image takes about 16 MB per megapixel
+MAKER = 2  # version of this code: another number invalidates all parts
 # Endings of an image's parts.
 PNG, MASK, VIEW, RECORD = ".png", ".mask.png", ".jpg", ".json"
 
@@ -40,7 +40,7 @@ def prepare_images(data_dir, names, masks, sizes, parts, settings, processes=0):
 
     An image's `key` is the stem of its parts in the folder `parts`: PNG, the training image at its size of `sizes`;
     MASK, if it has one; VIEW, a thumbnail for the contact sheet. `masks` is from `find_masks`; `settings` are `crop`,
-    see `framed`, and `max_megapixels`. `processes` are used, 0 for one a core.
+    see `framed`, and `max_megapixels`. `processes` are used, 0 for one per core.
     """
     work = functools.partial(prepare_image, data_dir, parts, settings)
     workers = min(processes or cores(), math.ceil(len(names) / FEW))
@@ -53,12 +53,12 @@ def prepare_images(data_dir, names, masks, sizes, parts, settings, processes=0):
             with process_pool(workers) as pool:
                 images.extend(bar(pool.map(work, names, masks, sizes, chunksize=2)))
     except (KeyboardInterrupt, SystemExit):
-        print(f"stopped at {len(images)} of {len(names)} images; the same command goes on from there")
+        print(f"stopped at {len(images)} of {len(names)} images; the same command resumes from there")
         raise
     except BrokenProcessPool:
         raise UserError(
             f"a process that prepares images died after {len(images)} of {len(names)}, perhaps out of memory; the same "
-            "command goes on from there, with --processes 1 one image at a time"
+            "command resumes from there; --processes 1 prepares one image at a time"
         ) from None
     if reused := sum(image.pop("reused", False) for image in images):
         print(f"{reused} images were prepared by an interrupted run and have not changed since")
@@ -177,8 +177,8 @@ _share = None
 
 @contextlib.contextmanager
 def process_pool(workers):
-    """A pool of processes that end with this one, however that ends. If the block is left by an exception, waiting
-    tasks are dropped."""
+    """A pool of processes that end with this one, even if it is killed. If the block raises, pending tasks are
+    dropped."""
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:  # its processes share the memory of these imports

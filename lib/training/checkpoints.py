@@ -2,7 +2,7 @@
 
 A checkpoint is one safetensors file: the flat parameters, the optimizer's state and, as JSON in its header, everything
 else. Noise, timesteps and data order derive from (seed, sample number), so no random state is saved. Each file carries
-the SHA-256 of its own content: a truncated, zero-filled or altered one is named, and the one before it is used.
+the SHA-256 of its own content: a truncated, zero-filled or altered one is reported, and the one before it is used.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from lib.provenance import code_commit
 from lib.run_config import WITHOUT_EFFECT, differences
 from lib.training.optimizer import optimizer_record, restore_state, state_of
 
-# These may change after numbers that were not finite: they may be the reason.
+# These may change after non-finite numbers, which they may have caused.
 LEARNING_RATES = ("unet_learning_rate", "text_encoder_learning_rate")
 # Their names may change, by a move, a link or another machine; the hashes of their content may not.
 PLACES = ("data_dir", "base_model", "revision", "protected_prompts")
@@ -106,9 +106,9 @@ def latest(folder, say=print):
 def go_back(folder, updates):
     """Make a checkpoint with good weights the newest one in `folder`; returns its step, or None if there is none.
 
-    After numbers that are not finite, the last of `updates` broke the weights: a checkpoint with fewer updates is good.
-    It is marked, so that the learning rates may change from there on. If it carries the mark already, the run broke
-    again after it, perhaps because its weights were breaking slowly: it is dropped for an older one, if there is one.
+    After non-finite numbers, the last of `updates` broke the weights: a checkpoint with fewer updates is good.
+    That checkpoint is marked, so that learning rates may change from there on. If it is already marked, the run broke
+    again after it, perhaps because its weights were slowly diverging; an older one replaces it, if there is one.
     """
     good = []
     for path in listed(folder):
@@ -149,7 +149,7 @@ def identity(config, data, base_folder, accelerator, protected=None):
 def check_same_run(state, now, folder):
     """UserError with all differences unless the checkpoint `state` in `folder` belongs to the run `now`, an `identity`.
 
-    Returns the differences that are allowed, {key: (then, now)}: learning rates, after numbers that were not finite.
+    Returns the differences that are allowed, {key: (then, now)}: learning rates, after non-finite numbers.
     """
     saved = state["identity"]
     may = LEARNING_RATES if state.get("gave_up") else ()
@@ -171,7 +171,7 @@ def check_same_run(state, now, folder):
 
 
 def check_same_everywhere(this_run, saved, accelerator):
-    """UserError in every process unless all are about to train `this_run` from the same checkpoint.
+    """Raises UserError in every process unless all are about to train `this_run` from the same checkpoint.
 
     `this_run` is from `identity`, `saved` from `latest`. All processes have read it when this returns.
     """
@@ -219,7 +219,7 @@ class Progress:
     loss_count: int = 0  # the number of those steps
     skipped: int = 0  # steps whose gradient overflowed in fp16
     updates: int = 0  # the other steps
-    changes: list = field(default_factory=list)  # of learning rates; see `continued`
+    changes: list = field(default_factory=list)  # of learning rates (see `continued`)
 
     def add(self, loss):
         """Count a finished step and its loss."""
@@ -238,8 +238,8 @@ class Progress:
 class Saver:
     """Saves and restores a run: its parameters, optimizer, loss scaler, log and progress.
 
-    `trained` is {component: LoraParameters}, `scaler` accelerate's or None, `journal` the run's. The newest `keep`
-    checkpoints are kept, two at least: whether the newest is any good shows in the step after it.
+    `trained` is {component: LoraParameters}, `scaler` accelerate's or None, `journal` the run's. It keeps the newest
+    `keep` checkpoints, at least two: only the step after a checkpoint shows whether it is good.
     """
 
     def __init__(self, folder, this_run, trained, optimizer, scaler, journal, progress, keep):

@@ -1,9 +1,9 @@
 """The latents of the images: encoded once, cached in the training set's folder, read by later runs.
 
-The VAE returns a distribution per image, from which training draws at every step, so its mean and standard deviation
-are cached, in float32. Each image has a file of its own, in a folder for each VAE, precision, kind of device and
-resolution: an interruption costs one image. Images are identified by their bytes, whatever their names: new ones are
-encoded, and the files of removed ones deleted.
+The VAE returns a distribution per image, from which training samples at every step, so its mean and standard deviation
+are cached, in float32. Each image has its own file, so an interruption costs one image. There is a folder per VAE,
+precision, kind of device and resolution. Images are identified by their bytes, not their names: new ones are encoded,
+and the files of removed ones deleted.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ class Latents:
 
 
 def kept_folder(data, vae_folder, dtype, device):
-    """The cache folder of a Dataset's latents; its name hashes everything that may change their numbers."""
+    """The cache folder of a Dataset's latents. Its name hashes everything that may change their numbers."""
     made_with = [model_digest(vae_folder), str(dtype), device.type, data.resolution]
     made_with += [version("torch"), version("diffusers")]
     return data.folder / KEPT / hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]
@@ -118,8 +118,8 @@ def written(path, pair):
     tensors = dict(mean=pair[0], deviation=pair[1], checksum=checksum(pair))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
-            beside.write_bytes(save(tensors))
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(tensors))
         return True
     except OSError as problem:
         reason = problem.strerror or problem
@@ -142,7 +142,7 @@ def read_pair(path):
 @torch.no_grad()
 def encode_latents(vae, data, indices, device):
     """Yield (some of `indices`, their means, their deviations), float32 [n, channels, h, w] each, a few images of one size
-    at a time; the next are read meanwhile. UserError naming an image for which the VAE returns NaN."""
+    at a time. The next are read meanwhile. Raises UserError naming an image for which the VAE returns NaN."""
     at_once = AT_ONCE if device.type == "cuda" else 1
     order = sorted(indices, key=lambda index: data.sizes[index])
     waiting = []
@@ -182,7 +182,7 @@ def latent_masks(data, latents, weight):
     if not count:
         raise UserError(
             f"mask_weight is {weight}, but no image in {data.folder} has a mask; add them to data/ as transparent "
-            "images or photo.mask.png beside photo.jpg, and run preprocess.py"
+            "images or photo.mask.png next to photo.jpg, and run preprocess.py"
         )
     if first_process():
         print(f"{data.folder}: {count} of {len(data)} images have a mask, outside which the loss counts {weight:g}")

@@ -1,7 +1,7 @@
 """The loss, and one micro-step: the forward and backward pass of one micro-batch over fixed buffers.
 
-A CUDA graph always reads and writes the same tensors, so a micro-batch is copied to where the pass reads it. On a CPU
-the same functions are called directly.
+A CUDA graph always reads and writes the same tensors, so each micro-batch is copied into fixed buffers. On a CPU the
+same functions are called directly.
 """
 
 import functools
@@ -35,8 +35,8 @@ def diffusion_loss(
 
     c is the prediction with the adapter under the caption, u the base model's without text: `no_text` holds the hidden
     states of the empty prompt [n, 77, d], or the keys and values that `unet.text_keys_values` computes from them. Classifier-free
-    guidance (Ho & Salimans 2022) generates with that combination, so an adapter that leaves u alone would otherwise be
-    amplified g times. Divided by g, the gradient keeps the size that it has at g = 1.
+    guidance (Ho & Salimans 2022) generates with that combination: trained on the plain loss, an adapter that leaves u
+    unchanged would be amplified g times. Dividing by g keeps the gradient at its size for g = 1.
     """
     noisy_latents = scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)  # [n, 4, h, w]
     noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample.float()
@@ -61,9 +61,9 @@ def squared_errors(predicted, expected, weights=None):
 
 
 def recomputed(module, *inputs):
-    """`module(*inputs)`, computed again in the backward pass instead of keeping its activations.
+    """`module(*inputs)` with gradient checkpointing: the backward pass recomputes its activations.
 
-    Nothing in these models is random, so no random state is saved either.
+    Nothing in these models is random, so no random state is saved.
     """
     return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -93,7 +93,7 @@ class Buffers:
         self.train = self.measure = None  # the passes with and without gradient, set by MicroStep.prepare
 
     def fill(self, **columns):
-        """Begin to copy the inputs; each of `columns` has a value per image."""
+        """Begin to copy the inputs. Each of `columns` has a value per image."""
         to = unpack(self.uploader.buffer(), self.parts)
         for name, values in columns.items():
             torch.stack([torch.as_tensor(value) for value in values], out=to[name])
@@ -142,7 +142,7 @@ class MicroStep:
         self.now.train()
 
     def forward(self, buffers):
-        """The mean loss of the micro-batch in `buffers`; each image's goes to their `sample_losses`."""
+        """The mean loss of the micro-batch in `buffers`. Each image's goes to their `sample_losses`."""
         for part in self.trained.values():
             part.refresh()
         x = buffers.inputs
@@ -191,13 +191,13 @@ class MicroStep:
 
     @torch.no_grad()
     def project_no_text(self):
-        """Replace the hidden states of no text by the base UNet's keys and values: they are the same in every step."""
+        """Replace the empty prompt's hidden states with the base UNet's keys and values, the same in every step."""
         if hasattr(self.unet, "text_keys_values"):  # see lib/kernels/fused_projections.py
             with without_lora(self.unet):
                 self.no_text = self.unet.text_keys_values(self.no_text)
 
     def begin_sum(self):
-        """Zero the gradient and the loss before a step; without accumulation the pass overwrites them."""
+        """Zero the gradient and the loss before a step. Without accumulation the pass overwrites them."""
         if self.accumulation > 1:
             self.gradient.zero_()
 

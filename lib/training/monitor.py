@@ -1,4 +1,4 @@
-"""What shows a run while it trains and does not change it: held-out loss, snapshots, previews."""
+"""Monitors a run without changing it: held-out loss, snapshots, previews."""
 
 import json
 import time
@@ -11,8 +11,8 @@ from lib.files import write_bytes
 from lib.images import shown, strip, webp
 from lib.training.run_folder import drop_later_snapshots, write_snapshot
 
-# The strip is read into memory as a whole. Of more previews than this it shows an even selection with the first and
-# the last; each has a file of its own all the same.
+# The strip is read into memory as a whole, so it shows at most this many previews: an even selection with the first
+# and the last. Every preview also has its own file.
 MOST_COLUMNS = 16
 LARGEST_SIDE = 256  # pixels, the width of an image in the strip
 DESCRIPTION = 0x010E  # EXIF's ImageDescription holds the prompts of a preview's file
@@ -33,7 +33,7 @@ class Monitor:
     """The monitor of one run, in its first process.
 
     `micro` is the run's MicroStep, `probes` are those of the held-out loss (none: it is not computed), `data` is from
-    `data_record`. `generate`, where there are `prompts`, returns their images; see Previews. A run that resumes after
+    `data_record`. If there are `prompts`, `generate` returns their images (see Previews). A run that resumes after
     `first_step` drops later previews and snapshots.
     """
 
@@ -114,7 +114,7 @@ class Previews:
         return strip(columns, self.prompts, side)
 
     def is_ours(self, path):
-        """Whether a file shows these prompts; those of the interrupted run may differ."""
+        """Whether a file shows these prompts. Those of the interrupted run may differ."""
         try:
             with Image.open(path) as column:
                 return column.getexif().get(DESCRIPTION) == json.dumps(self.prompts)

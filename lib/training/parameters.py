@@ -19,7 +19,7 @@ class LoraParameters:
 
     model: torch.nn.Module
     learning_rate: float  # at its peak
-    parameters: list  # the model's own, views of `working`; see lora.trained_weights
+    parameters: list  # the model's own, views of `working` (see lora.trained_weights)
     leaves: list  # the same values, partly fused: the model computes with them and is differentiated by them
     copies: tuple  # (to, from): leaves outside `working`, and their values in it
     flat: torch.nn.Parameter  # float32 [n], what the optimizer updates; MicroStep sets its gradient
@@ -37,7 +37,7 @@ class LoraParameters:
                 to.copy_(_rows_of_a(self.flat.data, rows, projection) @ projection)
         else:
             self.compute_with(self.flat.data)
-        # From the vector itself: half precision would swallow a magnitude's small steps.
+        # From `flat` itself: half precision would round away small updates of a magnitude.
         if self.dora:
             self.dora.refresh(self.flat.data[-self.dora.factors.numel() :])
 
@@ -65,12 +65,12 @@ class LoraParameters:
             self.flat.grad += gradient
 
     def saved(self):
-        """The float32 values for a file, in the order of `flat`: A is multiplied by its projection, so that readers need
-        not know of it."""
+        """The float32 values to save, in the order of `flat`. A is multiplied by its projection, so that readers need
+        not know it."""
         return self.with_projections(self.flat.data)
 
     def with_projections(self, vector):
-        """A flat `vector` with each A multiplied by its projection, in float32; without any, the vector itself."""
+        """A flat `vector` with each A multiplied by its projection, in float32. Without any, the vector itself."""
         if not self.projected:
             return vector
         product = vector.to(torch.float32, copy=True)
@@ -80,8 +80,8 @@ class LoraParameters:
         return product
 
     def compute_with(self, values):
-        """Let the model compute with `values`, as from `saved`, until the next `refresh`. Where `working` and `flat`
-        share memory, as on a CPU, `flat` changes too."""
+        """Load `values`, as from `saved`, into the model until the next `refresh`. If `working` and `flat` share
+        memory, as on a CPU, `flat` changes too."""
         self.working.copy_(values)
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)
@@ -130,10 +130,10 @@ def projected_rows(fused_layers, projection_of):
 
 
 def flatten_parameters(parameters, dtype):
-    """(flat, working): `parameters` as one float32 vector, and as one of `dtype`, of which they become views.
+    """(flat, working): `parameters` as one vector, in float32 and in `dtype`. `parameters` become views of `working`.
 
-    `flat` must be copied into `working` whenever it changes; in float32 the two share memory. One vector makes a
-    difference: bitsandbytes keeps the state of tensors of fewer than 4,096 elements in 32 bits, and here in 8
+    Whenever `flat` changes, copy it into `working`; in float32 the two share memory. One vector changes the numerics:
+    bitsandbytes stores the state of tensors with fewer than 4,096 elements in 32 bits, but that of this vector in 8
     (bench/optimizer_state.py).
     """
     flat = torch.nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters]))

@@ -10,8 +10,8 @@ from lib.errors import UserError, heeded, memory_for
 
 # ---- accelerate launch -----------------------------------------------------------------------------
 
-# Variables of `accelerate launch` that Accelerator() obeys and this training has no use for: every process holds a
-# whole model, and only the adapter's gradients are averaged. The configuration may be another project's.
+# Variables of `accelerate launch` that Accelerator() would obey but that do not apply here: every process holds a whole
+# model, and only the adapter's gradients are averaged. The configuration may be that of another project.
 UNUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -27,8 +27,8 @@ IN_CONFIG = {
 
 
 def only_processes(config):
-    """Take from the launcher's environment only the processes, with a note about the rest. To be called before torch
-    is imported."""
+    """Keep only the process settings of the launcher's environment, and print a note about the rest. Call this before
+    torch is imported."""
     unused = [
         name
         for variable, name in UNUSED.items()
@@ -111,7 +111,7 @@ def training_memory(config):
 
 
 def not_finite(problem, step, names, advice):
-    """The UserError for a step (counted from 0) whose numbers are not finite; `names` are its images."""
+    """The UserError for a step (counted from 0) with non-finite numbers; `names` are its images."""
     line = f"{problem} at step {step + 1} ({', '.join(sorted(names))}). Are the learning rates too high?"
     return UserError(line, advice) if advice else UserError(line)
 

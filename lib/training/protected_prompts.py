@@ -19,7 +19,7 @@ MEDIUM = re.compile(
 
 
 def check_protection(config):
-    """UserError for an invalid loss guidance or protection."""
+    """Raises UserError for an invalid loss guidance or protection."""
     scales = config["loss_guidance_scale"]
     if len(scales) != 2 or scales[0] > scales[1]:
         raise UserError(f"loss_guidance_scale is {scales}, but must be two numbers, the smaller first: 1,1.7")

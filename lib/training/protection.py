@@ -1,17 +1,17 @@
 """Protection: a projection keeps an adapter from acting on listed prompts (lib/PROTECTION.md).
 
-Some layers read only text: all of the text encoder, and in the UNet the keys and values of cross-attention. Let x be
-the rows that such a layer reads in the base model under the protected prompts, each normalized to length 1, and C the
-mean of x x^T. Instead of A the adapter computes with
+    A is replaced by A P / r      C = mean of x x^T
+                                  P = (1 + C / (ridge * mean eigenvalue of C))^-1
+                                  r = max(rms |x P| of the caption, rms |x P| of the prompts / MOST_LEFT)
 
-    A P / r      P = (1 + C / (ridge * mean eigenvalue of C))^-1
-                 r = max(rms |x P| of the caption, rms |x P| of the prompts / MOST_LEFT)
+x are the input rows of a layer in the base model under the protected prompts, normalized to length 1. Only layers that
+read text alone are adapted: the text encoder's, and the keys and values of the UNet's cross-attention.
 
 P removes the directions that the prompts use and keeps the others. r restores the norm of the caption, so that learning
 rates mean the same as without P, but leaves the prompts at most MOST_LEFT of theirs: after the text encoder's first
 layer, the base model's states of the caption hardly differ from those of other prompts, and a factor would amplify
-both. There the adapter learns from what its earlier layers make of the caption. By induction over the layers, every
-layer reads nearly the base model's input under a protected prompt, so C remains valid during training.
+both. Those layers learn from the caption as the adapted layers before them change it. By induction over the layers,
+every layer reads nearly the base model's input under a protected prompt, so C remains valid during training.
 """
 
 import torch
@@ -25,7 +25,7 @@ KINDS = "listed", "held_out", "concept"  # of measured prompts
 MEASURED = 200  # prompts of a list, at most
 MOST_LEFT = 0.03  # of the root mean square norm of the listed prompts' rows
 SET_APART = 0.5  # largest ratio of what P leaves of held-out prompts to the caption, in the layer that separates best
-STATES = "the UNet's keys and values"  # one reader beside the text encoder's layers
+STATES = "the UNet's keys and values"  # one reader in addition to the text encoder's layers
 
 
 @torch.no_grad()
@@ -59,11 +59,11 @@ class Protection:
 
     `ids` is a function from prompts to token ids, int64 [n, 77]; `prompts` are ProtectedPrompts. `projections` is
     {reader: P / r, float32 [d, d]}, `readers` {layer: its reader}. `left` is {reader: (caption, held out, listed)}: the
-    share of a row's norm that P leaves, where it leaves most of a prompt; the mean of the captions, the 95th percentiles
-    of the prompts.
+    share of the norm that P leaves, in the row of a prompt where it leaves most. It is the mean over the captions and
+    the 95th percentile over the prompts.
 
-    Every process computes its own. They may differ in the last digit; the trained weights do not, because the gradients
-    are averaged.
+    Every process computes its own. They may differ in the last digit, but the trained weights do not, because the
+    gradients are averaged.
     """
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class Protection:
         return {name: self.projections[self.readers.get(name, STATES)] for name in layers}
 
     def check(self):
-        """UserError unless in some layer P leaves clearly less of held-out prompts than of the caption."""
+        """Raises UserError unless in some layer P leaves clearly less of held-out prompts than of the caption."""
         best = min(held / caption for caption, held, _ in self.left.values())
         if best > SET_APART:
             raise UserError(
@@ -140,9 +140,9 @@ class Protection:
     def differences(self, trained):
         """The largest changes in what the UNet reads from a prompt: {kind: dict(text_states, keys_values)}.
 
-        Each is the maximum of |after - before| / |before| over the prompts, with norms over all positions; for keys and
-        values also the maximum over the layers. `trained`, {component: LoraParameters}, afterwards computes with the
-        values of the file, rounded to half precision as other programs read them.
+        Each is the maximum of |after - before| / |before| over the prompts, with norms over all positions. For keys and
+        values it is also the maximum over the layers. `trained`, {component: LoraParameters}, afterwards computes with
+        the values of the file, rounded to half precision as other programs read them.
         """
         for part in trained.values():
             part.compute_with(part.saved().half())

@@ -56,9 +56,9 @@ def finished_models(trained):
 
 @contextlib.contextmanager
 def optimizer_values(trained):
-    """{component: model} that hold the optimizer's float32 values inside the context.
+    """Context with {component: model} that hold the optimizer's float32 values.
 
-    Afterwards the parameters are again the copies that the models compute with, where a captured pass reads them.
+    Afterwards the parameters are again the working copies that a captured pass reads.
     """
     for part in trained.values():
         set_views(part.parameters, part.saved())
@@ -70,7 +70,7 @@ def optimizer_values(trained):
 
 
 def write_adapter(folder, config, models, data, step, half=False):
-    """Write the adapter in `models` after `step` steps; its header states what it was trained on."""
+    """Write the adapter in `models` after `step` steps. Its header states what it was trained on."""
     captions = data["captions"]
     header = dict(
         base_model=base_model_name(config["base_model"]),
@@ -86,8 +86,8 @@ def write_adapter(folder, config, models, data, step, half=False):
 def write_snapshot(folder, config, trained, data, step):
     """Write the adapter after `step` steps to `folder`/snapshots/step_001000, in half precision.
 
-    An adapter with a component whose lora_B are all zero, as after a step at the rate 0, has no effect, and no reader
-    accepts it: no snapshot is written.
+    No snapshot is written if all lora_B of a component are zero, as after a step at learning rate 0: such an adapter
+    has no effect, and no reader accepts it.
     """
     with optimizer_values(trained) as models:
         for name, model in models.items():
@@ -125,7 +125,7 @@ def data_record(data, train_indices, held_out):
 def note_replaced(folder, config, say):
     """Note, before a new run starts, that it will replace the finished run in `folder`, and how the two differ.
 
-    A finished run cannot be trained further: the learning rate of every step depends on their number.
+    A finished run cannot be trained further: the learning rate of every step depends on the total number of steps.
     """
     try:
         earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
@@ -135,8 +135,8 @@ def note_replaced(folder, config, say):
         return
     what = one_line("; ".join(differing), 300) or "of the same configuration"
     say(
-        f"note: {folder} holds a finished run ({what}). Training starts over, and replaces it once the new run is "
-        "whole; to keep both add --run-name with another name"
+        f"note: {folder} holds a finished run ({what}). Training starts over and replaces it once the new run is "
+        "complete; to keep both, add --run-name with another name"
     )
 
 
@@ -157,7 +157,7 @@ def write_run(folder, config, models, log, data, device, result):
 
 
 def write_for_others(folder, config, models, data, result):
-    """Write kohya's file and the model card of a run; the arguments are those of `write_run`."""
+    """Write kohya's file and the model card of a run. The arguments are those of `write_run`."""
     optimizer, scheduler, predicts = result["optimizer"], result["lr_scheduler"], result["prediction_type"]
     config = config | dict(mixed_precision=result["mixed_precision"])
     header = kohya_header(config, data, models["unet"].config.cross_attention_dim, predicts, preview_thumbnail(folder))
@@ -207,8 +207,8 @@ HELD_OUT, TRAINED, RAW = "#c4572e", "#2f5ea8", "#b9c4d6"
 def loss_figure(log, title):
     """A matplotlib figure of held-out loss, training loss and learning rate over the steps.
 
-    `log` are the rows of log.jsonl. The held-out loss, at fixed noise and timesteps, is the one to look at; its lowest
-    point is marked. The training loss depends mostly on the sampled timesteps, so its running mean lies over it.
+    `log` are the rows of log.jsonl. The held-out loss, at fixed noise and timesteps, is the one to look at. Its lowest
+    point is marked. The training loss depends mostly on the sampled timesteps, so its running mean is plotted over it.
     """
     held_out = [(r["step"], r["validation_loss"]) for r in log if "validation_loss" in r]
     trained = [row for row in log if "loss" in row]
@@ -229,7 +229,7 @@ def loss_figure(log, title):
 
 
 def draw_held_out(axes, held_out):
-    """The held-out loss and its lowest point, on a range of its own, since it may change little."""
+    """The held-out loss and its lowest point, in a range of its own, because it may change little."""
     steps, losses = zip(*held_out, strict=True)
     step, lowest = min(held_out, key=lambda pair: pair[1])
     axes.plot(steps, losses, "o-", color=HELD_OUT, markersize=4, linewidth=1.8)

@@ -1,8 +1,8 @@
 """The training samples by their number: which image, and its noise, timestep and guidance.
 
-Epochs follow one another, each in an order of its own, and all that is random about a sample derives from (seed,
-number). Processes and micro-steps take consecutive samples, so two processes see what one with twice the batch size
-sees, and resuming needs no random state.
+Each epoch has its own order, and everything random about a sample derives from (seed, number). Processes and
+micro-steps take consecutive samples, so two processes see the same samples as one with twice the batch size. Resuming
+needs no random state.
 """
 
 import functools
@@ -26,7 +26,7 @@ def split(images, asked, seed):
 
 
 def draw_noise(rng, shape, timesteps_count):
-    """(latent noise, added noise, timestep) of one sample; the noise is float32 of `shape`."""
+    """(latent noise, added noise, timestep) of one sample. The noise is float32 of `shape`."""
     latent_noise, noise = rng.standard_normal((2, *shape), dtype=np.float32)
     return latent_noise, noise, rng.integers(timesteps_count)
 
@@ -37,11 +37,11 @@ def epoch_order(seed, epoch, count):
 
 
 def cycle_chunks(seed, cycle, shapes, size):
-    """The images of `size` epochs (the `cycle`-th of such) in chunks of `size` images of one shape: int64 [n, size].
+    """The images of cycle number `cycle` (`size` epochs) in chunks of `size` images of one shape: int64 [n, size].
 
-    `shapes` [n] number the shapes of the n images. The rest of a shape in one epoch waits for the next, so no chunk is
-    padded: in `size` epochs the k images of a shape fill exactly k chunks. A chunk stands where its middle image does
-    in the epochs. With chunks of one image, or images of one shape, this is the order of the epochs.
+    `shapes` [n] holds a shape number per image. Images left over in one epoch carry over to the next, so no chunk is
+    padded: in `size` epochs, k images of a shape fill exactly k chunks. A chunk takes the position of its middle image
+    in the epochs. If `size` is 1 or all images have one shape, this is the order of the epochs.
     """
     epochs = range(cycle * size, (cycle + 1) * size)
     order = np.concatenate([epoch_order(seed, epoch, len(shapes)) for epoch in epochs])
@@ -54,7 +54,7 @@ class Samples:
     """The samples of the training `images`, which are indices into the data set.
 
     `shape_of` returns the latent shape (c, h, w) of an index. Where shapes differ, the micro-batches of all processes
-    together have one; see `cycle_chunks`. From `config` come seed, batch_size and loss_guidance_scale, the range from
+    together have one (see `cycle_chunks`). From `config` come seed, batch_size and loss_guidance_scale, the range from
     which each sample's guidance is sampled uniformly.
     """
 
@@ -74,8 +74,8 @@ class Samples:
         if not few or len(self.shape_counts) == 1:
             return []
         return [
-            f"note: {sum(few)} of {len(self.images)} images have a shape that fewer than {size} have: a batch of "
-            "theirs repeats them, and comes so rarely that every image is seen equally often"
+            f"note: {sum(few)} of {len(self.images)} images have a shape with fewer than {size} images. "
+            "Their batches repeat images but are rarer, so every image is seen equally often"
         ]
 
     def image(self, sample):

@@ -37,7 +37,7 @@ def base_tokenizer(base_folder):
 def caption_tokens(base_folder, data, prompts, truncate=False):
     """(token ids of the captions, int64 [n, 77]; those of the empty prompt, [1, 77]).
 
-    UserError for a caption or preview prompt of more than 77 tokens, unless `truncate` cuts it off.
+    Raises UserError for a caption or preview prompt of more than 77 tokens, unless `truncate` cuts it off.
     """
     tokenizer = base_tokenizer(base_folder)
     if prompts:
@@ -73,9 +73,9 @@ def prompt_ids(tokenizer, prompts):
 @torch.no_grad()
 def encode_captions(text_encoder, input_ids, at_once=64):
     """(states, which): the text encoder's output for each distinct row of token ids [n, 77], [distinct, 77, d], and
-    the number of each row's, int64 [n]; both on its device.
+    each row's index into it, int64 [n]. Both are on its device.
 
-    `at_once` run together: all captions of a large data set would need more memory than training.
+    Captions are encoded `at_once` at a time: all those of a large data set would need more memory than training.
     """
     distinct, which = input_ids.to(text_encoder.device).unique(dim=0, return_inverse=True)
     states = [text_encoder(ids)[0] for ids in distinct.split(at_once)]
@@ -100,7 +100,7 @@ def text_states(text_encoder, input_ids, trained, say):
 
 
 def divided(data_dir, images, validation_count, seed, say):
-    """(train_indices, held_out) of `images` images, with a line on the console; see `split`."""
+    """(train_indices, held_out) of `images` images, with a line on the console (see `split`)."""
     train_indices, held_out = split(images, validation_count, seed)
     say(f"{data_dir}: {len(train_indices)} images to train on, {len(held_out)} held out")
     if len(held_out) < validation_count:
@@ -112,7 +112,7 @@ def divided(data_dir, images, validation_count, seed, say):
 def image_latents(base_folder, data, dtype, accelerator):
     """The Latents of a Dataset: those in its cache, and the others encoded by the VAE, which is loaded for that alone.
 
-    The first process encodes and writes; the others wait and read.
+    The first process encodes and writes. The others wait and read.
     """
     device, first = accelerator.device, accelerator.is_main_process
     if not first:
@@ -153,8 +153,8 @@ def noise_scheduler(base_folder):
 def recompute_large_maps(unet):
     """Gradient checkpointing for the blocks of `unet` that work on its larger feature maps.
 
-    The activations of the small maps need little memory, and recomputing them takes nearly as long as of the large
-    ones: the time of a kernel hardly depends on the size of small maps.
+    Small maps are excluded. Their activations need little memory, and recomputing them takes nearly as long as for
+    large maps, because the time of a kernel hardly depends on the size of a small map.
     """
     unet.enable_gradient_checkpointing(recomputed)
     sizes = len(unet.down_blocks)
@@ -185,7 +185,7 @@ def adapted_models(base_folder, tokens, protected, config, dtype, device, say):
         protection = make_protection(text_encoder, base_folder, protected, config)
         say(protection.table())
         protection.check()
-    torch.manual_seed(config["seed"])  # LoRA's A starts as noise, drawn on the CPU: the same everywhere
+    torch.manual_seed(config["seed"])  # LoRA's A starts as noise, sampled on the CPU: the same everywhere
     models = {"unet": unet} | ({"text_encoder": text_encoder} if config["train_text_encoder"] else {})
     trained = {name: add_adapter(name, model, protection, config, dtype, device) for name, model in models.items()}
     for name, part in trained.items():

@@ -1,8 +1,8 @@
 """The end of an optimizer step, after its backward passes: the overflow check, the update and the counts.
 
-PlainUpdates works with any optimizer, as accelerate does: the host waits for the GPU in every step. CapturedUpdates
-leaves every decision to the GPU, so that the host prepares the next steps meanwhile and reads the outcome of a step a
-little later. It has kernels for 8-bit AdamW only.
+PlainUpdates works with any optimizer, as accelerate does, and waits for the GPU in every step. CapturedUpdates decides
+on the GPU. Meanwhile the host prepares the next steps, and it reads each outcome a little later. CapturedUpdates
+supports 8-bit AdamW only.
 """
 
 from collections import deque
@@ -23,9 +23,9 @@ IN_A_ROW = "fp16 overflowed {} times in a row"
 def make_updates(micro, optimizer, accelerator, progress, max_overflows, give_up):
     """The updates of a run that continues from `progress` and the states of the optimizer and the loss scaler.
 
-    `micro` is the MicroStep after `prepare`, `optimizer` as accelerate prepared it. A loss or gradient that is not
-    finite, and more than `max_overflows` fp16 overflows in a row, stop all updates: `progress` returns to before that
-    step, and give_up(problem, step counted from 0, its images) is called, which raises.
+    `micro` is the MicroStep after `prepare`, `optimizer` as accelerate prepared it. A non-finite loss or gradient, or
+    more than `max_overflows` consecutive fp16 overflows, stops all updates: `progress` returns to before that step, and
+    give_up(problem, step counted from 0, its images) is called, which raises.
     """
     arguments = micro, optimizer, accelerator, progress, max_overflows, give_up
     if accelerator.device.type != "cuda":
@@ -52,7 +52,7 @@ def average(vector, processes):
 
 
 class PlainUpdates:
-    """Updates by the optimizer itself; see `make_updates`."""
+    """Updates by the optimizer itself (see `make_updates`)."""
 
     def __init__(self, micro, optimizer, accelerator, progress, max_overflows, give_up):
         self.micro, self.optimizer, self.accelerator = micro, optimizer, accelerator
@@ -77,7 +77,7 @@ class PlainUpdates:
         """Update unless fp16 overflowed; returns the problem that ends the run, or None.
 
         The fp16 loss scaler skips an update whose gradient overflowed: that is ordinary, and counted. Without a scaler
-        nothing may be infinite. A loss that is not finite always ends the run.
+        nothing may be infinite. A non-finite loss always ends the run.
         """
         if self.accelerator.scaler is None and not self.micro.gradient.isfinite().all():
             return LOSS_OR_GRADIENT
@@ -96,7 +96,7 @@ class PlainUpdates:
 
 
 class CapturedUpdates:
-    """Updates by a CUDA graph, with the `states` from `eight_bit_states`; see `make_updates` and PlainUpdates.
+    """Updates by a CUDA graph, with the `states` from `eight_bit_states` (see `make_updates` and PlainUpdates).
 
     The host is at most STEPS_AHEAD steps ahead of the GPU. It reads the outcome of a step that much later, or in `settle`;
     until then `progress.skipped`, `progress.updates` and the step count in the optimizer's state lag behind.
@@ -124,7 +124,7 @@ class CapturedUpdates:
 
     @torch.no_grad()
     def launch(self):
-        """The update at `rates`, to be captured; it writes `outcome`."""
+        """The update at `rates`, to be captured. It writes `outcome`."""
         gradient, group, scaling = self.micro.gradient[:-1], self.group, None
         if self.scaler is not None:
             scaler = self.scaler  # its two tensors have no public name
