@@ -224,7 +224,7 @@ def test_verdicts_stand_under_their_adapters():
     assert rows[0][2:] == ["✓ yes It learned “a raincoat”."] * 2
     assert rows[1][2].startswith("✓ yes Prompts close to it do not pick it up")
     assert rows[1][3].startswith("✗ no Prompts close to it pick it up (66% [59%, 74%]).")
-    assert rows[2][2].startswith("? unclear do unrelated prompts pick it up?")
+    assert rows[2][2].startswith("? unclear Do unrelated prompts pick it up?")
     colours = re.findall(r'<div class="(good|bad|open)" role', page)
     marks = ["✓✗?".index(cell[0]) for row in rows for cell in row[2:]]
     assert colours == [("good", "bad", "open")[mark] for mark in marks]
