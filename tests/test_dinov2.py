@@ -12,7 +12,8 @@ from transformers import AutoImageProcessor, AutoModel, BitImageProcessor, Dinov
 
 import inference
 from lib.dataset import KEPT
-from lib.evaluation.metrics import clip_scores, dinov2
+from lib.errors import UserError
+from lib.evaluation.metrics import clip_scores, dinov2, scores
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,29 @@ def evaluated(config, *more):
     done = call("inference.py", *more, *options(**config))
     assert done.returncode == 0, done.stderr
     return json.loads((config["output_dir"] / "metrics.json").read_text())
+
+
+def test_without_the_default_model_clips_encoder_takes_its_place_with_a_warning(pair, tiny_clip, monkeypatch):
+    assert inference.CONFIG["similarity_model"] == dinov2.DEFAULT
+    asked = []
+
+    def unavailable(name, revision=None):
+        asked.append(name)
+        raise UserError(f"model {name} is unavailable")
+
+    monkeypatch.setattr(scores, "fetch_dinov2", unavailable)
+    default = {key: value for key, value in pair.items() if key != "similarity_model"}
+    done = call("inference.py", *options(**default))
+    assert done.returncode == 0, done.stderr
+    assert asked == [dinov2.DEFAULT]
+    assert f"warning: model {dinov2.DEFAULT} is unavailable. Similarities are those of CLIP's" in done.stdout
+    record = json.loads((pair["output_dir"] / "metrics.json").read_text())
+    assert record["scorers"]["similarity"] == record["scorers"]["clip"]
+    assert record["config"]["similarity_model"] == "clip"
+    done = call(
+        "inference.py", *options(**pair | dict(similarity_model="another/model", output_dir=pair["output_dir"] / "x"))
+    )
+    assert done.returncode == 1 and "another/model is unavailable" in done.stderr
 
 
 def test_similarities_are_dinov2s_and_clips_stands_beside_them(pair, tiny_clip, tiny_dinov2):

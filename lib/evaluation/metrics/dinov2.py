@@ -17,6 +17,7 @@ from lib.errors import UserError, one_line
 from lib.evaluation.metrics.similarity import unit_length, whole_images
 from lib.models import fetch_model, model_digest
 
+DEFAULT = "facebook/dinov2-base"  # inference.py's similarity_model
 KINDS = ("dinov2", "dinov2_with_registers")  # supported values of model_type
 FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 

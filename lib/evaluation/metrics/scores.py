@@ -14,6 +14,7 @@ from lib.config import image_size
 from lib.dataset import Images, prepared_as, read_dataset
 from lib.errors import UserError
 from lib.evaluation.metrics.clip_scores import Clip, fetch_clip, load_clip
+from lib.evaluation.metrics.dinov2 import DEFAULT as DINOV2
 from lib.evaluation.metrics.dinov2 import Dinov2, fetch_dinov2, load_dinov2
 from lib.evaluation.metrics.lpips_distances import lpips_digest, pairwise_lpips
 from lib.evaluation.metrics.similarity import kept_training_embeddings
@@ -132,6 +133,22 @@ class Scorers:
         return record | dict(lpips=dict(model="AlexNet v0.1", sha256=lpips_digest()), training_images=images)
 
 
+def similarity_folder(config, clip_folder):
+    """The folder of the similarity model. If the default one is unavailable, as without a network, CLIP's image encoder
+    takes its place: a warning is printed, `config` names it, and None is returned."""
+    try:
+        return fetch_dinov2(config["similarity_model"], config["similarity_revision"])
+    except UserError as problem:
+        if config["similarity_model"] != DINOV2 or not clip_folder:
+            raise
+        print(
+            f"warning: {problem.args[0]}. Similarities are those of CLIP's image encoder instead, which agrees less with "
+            "people (--similarity-model clip asks for it)"
+        )
+        config["similarity_model"] = "clip"
+        return None
+
+
 def load_scorers(config, prompts, runs, device):
     """The Scorers; a note is printed for what is not wanted or missing."""
     clip_model, similarity_model = config["clip_model"], config["similarity_model"]
@@ -144,7 +161,7 @@ def load_scorers(config, prompts, runs, device):
         pass
     elif (Path(data_dir) / "captions.jsonl").is_file():
         if similarity_model != "clip":
-            folder = fetch_dinov2(similarity_model, config["similarity_revision"])
+            folder = similarity_folder(config, clip_folder)
         rows = read_dataset(data_dir, training_resolution(config, runs))
     else:
         print(f"note: {data_dir} has no captions.jsonl; concept similarity is not measured")
