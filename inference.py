@@ -57,14 +57,12 @@ CONFIG = dict(
     resolution=512,  # pixels, or "WIDTHxHEIGHT"; each a multiple of 8
     batch_size=0,  # images at once; 0: what the GPU's free memory holds, at most 8
     # how it is scored
-    clip_model="openai/clip-vit-base-patch32",  # a hub id or a local folder; none: only LPIPS is measured
+    clip_model="openai/clip-vit-base-patch32",  # a hub id or a local folder; none: no CLIP score
     clip_revision="refs/pr/15",  # the same weights as safetensors; the main branch has a pickle only
     similarity_model="facebook/dinov2-base",  # for similarities of images; "clip": CLIP's encoder; "none": none
     similarity_revision=None,  # a commit of its hub repository; None: its newest
     # Effects within these margins are negligible, differences within them equivalent.
-    # A share of the way from the base model's images to the training images: a tenth of what there is to gain, by any
-    # encoder. In the study of the miniature that is a cosine of 0.0222.
-    concept_margin=0.1,
+    concept_margin=0.1,  # of the way to the training images, by any encoder (a cosine of 0.0222 in the miniature's study)
     clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
     change_margin=0.05,  # a twentieth of the way to another image of the same prompt
     variety_margin=0.25,  # of the base's variety over the seeds; a greater loss is a collapse

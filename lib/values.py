@@ -12,6 +12,7 @@ class Kind(NamedTuple):
 
     words: str
     holds: Callable
+    may_be_none: bool = False
 
 
 MOST = 10**9  # the bound of numbers without one
@@ -59,7 +60,7 @@ def choice(*values):
 
 def or_none(kind):
     """None, or a value of a kind."""
-    return Kind(f"None or {kind.words}", lambda value: value is None or kind.holds(value))
+    return Kind(f"None or {kind.words}", lambda value: value is None or kind.holds(value), True)
 
 
 # Names that Windows reserves, with any extension.
@@ -98,7 +99,7 @@ def check(config, table):
     for key, value in config.items():
         if key not in kinds:
             raise UserError(f"CONFIG has {key}, which nothing reads; is it misspelled?")
-        if not kinds[key].holds(value):
+        if kinds[key].may_be_none and not kinds[key].holds(value):
             config[key] = number_in(value)
         if not kinds[key].holds(config[key]):
             raise UserError(f"{key} is {value!r}, but must be {kinds[key].words}")
