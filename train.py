@@ -246,8 +246,9 @@ def train(config):
     trained, timesteps_count = models.trained, models.scheduler.config.num_train_timesteps
     groups = [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()]
     optimizer = accelerator.prepare(make_optimizer(groups, config))
-    process = accelerator.num_processes, accelerator.process_index
-    samples = Samples(train_indices, latents.shape, timesteps_count, config, *process)
+    batches = config["batch_size"], accelerator.num_processes, accelerator.process_index
+    guidance = config["loss_guidance_scale"]
+    samples = Samples(train_indices, config["seed"], latents.shape, timesteps_count, *batches, guidance)
     for note in [*rows.notes(), *samples.notes()]:
         say(note)
     micro = MicroStep(models, latents, masks, config, accelerator)

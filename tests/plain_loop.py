@@ -76,7 +76,8 @@ def plain_loop(config, flatten=None, projections=None):
     images, _ = split(len(rows), config["validation_count"], config["seed"])
     side = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent
     shape = vae.config.latent_channels, config["resolution"] // side, config["resolution"] // side
-    samples = Samples(images, lambda image: shape, scheduler.config.num_train_timesteps, config | dict(batch_size=1))
+    timesteps_count, guidance = scheduler.config.num_train_timesteps, config["loss_guidance_scale"]
+    samples = Samples(images, config["seed"], lambda image: shape, timesteps_count, 1, guidance=guidance)
     losses, seconds = [], []
     for step in tqdm(range(config["max_steps"]), desc="plain loop", unit="step"):
         started = time.perf_counter()

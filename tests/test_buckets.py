@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 from test_preprocess import RED, WHITE, close, prepare
 from training_runs import assert_equal_runs, kill, succeeded, training
 
-import train
 from lib.preparation.framing import bucket_sizes, choose_sizes, framed, kept_share, nearest_size, subject_box, view
 from lib.training.samples import Samples, epoch_order
 
@@ -143,16 +142,12 @@ def test_images_that_lose_more_than_a_quarter_are_counted(tmp_path, capsys):
 # ---- training -----------------------------------------------------------------------------------
 
 
-def settings(seed, batch_size):
-    return train.CONFIG | dict(seed=seed, batch_size=batch_size)
-
-
 def test_micro_batches_hold_one_shape_and_processes_share_them():
     shapes = {i: (4, 8, 8) if i % 3 else (4, 9, 7) for i in range(20)}
     pictures = np.arange(2, 20)
 
     def samples(size, processes=1, process=0):
-        return Samples(pictures, shapes.get, 1000, settings(7, size), processes, process)
+        return Samples(pictures, 7, shapes.get, 1000, size, processes, process)
 
     large = samples(4)
     seen = []
@@ -167,7 +162,7 @@ def test_micro_batches_hold_one_shape_and_processes_share_them():
     assert Counter(seen) == dict.fromkeys(pictures, 4)
     assert [large.micro_batch(n)[0] for n in range(18)] != [large.micro_batch(n)[0] for n in range(18, 36)]
     # In batches of one: each image once an epoch, as without shapes.
-    plain = Samples(pictures, lambda i: (4, 8, 8), 1000, settings(7, 1))
+    plain = Samples(pictures, 7, lambda i: (4, 8, 8), 1000, 1)
     one = samples(1)
     assert [one.micro_batch(n)[0] for n in range(40)] == [plain.micro_batch(n)[0] for n in range(40)]
 
@@ -178,8 +173,7 @@ def test_every_image_is_seen_equally_often(counts, batch, processes):
     shape_of = [(4, 8, 8 + kind) for kind, count in enumerate(counts) for _ in range(count)]
     pictures, size = np.arange(len(shape_of)), batch * processes
     everyone = [
-        Samples(pictures, shape_of.__getitem__, 1000, settings(42, batch), processes, process)
-        for process in range(processes)
+        Samples(pictures, 42, shape_of.__getitem__, 1000, batch, processes, process) for process in range(processes)
     ]
     seen, by_shape = Counter(), Counter()
     for number in range(3 * len(pictures)):
@@ -197,7 +191,7 @@ def test_every_image_is_seen_equally_often(counts, batch, processes):
 
 
 def test_images_of_one_shape_follow_the_order_of_the_epochs():
-    found = Samples(np.arange(7), lambda i: (4, 8, 8), 1000, settings(5, 3), 2)
+    found = Samples(np.arange(7), 5, lambda i: (4, 8, 8), 1000, 3, 2)
     orders = [epoch_order(5, epoch, 7) for epoch in range(20)]
     assert [found.image(sample) for sample in range(140)] == list(np.concatenate(orders))
 

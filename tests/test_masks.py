@@ -275,7 +275,7 @@ def test_the_background_of_masked_images_is_learned_less(tmp_path):
         )
         trained = models.trained
         micro = MicroStep(models, latents, used, config, accelerator)
-        samples = Samples(np.arange(4), latents.shape, models.scheduler.config.num_train_timesteps, config)
+        samples = Samples(np.arange(4), config["seed"], latents.shape, 1000, config["batch_size"])
         micro.prepare(samples.micro_batch(0))
         optimizer = torch.optim.Adam([part.flat for part in trained.values()], lr=1e-3)
         before = outside_loss(models)

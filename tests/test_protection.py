@@ -242,8 +242,7 @@ def test_the_loss_at_guidance_is_that_of_two_models(prediction, masked, kept):
 
 def test_guidance_is_drawn_evenly_and_shifts_nothing_else():
     def drawn(guidance):
-        config = train.CONFIG | dict(seed=7, batch_size=2, loss_guidance_scale=guidance)
-        made = samples.Samples([0, 1, 2], lambda _: (4, 8, 8), 1000, config)
+        made = samples.Samples([0, 1, 2], 7, lambda _: (4, 8, 8), 1000, 2, guidance=guidance)
         return [made.micro_batch(number) for number in range(300)], made.probes([3, 4])
 
     batches, probes = drawn((1.5, 3.5))

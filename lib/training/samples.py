@@ -54,14 +54,14 @@ class Samples:
     """The samples of the training `images`, which are indices into the data set.
 
     `shape_of` returns the latent shape (c, h, w) of an index. Where shapes differ, the micro-batches of all processes
-    together have one (see `cycle_chunks`). From `config` come seed, batch_size and loss_guidance_scale, the range from
-    which each sample's guidance is sampled uniformly.
+    together have one (see `cycle_chunks`). Each sample's guidance is sampled uniformly from the range `guidance`.
     """
 
-    def __init__(self, images, shape_of, timesteps_count, config, processes=1, process=0):
-        self.images, self.shape_of, self.timesteps_count = images, shape_of, timesteps_count
-        self.seed, self.batch_size = config["seed"], config["batch_size"]
-        self.guidance, self.processes, self.process = config["loss_guidance_scale"], processes, process
+    def __init__(
+        self, images, seed, shape_of, timesteps_count, batch_size, processes=1, process=0, guidance=(1.0, 1.0)
+    ):
+        self.images, self.seed, self.shape_of, self.timesteps_count = images, seed, shape_of, timesteps_count
+        self.batch_size, self.processes, self.process, self.guidance = batch_size, processes, process, guidance
         numbers = {}
         shapes = np.array([numbers.setdefault(shape_of(i), len(numbers)) for i in images])
         self.shape_counts, size = np.bincount(shapes).tolist(), self.batch_size * processes
