@@ -51,13 +51,9 @@ def original_unet(tensors, layers):
             kind, number, rest = match.groups()
             place = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
         else:
-            for ours, theirs in {
-                "conv_in": "input_blocks.0.0",
-                "time_embedding.linear_1": "time_embed.0",
-                "time_embedding.linear_2": "time_embed.2",
-                "conv_norm_out": "out.0",
-                "conv_out": "out.2",
-            }.items():
+            ends = "conv_in=input_blocks.0.0 time_embedding.linear_1=time_embed.0 time_embedding.linear_2=time_embed.2"
+            for pair in f"{ends} conv_norm_out=out.0 conv_out=out.2".split():
+                ours, theirs = pair.split("=")
                 place = place.replace(f"{ours}.", f"{theirs}.")
         if "resnets" in key:
             part, ending = rest.split(".")
