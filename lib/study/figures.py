@@ -62,7 +62,7 @@ def forest_figure(questions):
 
 
 def trade_off_figure(runs):
-    """Concept against contamination, one point a run. `runs` are from `page.run_rows`."""
+    """Concept against bleeding into other prompts, one point a run. `runs` are from `page.run_rows`."""
     figure, panels = two_panels(4.2)
     for category, axes in panels:
         for arm, colour in colours(dict.fromkeys(run["arm"] for run in runs)).items():
@@ -71,7 +71,7 @@ def trade_off_figure(runs):
             axes.plot(x, y, "o", color=colour, markersize=5, alpha=0.75, label=arm_name(arm))
         axes.axhline(0, color="#888888", linewidth=0.8, zorder=0)
         axes.margins(0.08)
-        tidy(axes, f"{category} prompts: contamination", f"success prompts {MOVED}", MOVED)
+        tidy(axes, f"{category} prompts: bleeding", f"success prompts {MOVED}", MOVED)
     legend_below(figure, axes)
     return figure
 
