@@ -62,7 +62,7 @@ CONFIG = dict(
     similarity_model="facebook/dinov2-base",  # for similarities of images; "clip": CLIP's encoder; "none": none
     similarity_revision=None,  # a commit of its hub repository; None: its newest
     # Effects within these margins are negligible, differences within them equivalent.
-    concept_margin=0.1,  # of the way to the training images, by any encoder (a cosine of 0.0222 in the miniature's study)
+    concept_margin=0.1,  # of the way to the training images, by any encoder (a cosine of 0.0223 in the miniature's study)
     clip_margin=0.02,  # cosine; the match with the prompt may fall by less than this
     change_margin=0.05,  # a twentieth of the way to another image of the same prompt
     variety_margin=0.25,  # of the base's variety over the seeds; a greater loss is a collapse

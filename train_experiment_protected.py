@@ -9,7 +9,7 @@ ordinary LoRA.
 Hypothesis: it learns what train.py learns and does at most a tenth of the harm to near and unrelated prompts.
 Finding, on the embedded miniature, eight training seeds each (results/study/claims.md): near prompts changed 0.0032
 [0.0003, 0.0062] of the way to another image (train.py: 0.337), unrelated ones 0.0026 [0.0007, 0.0045] (0.203). The concept
-gained is +0.172 [+0.147, +0.197] (+0.173 [+0.154, +0.191]); whether it learns no less is undecided at the margin of 0.0222.
+gained is +0.172 [+0.147, +0.197] (+0.173 [+0.154, +0.191]); whether it learns no less is undecided at the margin of 0.0223.
 On Stable Diffusion v1.5 nothing was measured. The guidance of the loss was chosen for generation at guidance 3.
 """
 
