@@ -307,7 +307,7 @@ def test_embeddings_of_training_pictures_are_kept(data, tiny_clip, tmp_path, mon
 
     def embedded():
         asked.clear()
-        found = similarity.kept_training_embeddings(read_dataset(data, 64), clip)
+        found = similarity.cached_training_embeddings(read_dataset(data, 64), clip)
         return [part.tolist() for part in found], sum(asked)
 
     rows = read_dataset(data, 64)

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
-from lib.errors import UserError, one_line
-from lib.evaluation.metrics.similarity import unit_length, whole_images
+from lib.errors import UserError
+from lib.evaluation.metrics.similarity import embed_batches, load_encoder, unit_length
 from lib.models import fetch_model, model_digest
 
 
@@ -53,25 +53,16 @@ def fetch_clip(name, revision=None):
 
 def load_clip(folder, device="cpu"):
     """Load a CLIP folder as a Clip in float32."""
-    try:
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        processor = CLIPProcessor.from_pretrained(folder)
-    except Exception as problem:
-        reason = one_line(problem, 160)
-        raise UserError(f"CLIP model {folder} cannot be loaded: {reason}") from None
-    return Clip(model.eval().requires_grad_(False).to(device), processor, Path(folder))
+    return Clip(*load_encoder("CLIP model", folder, CLIPModel, CLIPProcessor, device), Path(folder))
 
 
-@torch.no_grad()
 def image_embeddings(images, clip, batch_size=32):
     """CLIP image embeddings of unit length, float32 [n, d]."""
-    parts = []
-    for start in range(0, len(images), batch_size):
-        batch = [images[place] for place in range(start, min(start + batch_size, len(images)))]
-        pixels = whole_images(batch, clip.processor.image_processor).to(clip.model.device)
-        pooled = clip.model.vision_model(pixel_values=pixels).pooler_output
-        parts.append(clip.model.visual_projection(pooled))
-    return unit_length(torch.cat(parts))
+
+    def features(pixels):
+        return clip.model.visual_projection(clip.model.vision_model(pixel_values=pixels).pooler_output)
+
+    return embed_batches(images, clip.processor.image_processor, clip.model.device, features, batch_size)
 
 
 @torch.no_grad()

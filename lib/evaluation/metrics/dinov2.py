@@ -14,7 +14,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel
 
 from lib.errors import UserError, one_line
-from lib.evaluation.metrics.similarity import unit_length, whole_images
+from lib.evaluation.metrics.similarity import embed_batches, load_encoder
 from lib.models import fetch_model, model_digest
 
 DEFAULT = "facebook/dinov2-base"  # inference.py's similarity_model
@@ -38,15 +38,13 @@ class Dinov2:
     def digest(self):
         return model_digest(self.folder)
 
-    @torch.no_grad()
-    def embed(self, images, batch_size=32):
+    def embed(self, images):
         """Embeddings of unit length, float32 [n, width]."""
-        parts = []
-        for start in range(0, len(images), batch_size):
-            batch = [images[place] for place in range(start, min(start + batch_size, len(images)))]
-            pixels = whole_images(batch, self.processor).to(self.model.device)
-            parts.append(self.model(pixel_values=pixels).last_hidden_state[:, 0])
-        return unit_length(torch.cat(parts))
+
+        def features(pixels):
+            return self.model(pixel_values=pixels).last_hidden_state[:, 0]  # [batch, width]
+
+        return embed_batches(images, self.processor, self.model.device, features)
 
 
 def fetch_dinov2(name, revision=None):
@@ -71,9 +69,4 @@ def fetch_dinov2(name, revision=None):
 
 def load_dinov2(folder, device="cpu"):
     """Load a DINOv2 folder as a Dinov2 in float32."""
-    try:
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        processor = AutoImageProcessor.from_pretrained(folder)
-    except Exception as problem:
-        raise UserError(f"similarity model {folder} cannot be loaded: {one_line(problem, 160)}") from None
-    return Dinov2(model.eval().requires_grad_(False).to(device), processor, Path(folder))
+    return Dinov2(*load_encoder("similarity model", folder, AutoModel, AutoImageProcessor, device), Path(folder))

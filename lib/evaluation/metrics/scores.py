@@ -17,7 +17,7 @@ from lib.evaluation.metrics.clip_scores import Clip, fetch_clip, load_clip
 from lib.evaluation.metrics.dinov2 import DEFAULT as DINOV2
 from lib.evaluation.metrics.dinov2 import Dinov2, fetch_dinov2, load_dinov2
 from lib.evaluation.metrics.lpips_distances import lpips_digest, pairwise_lpips
-from lib.evaluation.metrics.similarity import kept_training_embeddings
+from lib.evaluation.metrics.similarity import cached_training_embeddings
 from lib.evaluation.metrics.table import METRICS
 from lib.evaluation.prompts import check_prompt_lengths
 from lib.models import base_model_name
@@ -175,10 +175,10 @@ def load_scorers(config, prompts, runs, device):
     hashes = [rows.sha256]
     with contextlib.suppress(UserError):  # only some data sets have descriptions
         hashes.append(read_dataset(data_dir, rows.resolution, "description").sha256)
-    embeddings, names = kept_training_embeddings(rows, scorers.encoder), [row.name for row in rows]
+    embeddings, names = cached_training_embeddings(rows, scorers.encoder), [row.name for row in rows]
     scorers.training = TrainingSet(names, Images(rows), tuple(hashes), *embeddings, rows.sizes, str(data_dir))
     if scorers.clip and scorers.clip is not scorers.encoder:
-        scorers.training.clip_embeddings, _ = kept_training_embeddings(rows, scorers.clip)
+        scorers.training.clip_embeddings, _ = cached_training_embeddings(rows, scorers.clip)
     return scorers
 
 

@@ -17,6 +17,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from lib.cache import write_cached
 from lib.dataset import KEPT, Images
+from lib.errors import UserError, one_line
 
 
 def unit_length(embeddings):
@@ -30,6 +31,28 @@ def whole_images(images, processor):
     side = processor.size.get("shortest_edge")  # by default only the shorter side is resized to it
     size = dict(height=side, width=side) if side else processor.size
     return processor([image.convert("RGB") for image in images], size=size, return_tensors="pt").pixel_values
+
+
+def load_encoder(what, folder, model_class, processor_class, device):
+    """(model in float32 on `device`, its processor) from a folder; UserError, which calls it `what`, if they cannot be
+    loaded."""
+    try:
+        model = model_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        processor = processor_class.from_pretrained(folder)
+    except Exception as problem:
+        raise UserError(f"{what} {folder} cannot be loaded: {one_line(problem, 160)}") from None
+    return model.eval().requires_grad_(False).to(device), processor
+
+
+@torch.no_grad()
+def embed_batches(images, processor, device, features, batch_size=32):
+    """Embeddings of unit length, float32 [n, d], of PIL images; `features` maps pixel values [b, 3, height, width] to
+    features [b, d]."""
+    parts = []
+    for start in range(0, len(images), batch_size):
+        batch = [images[place] for place in range(start, min(start + batch_size, len(images)))]
+        parts.append(features(whole_images(batch, processor).to(device)))
+    return unit_length(torch.cat(parts))
 
 
 def concept_similarity(embeddings, training):
@@ -68,7 +91,7 @@ def training_embeddings(images, encoder, at_once=32):
     return tuple(embeddings)
 
 
-def kept_training_embeddings(data, encoder):
+def cached_training_embeddings(data, encoder):
     """`training_embeddings` of a Dataset, cached beside its images. The cache is valid for the same images, the same
     encoder, the same library versions and the same kind of device."""
     made_of = [[row.sha256 for row in data], data.resolution, encoder.digest]
