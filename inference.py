@@ -164,8 +164,9 @@ def evaluate(config):
             from lib.models import fetch_base_model
     times.append(time.monotonic())
     device, output_dir = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(config["output_dir"])
+    config = dict(config)  # completed below and by load_scorers
     if config["clip_model"] != CONFIG["clip_model"] and config["clip_revision"] == CONFIG["clip_revision"]:
-        config = config | dict(clip_revision=None)  # the default revision belongs to the default model
+        config["clip_revision"] = None  # the default revision belongs to the default model
 
     # Plan: every check runs before a model is loaded, or before images are generated.
     results.recover(output_dir)

@@ -36,7 +36,7 @@ def only_mask(paths):
 
 def subject_mask(path, image, alpha, max_megapixels=200):
     """(mask, its origin in words) of an image: an L PIL image of the image's size, 255 where the subject is. It is read
-    from `path` or, if that is None, is the image's transparency `alpha`; (None, None) without either. Raises Unusable
+    from `path` or, without one, is the image's transparency `alpha`; (None, None) without either. Raises Unusable
     with the reason."""
     if path is None:
         return (alpha, "masked by its transparency") if alpha is not None else (None, None)

@@ -166,6 +166,20 @@ def few_prompts(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_evaluation(tiny_model, tiny_clip, processed_data, few_prompts):
+    """Options of a small evaluation, without its adapter, seeds and output folder."""
+    return dict(
+        base_model=tiny_model,
+        clip_model=tiny_clip,
+        similarity_model="clip",
+        data_dir=processed_data,
+        prompts=few_prompts,
+        resolution=64,
+        steps=2,
+    )
+
+
 def command(script, *options, env=None, launcher=(sys.executable,), check=True):
     """Run a script at the root as a user would, in a new process with one thread, which spends seconds on imports.
     Returns the finished process (text output)."""

@@ -200,17 +200,8 @@ def test_held_out_losses_that_are_not_there(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def common(tiny_model, tiny_clip, processed_data, few_prompts):
-    return dict(
-        base_model=tiny_model,
-        clip_model=tiny_clip,
-        similarity_model="clip",
-        data_dir=processed_data,
-        prompts=few_prompts,
-        resolution=64,
-        steps=2,
-        seeds=4,
-    )
+def common(tiny_evaluation):
+    return tiny_evaluation | dict(seeds=4)
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_after_nan_a_run_goes_on_with_other_learning_rates(exact, tmp_path, monk
 
 
 def test_overflows_are_skipped_counted_and_in_a_row_too_many(exact, tmp_path, monkeypatch):
-    """fp16's scaler needs a GPU; on the CPU a stand-in skips the updates of the steps it is told."""
+    """fp16's scaler needs a GPU; on the CPU a stand-in skips the updates of given steps."""
 
     def overflowing(steps):
         def prepare(self, optimizer):

@@ -466,7 +466,7 @@ def test_images_beyond_the_first_are_links_to_their_files(monkeypatch):
 
 
 def test_of_the_training_pictures_only_those_shown_are_read():
-    """There may be thousands, each of which takes its time to read."""
+    """There may be thousands, and reading each takes time."""
 
     class Recorded:
         read = []

@@ -24,7 +24,7 @@ from lib.training.protection import Protection
 @pytest.fixture(scope="module")
 def apart_model(tiny_model, tmp_path_factory):
     """The tiny model, its text encoder's positions nearly alike: so words in other letters than those of the
-    protected prompts are told from them in its first layer, as words are by a real one."""
+    protected prompts differ from them in its first layer, as they do in a real one."""
     folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("apart") / "model")
     encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
     named_modules(encoder, "position_embedding")[0].weight.data *= 0.01

@@ -21,17 +21,8 @@ from lib.models import model_digest
 
 
 @pytest.fixture(scope="module")
-def common(tiny_model, tiny_clip, processed_data, few_prompts):
-    return dict(
-        base_model=tiny_model,
-        clip_model=tiny_clip,
-        similarity_model="clip",
-        data_dir=processed_data,
-        prompts=few_prompts,
-        resolution=64,
-        steps=2,
-        seeds=2,
-    )
+def common(tiny_evaluation):
+    return tiny_evaluation | dict(seeds=2)
 
 
 @pytest.fixture(scope="module")

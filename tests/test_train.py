@@ -207,7 +207,7 @@ def test_accumulation_agrees_with_a_larger_batch(tiny_model, processed_data, tmp
 
 
 def test_the_held_out_loss_does_not_depend_on_the_batch_size(tiny_model, processed_data, tmp_path):
-    """Eight probes in batches of 1 or of 3, of which the last is not full."""
+    """Eight probes in batches of 1 or of 3; the last batch of 3 is not full."""
     found = []
     for size in (1, 3):
         train_tiny(tiny_model, processed_data, tmp_path / str(size), batch_size=size)

@@ -78,8 +78,8 @@ def choose(gains, spoiled, margin):
     with too few seeds to split.
 
     `gains` {Point: [seeds]} are gains in concept similarity, `spoiled` {Point: [seeds]} how far other prompts moved
-    toward the training images. Of several candidates, none of which has less of the adapter than another, the one that
-    spoiled least is taken. BASE, without any gain, is added.
+    toward the training images. Of several candidates, none with less of the adapter than another, the one that spoiled
+    least is taken. BASE, without any gain, is added.
     """
     seeds = len(next(iter(gains.values())))
     if seeds < FEWEST:

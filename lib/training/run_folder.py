@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: the adapter, snapshots of it, config.json, the model card and the loss curve."""
+"""The files of a run: the adapter, snapshots of it, config.json, the model card and the loss curve."""
 
 import contextlib
 import json

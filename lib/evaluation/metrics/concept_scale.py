@@ -8,7 +8,7 @@ training images themselves the mean cosine to the others (leave-one-out), over t
 Cosines of different encoders do not compare. Shares do, and so does a margin that is a share.
 
 The interval of a share carries the error of both ends. Sampling seeds and training images are independent samples, so the
-ratio is jackknifed over each (as Arvesen 1969 did for U-statistics, of which the level is one), and the half-widths of
+ratio is jackknifed over each (as Arvesen 1969 did for U-statistics; the level is one), and the half-widths of
 both intervals add in squares (Zou & Donner 2008). A delta method would need every covariance of the three means, which
 the jackknife includes without a formula. `python bench/concept_scale.py` simulates the coverage.
 """
