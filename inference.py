@@ -34,6 +34,7 @@ from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.evaluation.prompts import read_prompts
 from lib.files import locked
 from lib.imports import quick_imports
+from lib.kernels import compile_ahead
 
 # Set before torch is imported: short spin-waits for its CPU threads. With the default, one other process on one of the
 # cores nearly stalls the run. Without spinning (OMP_WAIT_POLICY=PASSIVE) an otherwise idle machine runs at half the
@@ -150,6 +151,8 @@ def evaluate(config):
     With `rescore` or `score_dir` the images are read instead of generated.
     """
     generating, times = not (config["rescore"] or config["score_dir"]), [time.monotonic()]
+    if generating:
+        compile_ahead.start("inference.py", config["base_model"], config["resolution"], config["batch_size"])
     # Imported here, so that --help and a wrong option are answered at once.
     with quick_imports():
         import torch

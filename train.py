@@ -28,11 +28,12 @@ import time
 from pathlib import Path
 
 from lib import values
-from lib.cache import first_process
+from lib.cache import first_process, hash_ahead
 from lib.config import check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.files import check_output_folder, fresh_folder, locked, recover_folder, replace_folder, unfinished
 from lib.imports import quick_imports
+from lib.kernels import compile_ahead
 from lib.training.journal import check_trackers
 from lib.training.processes import StopSignals, agreed, not_finite, only_processes, rollback_advice, training_memory
 from lib.training.protected_prompts import check_protection
@@ -223,6 +224,7 @@ def train(config):
     if not on_cuda:
         say("no CUDA GPU found: training on the CPU, in fp32")
     dtype = dict(fp16=torch.float16, bf16=torch.bfloat16, no=torch.float32)[accelerator.mixed_precision]
+    setup.begin_kernels(base_folder, config, dtype, device)
 
     # The last checkpoint of an interrupted run, if this is the same run.
     target_folder = Path(config["output_dir"]) / config["run_name"]
@@ -352,6 +354,10 @@ def main(config, description, demo=DEMO):
     config = parse_config(config, description, demo=demo)
     check_config(config)
     only_processes(config)
+    # Beside the imports: the hash of the base model and, for a machine's first run, the kernels.
+    hash_ahead(config["base_model"])
+    deciding = "base_model mixed_precision resolution batch_size train_text_encoder dora".split()
+    compile_ahead.start("train.py", *(config[key] for key in deciding))
     target = Path(config["output_dir"]) / config["run_name"]
     holder = first_process()  # it writes, and holds the folder's lock
     advice = "close what else uses the GPU (nvidia-smi lists it)"

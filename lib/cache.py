@@ -1,8 +1,10 @@
 """Results cached on disk next to their data, and prefetching in threads."""
 
+import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,9 +39,30 @@ def file_state(path):
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
+def hash_ahead(folder):
+    """Begin to compute, in a thread, the `content_digest` of the weights in a base model's `folder`: gigabytes take
+    seconds, which the script's imports take too. Names that are no folder are ignored."""
+
+    def work():
+        paths = sorted(Path(folder).glob("*/*.safetensors"))
+        for path in [path for path in paths if ".fp16" in path.name] or paths:
+            with contextlib.suppress(OSError):
+                content_digest(path)
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+_hashing = threading.Lock()  # a second thread waits for the first one's result
+
+
 def content_digest(path):
     """SHA-256 of a file's content, in hex. As gigabytes take seconds, it is cached in HF_HOME and computed again when
     the file's state has changed."""
+    with _hashing:
+        return _content_digest(path)
+
+
+def _content_digest(path):
     from huggingface_hub import constants
 
     path = os.path.realpath(path)

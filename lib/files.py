@@ -292,7 +292,17 @@ def describe_content(path):
     return "it is a text file" if printable == len(start) and start[8:9] != b"{" else ""
 
 
+HASHED_AT_ONCE = 2**25  # bytes
+
+
 def sha256_file(path):
-    """The SHA-256 of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 of a file's content, in hex.
+
+    A large part at a time: between two parts a thread may have to wait for Python's lock.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        part = memoryview(bytearray(min(HASHED_AT_ONCE, max(1, os.fstat(file.fileno()).st_size))))
+        while count := file.readinto(part):
+            digest.update(part[:count])
+    return digest.hexdigest()

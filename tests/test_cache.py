@@ -356,6 +356,28 @@ def test_a_file_is_known_by_its_whole_content_and_read_once(tmp_path, monkeypatc
     assert len(reads) == 2
 
 
+def test_weights_hashed_ahead_are_read_once(tmp_path, monkeypatch):
+    reads, begun, whole = [], threading.Event(), cache.sha256_file
+
+    def slow(path):
+        reads.append(path.name)
+        begun.set()
+        time.sleep(0.2)
+        return whole(path)
+
+    monkeypatch.setattr(cache, "sha256_file", slow)
+    monkeypatch.setattr(cache, "CLOCK_TICK", 0)
+    path = tmp_path / "unet" / "model.fp16.safetensors"
+    path.parent.mkdir()
+    for name in (path.name, "model.safetensors"):  # in half precision alone, as it is loaded
+        (path.parent / name).write_bytes(b"weights")
+    cache.hash_ahead(tmp_path)
+    cache.hash_ahead("owner/name")
+    assert begun.wait(60)
+    assert cache.content_digest(path) == hashlib.sha256(b"weights").hexdigest()
+    assert reads == [path.name]
+
+
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"[" * 10**5, b"\xff"])
 def test_a_damaged_digest_is_made_anew(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(cache, "CLOCK_TICK", -(10**12))

@@ -20,8 +20,9 @@ from lib.config import half_resolution, image_size
 from lib.errors import UserError, memory_for
 from lib.evaluation.choosing import Point
 from lib.evaluation.prompts import check_prompt_lengths
-from lib.kernels.channels_last import channels_last, missing_kernels
-from lib.kernels.compiling import compile_attention, in_threads
+from lib.kernels import compile_ahead
+from lib.kernels.channels_last import channels_last, compile_models_ahead
+from lib.kernels.compiling import compile_attention
 from lib.kernels.cpu import computing_with, use_cpu_forms
 from lib.kernels.fused_projections import fuse_projections
 from lib.kernels.graphs import captured
@@ -36,8 +37,8 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
     A given `unet` or `text_encoder`, already on the device, is used as it is and not modified.
     """
     device = torch.empty(0, device=device).device  # with its index
-    # Started before the weights are read: Triton takes longer to check itself.
-    wait_for_kernels = in_threads([lambda: missing_kernels(device)] if device.type == "cuda" else [], device)
+    if unet is None:  # before the weights are read: Triton takes longer to start
+        compile_models_ahead(folder, {"unet": False, "vae": False}, dtype, device)
     with loading(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     with loading(folder / "scheduler"):
@@ -53,7 +54,6 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
     for model in loaded.values():
         fuse_projections(model, device)
         model.to(device).eval().requires_grad_(False)
-    wait_for_kernels()
     convolutional = [model for name, model in loaded.items() if name != "text_encoder"]
     channels_last(*convolutional)
     # One image fills a GPU and fits a CPU's caches better. A batch would need more memory than the UNet does.
@@ -286,7 +286,9 @@ def prepare_pipeline(config, plan, folder, prompts, device):
         del applied  # frees its copies of the weights
     # A kernel compiled for one sample serves any batch.
     size = latent_size(pipeline, config["resolution"])
-    return pipeline, compile_attention(lambda: probe(pipeline, size), device)
+    wait_until_ready = compile_attention(lambda: probe(pipeline, size), device)
+    compile_ahead.finish()
+    return pipeline, wait_until_ready
 
 
 def generate_runs(config, plan, pipeline, prompts, seeds):

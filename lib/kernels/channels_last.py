@@ -6,11 +6,14 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from lib.kernels import compile_ahead
 from lib.kernels.compiling import failure, in_threads, triton
 from lib.kernels.conv_epilogues import (
     AddBias,
@@ -47,6 +50,39 @@ def compile_kernels(models, training):
     """Compile the kernels that `models` will need, in parallel; returns why that failed, why their results are wrong,
     or None. Triton caches them on disk for the next run."""
     like = next(models[0].parameters())
+    compile_ahead.wait()
+    reason = missing_kernels(like.device)
+    return reason or failure(lambda: in_threads(kernel_jobs(models, training, like), like.device)())
+
+
+def compile_models_ahead(folder, parts, dtype, device, checks=()):
+    """Begin to compile, in other processes, what parts of the base model in `folder` will need, computing in `dtype`;
+    see compile_ahead. `parts` says of each of "unet", "text_encoder" and "vae" whether it is trained. No weights are
+    read. `checks` are other modules' `missing_kernels`.
+    """
+
+    def model(part):
+        if part == "text_encoder":
+            return CLIPTextModel(CLIPTextConfig.from_pretrained(folder / part))
+        kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
+        return kind.from_config(kind.load_config(folder / part))
+
+    def jobs():
+        like = torch.zeros((), dtype=dtype, device=device)
+        # The functions behind their caches: while kernels are only recorded, the answers are wrong.
+        found = [functools.partial(check.__wrapped__, device) for check in (missing_kernels, *checks)]
+        for part, trained in parts.items():
+            with torch.device("meta"):
+                like_loaded = torch.nn.Module.to(model(part), dtype)  # diffusers' own .to warns of nothing
+                found += kernel_jobs([like_loaded], trained, like)
+        return found
+
+    compile_ahead.begin(jobs, lambda: missing_kernels(device), device)
+
+
+def kernel_jobs(models, training, like):
+    """Functions that launch each kernel that `models` will need for tensors like `like`, of its dtype and device. The
+    models' own weights are not read: they may be on the device "meta"."""
     modules = [module for model in models for module in model.modules()]
     norms = [module for module in modules if isinstance(module, torch.nn.GroupNorm)]
     of_each_size = {norm.num_channels // norm.num_groups: norm for norm in norms}.values()
@@ -73,13 +109,8 @@ def compile_kernels(models, training):
     jobs += [functools.partial(launch_add_bias, add) for add in (False, True)]
     of_transformers = {}
     for model in models:
-        of_transformers |= transformer_jobs(model, training)
-    jobs += of_transformers.values()
-
-    started = failure(lambda: in_threads(jobs, like.device))
-    reason = missing_kernels(like.device)  # meanwhile
-    problem = started if isinstance(started, str) else failure(started)
-    return reason or problem
+        of_transformers |= transformer_jobs(model, training, like)
+    return [*jobs, *of_transformers.values()]
 
 
 @functools.cache

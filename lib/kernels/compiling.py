@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from lib.errors import is_memory, one_line
+from lib.kernels import compile_ahead
 
 try:
     import triton
@@ -61,9 +62,9 @@ def compile_attention(call, device, training=False):
 
     On recent GPUs PyTorch chooses cuDNN's attention, for which the driver compiles a kernel per layer size at its first
     use on a machine and caches it on disk. `call` is called once here, without its attention. With `training` the
-    kernels of the backward pass are compiled too.
+    kernels of the backward pass are compiled too. Nothing happens if this machine has compiled them before.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or compile_ahead.compiled_before():
         return lambda: None
 
     def start():

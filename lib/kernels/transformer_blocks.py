@@ -75,9 +75,10 @@ def use_transformer_kernels(model):
         module.forward = functools.partial(forward[type(module)], module)
 
 
-def transformer_jobs(model, training):
-    """Functions that launch each kernel that `model` will need, to compile it: {kernel and sizes: function}."""
-    like, jobs = next(model.parameters()), {}
+def transformer_jobs(model, training, like):
+    """Functions that launch each kernel that `model` will need for tensors like `like`, to compile it: {kernel and sizes:
+    function}."""
+    jobs = {}
     passes = (False, True) if training else (False,)  # backward or not
 
     def launch(norm, backward, add):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lib.kernels import compile_ahead
 from lib.kernels.channels_last import channels_last
 from lib.kernels.compiling import compile_attention
 from lib.kernels.graphs import captured
@@ -188,6 +189,7 @@ class MicroStep:
         for at, train, measured in zip(every, passes, passes[len(every) :], strict=False):
             at.train, at.measure = train, measured
         self.gradient.zero_()
+        compile_ahead.finish()
 
     @torch.no_grad()
     def project_no_text(self):

@@ -14,6 +14,8 @@ from lib.cache import first_process
 from lib.config import half_resolution
 from lib.dataset import Row
 from lib.errors import UserError, memory_for
+from lib.kernels import adamw8bit
+from lib.kernels.channels_last import compile_models_ahead
 from lib.models import load_part, loading
 from lib.training.latents import Latents, encode_latents, kept_folder
 from lib.training.micro_step import recomputed
@@ -143,6 +145,13 @@ class AdaptedModels:
     )  # the base model's hidden states of the empty prompt [1, 77, d], if the loss needs them
     trained: dict  # {component: LoraParameters}
     protection: Protection | None
+
+
+def begin_kernels(base_folder, config, dtype, device):
+    """Begin to compile the Triton kernels that train.py's `config` needs (lib/kernels/compile_ahead.py)."""
+    parts = {"unet": True} | ({"text_encoder": True} if config["train_text_encoder"] else {})
+    parts |= {"vae": False} if config["preview_every"] else {}
+    compile_models_ahead(base_folder, parts, dtype, device, [adamw8bit.missing_kernels])
 
 
 def noise_scheduler(base_folder):

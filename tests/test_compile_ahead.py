@@ -1,0 +1,135 @@
+"""Kernels compiled by other processes: the same that the models launch later, and nothing else changes."""
+
+import os
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from kernel_models import needs_triton
+
+from lib.kernels import adamw8bit, channels_last, compile_ahead, compiling
+from lib.models import load_part
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU for Triton's compiler, which needs none."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Driver:
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        launcher_cls = staticmethod(lambda source, metadata: None)
+
+    monkeypatch.setattr(driver, "_active", Driver())
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with a GPU and an empty cache; nothing has started."""
+    found = Path.glob
+    with_gpu = lambda path, pattern: iter([path / "nvidia0"]) if str(path) == "/dev" else found(path, pattern)  # noqa: E731
+    monkeypatch.setattr(Path, "glob", with_gpu)
+    monkeypatch.setattr(compile_ahead, "KERNELS", ())  # or the processes would import torch
+    monkeypatch.setattr(compile_ahead, "FEWEST_CORES", 1)
+    monkeypatch.setattr(compile_ahead, "_hash_triton", lambda: None)
+    monkeypatch.setattr(compile_ahead, "_Work", type("_Work", (compile_ahead._Work,), {}))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+
+@needs_triton
+def test_what_is_compiled_ahead_is_what_the_models_launch(gpu, monkeypatch):
+    """The jobs come from configuration files, before any weights are read."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    folder, dtype = ROOT / "demo/model", torch.float16
+    before = torch.get_rng_state()
+    begun = []
+    monkeypatch.setattr(compile_ahead, "begin", lambda jobs, also, device: begun.extend(jobs()))
+    parts = {"unet": True, "text_encoder": True, "vae": False}
+    channels_last.compile_models_ahead(folder, parts, dtype, torch.device("cpu"), [adamw8bit.missing_kernels])
+    ahead = map(str, compile_ahead.specializations(begun))
+    assert torch.equal(before, torch.get_rng_state())  # LoRA's A is sampled meanwhile
+    kinds = dict(unet=UNet2DConditionModel, text_encoder=CLIPTextModel, vae=AutoencoderKL)
+    models = {part: load_part(kind, folder, part, dtype) for part, kind in kinds.items()}
+    for model in models.values():
+        for weight in model.parameters():
+            weight.data = weight.data.clone()  # aligned, as on a GPU
+    like = torch.zeros((), dtype=dtype)
+    jobs = channels_last.kernel_jobs([models["unet"], models["text_encoder"]], True, like)
+    jobs += channels_last.kernel_jobs([models["vae"]], False, like)
+    later = set(map(str, compile_ahead.specializations(jobs)))
+    assert len(later) > 20
+    assert later <= set(ahead)
+
+
+@needs_triton
+def test_a_kernel_compiled_ahead_is_found_at_its_launch(gpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x = torch.zeros(16, 32, dtype=torch.float16)
+    launch = compiling.triton and channels_last.Geglu.apply
+    (kernel,) = compile_ahead.specializations([lambda: launch(x)])
+    compile_ahead.compile_one(*kernel)
+    there = set(tmp_path.iterdir())
+    assert len(there) == 1
+    with pytest.raises((AttributeError, TypeError)):  # only when it is launched, which needs the GPU
+        launch(x)
+    assert set(tmp_path.iterdir()) == there
+    with pytest.raises((AttributeError, TypeError)):
+        launch(torch.zeros(16, 32, dtype=torch.bfloat16))
+    assert len(set(tmp_path.iterdir())) > 1
+
+
+@needs_triton
+def test_only_the_thread_that_asks_is_recorded(gpu):
+    from triton import knobs
+
+    answers = []
+
+    def job():
+        hook = knobs.runtime.jit_cache_hook
+        thread = threading.Thread(target=lambda: answers.append(hook(fn=None, compile=None)))
+        thread.start()
+        thread.join()
+
+    assert compile_ahead.specializations([job]) == []
+    assert answers == [False] and knobs.runtime.jit_cache_hook is None
+
+
+def test_processes_start_once_for_a_purpose(machine, monkeypatch):
+    work = compile_ahead._Work
+    compile_ahead.start("train.py", "model")
+    assert not compile_ahead.compiled_before()
+    assert work.pool.submit(os.getpid).result(timeout=60) != os.getpid()
+    compile_ahead.finish()
+    assert work.pool is None
+    compile_ahead.start("train.py", "model")
+    assert compile_ahead.compiled_before() and work.pool is None
+    assert compiling.compile_attention(lambda: 1 / 0, torch.device("cuda"))() is None
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    compile_ahead.start("train.py", "another model")
+    assert not compile_ahead.compiled_before() and work.pool is None
+
+
+def test_what_failed_ahead_is_left_to_the_launch(machine):
+    work, failed = compile_ahead._Work, Future()
+    failed.set_exception(RuntimeError("no compiler"))
+    work.compiling = [failed]
+    compile_ahead.wait()
+    compile_ahead.wait()
+    assert work.thread is None and not work.compiling
+
+
+def test_without_a_gpu_nothing_starts(monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: iter(()))
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    compile_ahead.start("train.py")
+    assert compile_ahead._Work.pool is None and compile_ahead._Work.record is None
+    compile_ahead.begin(lambda: 1 / 0, lambda: 1 / 0, torch.device("cpu"))
+    compile_ahead.wait()
