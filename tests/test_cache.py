@@ -361,7 +361,7 @@ def test_weights_hashed_ahead_are_read_once(tmp_path, monkeypatch):
     reads, begun, whole = [], threading.Event(), cache.sha256_file
 
     def slow(path):
-        reads.append(path.name)
+        reads.append(os.path.basename(path))
         begun.set()
         time.sleep(0.2)
         return whole(path)
