@@ -113,6 +113,10 @@ def test_comfyui_and_a1111_find_every_tensor_of_the_full_size_model(full_size, t
     kohya.save_kohya(tmp_path / "a.safetensors", layers, 32.0, {})
     keys = load_file(tmp_path / "a.safetensors").keys()
     assert len(keys) == 3 * (152 + 12)  # and the text encoder's output projections, of zeros
+    tensors = load_file(tmp_path / "a.safetensors")
+    # One rank and one alpha: some programs take them from the first layer, or refuse to merge others.
+    assert {len(t) if t.ndim else t.item() for key, t in tensors.items() if "lora_up" not in key} == {2, 32.0}
+    assert not any(t.any() for key, t in tensors.items() if "out_proj" in key and t.ndim)
     assert keys <= comfyui_keys()
     there = {f"diffusion_model_{name}" for name in ldm_layers().values()}
     there |= {

@@ -83,17 +83,17 @@ def prefixed(component, layer):
 
 
 def idle_layers(rows):
-    """Layers of zeros for the output projections that a text encoder's adapter lacks: {name: (A, B)} of rank 1.
+    """Layers of zeros for the output projections that a text encoder's adapter lacks: {name: (A, B)}.
 
     diffusers (0.42) recognises kohya's text encoder by them alone and refuses the whole file without them. It also
-    mishandles differing alphas, so these layers of zeros get the alpha of the others.
+    mishandles differing alphas, and kohya's merge_lora.py differing ranks, so these layers have those of the others.
     """
     idle = {}
     for name, (a, _) in rows.items():
         place, layer = name.rsplit(".", 1)
         if place.endswith("self_attn") and layer != "out_proj":
-            width = a.shape[1]
-            idle[f"{place}.out_proj"] = (torch.zeros(1, width), torch.zeros(width, 1))
+            rank, width = a.shape
+            idle[f"{place}.out_proj"] = (torch.zeros(rank, width), torch.zeros(width, rank))
     return {name: pair for name, pair in idle.items() if name not in rows}
 
 

@@ -35,10 +35,10 @@ TEMPLATES.filters["code"] = code
 TEMPLATES.filters["tojson"] = lambda text: json.dumps(text, ensure_ascii=False)
 
 
-def card_text(config, data, prediction_type, protection=None):
+def card_text(config, data, prediction_type, protection=None, plain=None):
     """The card of a run that is not evaluated yet, as text.
 
-    `config` is train.py's; `data` and `protection` are config.json's entries. The card holds captions and the number and
+    `config` is train.py's; `data`, `protection` and `plain` (plain_lora) are config.json's entries. The card holds captions and the number and
     hash of the images, but no file name and no local folder.
     """
     captions = sorted(data["caption_counts"].items(), key=lambda pair: (-pair[1], pair[0]))
@@ -55,6 +55,8 @@ def card_text(config, data, prediction_type, protection=None):
     source = json.dumps(base if base and not single else f"path/to/{model}", ensure_ascii=False)
     body = TEMPLATES.get_template("model_card.md").render(
         name=name,
+        plain=plain,
+        other=f"{name}_lora" if plain else name,
         config=config,
         captions=captions,
         images=sum(count for _, count in captions),
