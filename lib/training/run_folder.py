@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import secrets
 import shutil
+import time
 from collections import Counter
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -13,8 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lib import adapter_files, adapters
-from lib.adapter_files.kohya import kohya_header, save_kohya
-from lib.adapter_files.model_card import CARD, card_text
+from lib.adapter_files.header import kohya_header
+from lib.adapter_files.kohya import save_kohya
+from lib.adapter_files.model_card import CARD, card_text, plain_lora_text
 from lib.errors import UserError, one_line
 from lib.files import write_marker
 from lib.models import base_model_name
@@ -163,24 +165,25 @@ def write_run(folder, config, models, log, data, device, result):
 def write_for_others(folder, config, models, data, result):
     """Write kohya's file, of a DoRA also a plain LoRA, and the model card of a run. Returns the entry `plain_lora` of
     config.json, None but for a DoRA. The arguments are those of `write_run`."""
-    optimizer, scheduler, predicts = result["optimizer"], result["lr_scheduler"], result["prediction_type"]
-    config = config | dict(mixed_precision=result["mixed_precision"])
-    layers = {name: adapters.factors(model) for name, model in models.items()}
-    scales = {name: adapters.dora_scales(model) for name, model in models.items()}
-    files, plain = [(config, layers, scales)], None
+    name, optimizer = config["run_name"], result["optimizer"]
+    layers = {part: adapters.factors(model) for part, model in models.items()}
+    scales = {part: adapters.dora_scales(model) for part, model in models.items()}
+    files, plain = [(config, layers, scales, "")], None
     if config["dora"]:
-        most = PLAIN_RANKS * config["rank"]
-        layers, rank, error = adapters.closest_lora(models, most, PLAIN_ERROR)
-        plain = dict(file=f"{config['run_name']}_lora.safetensors", rank=rank, error=round(error, 4))
-        as_plain = dict(run_name=Path(plain["file"]).stem, rank=rank, alpha=float(rank), dora=False)
-        files.append((config | as_plain, layers, None))
+        layers, rank, error = adapters.closest_lora(models, PLAIN_RANKS * config["rank"], PLAIN_ERROR)
+        plain = dict(file=f"{name}_lora.safetensors", rank=rank, error=round(error, 4))
+        as_plain = dict(run_name=f"{name}_lora", rank=rank, alpha=float(rank), dora=False)
+        files.append((config | as_plain, layers, None, f"It approximates the DoRA {name}: {plain_lora_text(plain)}."))
+    about = result | dict(session=secrets.randbits(32), finished=round(time.time(), 3))
     width, thumbnail = models["unet"].config.cross_attention_dim, preview_thumbnail(folder)
-    for settings, weights, norms in files:
-        header = kohya_header(settings, data, width, predicts, thumbnail)
-        header |= dict(ss_optimizer=optimizer["name"], ss_lr_scheduler=scheduler)
+    for settings, weights, norms, note in files:
+        header = kohya_header(settings, data, about, width, thumbnail, note)
         save_kohya(folder / f"{settings['run_name']}.safetensors", weights, settings["alpha"], header, norms)
-    card = config | dict(optimizer=optimizer["settings"], lr_scheduler=scheduler)
-    (folder / CARD).write_text(card_text(card, data, predicts, result["protection"], plain), encoding="utf-8")
+    card = config | dict(
+        mixed_precision=result["mixed_precision"], optimizer=optimizer["settings"], lr_scheduler=result["lr_scheduler"]
+    )
+    text = card_text(card, data, result["prediction_type"], result["protection"], plain)
+    (folder / CARD).write_text(text, encoding="utf-8")
     return plain
 
 
@@ -211,10 +214,7 @@ def outcome_text(folder):
     name, plain = record["config"]["run_name"], record["plain_lora"]
     text += f"\n  {name}.safetensors is for ComfyUI"
     if plain:
-        text += (
-            f" and Forge; {plain['file']} for other programs: a plain LoRA of rank {plain['rank']}, whose change of the "
-            f"weights differs from the DoRA's by {plain['error']:.1%}"
-        )
+        text += f" and Forge; {plain['file']} for other programs: {plain_lora_text(plain)}"
     else:
         text += ", A1111, Forge, InvokeAI and others"
     text += f"; {CARD} says how\n  python inference.py --lora-dir {folder}"
