@@ -7,10 +7,11 @@
     accelerate launch --multi_gpu --num_processes 2 train.py  # several GPUs
 
 It writes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format), <run_name>.safetensors
-(kohya's: ComfyUI, A1111 and others), README.md (a model card), config.json (configuration, versions, commit, device),
-log.jsonl, loss.png, previews/ and previews.webp (steps across, prompts down), and snapshots/ (the adapter at
-intervals). An earlier run with that name is replaced only once the new one is complete. A run stopped by Ctrl-C, a
-signal, a crash or a power cut resumes from its last checkpoint with the same command.
+(kohya's: ComfyUI, A1111 and others; of a DoRA also <run_name>_lora.safetensors, a plain LoRA), README.md (a model
+card), config.json (configuration, versions, commit, device), log.jsonl, loss.png, previews/ and previews.webp (steps
+across, prompts down), and snapshots/ (the adapter at intervals). An earlier run with that name is replaced only once
+the new one is complete. A run stopped by Ctrl-C, a signal, a crash or a power cut resumes from its last checkpoint with
+the same command.
 
 tests/plain_loop.py is the same training without any optimization: read it first. Here latents are encoded once and
 cached in processed_data/latents/, noise and timesteps derive from (seed, sample number), and the LoRA parameters of a
@@ -330,6 +331,7 @@ def train(config):
         with computing_with(threads):  # config.json names them with the device
             result = dict(
                 processes=accelerator.num_processes,
+                started=round(time.time() - (time.monotonic() - started), 3),  # seconds since 1970
                 protection=models.protection and models.protection.record(trained),
                 prediction_type=models.scheduler.config.prediction_type,
                 optimizer=optimizer_record(config),
