@@ -7,12 +7,12 @@ from pathlib import Path
 import jinja2
 
 from lib.evaluation.comparison import differences
+from lib.evaluation.image_files import image_names, open_image
 from lib.evaluation.metrics.effects import effects
 from lib.evaluation.prompts import first_of_each, members
 from lib.evaluation.report import pages
 from lib.evaluation.report.charts import difference_bar, placed
 from lib.evaluation.report.words import comparison_table, interval_text
-from lib.evaluation.results import image_paths, open_image
 from lib.evaluation.verdicts import analyse
 from lib.files import write_bytes, write_json
 from lib.images import strip, webp
@@ -201,8 +201,8 @@ def write_strip(path, folders, prompts, sampling_seed):
     columns |= {words.arm_name(arm): (folder, "lora") for arm, folder in folders.items()}
     paths = {}
     for title, (folder, model) in columns.items():
-        every = image_paths(folder, prompts, [sampling_seed], [model])
-        paths[title] = [every[index] for index in chosen]
+        names = image_names(prompts, [sampling_seed], model)
+        paths[title] = [folder / names[index] for index in chosen]
     if not all(place.is_file() for column in paths.values() for place in column):
         return False
     images = {title: [open_image(place) for place in column] for title, column in paths.items()}

@@ -93,6 +93,13 @@ def clip_image_similarity(images, adapter):
     return concept_similarity(images.clip_embeddings, images.training.clip_embeddings)
 
 
+def subject(images, adapter):
+    """Mean cosine of each image to the subjects of the training images alone, where these have masks."""
+    if not images.training or images.training.subjects is None:
+        return None
+    return concept_similarity(images.embeddings, images.training.subjects)
+
+
 def nearest(images, adapter):
     """Highest cosine of each image to one that the adapter was trained on, and that image's name."""
     training = images.training
@@ -212,6 +219,14 @@ METRICS = {
         explained="CLIP image: mean cosine to the training images by CLIP, in place of the encoder of Concept; not judged.",
         kind=DIFFERENCE,
         scorer=clip_image_similarity,
+    ),
+    "subject_similarity": Metric(
+        name="subject similarity",
+        short="Subject",
+        explained="Subject: mean cosine to the subjects of the training images alone, with one colour outside their "
+        "masks; not judged.",
+        kind=DIFFERENCE,
+        scorer=subject,
     ),
     "change": Metric(
         name="change",

@@ -326,14 +326,27 @@ def scale_text(scale):
     if scale is None:
         return ""
     if scale["reason"]:
-        return f"No verdict rests on concept similarity: {scale['reason']}."
+        return f"No verdict rests on concept similarity: {scale['reason']}.{subjects_text(scale)}"
     text = f"Training images have a mean similarity of {scale['level']:.3f} to one another"
     if scale["held_out"] is not None:
         text += f", held-out images one of {scale['held_out']:.3f} to them"
     return (
         f"{text}. The base model's images of {scale['category']} prompts have {scale['base']:.3f}. The margin of concept "
         f"similarity, {scale['margin']:g}, is {100 * scale['share']:.3g}% of the way from these to the training images."
+        f"{subjects_text(scale)}"
     )
+
+
+def subjects_text(scale):
+    """How similar training images are to the subjects alone of the others: a sentence after a blank; empty where no
+    masks are known."""
+    subjects = scale.get("subjects")
+    if not subjects:
+        return ""
+    text = f" Training images have a subject similarity of {subjects['level']:.3f} to one another"
+    if subjects["held_out"] is not None:
+        text += f", held-out images one of {subjects['held_out']:.3f} to them"
+    return f"{text} ({subjects['images']} have a mask)."
 
 
 def sweep_table(rows):
