@@ -219,16 +219,25 @@ def training_resolution(config, runs):
 
 
 def training_notes(runs, training):
-    """A sentence for each reason why the TrainingSet, or None, is not what adapters were trained on, naming them."""
-    names = {}
+    """A sentence for each reason why the TrainingSet, or None, is not what adapters were trained on, naming them, and for
+    those whose held-out images are unknown."""
+    names, unknown = {}, []
     for run in runs if training else ():
         if reason := training.not_of(run.adapter):
             names.setdefault(reason, []).append(run.name)
-    return [
-        f"{', '.join(of_reason)}: {reason}. “Training images” here are those in {training.data_dir}; whether it copies "
-        "its own is not judged."
+        elif not run.adapter.get("training"):
+            unknown.append(run.name)
+    notes = [
+        f"{', '.join(of_reason)}: {reason}. “Training images” here are those in {training.data_dir}; whether it learned "
+        "or copies its own is not judged."
         for reason, of_reason in names.items()
     ]
+    if unknown:
+        notes.append(
+            f"{', '.join(unknown)}: without its config.json it is unknown which images in {training.data_dir} were held "
+            "out; all of them count as trained on."
+        )
+    return notes
 
 
 def scores_of(images, adapter):

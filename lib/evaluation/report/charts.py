@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lib.evaluation.choosing import chosen_point
 from lib.evaluation.metrics.table import DIFFERENCE, MEMORISED, METRICS, metric_name
 from lib.evaluation.prompts import CATEGORIES, bounded, first_of_each
-from lib.evaluation.report.words import interval_text
+from lib.evaluation.report.words import interval_text, training_name
 from lib.images import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
 
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
@@ -267,7 +267,7 @@ def rows_of(summary):
                         question=question.name,
                         scale=key,
                         band=(metric.unchanged - margins[key], metric.unchanged + above),
-                        label=question.bar,
+                        label=question.bar.format(training=training_name(summary)),
                         text=interval_text(interval, metric.signed),
                         **ends(interval),
                     )

@@ -74,14 +74,15 @@ def kind(question, answer):
 
 
 def judged(summaries, concept):
-    """[(question, each experiment's verdict)], for a page extended by the experiment's `name`, `kind`, `sentence` and
-    `bar` (its interval, or None); `summaries` is {experiment: summary}."""
+    """[(question, each experiment's verdict)], for a page extended by the experiment's `name`, `label`, `kind`, `sentence`
+    and `bar` (its interval, or None); `summaries` is {experiment: summary}."""
     bars = verdict_bars(summaries)
     by_question = {}
     for name, summary in summaries.items():
         for v in summary["verdicts"]:
             more = dict(
                 name=name,
+                label=words.question_label(v["question"], summary),
                 kind=kind(v["question"], v["answer"]),
                 bar=bars.get(v["question"], {}).get(name),
                 sentence=words.plain_sentence(v, concept, summary),
@@ -242,6 +243,7 @@ def run_page(run, summary, shown):
         verdicts=verdicts,
         opening=opening,
         similarity=similarity,
+        training=words.training_name(summary),
         shares=any("%])" in row["sentence"] for row in opening),
         warnings=shown["warnings"],
         no_verdicts=words.NO_VERDICTS,
