@@ -23,6 +23,7 @@ from lib.study.files import read_study
 from lib.study.measures import (
     BASELINE,
     PROTECTED,
+    concept_shares,
     curves,
     equal_concept_intervals,
     has_every_category,
@@ -71,6 +72,7 @@ def write_study(folder, arms, scaled):
         claims=claims,
         questions=questions,
         at_equal_concept=equal,
+        shares={arm: concept_shares(study, of_arm) for arm, of_arm in study.arms.items()},
         runs=runs,
         margins=study.margins,
         concept_scale=study.scale,
@@ -163,6 +165,9 @@ def study_page(study, claims, rows, questions, figures, sheet, record):
         words.arm_name(arm): analyse(runs, study.prompts, study.base_pairs, study.margins)
         for arm, runs in study.arms.items()
     }
+    for summary, shares in zip(summaries.values(), record["shares"].values(), strict=True):
+        for category, share in shares.items():
+            summary["categories"][category]["concept_share"] = share
     cards = [
         claim | dict(kind=KINDS[words.stands(claim)], verdict=words.verdict_text(claim), bars=claim_bars(claim))
         for claim in claims
@@ -183,6 +188,7 @@ def study_page(study, claims, rows, questions, figures, sheet, record):
         questions=forest_bars,
         charts={name: pages.figure_uri(figure) for name, figure in figures.items() if name != "forest.png"},
         figures=comparison_table(summaries),
+        shares=any(record["shares"].values()),
         details=json.dumps({key: record[key] for key in DETAILS}, indent=2, ensure_ascii=False),
     )
 
