@@ -15,7 +15,8 @@ images/<prompt>/{base,lora}_<seed>.png; metrics.json, metrics.csv (one row per i
 or --lora-scales there is also choose.html, to open first. With several runs, comparison/ holds a report.html and an
 overview.webp that show the base model and each adapter in columns. Sample images and verdicts are added to the model
 card in each run's own folder. An evaluation of another adapter, or of images generated with other settings, is only
-replaced with --overwrite.
+replaced with --overwrite. Images are written as they are generated; after an interruption the same command generates only
+the rest.
 
 Base model and adapter share one pipeline and the same initial noise, which depends on the image's seed only. Runs that
 differ only in the seed count as training seeds of one experiment.
