@@ -15,7 +15,8 @@ images/<prompt>/{base,lora}_<seed>.png; metrics.json, metrics.csv (one row per i
 or --lora-scales there is also choose.html, to open first. With several runs, comparison/ holds a report.html and an
 overview.webp that show the base model and each adapter in columns. Sample images and verdicts are added to the model
 card in each run's own folder. An evaluation of another adapter, or of images generated with other settings, is only
-replaced with --overwrite.
+replaced with --overwrite. Images are written as they are generated; after an interruption the same command generates only
+the rest.
 
 Base model and adapter share one pipeline and the same initial noise, which depends on the image's seed only. Runs that
 differ only in the seed count as training seeds of one experiment.
@@ -145,6 +146,12 @@ def evaluation_name(config):
     return "_".join(parts)
 
 
+def own_revision(config):
+    """A copy of `config` in which the default revision of the CLIP model belongs to the default model alone."""
+    other = config["clip_model"] != CONFIG["clip_model"] and config["clip_revision"] == CONFIG["clip_revision"]
+    return config | (dict(clip_revision=None) if other else {})
+
+
 def evaluate(config):
     """Evaluates each adapter in `lora_dir` against the base model; returns the output folders.
 
@@ -158,6 +165,7 @@ def evaluate(config):
         import torch
 
         from lib.evaluation import results
+        from lib.evaluation.image_files import note_kept
         from lib.evaluation.metrics import scores
         from lib.provenance import provenance
 
@@ -167,9 +175,7 @@ def evaluate(config):
             from lib.models import fetch_base_model
     times.append(time.monotonic())
     device, output_dir = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(config["output_dir"])
-    config = dict(config)  # completed below and by load_scorers
-    if config["clip_model"] != CONFIG["clip_model"] and config["clip_revision"] == CONFIG["clip_revision"]:
-        config["clip_revision"] = None  # the default revision belongs to the default model
+    config = own_revision(config)  # a copy; completed below and by load_scorers
 
     # Plan: every check runs before a model is loaded, or before images are generated.
     results.recover(output_dir)
@@ -189,35 +195,40 @@ def evaluate(config):
     if generating:
         half = device.type == "cuda"
         folder = fetch_base_model(config["base_model"], config["revision"], half, config["resolution"])
-        pipeline, wait_until_ready = prepare_pipeline(config, plan, folder, prompts, device)
+        pipeline, plan, wait_until_ready = prepare_pipeline(config, plan, folder, prompts, device)
+        runs = [run for run, _ in plan]
     scorers = scores.load_scorers(config, prompts, runs, device)
     for note in scores.training_notes(runs, scorers.training):
         print(f"note: {note}")
 
-    # Generate.
-    if generating:
-        wait_until_ready()
-    times.append(time.monotonic())
-    if generating:
-        generate_runs(config, plan, pipeline, prompts, seeds)
-        del pipeline  # its memory is the scorers' now
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    times.append(time.monotonic())
-
-    # Score, while the images are encoded in threads.
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
+    made_with, pool = provenance(device), ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
     try:
-        results.begin_images(runs, prompts, seeds, pool)
-        scores.score_runs(runs, prompts, seeds, scorers)
-        base_pairs = scores.prompt_pairs(runs[0].base, len(seeds), device)
+        # Generate.
+        if generating:
+            wait_until_ready()
+        times.append(time.monotonic())
+        if generating:
+            results.begin_runs(plan, config, prompts, seeds, made_with | dict(base_folder=str(folder)))
+            generate_runs(config, plan, pipeline, prompts, seeds)
+            del pipeline  # its memory is the scorers' now
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        times.append(time.monotonic())
+
+        # Score, while overviews are drawn and images copied in threads.
+        results.begin_images(runs, config, prompts, seeds, pool)
+        base_pairs = scores.score_runs(runs, prompts, seeds, scorers)
+        results.finish_images(runs)
         times.append(time.monotonic())
 
         # Judge and write.
-        made_with = provenance(device) | dict(scorers=scorers.record(config))
+        made_with |= dict(scorers=scorers.record(config))
         shown = dict(prompts=prompts, seeds=seeds, config=config, training=scorers.training, provenance=made_with)
         judge_and_write(runs, base_pairs, shown, output_dir)
+    except BaseException:
+        note_kept([run.target for run in runs])
+        raise
     finally:
         pool.shutdown(cancel_futures=True)  # what is left after an error
     times.append(time.monotonic())

@@ -52,7 +52,7 @@ def test_portraits_are_seen_whole(tiny_dinov2):
     whole = picture(1, (64, 128))
     without_hem = whole.copy()
     without_hem.paste((0, 0, 0), (0, 100, 64, 128))
-    own = encoder.processor([whole, without_hem], return_tensors="pt").pixel_values
+    own = encoder.image_processor([whole, without_hem], return_tensors="pt").pixel_values
     assert torch.equal(own[0], own[1])
     one, other = encoder.embed([whole, without_hem])
     assert one @ other < 1 - 10 * COSINE

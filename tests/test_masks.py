@@ -1,12 +1,13 @@
 """Masks beside images and in their transparency: prepared, read and trained on."""
 
 import json
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, TINY_RUN, assert_one_line, call, options, picture
+from conftest import COSINE, ROOT, TINY_RUN, assert_one_line, call, options, picture
 from PIL import Image
 from safetensors.torch import load_file
 from test_preprocess import GREEN, prepare
@@ -15,6 +16,12 @@ from training_runs import succeeded
 import train
 from lib.dataset import read_dataset
 from lib.errors import UserError
+from lib.evaluation.metrics import scores
+from lib.evaluation.metrics.concept_scale import concept_scale, subject_level
+from lib.evaluation.metrics.scores import ImageSet
+from lib.evaluation.metrics.similarity import Subjects
+from lib.evaluation.metrics.table import METRICS
+from lib.evaluation.report.words import scale_text
 from lib.training import setup
 from lib.training.latents import latent_masks
 from lib.training.micro_step import MicroStep, diffusion_loss
@@ -309,3 +316,66 @@ def test_masks_change_nothing_at_weight_one(tiny_model, tmp_path):
         weights[name] = load_file(folder / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(weight, weights["unmasked"][key]) for key, weight in weights["weight one"].items())
     assert any(not torch.equal(weight, weights["masked"][key]) for key, weight in weights["weight one"].items())
+
+
+# ---- the subject alone, in an evaluation ---------------------------------------------------
+
+
+@pytest.fixture
+def masked_set(tmp_path):
+    """Five images, of which the first four have a mask, the left half. The fourth is the first with another right half."""
+    images = [picture(seed) for seed in (1, 2, 3, 1, 5)]
+    images[3].paste((200, 30, 90), (32, 0, 64, 64))
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+        if number < 4:
+            subject().save(tmp_path / f"{number}.mask.png")
+    rows = [dict(file_name=f"{number}.png", text="a coat") for number in range(5)]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def scorers_of(folder, clip):
+    config = dict(
+        clip_model=str(clip), clip_revision=None, similarity_model="clip", data_dir=str(folder), resolution=64
+    )
+    return scores.load_scorers(config, [], [], "cpu")
+
+
+def test_what_lies_outside_the_masks_does_not_change_the_subject_similarity(masked_set, tiny_clip):
+    scorers = scorers_of(masked_set, tiny_clip)
+    training = scorers.training
+    assert training.masked == [0, 1, 2, 3]
+    np.testing.assert_allclose(training.subjects[0], training.subjects[3], atol=COSINE)
+    assert np.abs(training.embeddings[0] - training.embeddings[3]).max() > 100 * COSINE
+    grey = np.array(Subjects(read_dataset(masked_set, 64), [0], scorers.encoder)[0])[:, 32:]
+    assert (grey == [round(255 * level) for level in scorers.encoder.image_processor.image_mean]).all()
+
+    images = ImageSet([picture(7)], ["a coat"], **vars(scorers))
+    expected = (scorers.encoder.embed([picture(7)]) @ training.subjects.T).mean()
+    assert METRICS["subject_similarity"].scorer(images, {}) == pytest.approx([expected], abs=COSINE)
+    # The cache follows the masks, which are files of their own.
+    subject().transpose(Image.Transpose.ROTATE_180).save(masked_set / "0.mask.png")
+    assert np.abs(scorers_of(masked_set, tiny_clip).training.subjects[0] - training.subjects[0]).max() > 100 * COSINE
+
+
+def test_training_images_have_a_subject_similarity_to_the_others(masked_set, tiny_clip):
+    training = scorers_of(masked_set, tiny_clip).training
+    adapter = dict(metadata=dict(data_sha256=training.hashes[0]), held_out=["1.png"])
+    pairs = [(i, j) for i in (0, 2, 3, 4) for j in (0, 2, 3) if i != j]  # 1 is held out, 4 has no mask
+    cosines = training.embeddings @ training.subjects.T
+    found = subject_level(training, adapter)
+    assert found == dict(level=pytest.approx(np.mean([cosines[i, j] for i, j in pairs])), images=3, held_out=ANY)
+    assert found["held_out"] == pytest.approx(cosines[1, [0, 2, 3]].mean())
+    run = scores.Run("one", None, adapter, [], [])
+    run.rows = [dict(model="base", category="success", prompt="a coat", concept_similarity=-1.0)]
+    scale = concept_scale([run], [("success", "a coat")], training, 0.1)
+    assert f"Training images have a subject similarity of {found['level']:.3f} to one another" in scale_text(scale)
+    assert subject_level(training, adapter | dict(held_out=["0.png", "1.png", "2.png"])) is None
+
+
+def test_without_masks_there_is_no_subject_similarity(processed_data, tiny_clip):
+    scorers = scorers_of(processed_data, tiny_clip)
+    assert scorers.training.subjects is None
+    assert METRICS["subject_similarity"].scorer(ImageSet([picture(1)], ["a coat"], **vars(scorers)), {}) is None
+    assert not list(processed_data.rglob("subjects_*"))

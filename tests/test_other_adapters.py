@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import assert_close, call, options
+from conftest import assert_close, assert_one_line, call, options
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from test_adapters import models_of
@@ -240,6 +240,12 @@ def test_a_text_encoder_that_was_not_trained_is_left_out(tmp_path, models, tiny_
         assert f"note: every lora_B of the text_encoder in {path} is zero" in capsys.readouterr().out
 
 
+def unscored(model):
+    """Options of the smallest evaluation, without its adapters and output folder."""
+    known = dict(clip_model="none", similarity_model="clip", data_dir="none", resolution=64, steps=1, seeds=1)
+    return dict(base_model=model) | known
+
+
 def test_what_is_refused_or_adapted_in_part_is_printed(tmp_path, models, tiny_model):
     """A folder of downloads: one in part and with clip skip, one of another kind, one whole."""
     folder, layers = tmp_path / "downloads", random_layers(models, {"unet": UNET_TARGETS, "text_encoder": TEXT_TARGETS})
@@ -247,15 +253,7 @@ def test_what_is_refused_or_adapted_in_part_is_printed(tmp_path, models, tiny_mo
     kohya_file(folder / "part.safetensors", only(layers, "attn2"), ss_clip_skip="2")
     kohya_file(folder / "whole.safetensors", layers, 4.0, ss_clip_skip="1")
     save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, folder / "loha.safetensors")
-    config = dict(
-        base_model=tiny_model,
-        clip_model="none",
-        similarity_model="clip",
-        data_dir="none",
-        resolution=64,
-        steps=1,
-        seeds=1,
-    )
+    config = unscored(tiny_model)
     done = call("inference.py", *options(**config, lora_dir=folder, output_dir=tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
@@ -272,3 +270,28 @@ def test_what_is_refused_or_adapted_in_part_is_printed(tmp_path, models, tiny_mo
     done = call("inference.py", *options(**config, lora_dir=folder, output_dir=tmp_path / "none"))
     assert done.returncode != 0
     assert f"{folder}: none of its 3 adapters can be read" in done.stderr
+
+
+def test_an_adapter_of_another_base_model_does_not_end_the_evaluation_of_a_folder(tmp_path, models, tiny_model):
+    """It can be read, and is refused once the base model is loaded."""
+    folder, layers = tmp_path / "downloads", random_layers(models, {"unet": UNET_TARGETS})
+    folder.mkdir()
+    elsewhere = {"unet": {f"elsewhere.{name}": pair for name, pair in layers["unet"].items()}}
+    for name, factor in (("a", 1), ("c", 2)):
+        scaled = {"unet": {layer: (a, factor * b) for layer, (a, b) in elsewhere["unet"].items()}}
+        diffusers_file(folder / f"{name}.safetensors", scaled)
+    config, out = unscored(tiny_model) | dict(lora_dir=folder, output_dir=tmp_path / "out"), tmp_path / "out"
+    done = call("inference.py", *options(**config))
+    assert_one_line(done, f"{folder}: none of its 2 adapters can be used with {tiny_model}")
+    assert not out.exists()
+    diffusers_file(folder / "b.safetensors", layers)
+    done = call("inference.py", *options(**config))
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stdout.splitlines() if "is skipped" in line]
+    assert [line.split(" is skipped: ")[0] for line in notes] == ["note: a", "note: c"]
+    assert all("does not fit the base model's unet" in line for line in notes)
+    assert [path.name for path in out.iterdir()] == ["b"]
+    (folder / "b.safetensors").unlink()
+    (folder / "c.safetensors").unlink()
+    alone = call("inference.py", *options(**config | dict(output_dir=tmp_path / "alone")))
+    assert_one_line(alone, "a.safetensors does not fit the base model's unet")

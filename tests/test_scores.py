@@ -183,6 +183,7 @@ def test_warnings_for_flat_and_shared_pictures():
     good = [picture(1), picture(2)]
     one = scores.Run("one", None, {}, good, [picture(3), Image.new("RGB", (64, 64))])
     two = scores.Run("two", None, {}, good, [picture(3), picture(5)])
+    scores.score_runs([one, two], prompts, seeds, scores.Scorers("cpu"))
     found = scores.image_warnings([one, two], prompts, seeds)
     assert len(found) == 2
     assert "flat colour" in found[0]

@@ -51,7 +51,10 @@ def test_copies_are_judged_where_the_training_images_are_known(adapter, training
     summary = summary_of(embedded(adapter, training), training)
     assert "memorised" in [v["question"] for v in summary["verdicts"]]
     assert "memorised" in summary and "similarity" not in summary
-    assert scores.training_notes([embedded(adapter, training)], training) == []
+    notes = scores.training_notes([embedded(adapter, training)], training)
+    held_out = "without its config.json it is unknown which images in processed_data were held out"
+    assert [note for note in notes if held_out in note] == (notes if adapter is HERE else [])
+    assert "- **learned: " in words.verdict_text(summary)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,27 @@ def test_copies_of_unknown_training_images_are_not_judged(adapter, reason, train
     assert "On the left an image in processed_data" in nearest
     assert "training image" not in nearest[: nearest.index("<h2>Scores of every image")]
     assert note in page
+
+
+@pytest.mark.parametrize("gain", [0.3, 0.0])
+def test_whether_it_learned_unknown_images_is_not_claimed(gain, training):
+    """It is judged by the user's own images, and the sentences say so."""
+    run = embedded(UNKNOWN, training)
+    run.rows = fake_run("mine", concept=gain).rows
+    for row in run.rows:
+        row.update(nearest_picture=training.names[0], nearest_similarity=0.5)
+    summary, answer = summary_of(run, training), "yes" if gain else "no"
+    text = words.verdict_text(summary)
+    assert (
+        f"- **similar to the images in processed_data: {answer}.** On success prompts the similarity to the images"
+        in text
+    )
+    assert "near kept: yes.** On near prompts the similarity to the images in processed_data changed by" in text
+    page = pages.run_page(run, summary, shown() | dict(training=training))
+    negation = "" if gain else "does not generate"
+    assert f"It {negation or 'generates'} what the images in processed_data show" in page
+    for sentence in (text, page.partition("<h2>Scores")[0]):
+        assert not re.search("training images|learn (it|“)|learned (it|“)|learned: ", sentence)
 
 
 def test_a_comparison_names_what_was_not_judged(training):

@@ -19,6 +19,7 @@ from lib.study.files import full_pairs, read_study, run_of
 from lib.study.measures import (
     adapters,
     at_equal_concept,
+    concept_shares,
     curves,
     equal_concept_intervals,
     interpolated,
@@ -134,6 +135,26 @@ def test_scores_are_interpolated_linearly_between_two_scales():
     lines = curves(study, scale_points(study, "rank32"))
     assert lines["scale"].tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert (lines["change", "near"][:, 0] == 0).all()
+
+
+# ---- the way to the training images --------------------------------------------------------
+
+
+def test_shares_of_the_way_follow_from_scores_and_levels():
+    """The made-up level is 0.2 above the base model's success images, which rank 32 moves by 0.2 and near ones by 0.1."""
+    study = made_study(of_runs=0.01, protected=dict(success=(0.1, 0.8)))
+    shares = concept_shares(study, study.arms["rank32"])
+    assert list(shares) == ["success", "near", "unrelated"]
+    assert shares["success"]["mean"] == pytest.approx(1, abs=0.1)
+    assert concept_shares(study, study.arms["protected"])["success"]["mean"] == pytest.approx(0.5, abs=0.1)
+    for category, share in shares.items():
+        assert share["low"] < share["mean"] < share["high"], category
+    few = [run for run in study.arms["rank32"] if run.name != "rank32_seed1"]
+    assert concept_shares(study, few)["near"]["mean"] != shares["near"]["mean"]
+    study.levels["rank32_seed1"] = None
+    assert concept_shares(study, study.arms["rank32"]) == {}
+    study.levels["rank32_seed1"] = 0.3  # not above the base model's images
+    assert concept_shares(study, study.arms["rank32"]) == {}
 
 
 # ---- from the files alone ------------------------------------------------------------------

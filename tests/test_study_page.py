@@ -12,7 +12,7 @@ from made_up_study import ARMS, MARGINS, PROMPTS, SCALED, made_study, write_stud
 from PIL import Image
 from test_pages import FRAME, MEASURE, first_sentences
 
-from lib.evaluation import results
+from lib.evaluation.image_files import image_names, write_image
 from lib.evaluation.report.words import interval_text
 from lib.study import claims as study_claims
 from lib.study import page as study_page
@@ -215,10 +215,9 @@ def test_nothing_is_wider_than_the_window(written, width, dark, tmp_path):
 def test_a_strip_has_an_arm_a_column(tmp_path):
     folders = {arm: tmp_path / arm for arm in ARMS}
     for number, folder in enumerate(folders.values()):
-        for path in results.image_paths(folder, PROMPTS, [42]):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shade = 0 if path.name.startswith("base") else 20 + 30 * number
-            Image.new("RGB", (64, 64), (shade, 0, 0)).save(path)
+        for kind, shade in (("base", 0), ("lora", 20 + 30 * number)):
+            for name in image_names(PROMPTS, [42], kind):
+                write_image(folder / name, Image.new("RGB", (64, 64), (shade, 0, 0)))
     assert study_page.write_strip(tmp_path / "strip.webp", folders, PROMPTS, 42)
     pixels = np.asarray(Image.open(tmp_path / "strip.webp").convert("RGB")).astype(int)
     middle = pixels[24 + 24 + study_page.SIDE // 2]

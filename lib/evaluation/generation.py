@@ -5,6 +5,7 @@ with the models in training (`preview_generator`).
 """
 
 import contextlib
+import functools
 import math
 from collections import Counter, deque
 
@@ -19,7 +20,9 @@ from lib import adapters
 from lib.config import half_resolution, image_size
 from lib.errors import UserError, memory_for
 from lib.evaluation.choosing import Point
+from lib.evaluation.image_files import SavedImages, image_names, write_images
 from lib.evaluation.prompts import check_prompt_lengths
+from lib.files import unfinished
 from lib.kernels import compile_ahead
 from lib.kernels.channels_last import channels_last, compile_models_ahead
 from lib.kernels.compiling import compile_attention
@@ -168,14 +171,19 @@ def generation_memory(batch_size, resolution, advice=None):
     return memory_for(f"generating {batch_size} images at once", advice)
 
 
+def generate(pipeline, jobs, **settings):
+    """A list of what `generated` yields."""
+    return list(generated(pipeline, jobs, **settings))
+
+
 @torch.no_grad()
-def generate(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title, advice=None):
-    """An image for each (prompt, seed) of `jobs`, as PIL images in that order.
+def generated(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title, advice=None):
+    """Yields an image for each (prompt, seed) of `jobs`, as PIL images in that order, batch by batch.
 
     The starting noise comes from a CPU generator with the image's own seed: it depends neither on the device nor on
     the batch. `title` names the progress bar; `advice` is for a GPU whose memory is too small.
     """
-    images, arriving = [], deque()
+    arriving = deque()
     width, height = image_size(resolution)
     shape = (pipeline.unet.config.in_channels, *latent_size(pipeline, resolution))
     guided, throttle = guidance_scale > 1, Throttle(pipeline.device, AHEAD)
@@ -210,9 +218,9 @@ def generate(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, t
             pixels = (pixels.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
             arriving.append(to_host(pixels))
             if len(arriving) > 1:
-                images += as_images(*arriving.popleft())
-        images += as_images(*arriving.popleft()) if arriving else []
-    return images
+                yield from as_images(*arriving.popleft())
+        while arriving:
+            yield from as_images(*arriving.popleft())
 
 
 def text_states(pipeline, prompts, batch_size, guided):
@@ -269,30 +277,52 @@ def check_switch(pipeline, applied, adapter, base_probe):
 
 
 def prepare_pipeline(config, plan, folder, prompts, device):
-    """(the base model in `folder` as a pipeline, a function that waits until it is ready to generate).
+    """(the base model in `folder` as a pipeline, what of `plan` fits it, a function that waits until it is ready to
+    generate).
 
-    Every adapter of `plan` (see `plan_runs`) has been applied, tested and removed again.
+    Every adapter of `plan` (see `plan_runs`) has been applied, tested and removed again. Of several runs, those with an
+    adapter that does not fit are left out with a note; UserError if none is left.
     """
     pipeline = load_pipeline(folder, torch.float16 if device.type == "cuda" else torch.float32, device)
     limit = pipeline.tokenizer.model_max_length
     check_prompt_lengths(prompts, pipeline.tokenizer, limit, config["base_model"])
-    base_probe = probe(pipeline)
-    for adapter in (adapter for _, steps in plan for adapter in steps.values()):
-        applied = adapters.Applied(adapter, models_of(pipeline))
-        check_switch(pipeline, applied, adapter, base_probe)
-        if parts := adapters.adapted_parts(adapter, models_of(pipeline)):
-            print(f"note: {adapter.path} adapts only {', '.join(parts)}; the rest is the base model's")
-        applied.set_scale(0)
-        del applied  # frees its copies of the weights
+    base_probe, fitting = probe(pipeline), []
+    for run, steps in plan:
+        try:
+            for adapter in steps.values():
+                check_adapter(pipeline, adapter, base_probe)
+            fitting.append((run, steps))
+        except UserError as problem:
+            if len(plan) == 1:
+                raise
+            print(f"note: {run.name} is skipped: {problem}")
+    if not fitting:
+        raise UserError(
+            f"{config['lora_dir']}: none of its {len(plan)} adapters can be used with {config['base_model']}; see the "
+            "notes above"
+        )
     # A kernel compiled for one sample serves any batch.
     size = latent_size(pipeline, config["resolution"])
     wait_until_ready = compile_attention(lambda: probe(pipeline, size), device)
     compile_ahead.finish()
-    return pipeline, wait_until_ready
+    return pipeline, fitting, wait_until_ready
+
+
+def check_adapter(pipeline, adapter, base_probe):
+    """Applies an adapter, tests it and removes it again, so that the pipeline is the base model's whatever comes of it;
+    UserError if it does not fit or does nothing. `base_probe` is the base model's `probe`."""
+    applied = adapters.Applied(adapter, models_of(pipeline))
+    try:
+        check_switch(pipeline, applied, adapter, base_probe)
+    finally:
+        applied.set_scale(0)
+    if parts := adapters.adapted_parts(adapter, models_of(pipeline)):
+        print(f"note: {adapter.path} adapts only {', '.join(parts)}; the rest is the base model's")
 
 
 def generate_runs(config, plan, pipeline, prompts, seeds):
-    """Generates the base model's images, once, and every adapter's, into the runs of `plan`."""
+    """Generates the base model's images, once, and every adapter's, into the unfinished folders of the runs of `plan`;
+    those that are there already are kept."""
     jobs = [(prompt, seed) for _, prompt in prompts for seed in seeds]
     settings = {key: config[key] for key in ("steps", "guidance_scale", "resolution")}
     batch_size = choose_batch_size(len(jobs), config["batch_size"], config["resolution"], pipeline.device)
@@ -300,19 +330,26 @@ def generate_runs(config, plan, pipeline, prompts, seeds):
         size = latent_size(pipeline, config["resolution"])
         capture_unet(pipeline, batch_size, size, config["guidance_scale"] > 1)
 
-    def generate_all(title):
-        return generate(pipeline, jobs, **settings, batch_size=batch_size, title=title)
+    def generate_all(run, kind, title):
+        images = SavedImages(unfinished(run.target), image_names(prompts, seeds, kind))
+        if missing := images.missing():
+            some = [jobs[place] for place in missing]
+            write_images(images, missing, generated(pipeline, some, **settings, batch_size=batch_size, title=title))
+        return images
 
-    base = generate_all("base")
+    print(f"images are written to {unfinished(plan[0][0].target)} as they are generated")
+    base = generate_all(plan[0][0], "base", "base")
     for run, steps in plan:
-        generate_points(run, steps, config["lora_scales"], pipeline, base, generate_all)
+        run.base = base
+        generate_points(run, steps, config["lora_scales"], pipeline, functools.partial(generate_all, run))
 
 
-def generate_points(run, steps, scales, pipeline, base, generate_all):
-    """Generates the images of one run: its own adapter's and those of each adapter in `steps` at each of `scales`.
+def generate_points(run, steps, scales, pipeline, generate_all):
+    """Generates the images of one run, whose base images are there: its own adapter's and those of each adapter in
+    `steps` at each of `scales`.
 
-    `steps` is {step: Adapter}, the run's own last. `generate_all` is a function of a title that generates every image
-    with the current weights.
+    `steps` is {step: Adapter}, the run's own last. `generate_all` is a function of the first part of the files' names
+    and a title that generates every image with the current weights.
     """
     own, images = list(steps)[-1], {}
     for step, adapter in steps.items():
@@ -320,13 +357,14 @@ def generate_points(run, steps, scales, pipeline, base, generate_all):
         for scale in sorted({*scales, *([1.0] if step == own else [])} - {0.0}):
             applied.set_scale(scale)
             point = Point(step, scale)
-            images[point] = generate_all(run.name if point == (None, 1) else f"{run.name}, {point}")
+            kind = "lora" if point == (own, 1) else point.file_stem
+            images[point] = generate_all(kind, run.name if point == (None, 1) else f"{run.name}, {point}")
         applied.set_scale(0)
         del applied  # frees its copies of the weights
-    run.base, run.lora = base, images[Point(own, 1.0)]
+    run.lora = images[Point(own, 1.0)]
     if len(steps) > 1 or set(scales) != {1.0}:
         asked = [Point(step, scale) for step in steps for scale in sorted(set(scales))]
-        run.points = {point: images.get(point, base) for point in asked}
+        run.points = {point: images.get(point, run.base) for point in asked}
 
 
 # Previews are generated as inference.py does by default.

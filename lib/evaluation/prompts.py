@@ -101,3 +101,9 @@ def first_of_each(prompts, most=None):
     return [
         index for name, category in CATEGORIES.items() for index in members(prompts, name)[: most or category.overview]
     ]
+
+
+def bounded(prompts, most=60):
+    """The indices of all prompts in order or, if there are more than `most`, of the first of each category."""
+    every = range(len(prompts))
+    return list(every) if len(prompts) <= most else sorted(first_of_each(prompts, most // len(CATEGORIES)))

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from lib import adapters
 from lib.errors import UserError
 from lib.evaluation.choosing import Point
+from lib.evaluation.image_files import STARTED, SavedImages, begin_folder, copy_image, image_names
 from lib.evaluation.metrics.scores import Run
-from lib.evaluation.prompts import slugs
 from lib.evaluation.report import charts, pages, words
 from lib.evaluation.runs import MARKER, check_fingerprints
 from lib.files import check_output_folder, fresh_folder, recover_folder, replace_folder, unfinished, write_marker
@@ -57,18 +57,15 @@ def read_saved(output_dir, config):
         if first not in (None, settings):
             raise UserError(f"{folder} has other prompts, seeds or settings than {folders[0]}; rescore them separately")
         first = settings
-        run = Run(record["run"], folder, record["adapter"], [], [])
-        run.base, run.lora = (
-            [open_image(path) for path in image_paths(folder, prompts, seeds, [kind])] for kind in ("base", "lora")
-        )
+        base, lora = (saved_images(folder, prompts, seeds, kind) for kind in ("base", "lora"))
+        run = Run(record["run"], folder, record["adapter"], base, lora)
         points = [Point(step and int(step), float(scale)) for step, scale in record["points"]]
         run.points = dict.fromkeys(points)  # all of them: `is_own` compares with the others
         for point in points:
             if point.scale == 0 or run.is_own(point):
                 run.points[point] = run.lora if point.scale else run.base
                 continue
-            paths = image_paths(folder, prompts, seeds, [point.file_stem])
-            run.points[point] = [open_image(path) for path in paths]
+            run.points[point] = saved_images(folder, prompts, seeds, point.file_stem)
         runs.append(run)
     check_fingerprints([(run.target, run.adapter.get("fingerprint")) for run in runs])
     # How images were generated is saved; how they are scored and judged is configured now.
@@ -76,6 +73,14 @@ def read_saved(output_dir, config):
     scoring |= {"output_dir", "overwrite", "rescore"}
     scoring |= {key for key in config if key.endswith("_margin")}
     return runs, config | record["config"] | {key: config[key] for key in scoring}, prompts, seeds
+
+
+def saved_images(folder, prompts, seeds, kind):
+    """The SavedImages of one kind in an evaluation's folder; UserError naming a file that is missing."""
+    images = SavedImages(folder, image_names(prompts, seeds, kind))
+    if missing := next((path for path in map(images.path, range(len(images))) if not path.is_file()), None):
+        raise UserError(f"{missing} is missing; restore it, or evaluate again without --rescore")
+    return images
 
 
 def check_replaceable(runs, config, prompts, seeds):
@@ -106,13 +111,6 @@ def image_settings(config, prompts, seeds):
         "lora_scales": scales,
         "seeds": f"{min(seeds)} to {max(seeds)}",
     }
-
-
-def image_paths(folder, prompts, seeds, kinds=("base", "lora")):
-    """The paths of the images of each kind: kind by kind, prompt by prompt and seed by seed."""
-    return [
-        folder / "images" / slug / f"{kind}_{seed}.png" for kind in kinds for slug in slugs(prompts) for seed in seeds
-    ]
 
 
 def natural_order(path):
@@ -146,29 +144,22 @@ def read_pair(score_dir, output_dir, prompts):
                 f"{pair[0]} would be paired with {pair[1]}, but their numbers differ; name the images "
                 "of both folders by the same numbers"
             )
-    base, lora = ([open_image(path) for path in paths] for paths in files)
-    count = len(base) // len(prompts)
-    for index, (a, b, path) in enumerate(zip(base, lora, files[1], strict=True)):
-        if a.size != b.size:
-            raise UserError(f"{path} is {b.size}, its base image {a.size}; nothing is resized")
+    base, lora = (
+        SavedImages(folder, [path.name for path in paths]) for folder, paths in zip(folders, files, strict=True)
+    )
+    count, (sizes, lora_sizes) = len(base) // len(prompts), ([image.size for image in kind] for kind in (base, lora))
+    for index, (a, b, path) in enumerate(zip(sizes, lora_sizes, files[1], strict=True)):
+        if a != b:
+            raise UserError(f"{path} is {b}, its base image {a}; nothing is resized")
         first = index - index % count  # the first image of the same prompt
-        if b.size != lora[first].size:
+        if b != lora_sizes[first]:
             raise UserError(
-                f"{path} is {b.size}, {files[1][first]} of the same prompt {lora[first].size}; nothing is resized"
+                f"{path} is {b}, {files[1][first]} of the same prompt {lora_sizes[first]}; nothing is resized"
             )
-        if min(b.size) < 32:
-            raise UserError(f"{path} is {b.size}, too small for LPIPS, which needs 32 pixels a side")
+        if min(b) < 32:
+            raise UserError(f"{path} is {b}, too small for LPIPS, which needs 32 pixels a side")
     run = Run(folders[1].name, output_dir, {}, base, lora)
     return [run], list(range(1, count + 1))
-
-
-def open_image(path):
-    """An RGB image; UserError naming the file if it is missing or damaged."""
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            return image.convert("RGB")
-    except Exception as problem:  # a decoder may raise almost anything on a damaged file
-        raise UserError(f"{path} cannot be read as an image: {problem}") from None
 
 
 def raw_scores(run, base_pairs):
@@ -190,27 +181,41 @@ def raw_scores(run, base_pairs):
     return dict(pairs=dict(base=listed(base_pairs), lora=listed(run.pairs)), swept=swept)
 
 
-def begin_images(runs, prompts, seeds, pool):
-    """Starts writing each run's images and overview into the unfinished folder that `write_run` completes.
+def begin_runs(plan, config, prompts, seeds, made_with):
+    """Prepares the unfinished folder of each run of `plan` (see `plan_runs`), as `begin_folder` does. `made_with` has the
+    base model's folder, the versions and the device, which decide the images too."""
+    for run, steps in plan:
+        settings = image_settings(config, prompts, seeds) | made_with
+        settings["adapters"] = {str(step): adapters.fingerprint(adapter) for step, adapter in steps.items()}
+        settings["prompts"] = [f"{category}: {prompt}" for category, prompt in prompts]
+        begin_folder(run.target, settings, config["overwrite"])
 
-    Encoding in the threads of `pool` keeps a core busy without a lock, so it runs beside the scoring.
-    """
+
+def begin_images(runs, config, prompts, seeds, pool):
+    """Starts writing each run's overview, and copying the images that lie elsewhere, into the unfinished folder that
+    `write_run` completes. This runs in the threads of `pool`, beside the scoring."""
 
     def write_overview(path, run):
         columns = [("Base model", run.base), ("The same noise, with the LoRA", run.lora)]
         charts.overview_figure(columns, prompts).save(path, quality=90)
 
     for run in runs:
-        folder = fresh_folder(run.target)
-        paths, images = image_paths(folder, prompts, seeds), run.base + run.lora
-        for point, of_point in run.points.items():
-            if point.scale and not run.is_own(point):  # these two are the base's and the run's own
-                paths += image_paths(folder, prompts, seeds, [point.file_stem])
-                images += of_point
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        folder = unfinished(run.target)
+        if run.folder is None:  # its images were not generated now
+            begin_folder(run.target, None, config["overwrite"])
         run.saving = [pool.submit(write_overview, folder / "overview.webp", run)]  # the longest job first
-        run.saving += [pool.submit(image.save, path) for image, path in zip(images, paths, strict=True)]
+        for kind, images in run.kinds().items():
+            if images.folder != folder:
+                names = image_names(prompts, seeds, kind)
+                run.saving += [
+                    pool.submit(copy_image, images.path(place), folder / name) for place, name in enumerate(names)
+                ]
+
+
+def finish_images(runs):
+    """Waits for what `begin_images` started: before a folder is moved, as runs share base images."""
+    for saved in (saved for run in runs for saved in run.saving):
+        saved.result()
 
 
 def write_run(run, summary, shown, base_pairs):
@@ -220,8 +225,6 @@ def write_run(run, summary, shown, base_pairs):
     (folder / "report.html").write_text(pages.run_page(run, summary, shown), encoding="utf-8")
     if run.points:
         (folder / "choose.html").write_text(pages.choose_page(run, summary["sweep"], shown), encoding="utf-8")
-    for saved in run.saving:
-        saved.result()
     write_csv(folder / "metrics.csv", run.rows)
     text = words.summary_text(summary)
     (folder / "summary.md").write_text(f"# {run.name}\n\n{text}\n", encoding="utf-8")
@@ -236,8 +239,12 @@ def write_run(run, summary, shown, base_pairs):
         pictures=run.rows,
         **raw_scores(run, base_pairs),
     )
+    (folder / STARTED).unlink(missing_ok=True)
     write_marker(folder / MARKER, record)  # last: it marks the folder as whole
     replace_folder(run.target, MARKER)
+    for images in run.kinds().values():
+        if images.folder == folder:
+            images.folder = run.target
     print(f"\n{run.name}\n{text}\n\nopen {run.target / 'report.html'}")
     if run.points:
         print(f"  and {run.target / 'choose.html'}")

@@ -19,7 +19,7 @@ from lib.evaluation.metrics.lpips_distances import FEWEST_SEEDS, pair_mean
 from lib.evaluation.metrics.memorisation import memorised, similarity_to_others
 from lib.evaluation.metrics.table import DIFFERENCE, METRICS
 from lib.evaluation.prompts import CATEGORIES, members
-from lib.evaluation.report.words import interval_text, way_text
+from lib.evaluation.report.words import interval_text, training_name, way_text
 from lib.evaluation.statistics import (
     FEWEST_RUNS,
     UNCLEAR,
@@ -152,7 +152,7 @@ def decide(lines):
 
 def verdicts(found, prompts, summary):
     """[dict(question, answer, text)] of `effects`; empty where one image a prompt leaves no interval."""
-    margins, totals = summary["margins"], summary["categories"]
+    margins, totals, training = summary["margins"], summary["categories"], training_name(summary)
     if len(summary["runs"]) == summary["seeds"] == 1:
         return []
     lines = {
@@ -171,9 +171,9 @@ def verdicts(found, prompts, summary):
             line = lines.get((key, question.category))
             if question.name == "learned":
                 if line and ("clip", "success") in lines:
-                    answers.append(learned(line, lines["clip", "success"], totals["success"], margins))
+                    answers.append(learned(line, lines["clip", "success"], totals["success"], margins, training))
             elif line:
-                answers.append(verdict(question, line, key, totals[question.category], margins[key]))
+                answers.append(verdict(question, line, key, totals[question.category], margins[key], training))
     if "memorised" in summary:
         copies = summary["memorised"]
         answers.append(dict(question="memorised", answer=copies["answer"], text=copies["text"]))
@@ -185,8 +185,8 @@ def answer_word(holds):
     return {True: "yes", False: "no", None: UNCLEAR}[holds]
 
 
-def verdict(question, line, key, total, margin):
-    """The answer to a Question that rests on one Line, in words with figures."""
+def verdict(question, line, key, total, margin, training):
+    """The answer to a Question that rests on one Line, in words with figures; `training` names the training images."""
     answer = answer_word(line.holds if line.holds is None or not question.inverted else not line.holds)
     change = ""
     if question.category != "success" and "change" in total:
@@ -198,17 +198,19 @@ def verdict(question, line, key, total, margin):
         margin=margin,
         bound=line.counterclaim[1],
         change=change,
+        training=training,
     )
     return dict(
         question=question.name, answer=answer, text=text + (question.ends.get(answer) or line.deciding_text(margin))
     )
 
 
-def learned(concept, clip, success, margins):
-    """Whether concept similarity rose on success prompts and the CLIP score did not fall by the margin."""
+def learned(concept, clip, success, margins, training):
+    """Whether concept similarity rose on success prompts and the CLIP score did not fall by the margin; `training` names
+    the training images."""
     moved = success["concept_similarity"]
     text = (
-        f"On success prompts the similarity to the training images changed by {interval_text(moved)}{way_text(success)} "
+        f"On success prompts the similarity to {training} changed by {interval_text(moved)}{way_text(success)} "
         f"(negligible below {margins['concept_similarity']:g}), the CLIP score by {interval_text(success['clip'])} (it may fall by less "
         f"than {margins['clip']:g}). "
     )
@@ -223,7 +225,7 @@ def learned(concept, clip, success, margins):
         if concept.holds:
             end = "The images became more similar to them, but the match with the prompt fell by more than the margin."
     elif concept.holds and clip.holds:
-        holds, end = True, "The concept was learned."
+        holds, end = True, "The images became more similar to them."
     elif concept.holds:
         holds, end = None, "The images became more similar to them. Unclear: did the match with the prompt fall? "
         end += clip.deciding_text(margins["clip"])

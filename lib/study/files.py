@@ -36,6 +36,7 @@ class Study:
     scaled: dict  # {arm: {scale: [Run per training seed]}}, without the scale 0
     margins: dict
     scale: dict  # of the concept, see concept_scale.py; None where it is unknown
+    levels: dict  # {run: similarity of its training images among themselves}; None where it is unknown
     drawn_with: dict  # the settings of generation
     provenance: dict  # of the first evaluation
     files: list = field(default_factory=list)  # every metrics.json that was read
@@ -151,6 +152,7 @@ def study_of(records, arms, scaled, notes, levels=None):
         scaled=by_scale,
         margins=margins,
         scale=scale,
+        levels={record["run"]: scale_in(record, levels or {})["level"] for _, record in every},
         drawn_with=drawn_with,
         provenance={key: first.get(key) for key in ("versions", "commit", "device")},
         files=[str(place / "metrics.json") for place, _ in every],
@@ -195,9 +197,14 @@ def study_scale(records, prompts, levels):
     base, category = base_similarity(records[0]["pictures"], prompts)
     if base is None:
         return None
-    unknown = dict(level=None, held_out=None, images=0, share=None)
-    scales = [record["summary"].get("concept_scale") or levels.get(record["run"], unknown) for record in records]
+    scales = [scale_in(record, levels) for record in records]
     return scale_of(scales, base, category, scales[0]["share"])
+
+
+def scale_in(record, levels):
+    """The scale of one evaluation, or its entry of `levels`; both have the level of its training images."""
+    unknown = dict(level=None, held_out=None, images=0, share=None)
+    return record["summary"].get("concept_scale") or levels.get(record["run"], unknown)
 
 
 def prompts_and_seeds(record):

@@ -24,6 +24,33 @@ def has_score(study, metric):
     return study.arms[BASELINE][0].rows[0].get(metric) is not None
 
 
+def concept_shares(study, runs):
+    """How far an arm's images went of the way to the training images: {category: interval}; empty where the level of
+    some run's training images is unknown or not above the base model's images.
+
+    As `concept_share` of concept_scale.py, from scores alone. The interval covers training runs and sampling seeds, not
+    other training images: that takes the embeddings, which metrics.json does not have.
+    """
+    levels = np.array([study.levels[run.name] or np.nan for run in runs])
+    if not has_score(study, "concept_similarity") or not np.isfinite(levels).all():
+        return {}
+    lora, base = (
+        np.stack([grid(run, "concept_similarity", model, study.prompts) for run in runs]) for model in ("lora", "base")
+    )
+    shares = {}
+    for category in dict.fromkeys(category for category, _ in study.prompts):
+        chosen = members(study.prompts, category)
+        after, before = lora[:, chosen].mean(axis=1), base[:, chosen].mean(axis=1)  # [training seeds, sampling seeds]
+
+        def share(kept, after=after, before=before):
+            start = before[:, kept].mean(axis=1)
+            return (after[:, kept].mean(axis=1) - start) / (levels - start)
+
+        if (before.mean(axis=1) < levels).all():
+            shares[category] = mean_interval(jackknife(share, after.shape[1]))
+    return shares
+
+
 def has_every_category(study):
     return {"success", *NOT_ASKED} <= {category for category, _ in study.prompts}
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import jinja2
 
 from lib.evaluation.comparison import differences
+from lib.evaluation.image_files import image_names, open_image
 from lib.evaluation.metrics.effects import effects
 from lib.evaluation.prompts import first_of_each, members
 from lib.evaluation.report import pages
 from lib.evaluation.report.charts import difference_bar, placed
 from lib.evaluation.report.words import comparison_table, interval_text
-from lib.evaluation.results import image_paths, open_image
 from lib.evaluation.verdicts import analyse
 from lib.files import write_bytes, write_json
 from lib.images import strip, webp
@@ -23,6 +23,7 @@ from lib.study.files import read_study
 from lib.study.measures import (
     BASELINE,
     PROTECTED,
+    concept_shares,
     curves,
     equal_concept_intervals,
     has_every_category,
@@ -71,6 +72,7 @@ def write_study(folder, arms, scaled):
         claims=claims,
         questions=questions,
         at_equal_concept=equal,
+        shares={arm: concept_shares(study, of_arm) for arm, of_arm in study.arms.items()},
         runs=runs,
         margins=study.margins,
         concept_scale=study.scale,
@@ -163,6 +165,9 @@ def study_page(study, claims, rows, questions, figures, sheet, record):
         words.arm_name(arm): analyse(runs, study.prompts, study.base_pairs, study.margins)
         for arm, runs in study.arms.items()
     }
+    for summary, shares in zip(summaries.values(), record["shares"].values(), strict=True):
+        for category, share in shares.items():
+            summary["categories"][category]["concept_share"] = share
     cards = [
         claim | dict(kind=KINDS[words.stands(claim)], verdict=words.verdict_text(claim), bars=claim_bars(claim))
         for claim in claims
@@ -183,6 +188,7 @@ def study_page(study, claims, rows, questions, figures, sheet, record):
         questions=forest_bars,
         charts={name: pages.figure_uri(figure) for name, figure in figures.items() if name != "forest.png"},
         figures=comparison_table(summaries),
+        shares=any(record["shares"].values()),
         details=json.dumps({key: record[key] for key in DETAILS}, indent=2, ensure_ascii=False),
     )
 
@@ -201,8 +207,8 @@ def write_strip(path, folders, prompts, sampling_seed):
     columns |= {words.arm_name(arm): (folder, "lora") for arm, folder in folders.items()}
     paths = {}
     for title, (folder, model) in columns.items():
-        every = image_paths(folder, prompts, [sampling_seed], [model])
-        paths[title] = [every[index] for index in chosen]
+        names = image_names(prompts, [sampling_seed], model)
+        paths[title] = [folder / names[index] for index in chosen]
     if not all(place.is_file() for column in paths.values() for place in column):
         return False
     images = {title: [open_image(place) for place in column] for title, column in paths.items()}

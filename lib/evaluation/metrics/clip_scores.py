@@ -32,6 +32,10 @@ class Clip:
     def width(self):
         return self.model.config.projection_dim
 
+    @property
+    def image_processor(self):
+        return self.processor.image_processor
+
     @functools.cached_property
     def digest(self):
         return model_digest(self.folder)
@@ -62,7 +66,7 @@ def image_embeddings(images, clip, batch_size=32):
     def features(pixels):
         return clip.model.visual_projection(clip.model.vision_model(pixel_values=pixels).pooler_output)
 
-    return embed_batches(images, clip.processor.image_processor, clip.model.device, features, batch_size)
+    return embed_batches(images, clip.image_processor, clip.model.device, features, batch_size)
 
 
 @torch.no_grad()

@@ -52,6 +52,23 @@ def training_level(training, adapter):
     return dict(level=level, held_out=held_out, images=images)
 
 
+def subject_level(training, adapter):
+    """How similar whole training images are to the subjects alone of the other ones, over those that an adapter was
+    trained on: dict(level, held_out, images); None without two masked ones.
+
+    This is what an image that shows the subject on a background of its own can reach, as a generated one does; subjects
+    among themselves share their background. `held_out` as for `training_level`, `images` those with a mask.
+    """
+    trained, masked = trained_mask(training, adapter), np.array(training.masked, int)
+    of_trained = trained[masked]
+    if of_trained.sum() < FEWEST_IMAGES:
+        return None
+    cosines = training.embeddings.astype(np.float64) @ training.subjects[of_trained].T
+    others = np.arange(len(trained))[:, None] != masked[of_trained]  # no image is compared with its own subject
+    held_out = float(cosines[~trained].mean()) if not trained.all() else None
+    return dict(level=float(cosines[trained][others[trained]].mean()), held_out=held_out, images=int(of_trained.sum()))
+
+
 def trained_mask(training, adapter):
     """Which images of a TrainingSet an adapter was trained on: bool [m]."""
     mask = np.zeros(len(training.names), bool)
@@ -99,7 +116,15 @@ def concept_scale(runs, prompts, training, share):
     base, category = base_similarity(runs[0].rows, prompts)
     if training is None or base is None:
         return None
-    return scale_of([training_level(training, run.adapter) for run in runs], base, category, share)
+    scale = scale_of([training_level(training, run.adapter) for run in runs], base, category, share)
+    if training.subjects is not None and all(subjects := [subject_level(training, run.adapter) for run in runs]):
+        held_out = [row["held_out"] for row in subjects if row["held_out"] is not None]
+        scale["subjects"] = dict(
+            level=float(np.mean([row["level"] for row in subjects])),
+            held_out=float(np.mean(held_out)) if held_out else None,
+            images=min(row["images"] for row in subjects),
+        )
+    return scale
 
 
 # ---- shares --------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Dinov2:
     """A DINOv2 model with its image processor, as `load_dinov2` returns it; see similarity.py."""
 
     model: torch.nn.Module
-    processor: object
+    image_processor: object
     folder: Path
 
     @property
@@ -44,7 +44,7 @@ class Dinov2:
         def features(pixels):
             return self.model(pixel_values=pixels).last_hidden_state[:, 0]  # [batch, width]
 
-        return embed_batches(images, self.processor, self.model.device, features)
+        return embed_batches(images, self.image_processor, self.model.device, features)
 
 
 def fetch_dinov2(name, revision=None):

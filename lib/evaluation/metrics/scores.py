@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from lib.evaluation.metrics.table import METRICS
 from lib.evaluation.prompts import check_prompt_lengths
 from lib.models import base_model_name
 
+AT_ONCE = 32  # images of one model that are scored together: an encoder's batch
+
 
 @dataclass
 class Run:
@@ -30,15 +33,21 @@ class Run:
     name: str
     target: Path  # its results folder
     adapter: dict  # its entry in metrics.json, as `describe` returns it
-    base: list  # PIL images, prompt by prompt and seed by seed
-    lora: list  # likewise
+    base: Sequence  # PIL images, prompt by prompt and seed by seed, read on access
+    lora: Sequence  # likewise
     points: dict = field(default_factory=dict)  # {Point: images} of a sweep
     rows: list = None  # a dict an image; see `score`
     folder: Path = None  # the adapter's own, if its images were generated now
     pairs: np.ndarray = None  # LPIPS between the LoRA images of a prompt, [prompts, seeds, seeds]
     embeddings: dict = None  # {"base", "lora", "lora_mirrored"}: embeddings [prompts, seeds, d]
     sweep: dict = field(default_factory=dict)  # {Point: Run}: `points`, scored
-    saving: list = ()  # futures of the threads that write its images
+    looks: dict = None  # {"base", "lora"}: (whether it is one flat colour, SHA-256 of its pixels) of each image
+    saving: list = ()  # futures of the threads that write its overview and copy images
+
+    def kinds(self):
+        """{first part of the files' names: images} of all that it was generated at."""
+        others = {p.file_stem: images for p, images in self.points.items() if p.scale and not self.is_own(p)}
+        return dict(base=self.base, lora=self.lora) | others
 
     def is_own(self, point):
         """Whether a Point of `points` is the final adapter at full scale, whose images are `lora`."""
@@ -68,6 +77,8 @@ class TrainingSet:
     sizes: list = ()  # (width, height) of each
     data_dir: str = "the data folder"
     clip_embeddings: np.ndarray = None  # [m, d], by CLIP where that is not the encoder of similarities
+    masked: list = ()  # indices of the images with a mask
+    subjects: np.ndarray = None  # [masked, d], embeddings of their subjects alone; see Subjects
 
     def is_of(self, adapter):
         """Whether `adapter`, as `describe` returns it, is known to have been trained on these images."""
@@ -104,6 +115,14 @@ class ImageSet:
     def embeddings(self):
         """Embeddings [n, d] by the encoder of similarities."""
         return self.encoder.embed(self.images)
+
+    @functools.cached_property
+    def looks(self):
+        """(whether it is one flat colour, SHA-256 of its pixels) of each image."""
+        return [
+            (all(low == high for low, high in image.getextrema()), hashlib.sha256(image.tobytes()).hexdigest())
+            for image in self.images
+        ]
 
     @functools.cached_property
     def clip_embeddings(self):
@@ -179,6 +198,9 @@ def load_scorers(config, prompts, runs, device):
     scorers.training = TrainingSet(names, Images(rows), tuple(hashes), *embeddings, rows.sizes, str(data_dir))
     if scorers.clip and scorers.clip is not scorers.encoder:
         scorers.training.clip_embeddings, _ = cached_training_embeddings(rows, scorers.clip)
+    if masked := [index for index in range(len(rows)) if rows.has_mask(index)]:
+        scorers.training.masked = masked
+        scorers.training.subjects, _ = cached_training_embeddings(rows, scorers.encoder, masked)
     return scorers
 
 
@@ -197,16 +219,25 @@ def training_resolution(config, runs):
 
 
 def training_notes(runs, training):
-    """A sentence for each reason why the TrainingSet, or None, is not what adapters were trained on, naming them."""
-    names = {}
+    """A sentence for each reason why the TrainingSet, or None, is not what adapters were trained on, naming them, and for
+    those whose held-out images are unknown."""
+    names, unknown = {}, []
     for run in runs if training else ():
         if reason := training.not_of(run.adapter):
             names.setdefault(reason, []).append(run.name)
-    return [
-        f"{', '.join(of_reason)}: {reason}. “Training images” here are those in {training.data_dir}; whether it copies "
-        "its own is not judged."
+        elif not run.adapter.get("training"):
+            unknown.append(run.name)
+    notes = [
+        f"{', '.join(of_reason)}: {reason}. “Training images” here are those in {training.data_dir}; whether it learned "
+        "or copies its own is not judged."
         for reason, of_reason in names.items()
     ]
+    if unknown:
+        notes.append(
+            f"{', '.join(unknown)}: without its config.json it is unknown which images in {training.data_dir} were held "
+            "out; all of them count as trained on."
+        )
+    return notes
 
 
 def scores_of(images, adapter):
@@ -228,37 +259,57 @@ def scores_of(images, adapter):
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def score(run, prompts, seeds, base, embedded=True):
-    """Fill `run.rows` (a dict an image, base and LoRA of each prompt and seed in turn), `run.pairs` and, if
-    `embedded`, `run.embeddings`. `base` is the ImageSet of the base images, which runs may share."""
-    lora = replace(base, images=run.lora, base=run.base, known={})
+def score_runs(runs, prompts, seeds, scorers):
+    """Scores every run and, where it was generated at several points, each of them, in `sweep`: {Point: Run}. Returns the
+    LPIPS between the base images of each prompt, [prompts, seeds, seeds].
+
+    Fills `rows` (a dict an image, base and LoRA of each prompt and seed in turn), `pairs`, `looks` and, of the runs
+    themselves, `embeddings`. A few prompts are scored at a time, so that few images are in memory; base images that
+    runs share are read and scored once.
+    """
+    families, base_pairs = [], []  # each run with its other points
+    for run in runs:
+        others = {point: images for point, images in sorted(run.points.items()) if not run.is_own(point)}
+        parts = {p: Run(f"{run.name}, {p}", None, run.adapter, run.base, images) for p, images in others.items()}
+        run.sweep = {point: parts.get(point, run) for point in sorted(run.points)}
+        families.append((run, *parts.values()))
+    scored = [part for family in families for part in family]
+    for part in scored:
+        part.rows, part.pairs, part.looks, part.embeddings = [], [], dict(base=[], lora=[]), {}
+    chunk = max(1, AT_ONCE // len(seeds))
+    for start in tqdm(range(0, len(prompts), chunk), desc="scores", leave=False, disable=len(prompts) <= chunk):
+        some, span = prompts[start : start + chunk], slice(start * len(seeds), (start + chunk) * len(seeds))
+        texts = [prompt for _, prompt in some for _ in seeds]
+        for family in families:
+            if family[0].base is not runs[0].base or family is families[0]:
+                models = scorers.clip, scorers.encoder, scorers.training
+                base = ImageSet(list(family[0].base[span]), texts, scorers.device, *models)
+            if family is families[0]:
+                base_pairs.append(prompt_pairs(base.images, len(seeds), scorers.device))
+            for part in family:
+                score(part, some, seeds, base, list(part.lora[span]), embedded=part is family[0])
+    for part in scored:
+        part.pairs = np.concatenate(part.pairs)
+        part.embeddings = {name: np.concatenate(values) for name, values in part.embeddings.items()} or None
+    return np.concatenate(base_pairs)
+
+
+def score(run, prompts, seeds, base, images, embedded):
+    """Appends the scores of a few prompts to those of `run`; see `score_runs`. `base` is the ImageSet of their base
+    images, `images` are the adapter's."""
+    lora = replace(base, images=images, base=base.images, known={})
     jobs = [(category, prompt, seed) for category, prompt in prompts for seed in seeds]
-    run.rows = []
     for job, *models in zip(jobs, scores_of(base, run.adapter), scores_of(lora, run.adapter), strict=True):
         category, prompt, seed = job
         for model, columns in zip(("base", "lora"), models, strict=True):
             run.rows.append(dict(prompt=prompt, category=category, seed=seed, model=model) | columns)
-    run.pairs = prompt_pairs(run.lora, len(seeds), base.device)
+    run.pairs.append(prompt_pairs(images, len(seeds), base.device))
+    for model, of_model in run.looks.items():
+        of_model += dict(base=base, lora=lora)[model].looks
     if base.training and embedded:
-        mirrored = base.encoder.embed([ImageOps.mirror(image) for image in run.lora])
-        embeddings = dict(base=base.embeddings, lora=lora.embeddings, lora_mirrored=mirrored)
-        run.embeddings = {name: values.reshape(len(prompts), len(seeds), -1) for name, values in embeddings.items()}
-
-
-def score_runs(runs, prompts, seeds, scorers):
-    """Score every run and, where it was generated at several points, each of them, in `sweep`: {Point: Run}."""
-    texts = [prompt for _, prompt in prompts for _ in seeds]
-    for run in tqdm(runs, desc="scores", unit="run", leave=False, disable=len(runs) == 1):
-        if run.base is not runs[0].base or run is runs[0]:  # shared base images are scored once
-            models = scorers.clip, scorers.encoder, scorers.training
-            base = ImageSet(run.base, texts, scorers.device, *models)
-        score(run, prompts, seeds, base)
-        for point, images in sorted(run.points.items()):
-            if run.is_own(point):
-                run.sweep[point] = run
-                continue
-            run.sweep[point] = part = Run(f"{run.name}, {point}", None, run.adapter, run.base, images)
-            score(part, prompts, seeds, base, embedded=False)
+        mirrored = base.encoder.embed([ImageOps.mirror(image) for image in images])
+        for name, values in dict(base=base.embeddings, lora=lora.embeddings, lora_mirrored=mirrored).items():
+            run.embeddings.setdefault(name, []).append(values.reshape(len(prompts), len(seeds), -1))
 
 
 def shape_warnings(runs, training):
@@ -285,16 +336,15 @@ def image_warnings(runs, prompts, seeds):
     jobs = [(prompt, seed) for _, prompt in prompts for seed in seeds]
     warnings, owners = [], {}
     for index, run in enumerate(runs):
-        kinds = [("LoRA", run.lora)] + ([("base", run.base)] if index == 0 else [])
-        for kind, images in kinds:
-            for (prompt, seed), image in zip(jobs, images, strict=True):
-                if all(low == high for low, high in image.convert("RGB").getextrema()):
+        for kind, name in (("lora", "LoRA"), *([("base", "base")] if index == 0 else [])):
+            for (prompt, seed), (flat, _) in zip(jobs, run.looks[kind], strict=True):
+                if flat:
                     warnings.append(
-                        f"{run.name}: the {kind} image of “{prompt}”, seed {seed}, is one flat "
+                        f"{run.name}: the {name} image of “{prompt}”, seed {seed}, is one flat "
                         "colour: NaN in half precision or a broken model?"
                     )
-        for (prompt, seed), image in zip(jobs, run.lora, strict=True):
-            key = (prompt, seed, hashlib.sha256(image.tobytes()).hexdigest())
+        for (prompt, seed), (_, digest) in zip(jobs, run.looks["lora"], strict=True):
+            key = (prompt, seed, digest)
             if key in owners:
                 warnings.append(
                     f"{owners[key]} and {run.name} have the same image of “{prompt}”, seed "

@@ -1,8 +1,8 @@
 """Similarity of images to the training images, by the embeddings of an image encoder.
 
 An encoder is CLIP's image encoder (clip_scores.py) or DINOv2 (dinov2.py). Both have `embed(images)`, which returns
-embeddings of unit length, float32 [n, width]; `width`; `digest`, the SHA-256 of its files; and `model`, whose device is
-part of a cache's key.
+embeddings of unit length, float32 [n, width]; `width`; `digest`, the SHA-256 of its files; `image_processor`; and
+`model`, whose device is part of a cache's key.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from lib.cache import write_cached
@@ -91,24 +91,46 @@ def training_embeddings(images, encoder, at_once=32):
     return tuple(embeddings)
 
 
-def cached_training_embeddings(data, encoder):
-    """`training_embeddings` of a Dataset, cached beside its images. The cache is valid for the same images, the same
-    encoder, the same library versions and the same kind of device."""
+class Subjects:
+    """The masked images of a Dataset as PIL images that show their subject alone: a lazy sequence.
+
+    What lies outside the mask has the encoder's mean colour, which its image processor maps to 0; soft edges are blended.
+    """
+
+    def __init__(self, data, masked, encoder):
+        self.data, self.masked = data, masked
+        self.colour = tuple(round(255 * level) for level in encoder.image_processor.image_mean)
+
+    def __len__(self):
+        return len(self.masked)
+
+    def __getitem__(self, place):
+        image = self.data.image(self.masked[place])
+        mask = Image.fromarray(self.data.mask(self.masked[place], image.size).numpy())
+        return Image.composite(image, Image.new("RGB", image.size, self.colour), mask)
+
+
+def cached_training_embeddings(data, encoder, masked=()):
+    """`training_embeddings` of a Dataset or, with `masked`, the indices of images with a mask, of their Subjects; cached
+    beside its images. The cache is valid for the same images and masks, the same encoder, the same library versions and
+    the same kind of device."""
     made_of = [[row.sha256 for row in data], data.resolution, encoder.digest]
     made_of += [version("torch"), version("transformers"), encoder.model.device.type, "whole images"]
+    made_of += [list(masked), data.masks_sha256()] if masked else []
+    images = Subjects(data, masked, encoder) if masked else Images(data)
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-    path = data.folder / KEPT / f"embeddings_{made_of[2][:16]}.npz"
+    path = data.folder / KEPT / f"{'subjects' if masked else 'embeddings'}_{made_of[2][:16]}.npz"
     try:
         with np.load(path, allow_pickle=False) as kept:
             cached = kept["embeddings"], kept["mirrored"]
             shapes = {part.shape for part in cached}
-            if str(kept["key"]) == key and len(shapes) == 1 and cached[0].shape[0] == len(data):
+            if str(kept["key"]) == key and len(shapes) == 1 and cached[0].shape[0] == len(images):
                 return cached
     except FileNotFoundError:
         pass
     except Exception:  # zipfile and NumPy's reader raise almost anything on a damaged file
         print(f"note: {path} is damaged; the training images are embedded again")
-    embeddings, mirrored = training_embeddings(Images(data), encoder)
+    embeddings, mirrored = training_embeddings(images, encoder)
     arrays = dict(embeddings=embeddings, mirrored=mirrored, key=np.array(key))
 
     def write(path):

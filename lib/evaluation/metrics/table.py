@@ -27,10 +27,13 @@ class Question:
     asks: str  # in plain words
     wanted: str  # the answer of a good adapter
     says: dict  # {answer: a sentence}; may hold {concept}, {way}, {pick_up}, {images} and {bound}, see words.py
+    # Of an adapter whose training images are unknown: its name, and what it says; both may hold {data_dir}.
+    of_others: tuple = ("", {})
     category: str = "success"  # whose prompts it is about
-    text: str = ""  # the figures; may hold {interval}, {way}, {margin}, {bound} and {change}, see verdicts.py
+    # The figures; may hold {interval}, {way}, {margin}, {bound}, {change} and {training}, see verdicts.py.
+    text: str = ""
     ends: dict = field(default_factory=dict)  # {answer: what follows `text`}
-    bar: str = ""  # label of its interval as a bar
+    bar: str = ""  # label of its interval as a bar; may hold {training}
     inverted: bool = False  # whether the first claim of Metric.tested makes a no
 
 
@@ -93,6 +96,13 @@ def clip_image_similarity(images, adapter):
     return concept_similarity(images.clip_embeddings, images.training.clip_embeddings)
 
 
+def subject(images, adapter):
+    """Mean cosine of each image to the subjects of the training images alone, where these have masks."""
+    if not images.training or images.training.subjects is None:
+        return None
+    return concept_similarity(images.embeddings, images.training.subjects)
+
+
 def nearest(images, adapter):
     """Highest cosine of each image to one that the adapter was trained on, and that image's name."""
     training = images.training
@@ -121,13 +131,10 @@ def kept(category):
             UNCLEAR: f"Unclear: do {category.plain} pick it up?{{images}}",
         },
         category=category.name,
-        text=f"On {category.noun} the similarity to the training images changed by {{interval}}{{way}} (negligible "
+        text=f"On {category.noun} the similarity to {{training}} changed by {{interval}}{{way}} (negligible "
         "below {margin:g}){change}. ",
-        ends={
-            "no": "The concept bleeds into them.",
-            "yes": "They move toward the training images by less than the margin.",
-        },
-        bar=f"gain in similarity to the training images, {category.plain}",
+        ends={"no": "They move toward these.", "yes": "They move toward these by less than the margin."},
+        bar=f"gain in similarity to {{training}}, {category.plain}",
         inverted=True,
     )
 
@@ -141,7 +148,15 @@ LEARNED = Question(
         "no": "It did not learn {concept}{way}.",
         UNCLEAR: "Unclear: did it learn {concept}?",
     },
-    bar=f"gain in similarity to the training images, {CATEGORIES['success'].plain}",
+    of_others=(
+        "similar to the images in {data_dir}",
+        {
+            "yes": "It generates what the images in {data_dir} show{way}.",
+            "no": "It does not generate what the images in {data_dir} show{way}.",
+            UNCLEAR: "Unclear: does it generate what the images in {data_dir} show?",
+        },
+    ),
+    bar=f"gain in similarity to {{training}}, {CATEGORIES['success'].plain}",
 )
 COLLAPSED = Question(
     name="collapsed",
@@ -212,6 +227,14 @@ METRICS = {
         explained="CLIP image: mean cosine to the training images by CLIP, in place of the encoder of Concept; not judged.",
         kind=DIFFERENCE,
         scorer=clip_image_similarity,
+    ),
+    "subject_similarity": Metric(
+        name="subject similarity",
+        short="Subject",
+        explained="Subject: mean cosine to the subjects of the training images alone, with one colour outside their "
+        "masks; not judged.",
+        kind=DIFFERENCE,
+        scorer=subject,
     ),
     "change": Metric(
         name="change",

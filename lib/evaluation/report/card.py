@@ -4,6 +4,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 from lib.adapter_files.model_card import CARD, code, update_card
+from lib.evaluation.prompts import bounded
 from lib.evaluation.report import words
 from lib.images import webp
 from lib.models import base_model_name
@@ -12,7 +13,8 @@ EXTENT = "<!-- {} prompts, {} sampling seeds -->"  # in the card: the extent of 
 
 
 def update_model_card(run, summary, shown):
-    """Writes the evaluation of `run` into the model card in its adapter's folder, with each prompt's first image.
+    """Writes the evaluation of `run` into the model card in its adapter's folder, with each prompt's first image (of very
+    many prompts, those of `bounded`).
 
     Nothing is written if the images were not generated now. A card with an evaluation of more prompts or sampling
     seeds stays as it is, with a note, unless `overwrite` is set. `shown` as for `run_page`.
@@ -28,7 +30,9 @@ def update_model_card(run, summary, shown):
         )
         return
     files, widget, rows = {}, [], ["| prompt | base model | with the adapter |", "|---|---|---|"]
-    for index, (category, prompt) in enumerate(prompts):
+    chosen = bounded(prompts)
+    for index in chosen:
+        category, prompt = prompts[index]
         names = [f"samples/{index + 1:02}_{kind}.webp" for kind in ("base", "lora")]
         for name, images in zip(names, (run.base, run.lora), strict=True):
             files[name] = images[index * len(seeds)]
@@ -37,9 +41,10 @@ def update_model_card(run, summary, shown):
         rows.append(f"| {code(prompt).replace('|', '/')} ({category}) | {cells} |")
     with ThreadPoolExecutor() as pool:
         files = dict(zip(files, pool.map(webp, files.values()), strict=True))
+    few = f" {len(chosen)} of {len(prompts)} prompts are shown." if len(chosen) < len(prompts) else ""
     settings = (
         f"Seed {seeds[0]} of each prompt, from the same noise in both columns: {config['steps']} steps, guidance "
-        f"{config['guidance_scale']:g}, {config['resolution']} pixels, {base_model_name(config['base_model'])}."
+        f"{config['guidance_scale']:g}, {config['resolution']} pixels, {base_model_name(config['base_model'])}.{few}"
     )
     parts = [
         EXTENT.format(*extent),

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lib.evaluation.choosing import chosen_point
 from lib.evaluation.metrics.table import DIFFERENCE, MEMORISED, METRICS, metric_name
-from lib.evaluation.prompts import CATEGORIES, first_of_each
-from lib.evaluation.report.words import interval_text
+from lib.evaluation.prompts import CATEGORIES, bounded, first_of_each
+from lib.evaluation.report.words import interval_text, training_name
 from lib.images import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
 
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
@@ -106,8 +106,9 @@ def forest_panel(axes, rows, labels, margin=1):
 
 
 def distribution_figure(run, prompts):
-    """The scores of every image, base and LoRA, a row a prompt and a panel a metric."""
-    rows = run.rows
+    """The scores of every image, base and LoRA, a row a prompt and a panel a metric; of very many prompts only those of
+    `bounded`."""
+    rows, all_prompts, prompts = run.rows, prompts, [prompts[index] for index in bounded(prompts)]
     keys = [key for key, metric in METRICS.items() if metric.scorer and metric.shown and rows[1].get(key) is not None]
     figure = Figure(figsize=(9, 1.1 + 0.62 * len(prompts)), dpi=110, layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(keys), sharey=True))
@@ -123,7 +124,8 @@ def distribution_figure(run, prompts):
     labels = [prompt if len(prompt) < 40 else prompt[:38] + "…" for _, prompt in prompts]
     panels[0].set_yticks(range(len(prompts)), labels, fontsize=8)
     panels[0].invert_yaxis()
-    figure.supxlabel("grey: base, red: LoRA; one dot a seed", fontsize=9)
+    left_out = f"; {len(prompts)} of {len(all_prompts)} prompts" if len(prompts) < len(all_prompts) else ""
+    figure.supxlabel(f"grey: base, red: LoRA; one dot a seed{left_out}", fontsize=9)
     return figure
 
 
@@ -265,7 +267,7 @@ def rows_of(summary):
                         question=question.name,
                         scale=key,
                         band=(metric.unchanged - margins[key], metric.unchanged + above),
-                        label=question.bar,
+                        label=question.bar.format(training=training_name(summary)),
                         text=interval_text(interval, metric.signed),
                         **ends(interval),
                     )

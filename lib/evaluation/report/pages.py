@@ -6,8 +6,9 @@
 
 import base64
 import io
+import itertools
 import json
-from concurrent.futures import ThreadPoolExecutor
+import os
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -15,6 +16,7 @@ from urllib.parse import quote
 import jinja2
 from PIL import Image
 
+from lib.cache import prefetch
 from lib.evaluation.choosing import chosen_point, grid_table
 from lib.evaluation.metrics.table import DIFFERENCE, METRICS, questions
 from lib.evaluation.prompts import CATEGORIES, first_of_each, slugs
@@ -42,9 +44,11 @@ EMBEDDED = 240  # images within a page; further ones are linked, so that a page 
 
 
 def sources(images, links, side=512):
-    """The sources of <img> elements: data: URIs of the first EMBEDDED images, relative links to the files of the rest."""
-    with ThreadPoolExecutor() as pool:  # encoding takes most of a page's time
-        embedded = list(pool.map(lambda image: image_uri(image, side), images[:EMBEDDED]))
+    """The sources of <img> elements: data: URIs of the first EMBEDDED images, relative links to the files of the rest.
+    No more `images` are taken from the iterator, and few are in memory at once."""
+    few = itertools.islice(images, EMBEDDED)
+    # In threads: encoding takes most of a page's time.
+    embedded = list(prefetch(lambda image: image_uri(image, side), few, min(16, 4 + (os.cpu_count() or 1))))
     return embedded + [quote(link) for link in links[EMBEDDED:]]
 
 
@@ -70,14 +74,15 @@ def kind(question, answer):
 
 
 def judged(summaries, concept):
-    """[(question, each experiment's verdict)], for a page extended by the experiment's `name`, `kind`, `sentence` and
-    `bar` (its interval, or None); `summaries` is {experiment: summary}."""
+    """[(question, each experiment's verdict)], for a page extended by the experiment's `name`, `label`, `kind`, `sentence`
+    and `bar` (its interval, or None); `summaries` is {experiment: summary}."""
     bars = verdict_bars(summaries)
     by_question = {}
     for name, summary in summaries.items():
         for v in summary["verdicts"]:
             more = dict(
                 name=name,
+                label=words.question_label(v["question"], summary),
                 kind=kind(v["question"], v["answer"]),
                 bar=bars.get(v["question"], {}).get(name),
                 sentence=words.plain_sentence(v, concept, summary),
@@ -125,19 +130,19 @@ def nearest_cards(run, training, limit=12):
     """The training images with the nearest LoRA images, in pairs; only the images shown are read."""
     places = {name: place for place, name in enumerate(training.names)}
     nearest = {}
-    for row, image in zip([r for r in run.rows if r["model"] == "lora"], run.lora, strict=True):
+    for index, row in enumerate(r for r in run.rows if r["model"] == "lora"):
         known = nearest.get(row["nearest_picture"])
         if known is None or row["nearest_similarity"] > known[0]["nearest_similarity"]:
-            nearest[row["nearest_picture"]] = (row, image)
+            nearest[row["nearest_picture"]] = (row, index)
     best = sorted(nearest.values(), key=lambda pair: -pair[0]["nearest_similarity"])[:limit]
     return [
         dict(
             name=row["nearest_picture"],
-            lora=image_uri(image, 192),
+            lora=image_uri(run.lora[index], 192),
             training=image_uri(training.pictures[places[row["nearest_picture"]]], 192),
             caption=f"cosine {row['nearest_similarity']:.3f} · {row['prompt']}, seed {row['seed']}",
         )
-        for row, image in best
+        for row, index in best
     ]
 
 
@@ -147,7 +152,7 @@ def pair_rows(run, shown):
     links = [
         f"images/{slug}/{kind}_{seed}.png" for slug in slugs(prompts) for seed in seeds for kind in ("base", "lora")
     ]
-    uris = iter(sources([image for pair in zip(run.base, run.lora, strict=True) for image in pair], links))
+    uris = iter(sources((image for pair in zip(run.base, run.lora, strict=True) for image in pair), links))
     return [
         dict(
             category=category,
@@ -184,7 +189,7 @@ def sheet_rows(columns, shown, wanted):
     jobs = [(column, index, place) for index, places in wanted.items() for column in columns for place in places]
     uris = iter(
         sources(
-            [column.images[index * len(seeds) + place] for column, index, place in jobs],
+            (column.images[index * len(seeds) + place] for column, index, place in jobs),
             [f"{c.folder}/{names[index]}/{c.kind}_{seeds[place]}.png" for c, index, place in jobs],
         )
     )
@@ -238,6 +243,7 @@ def run_page(run, summary, shown):
         verdicts=verdicts,
         opening=opening,
         similarity=similarity,
+        training=words.training_name(summary),
         shares=any("%])" in row["sentence"] for row in opening),
         warnings=shown["warnings"],
         no_verdicts=words.NO_VERDICTS,
@@ -323,7 +329,7 @@ def strips(run, shown, chosen):
             columns.append((point, str(point), "lora" if run.is_own(point) else point.file_stem, images))
     uris = iter(
         sources(
-            [images[index * len(seeds)] for index in range(len(prompts)) for *_, images in columns],
+            (images[index * len(seeds)] for index in range(len(prompts)) for *_, images in columns),
             [f"images/{slug}/{stem}_{seeds[0]}.png" for slug in slugs(prompts) for _, _, stem, _ in columns],
             side=256,
         )

@@ -77,16 +77,30 @@ def plain_sentence(verdict, concept, summary=None):
     training images, how much of the concept other prompts pick up, as a share of the gain of success prompts with its
     interval, whether their images change at all, and which share of images too near to training images cannot be ruled out.
     """
-    question = questions()[verdict["question"]]
+    question, others = questions()[verdict["question"]], (summary or {}).get("similarity")
+    says = question.of_others[1] if others and question.of_others[1] else question.says
     share = summary["categories"].get(question.category, {}).get("concept_share") if summary else None
-    way = f": its images went {share_text(share)} of the way to the training images" if share else ""
-    return question.says[verdict["answer"]].format(
+    goal = "them" if others else "the training images"
+    way = f": its images went {share_text(share)} of the way to {goal}" if share else ""
+    return says[verdict["answer"]].format(
         concept=concept,
+        data_dir=others and others["data_dir"],
         way=way,
         pick_up=pick_up_text(question.category, summary),
         images=images_text(question.category, summary, verdict["answer"] == question.wanted),
         bound=bound_text(summary, verdict["answer"] == question.wanted),
     )
+
+
+def training_name(summary):
+    """“the training images”, or what they are called where those of the adapter are unknown."""
+    return f"the images in {summary['similarity']['data_dir']}" if "similarity" in summary else "the training images"
+
+
+def question_label(name, summary):
+    """What a question is called in a report on one experiment: its name, unless the training images are unknown."""
+    others = summary.get("similarity")
+    return (others and questions()[name].of_others[0].format(**others)) or name
 
 
 def pick_up_text(category, summary):
@@ -326,14 +340,27 @@ def scale_text(scale):
     if scale is None:
         return ""
     if scale["reason"]:
-        return f"No verdict rests on concept similarity: {scale['reason']}."
+        return f"No verdict rests on concept similarity: {scale['reason']}.{subjects_text(scale)}"
     text = f"Training images have a mean similarity of {scale['level']:.3f} to one another"
     if scale["held_out"] is not None:
         text += f", held-out images one of {scale['held_out']:.3f} to them"
     return (
         f"{text}. The base model's images of {scale['category']} prompts have {scale['base']:.3f}. The margin of concept "
         f"similarity, {scale['margin']:g}, is {100 * scale['share']:.3g}% of the way from these to the training images."
+        f"{subjects_text(scale)}"
     )
+
+
+def subjects_text(scale):
+    """How similar training images are to the subjects alone of the others: a sentence after a blank; empty where no
+    masks are known."""
+    subjects = scale.get("subjects")
+    if not subjects:
+        return ""
+    text = f" Training images have a subject similarity of {subjects['level']:.3f} to one another"
+    if subjects["held_out"] is not None:
+        text += f", held-out images one of {subjects['held_out']:.3f} to them"
+    return f"{text} ({subjects['images']} have a mask)."
 
 
 def sweep_table(rows):
@@ -391,7 +418,9 @@ def markdown_table(rows):
 
 def verdict_text(summary):
     """The verdicts of one run or experiment as a Markdown list."""
-    lines = [f"- **{v['question']}: {v['answer']}.** {v['text']}" for v in summary["verdicts"]] or [NO_VERDICTS]
+    lines = [
+        f"- **{question_label(v['question'], summary)}: {v['answer']}.** {v['text']}" for v in summary["verdicts"]
+    ] or [NO_VERDICTS]
     if similarity := summary.get("similarity"):
         lines += [""] * (lines == [NO_VERDICTS]) + [f"- **{similarity_title(similarity)}.** {similarity['text']}"]
     return "\n".join(lines)
