@@ -24,6 +24,7 @@ from lib import values
 from lib.config import check_resolution, parse_config
 from lib.errors import UserError, memory_for, run_script
 from lib.imports import quick_imports
+from lib.play.asked import MOST_GUIDANCE, MOST_SEEDS, MOST_STEPS
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # see inference.py
 
@@ -55,9 +56,9 @@ VALUES = (
     (values.TEXT, "lora_dir base_model prompt output_dir host"),
     (values.or_none(values.TEXT), "second_lora_dir revision"),
     (values.SIZE, "resolution"),
-    (values.whole(1, 8), "seeds"),  # as many as the page accepts (lib/play/asked.py), also below
-    (values.whole(1, 150), "steps"),
-    (values.number(0, 30), "guidance_scale"),
+    (values.whole(1, MOST_SEEDS), "seeds"),
+    (values.whole(1, MOST_STEPS), "steps"),
+    (values.number(0, MOST_GUIDANCE), "guidance_scale"),
     (values.whole(0, 2**62), "seed"),
     (values.whole(0), "batch_size"),
     (values.whole(0, 65535), "port"),

@@ -66,7 +66,9 @@ class Browser:
         page = Page(self, self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
         page.call("Network.enable")
         page.call("Runtime.enable")
-        page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 760)
+        page.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 760
+        )
         scheme = dict(name="prefers-color-scheme", value="dark" if dark else "light")
         page.call("Emulation.setEmulatedMedia", features=[scheme])
         page.call("Page.navigate", url=url)
@@ -101,4 +103,6 @@ class Page:
     def seen(self, method):
         """The parameters of the events of one kind that have arrived from this page."""
         self.run("1")
-        return [e["params"] for e in self.browser.events if e.get("sessionId") == self.session and e["method"] == method]
+        return [
+            e["params"] for e in self.browser.events if e.get("sessionId") == self.session and e["method"] == method
+        ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lib.errors import UserError
 
+# What a page may ask for, and play.py's options.
 MOST_SEEDS = 8
 MOST_STEPS = 150
 MOST_GUIDANCE = 30

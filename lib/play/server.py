@@ -32,6 +32,7 @@ TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 # The browser itself refuses everything that does not come from this server.
 POLICY = "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; connect-src 'self'; "
 POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+STREAM = "application/x-ndjson"
 LONGEST = 64 * 1024  # bytes of a request
 
 
@@ -81,7 +82,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout = 60  # seconds for a client to send its request
 
     def do_GET(self):
-        path = urlsplit(self.path).path
+        path = self.path.partition("?")[0]
         if not self.is_welcome():
             self.refuse(403)
         elif path in FILES:
@@ -95,7 +96,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(404)
 
     def do_POST(self):
-        path = urlsplit(self.path).path
+        path = self.path.partition("?")[0]
         if not self.is_welcome() or self.headers.get_content_type() != "application/json":
             self.refuse(403)  # another site's page can send a form, but no JSON
         elif path not in ("/generate", "/save"):
@@ -103,7 +104,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             length = self.headers.get("Content-Length", "")
             body = self.rfile.read(int(length)) if length.isdecimal() and int(length) <= LONGEST else b""
-            self.stream(lambda say: self.work(body, path == "/save", say))
+            try:
+                asked = read_request(body)
+            except UserError as problem:  # said at once, not after the wait for a turn
+                self.answer(json.dumps(dict(error=str(problem))).encode() + b"\n", STREAM)
+            else:
+                self.stream(lambda say: self.work(asked, path == "/save", say))
 
     def is_welcome(self):
         """Whether a request comes from this server's own page, under an address of this machine: neither from a page of
@@ -128,10 +134,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         state = {key: config[key] for key in keys} | dict(seeds=seeds, adapters=adapters, problem=problem)
         return json.dumps(state | dict(second_adapter=second, base_model=config["base_model"])).encode()
 
-    def work(self, body, saving, say):
-        """Generates what `body` asks for; then saves it, if that is asked."""
+    def work(self, asked, saving, say):
+        """Generates what a page has asked for; then saves it, if that is asked too."""
         studio = self.server.studio
-        asked = read_request(body)
         sheet, loaded = studio.generate(asked, say)
         if saving:
             say(saved=str(save(asked, sheet, loaded, self.server.config, studio.device)))
@@ -162,7 +167,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def stream(self, work):
         """Queues `work` and sends its events, a JSON object a line, as they come. If the page leaves, or asks for
         something else, the work is cancelled."""
-        self.begin(200, "application/x-ndjson")
+        self.begin(200, STREAM)
         self.end_headers()
         job, waited = self.server.turns.submit(work), None
         try:

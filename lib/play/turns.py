@@ -43,7 +43,7 @@ class Job:
 
 
 class Turns:
-    """The queue of requests. `run` works it off; `submit` and `waits_for` may be called from any thread."""
+    """The queue of requests. `run` works it off; the other methods may be called from any thread."""
 
     def __init__(self):
         self.arrived, self.jobs, self.lock = queue.SimpleQueue(), [], threading.Lock()
@@ -67,12 +67,18 @@ class Turns:
         return f"Waiting for another page’s images ({before[0].status}){others}"
 
     def run(self):
-        """Run jobs as they arrive, for ever, in the calling thread."""
+        """Run jobs as they arrive, in the calling thread, until `stop`."""
         while True:
             with contextlib.suppress(queue.Empty):
                 job = self.arrived.get(timeout=1)  # without a timeout, Ctrl-C would not interrupt it on Windows
+                if job is None:
+                    return
                 try:
                     job.run()
                 finally:
                     with self.lock:
                         self.jobs.remove(job)
+
+    def stop(self):
+        """End `run` after the jobs that have arrived."""
+        self.arrived.put(None)
