@@ -35,7 +35,7 @@ CONFIG = dict(
     base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",  # a hub id, a local folder, or one .safetensors file
     revision=None,  # a commit of the hub repository; None: its newest
     # what the page shows at first
-    prompt="a holographic raincoat",
+    prompt="a holographic raincoat",  # what the images show
     seed=42,  # of the first image; the others count up from it
     seeds=1,  # images of each model
     steps=28,  # denoising steps of an image
