@@ -99,6 +99,7 @@ PATHS = (
     "prompts",
     "protected_prompts",
     "score_dir",
+    "second_lora_dir",
     "similarity_model",
     "work_dir",
 )

@@ -209,7 +209,7 @@ def preload():
     training in a fork takes 0.9 s of CPU time, without this 1.5."""
     for module in pkgutil.walk_packages(lib.__path__, "lib."):
         importlib.import_module(module.name)
-    for name in ("preprocess", "train", "inference", "study", "matplotlib.pyplot", "wandb"):
+    for name in ("preprocess", "train", "inference", "play", "study", "matplotlib.pyplot", "wandb"):
         importlib.import_module(name)
     gc.freeze()  # a collection in a fork would copy all that it looks through
 

@@ -8,7 +8,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {"preprocess", "train", "inference", "study"} | {path.stem for path in ROOT.glob("train_experiment_*.py")}
+SCRIPTS = {"preprocess", "train", "inference", "play", "study"} | {
+    path.stem for path in ROOT.glob("train_experiment_*.py")
+}
 LONGEST_FILE, LONGEST_SCRIPT, LONGEST_FUNCTION = 500, 500, 80
 # These read from top to bottom: the training loop, and one without optimisations.
 LONG_FUNCTIONS = {"train.py:train": 160, "tests/plain_loop.py:plain_loop": 90}
@@ -137,6 +139,7 @@ HEAVY = ("torch", "diffusers", "transformers", "bitsandbytes", "matplotlib", "wa
     [
         ("train", ["--data-dir", "/nowhere"]),
         ("inference", ["--lora-dir", "/nowhere"]),
+        ("play", ["--lora-dir", "/nowhere"]),
         ("preprocess", ["--data-dir", "/nowhere"]),
     ],
 )

@@ -177,11 +177,12 @@ def generate(pipeline, jobs, **settings):
 
 
 @torch.no_grad()
-def generated(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title, advice=None):
+def generated(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, title, advice=None, on_step=None):
     """Yields an image for each (prompt, seed) of `jobs`, as PIL images in that order, batch by batch.
 
     The starting noise comes from a CPU generator with the image's own seed: it depends neither on the device nor on
-    the batch. `title` names the progress bar; `advice` is for a GPU whose memory is too small.
+    the batch. `title` names the progress bar, None shows none; `advice` is for a GPU whose memory is too small.
+    `on_step(n)` is called after n of the len(jobs) * steps steps; an error that it raises ends the generation.
     """
     arriving = deque()
     width, height = image_size(resolution)
@@ -189,17 +190,20 @@ def generated(pipeline, jobs, *, steps, guidance_scale, resolution, batch_size, 
     guided, throttle = guidance_scale > 1, Throttle(pipeline.device, AHEAD)
     with (
         generation_memory(batch_size, resolution, advice),
-        tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False) as bar,
+        tqdm(total=len(jobs) * steps, desc=title, unit="step", leave=False, disable=title is None) as bar,
     ):
         texts = text_states(pipeline, [prompt for prompt, _ in jobs], batch_size, guided)
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for _, seed in batch]
-            finished = min(start + batch_size, len(jobs)) * steps
+            before, count = start * steps, len(batch)
 
-            def progress(pipeline, step, timestep, tensors, finished=finished):
+            def progress(pipeline, step, timestep, tensors, before=before, count=count):
                 throttle.step()
-                bar.update(min(batch_size, finished - bar.n))  # PNDM calls once more than there are steps
+                done = before + min(step + 1, steps) * count  # PNDM calls once more than there are steps
+                bar.update(done - bar.n)
+                if on_step:
+                    on_step(done)
                 return {}
 
             with_prompt, without = zip(*(texts[prompt] for prompt, _ in batch), strict=True)

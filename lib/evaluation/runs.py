@@ -40,15 +40,8 @@ def plan_runs(config, device):
     for name, adapter in read_adapters(places):
         run = Run(name, targets[name], describe(adapter), [], [], folder=adapter.path)
         plan.append((run, with_snapshots(run, adapter) if config["snapshots"] else {None: adapter}))
-        trained_on = adapter.metadata.get("base_model")
-        if trained_on and base_model_name(trained_on) != base_model_name(config["base_model"]):
-            print(f"note: {name} was trained on {trained_on}; its images are generated with {config['base_model']}")
-        clip_skip = adapter.metadata.get("clip_skip", "1")
-        if clip_skip not in ("0", "1"):
-            print(
-                f"note: {name} was trained with clip skip {clip_skip}; here the text encoder's last layer is used, so its "
-                "effect may differ from that in programs with this setting"
-            )
+        for note in adapter_notes(name, adapter, config["base_model"]):
+            print(f"note: {note}")
     check_fingerprints(
         [
             (f"{run.name}, step {step}" if step else run.name, adapters.fingerprint(adapter))
@@ -60,6 +53,21 @@ def plan_runs(config, device):
     if device.type == "cpu":
         print("no CUDA GPU found: generating on the CPU, in fp32")
     return plan
+
+
+def adapter_notes(name, adapter, base_model):
+    """Sentences on what may make an adapter's images differ from its author's: another base model or clip skip."""
+    notes = []
+    trained_on = adapter.metadata.get("base_model")
+    if trained_on and base_model_name(trained_on) != base_model_name(base_model):
+        notes.append(f"{name} was trained on {trained_on}; its images are generated with {base_model}")
+    clip_skip = adapter.metadata.get("clip_skip", "1")
+    if clip_skip not in ("0", "1"):
+        notes.append(
+            f"{name} was trained with clip skip {clip_skip}; here the text encoder's last layer is used, so its "
+            "effect may differ from that in programs with this setting"
+        )
+    return notes
 
 
 def read_adapters(places):
