@@ -300,7 +300,7 @@ def prepare_pipeline(config, plan, folder, prompts, device):
             if len(plan) == 1:
                 raise
             print(f"note: {run.name} is skipped: {problem}")
-    if not fitting:
+    if plan and not fitting:
         raise UserError(
             f"{config['lora_dir']}: none of its {len(plan)} adapters can be used with {config['base_model']}; see the "
             "notes above"
