@@ -211,9 +211,7 @@ def evaluate(config):
             results.begin_runs(plan, config, prompts, seeds, made_with | dict(base_folder=str(folder)))
             generate_runs(config, plan, pipeline, prompts, seeds)
             del pipeline  # its memory is the scorers' now
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(device)
         times.append(time.monotonic())
 
         # Score, while overviews are drawn and images copied in threads.
@@ -235,6 +233,15 @@ def evaluate(config):
     if generating:
         print_times(times, runs, len(prompts) * len(seeds), device)
     return [run.target for run in runs]
+
+
+def free_memory(device):
+    """Gives unused memory of a GPU back."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def print_notes(config):

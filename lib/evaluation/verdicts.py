@@ -200,9 +200,8 @@ def verdict(question, line, key, total, margin, training):
         change=change,
         training=training,
     )
-    return dict(
-        question=question.name, answer=answer, text=text + (question.ends.get(answer) or line.deciding_text(margin))
-    )
+    end = question.ends.get(answer, "").format(training=training) or line.deciding_text(margin)
+    return dict(question=question.name, answer=answer, text=text + end)
 
 
 def learned(concept, clip, success, margins, training):

@@ -32,7 +32,7 @@ class Question:
     category: str = "success"  # whose prompts it is about
     # The figures; may hold {interval}, {way}, {margin}, {bound}, {change} and {training}, see verdicts.py.
     text: str = ""
-    ends: dict = field(default_factory=dict)  # {answer: what follows `text`}
+    ends: dict = field(default_factory=dict)  # {answer: what follows `text`}; may hold {training}
     bar: str = ""  # label of its interval as a bar; may hold {training}
     inverted: bool = False  # whether the first claim of Metric.tested makes a no
 
@@ -133,7 +133,7 @@ def kept(category):
         category=category.name,
         text=f"On {category.noun} the similarity to {{training}} changed by {{interval}}{{way}} (negligible "
         "below {margin:g}){change}. ",
-        ends={"no": "They move toward these.", "yes": "They move toward these by less than the margin."},
+        ends={"no": "They move toward {training}.", "yes": "They move toward {training} by less than the margin."},
         bar=f"gain in similarity to {{training}}, {category.plain}",
         inverted=True,
     )
