@@ -33,7 +33,7 @@ TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 POLICY = "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; connect-src 'self'; "
 POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 STREAM = "application/x-ndjson"
-LONGEST = 64 * 1024  # bytes of a request
+MOST_READ = 2**20  # bytes of a request; a page sends a few thousand
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -62,7 +62,7 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://{host}:{self.server_port}/"
 
     def serve(self, studio):
-        """Answers until an interrupt. Requests are read in threads; the calling thread generates."""
+        """Answers until an interrupt, or until `turns.stop`. Requests are read in threads; the calling thread generates."""
         self.studio = studio
         threading.Thread(target=self.serve_forever, daemon=True).start()
         try:
@@ -96,14 +96,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(404)
 
     def do_POST(self):
-        path = self.path.partition("?")[0]
+        path, length = self.path.partition("?")[0], self.headers.get("Content-Length", "")
+        length = int(length) if length.isdecimal() else 0
+        body = self.rfile.read(
+            min(length, MOST_READ)
+        )  # even if it is refused: what is unread would reset the connection
         if not self.is_welcome() or self.headers.get_content_type() != "application/json":
             self.refuse(403)  # another site's page can send a form, but no JSON
         elif path not in ("/generate", "/save"):
             self.refuse(404)
         else:
-            length = self.headers.get("Content-Length", "")
-            body = self.rfile.read(int(length)) if length.isdecimal() and int(length) <= LONGEST else b""
             try:
                 asked = read_request(body)
             except UserError as problem:  # said at once, not after the wait for a turn
