@@ -100,7 +100,7 @@ def idle_layers(rows):
 def kohya_header(config, data, width, prediction_type, thumbnail=None):
     """The header of kohya's file: a dict of strings.
 
-    `config` is train.py's, `data` the data set's entry in config.json, `width` the width of the text encoder's states
+    `config` is train.py's, and the `steps` trained if they are not max_steps; `data` is the data set's entry in config.json, `width` the width of the text encoder's states
     (1024: version 2; any other, including the miniature's: version 1), `prediction_type` the scheduler's, `thumbnail`
     a PIL image or None. A base model in a local folder is named by that folder's name only. No image is named.
     """
@@ -111,6 +111,7 @@ def kohya_header(config, data, width, prediction_type, thumbnail=None):
     architecture = "stable-diffusion-v1"
     if second:
         architecture = "stable-diffusion-v2-" + ("768-v" if prediction_type == "v_prediction" else "512")
+    steps = config.get("steps", config["max_steps"])
     images, per_step = sum(captions.values()), config["batch_size"] * config["gradient_accumulation_steps"]
     header = {
         "ss_network_module": "networks.lora",
@@ -122,9 +123,9 @@ def kohya_header(config, data, width, prediction_type, thumbnail=None):
         "ss_output_name": config["run_name"],
         "ss_tag_frequency": json.dumps({config["run_name"]: captions}, ensure_ascii=False),
         "ss_num_train_images": images,
-        "ss_steps": config["max_steps"],
+        "ss_steps": steps,
         "ss_max_train_steps": config["max_steps"],
-        "ss_num_epochs": -(-config["max_steps"] * per_step // images),
+        "ss_num_epochs": -(-steps * per_step // images),
         "ss_batch_size_per_device": config["batch_size"],
         "ss_gradient_accumulation_steps": config["gradient_accumulation_steps"],
         "ss_gradient_checkpointing": config["gradient_checkpointing"],
