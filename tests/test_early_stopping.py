@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, assert_one_line, call, make_processed, options
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from training_runs import NAME, assert_equal_runs, succeeded, training, training_in_two
@@ -16,28 +17,27 @@ from training_runs import NAME, assert_equal_runs, succeeded, training, training
 import train
 from lib import adapter_files
 from lib.adapter_files import WEIGHTS
-from lib.evaluation import runs
+from lib.evaluation import generation, runs
 from lib.files import unfinished
 from lib.training import checkpoints, run_folder
 from lib.training.early_stopping import LOOKS, MARGIN, EarlyStopping
 from lib.training.journal import Journal
 
-# A look after each step.
-STEPS = LOOKS
+STEPS = 10  # fewer than LOOKS: each one is a look
 STOPPING = TINY_RUN | dict(
     max_steps=STEPS,
     warmup_steps=0,
-    log_every=3,
+    log_every=4,
     checkpoint_every=4,
     validate_every=5,
     validation_count=3,
-    snapshot_every=5,
-    preview_every=STEPS,
+    snapshot_every=3,
+    preview_every=STEPS,  # at the start and at the end
     preview_prompts="a cat",
     report_to="none",
     stop_early=True,
 )
-ENDS = 10  # with `falling`
+ENDS = 6  # with `falling`
 
 
 def ending(max_steps=STEPS, warmup_steps=0):
@@ -45,7 +45,7 @@ def ending(max_steps=STEPS, warmup_steps=0):
     return EarlyStopping(config, train.learning_rate_factor)
 
 
-def falling(share, tau=0.35):
+def falling(share, tau=0.2):
     """Losses of three images that fall exponentially with the share of the learning rate that is behind."""
     return [0.4 - 0.1 * size * (1 - np.exp(-share / tau)) for size in (0.8, 1.0, 1.3)]
 
@@ -108,6 +108,18 @@ def test_images_that_disagree_are_trained_on():
     assert rule.last_step(one_gains) > last
 
 
+@pytest.mark.parametrize(
+    ("gained", "passes"),
+    [([0.05] * 3, True), ([0.07] * 3, False), ([0, 0, 0.09], False), ([0.02, 0.03, 0.04], True), ([-0.1] * 3, True)],
+)
+def test_a_look_passes_if_less_than_a_tenth_was_gained_with_confidence(gained, passes):
+    """Of a fall of 0.6 so far; the stretch before step 600 begins at step 500."""
+    rule = ending(800, 50)
+    assert rule.shares[550] > 2 * rule.shares[600] - 1 >= rule.shares[500]
+    now = np.full(3, 0.4)
+    assert rule.passes({0: now + 0.6, 500: now + gained, 550: now + 9, 600: now}, 600) == passes
+
+
 def test_other_rows_of_the_log_do_not_count():
     rule = ending(800, 50)
     log = rows(falling, rule)
@@ -126,7 +138,8 @@ def common(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def losses():
-    """Lets runs log other held-out losses (those of a tiny model hardly fall), and sends them `at` = {step: signal}."""
+    """Lets runs log other held-out losses (those of a tiny model hardly fall) and show blank previews, and sends them
+    `at` = {step: signal}."""
     record, given = Journal.record, SimpleNamespace(at={}, of=falling)
 
     def replaced(self, **row):
@@ -139,6 +152,8 @@ def losses():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Journal, "record", replaced)
+        blank = Image.new("RGB", (64, 64))
+        patch.setattr(generation, "preview_generator", lambda *others: lambda title: [blank])
         yield given
 
 
@@ -156,7 +171,7 @@ def stopped(common, losses, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(common, losses, tmp_path_factory):
     """The same without the option."""
-    return trained(tmp_path_factory.mktemp("whole"), common, stop_early=False, snapshot_every=ENDS)
+    return trained(tmp_path_factory.mktemp("whole"), common, stop_early=False, snapshot_every=ENDS, preview_every=0)
 
 
 def record_of(folder):
@@ -189,12 +204,12 @@ def test_a_stopped_run_says_so(stopped):
     with safe_open(folder / f"{NAME}.safetensors", "pt") as file:
         header = file.metadata()
     assert (header["ss_steps"], header["ss_max_train_steps"]) == (str(ENDS), str(STEPS))
-    assert header["ss_num_epochs"] == "2"  # ten steps of nine images
+    assert header["ss_num_epochs"] == "1"  # six steps of nine images
     card = (folder / "README.md").read_text()
     assert f"| steps | {ENDS}, batch 1; early stopping ended the run of {STEPS} |" in card
-    assert [row["step"] for row in log_of(folder) if "loss" in row] == [3, 6, 9, ENDS]
+    assert [row["step"] for row in log_of(folder) if "loss" in row] == [4, ENDS]
     # The adapter of the last step is the run's own, and the last preview is of it.
-    assert sorted(path.name for path in (folder / "snapshots").iterdir()) == ["step_000005"]
+    assert sorted(path.name for path in (folder / "snapshots").iterdir()) == ["step_000003"]
     assert sorted(path.stem for path in (folder / "previews").iterdir()) == ["step_000000", f"step_{ENDS:06}"]
     assert not checkpoints.listed(folder)
 
@@ -202,8 +217,8 @@ def test_a_stopped_run_says_so(stopped):
 def test_snapshots_of_a_stopped_run_are_evaluated_up_to_its_end(stopped):
     adapter = adapter_files.read_adapter(stopped[0])
     run = SimpleNamespace(adapter=runs.describe(adapter))
-    assert list(runs.with_snapshots(run, adapter)) == [5, ENDS]
-    assert list(run.adapter["held_out_losses"]) == ["0", "5", str(ENDS)]
+    assert list(runs.with_snapshots(run, adapter)) == [3, ENDS]
+    assert list(run.adapter["held_out_losses"]) == ["0", "3", str(ENDS)]
 
 
 def test_a_run_that_never_stops_is_the_same_bit_for_bit(common, losses, whole, tmp_path, monkeypatch):
@@ -219,7 +234,7 @@ def test_a_run_that_never_stops_is_the_same_bit_for_bit(common, losses, whole, t
 def test_an_interrupted_run_ends_at_the_same_step(common, losses, stopped, tmp_path, monkeypatch):
     """Killed before the look that decides, then told to stop in that very step, after which it is not trained on."""
     config = common | dict(output_dir=tmp_path)
-    for step, sent, status, saved in ((9, signal.SIGKILL, -9, 8), (ENDS, signal.SIGTERM, 128 + 15, ENDS)):
+    for step, sent, status, saved in ((5, signal.SIGKILL, -9, 4), (ENDS, signal.SIGTERM, 128 + 15, ENDS)):
         monkeypatch.setattr(losses, "at", {step: sent})
         assert training(tmp_path, config).returncode == status
         assert checkpoints.latest(unfinished(tmp_path / NAME))[1]["step"] == saved
