@@ -78,6 +78,7 @@ CONFIG = dict(
     adam_weight_decay=1e-2,  # each step takes this times the learning rate off the LoRA weights
     max_steps=4000,  # optimizer steps: 125 times 32 images
     warmup_steps=50,  # linear from 0, then a cosine to 0
+    stop_early=False,  # True: end before max_steps, once held-out images show no gain (lib/evaluation/README.md)
     batch_size=1,  # images per process and micro-step
     gradient_accumulation_steps=1,  # micro-steps per optimizer step
     # protection: a text-side adapter that leaves other prompts unchanged (lib/PROTECTION.md)
@@ -147,7 +148,7 @@ VALUES = (
     (values.or_none(values.TEXT), "revision push_to_hub protected_prompts protected_class"),
     (values.several(values.TEXT, 1), "unet_targets text_encoder_targets"),
     (values.several(values.TEXT), "preview_prompts"),
-    (values.FLAG, "truncate_captions dora train_text_encoder gradient_checkpointing resume wandb_pictures"),
+    (values.FLAG, "truncate_captions dora train_text_encoder stop_early gradient_checkpointing resume wandb_pictures"),
     (values.choice("text", "description"), "caption_from"),
     (values.choice("fp16", "bf16", "no"), "mixed_precision"),
     (values.SIZE, "resolution"),
@@ -201,6 +202,7 @@ def train(config):
         from lib.kernels.cpu import computing_with, threads_for
         from lib.models import fetch_base_model
         from lib.training import checkpoints, run_folder, setup
+        from lib.training.early_stopping import EarlyStopping
         from lib.training.journal import Journal
         from lib.training.latents import latent_masks
         from lib.training.micro_step import MicroStep
@@ -238,9 +240,7 @@ def train(config):
         run_folder.note_replaced(target_folder, config, say)
 
     # Data, models, optimizer.
-    train_indices, held_out = setup.divided(
-        config["data_dir"], len(rows), config["validation_count"], config["seed"], say
-    )
+    train_indices, held_out = setup.divided(config, len(rows), say)
     latents = setup.image_latents(base_folder, rows, dtype, accelerator)
     masks = latent_masks(rows, latents, config["mask_weight"])
     if protected:
@@ -266,7 +266,8 @@ def train(config):
     if saved:
         saver.restore(saved)
         say(f"continuing {config['run_name']} after step {progress.step}")
-    first_step = progress.step
+    ending = EarlyStopping(config, learning_rate_factor)
+    first_step, last_step = progress.step, ending.last_step(journal.rows)
 
     def give_up(problem, step, images):
         advice = rollback_advice(saver.go_back(), work_folder) if is_main else ""
@@ -281,16 +282,15 @@ def train(config):
         if is_main:
             scale, probes = config["preview_guidance_scale"], samples.probes(held_out)
             generate = preview_generator(base_folder, models.unet, trained, prompts, scale, rows.sizes, dtype, device)
-            monitor = Monitor(work_folder, config, micro, probes, data, journal, first_step, prompts, generate)
+            monitor = Monitor(work_folder, config, micro, probes, data, journal, ending, first_step, prompts, generate)
             if not saved:
                 monitor.look(0)
     threads = threads_for(micro.values(), device)
     bar = tqdm(total=max_steps, initial=first_step, desc=config["run_name"], unit="step", disable=not is_main)
-    set_up_seconds = time.monotonic() - started
     loop_started = time.monotonic()
 
     with StopSignals() as stop, training_memory(config), computing_with(threads), bar:
-        for step in range(first_step, max_steps):
+        while (step := progress.step) < last_step:
             factor, step_images = learning_rate_factor(step, max_steps, config["warmup_steps"]), []
             for number in range(step * accumulation, (step + 1) * accumulation):
                 micro.fill(*upcoming)
@@ -301,19 +301,19 @@ def train(config):
             updates.step(factor, step_images)
             done = progress.step
             bar.update()
-
-            if done % config["log_every"] == 0 or done == max_steps:
+            if looks(config, done) or ending.is_look(done):
+                updates.settle()
+                if monitor:
+                    monitor.look(done)
+                last_step = ending.agreed(journal.rows, accelerator)
+            if done % config["log_every"] == 0 or done == last_step:
                 updates.settle()
                 mean_loss, rate = progress.mean_loss(accelerator), config["unet_learning_rate"] * factor
                 journal.record(step=done, loss=mean_loss, learning_rate=rate)
                 bar.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.1e}")
-            if looks(config, done):
-                updates.settle()
-                if monitor:
-                    monitor.look(done)
 
             stopping = agreed(stop.received, done, config["log_every"], accelerator)
-            if stopping or (done % config["checkpoint_every"] == 0 and done < max_steps):
+            if stopping or (done % config["checkpoint_every"] == 0 and done < last_step):
                 updates.settle()
                 progress.loss_sum.copy_(accelerator.reduce(progress.loss_sum, "mean"))
                 if is_main:
@@ -339,9 +339,11 @@ def train(config):
                 skipped_steps=progress.skipped,
                 mixed_precision=accelerator.mixed_precision,
                 learning_rate_changes=progress.changes,
-                set_up_seconds=round(set_up_seconds, 2),
+                steps=last_step,
+                ended="max_steps" if last_step == max_steps else "stop_early",
+                set_up_seconds=round(loop_started - started, 2),
                 preview_seconds=round(monitor.preview_seconds, 2),
-                steps_a_second=round((max_steps - first_step) / seconds, 3),
+                steps_a_second=round((last_step - first_step) / seconds, 3),
             )
             run_folder.write_run(work_folder, config, finished, journal.rows, data, device, result)
         replace_folder(target_folder, "config.json")

@@ -47,6 +47,7 @@ CONFIG = dict(
     adam_weight_decay=1e-2,  # each step takes this times the learning rate off the LoRA weights
     max_steps=4000,  # optimizer steps: 125 times 32 images
     warmup_steps=50,  # linear from 0, then a cosine to 0
+    stop_early=False,  # True: end before max_steps, once held-out images show no gain (lib/evaluation/README.md)
     batch_size=1,  # images per process and micro-step
     gradient_accumulation_steps=1,  # micro-steps per optimizer step
     # protection: a text-side adapter that leaves other prompts unchanged (lib/PROTECTION.md)

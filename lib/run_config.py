@@ -29,6 +29,7 @@ WITHOUT_EFFECT = (
 # users edit it, and an edited value would be attributed to the earlier runs too.
 ADDED = {
     "truncate_captions": False,
+    "stop_early": False,
     "optimizer": "bitsandbytes.optim.adamw.AdamW8bit",  # no key of CONFIG; see lib/training/optimizer.py
 }
 

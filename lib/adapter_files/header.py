@@ -38,7 +38,7 @@ def kohya_header(config, data, result, width, thumbnail=None, note=""):
     captions, name = data["caption_counts"], config["run_name"]
     images = sum(captions.values())
     total_batch = config["batch_size"] * config["gradient_accumulation_steps"] * result["processes"]
-    epochs = -(-config["max_steps"] * total_batch // images)
+    epochs = -(-result["steps"] * total_batch // images)
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": config["rank"],
@@ -53,7 +53,7 @@ def kohya_header(config, data, result, width, thumbnail=None, note=""):
         "ss_num_train_images": images,
         "ss_num_validation_images": len(data["held_out"]),
         "ss_num_reg_images": 0,
-        "ss_steps": config["max_steps"],
+        "ss_steps": result["steps"],
         "ss_max_train_steps": config["max_steps"],
         "ss_epoch": epochs,
         "ss_num_epochs": epochs,
@@ -110,7 +110,7 @@ def modelspec(config, data, result, second, note):
         "implementation_version": importlib.metadata.version("diffusers"),
         "title": config["run_name"],
         "description": f"A {'DoRA' if config['dora'] else 'LoRA'} of rank {config['rank']} for "
-        f"{base_model_name(config['base_model'])}, trained for {config['max_steps']} steps on "
+        f"{base_model_name(config['base_model'])}, trained for {result['steps']} steps on "
         f"{sum(data['caption_counts'].values())} images{words}. {note}".strip(),
         "date": datetime.fromtimestamp(result["finished"], UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "resolution": next(iter(data["size_counts"])),  # the most frequent

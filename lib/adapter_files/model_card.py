@@ -40,8 +40,9 @@ TEMPLATES.filters["tojson"] = lambda text: json.dumps(text, ensure_ascii=False)
 def card_text(config, data, prediction_type, protection=None, plain=None):
     """The card of a run that is not evaluated yet, as text.
 
-    `config` is train.py's; `data`, `protection` and `plain` (plain_lora) are config.json's entries. The card holds captions and the number and
-    hash of the images, but no file name and no local folder.
+    `config` is train.py's, with the `steps` trained if they are not max_steps; `data`, `protection` and `plain`
+    (plain_lora) are config.json's entries. The card holds captions and the number and hash of the images, but no file
+    name and no local folder.
     """
     captions = sorted(data["caption_counts"].items(), key=lambda pair: (-pair[1], pair[0]))
     name, base, repository = config["run_name"], hub_id(config["base_model"]), config["push_to_hub"]
@@ -86,9 +87,12 @@ def recipe(config, size_counts, prediction_type, protection=None):
     rates += f"; {config['warmup_steps']} warm-up steps"
     if "lr_scheduler" in config:
         rates += f", then a {config['lr_scheduler']} to 0"
-    steps = f"{config['max_steps']}, batch {config['batch_size']}"
+    done, most = config.get("steps", config["max_steps"]), config["max_steps"]
+    steps = f"{done}, batch {config['batch_size']}"
     if config["gradient_accumulation_steps"] > 1:
         steps += f" times {config['gradient_accumulation_steps']}"
+    if done < most:
+        steps += f"; early stopping ended the run of {most}"
     return [
         ("layers", trained),
         ("rank, alpha", f"{config['rank']}, {config['alpha']:g}"),

@@ -96,7 +96,7 @@ def with_snapshots(run, adapter):
         number = place.name.removeprefix("step_")
         if number.isdecimal() and adapter_files.adapter_files(place):
             steps[int(number)] = adapter_files.read_adapter(place)
-    last = (run.adapter["training"] or {}).get("max_steps")
+    last = run.adapter.get("steps")
     if not steps or last is None:
         missing = "config.json" if steps else "snapshots"
         raise UserError(
@@ -156,6 +156,7 @@ def describe(adapter):
             mixed_precision=record.get("mixed_precision"),
             learning_rate_changes=record.get("learning_rate_changes") or [],
         )
+        entry["steps"] = record.get("steps", record["config"].get("max_steps"))
         if "optimizer" in record:
             entry["training"]["optimizer"] = record["optimizer"]
         entry["held_out"] = list(record["data"]["held_out"])

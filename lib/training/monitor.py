@@ -33,13 +33,13 @@ class Monitor:
     """The monitor of one run, in its first process.
 
     `micro` is the run's MicroStep, `probes` are those of the held-out loss (none: it is not computed), `data` is from
-    `data_record`. If there are `prompts`, `generate` returns their images (see Previews). A run that resumes after
+    `data_record`, `ending` is the run's EarlyStopping. If there are `prompts`, `generate` returns their images (see Previews). A run that resumes after
     `first_step` drops later previews and snapshots.
     """
 
-    def __init__(self, folder, config, micro, probes, data, journal, first_step=0, prompts=(), generate=None):
+    def __init__(self, folder, config, micro, probes, data, journal, ending, first_step=0, prompts=(), generate=None):
         self.folder, self.config, self.micro = folder, config, micro
-        self.probes, self.data, self.journal = probes, data, journal
+        self.probes, self.data, self.journal, self.ending = probes, data, journal, ending
         self.seconds = 0.0  # spent on previews since `first_step`
         self.preview_seconds = 0.0  # the same with the one at the start
         drop_later_snapshots(folder, first_step)
@@ -50,11 +50,12 @@ class Monitor:
     def look(self, step):
         """Do what is due after `step` steps."""
         last = self.config["max_steps"]
-        # The adapter of the last step is the run's own; a snapshot has its held-out loss.
         snapshot = 0 < step < last and due(step, self.config["snapshot_every"], last)
-        if self.probes and (snapshot or due(step, self.config["validate_every"], last)):
+        measured = snapshot or self.ending.is_look(step) or due(step, self.config["validate_every"], last)
+        if self.probes and measured:  # a snapshot has its held-out loss
             self.journal.record(step=step, **self.micro.validation_row(self.probes))
-        if snapshot:
+            last = self.ending.last_step(self.journal.rows)
+        if snapshot and step < last:  # the adapter of the last step is the run's own
             write_snapshot(self.folder, self.config, self.micro.trained, self.data, step)
         if self.previews and due(step, self.config["preview_every"], last):
             started = time.monotonic()

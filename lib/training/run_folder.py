@@ -151,8 +151,8 @@ def write_run(folder, config, models, log, data, device, result):
 
     `log` are the rows of log.jsonl, `data` is from `data_record`, `result` the rest of what config.json states.
     """
-    write_adapter(folder, config, models, data, config["max_steps"])
-    loss_figure(log, config["run_name"]).savefig(folder / "loss.png")
+    write_adapter(folder, config, models, data, result["steps"])
+    loss_figure(log, config["run_name"], config["max_steps"]).savefig(folder / "loss.png")
     sizes = {name: sum(weight.numel() for weight in adapters.trained_weights(model)) for name, model in models.items()}
     result = result | dict(plain_lora=write_for_others(folder, config, models, data, result))
     result |= dict(optimizer=result["optimizer"]["name"])
@@ -181,9 +181,8 @@ def write_for_others(folder, config, models, data, result):
     for settings, weights, norms, note in files:
         header = kohya_header(settings, data, about, width, thumbnail, note)
         save_kohya(folder / f"{settings['run_name']}.safetensors", weights, settings["alpha"], header, norms)
-    card = config | dict(
-        mixed_precision=result["mixed_precision"], optimizer=optimizer["settings"], lr_scheduler=result["lr_scheduler"]
-    )
+    card = config | dict(optimizer=optimizer["settings"])
+    card |= {key: result[key] for key in ("mixed_precision", "lr_scheduler", "steps")}
     text = card_text(card, data, result["prediction_type"], result["protection"], plain)
     (folder / CARD).write_text(text, encoding="utf-8")
     return plain
@@ -205,7 +204,9 @@ def preview_thumbnail(folder):
 def outcome_text(folder):
     """The console's summary of the finished run in `folder`."""
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = f"{folder}: {record['config']['max_steps']} steps"
+    text = f"{folder}: {record['steps']} steps"
+    if record["steps"] < (most := record["config"]["max_steps"]):
+        text += f" of {most} (early stopping: held-out images show no noticeable gain)"
     if record["skipped_steps"]:
         text += f", {record['skipped_steps']} skipped for fp16 overflow"
     text += f", {record['steps_a_second']:.2f} steps/s after {record['set_up_seconds']:.1f} s of set-up"
@@ -230,11 +231,12 @@ def outcome_text(folder):
 HELD_OUT, TRAINED, RAW = "#c4572e", "#2f5ea8", "#b9c4d6"
 
 
-def loss_figure(log, title):
+def loss_figure(log, title, max_steps=None):
     """A matplotlib figure of held-out loss, training loss and learning rate over the steps.
 
     `log` are the rows of log.jsonl. The held-out loss, at fixed noise and timesteps, is the one to look at. Its lowest
     point is marked. The training loss depends mostly on the sampled timesteps, so its running mean is plotted over it.
+    If the run ended before `max_steps`, its end is marked too.
     """
     held_out = [(r["step"], r["validation_loss"]) for r in log if "validation_loss" in r]
     trained = [row for row in log if "loss" in row]
@@ -242,6 +244,8 @@ def loss_figure(log, title):
     figure.suptitle(title, fontsize=12)
     heights = [3, 2, 1] if held_out else [3, 1]
     panels = list(figure.subplots(len(heights), height_ratios=heights, sharex=True))
+    if max_steps and trained and trained[-1]["step"] < max_steps:
+        draw_end(panels, trained[-1]["step"], max_steps)
     if held_out:
         draw_held_out(panels[0], held_out)
     draw_trained(panels[-2], trained)
@@ -274,6 +278,13 @@ def draw_held_out(axes, held_out):
     axes.margins(y=0.22)
     axes.set(ylabel="held-out loss")
     axes.set_title("loss of held-out images, at fixed noise and timesteps", fontsize=9, loc="left")
+
+
+def draw_end(panels, step, max_steps):
+    """The end of a run that ended early."""
+    for axes in panels:
+        axes.axvline(step, color="#555555", linewidth=1, linestyle="--")
+    panels[0].set_title(f"early stopping after step {step:,} of {max_steps:,}", fontsize=9, loc="right")
 
 
 def draw_trained(axes, trained):

@@ -17,6 +17,7 @@ from lib.errors import UserError, memory_for
 from lib.kernels import adamw8bit
 from lib.kernels.channels_last import compile_models_ahead
 from lib.models import load_part, loading
+from lib.training.early_stopping import FEWEST_IMAGES
 from lib.training.latents import Latents, encode_latents, kept_folder
 from lib.training.micro_step import recomputed
 from lib.training.parameters import add_lora_parameters
@@ -101,10 +102,17 @@ def text_states(text_encoder, input_ids, trained, say):
 # ---- images ----------------------------------------------------------------------------------------
 
 
-def divided(data_dir, images, validation_count, seed, say):
-    """(train_indices, held_out) of `images` images, with a line on the console (see `split`)."""
-    train_indices, held_out = split(images, validation_count, seed)
-    say(f"{data_dir}: {len(train_indices)} images to train on, {len(held_out)} held out")
+def divided(config, images, say):
+    """(train_indices, held_out) of `images` images, with a line on the console (see `split`); `config` is train.py's."""
+    validation_count = config["validation_count"]
+    train_indices, held_out = split(images, validation_count, config["seed"])
+    if config["stop_early"] and len(held_out) < FEWEST_IMAGES:
+        raise UserError(
+            f"stop_early needs {FEWEST_IMAGES} held-out images, but of {images} images {len(held_out)} are held out "
+            f"(validation_count is {validation_count}, a quarter at most); add --no-stop-early, more images, or a larger "
+            "--validation-count"
+        )
+    say(f"{config['data_dir']}: {len(train_indices)} images to train on, {len(held_out)} held out")
     if len(held_out) < validation_count:
         rest = "" if len(held_out) else "; there will be no validation loss"
         say(f"note: not {validation_count}, because at most a quarter of the images is held out{rest}")
