@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import sys
 
 
@@ -21,3 +22,21 @@ def quick_imports():
             gc.freeze()
         if collected:
             gc.enable()
+
+
+def import_bitsandbytes():
+    """Import bitsandbytes, before PEFT and diffusers do, without PyTorch's compiler (inductor).
+
+    At import it hands functions to `torch.compile`, those for devices without a library of bitsandbytes. None of them is
+    called here, but the compiler would be loaded for them. PyTorch's own switch makes `torch.compile` return functions as
+    they are; it is set during this import alone.
+    """
+    switch = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        del os.environ[switch]
+        if before is not None:
+            os.environ[switch] = before

@@ -18,7 +18,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lib import adapters
 from lib.config import half_resolution, image_size
 from lib.errors import UserError, memory_for
-from lib.evaluation.choosing import Point
 from lib.evaluation.prompts import check_prompt_lengths
 from lib.kernels.channels_last import channels_last, missing_kernels
 from lib.kernels.compiling import compile_attention, in_threads
@@ -312,6 +311,8 @@ def generate_points(run, steps, scales, pipeline, base, generate_all):
     `steps` is {step: Adapter}, the run's own last. `generate_all` is a function of a title that generates every image
     with the current weights.
     """
+    from lib.evaluation.choosing import Point  # here: previews need no metrics
+
     own, images = list(steps)[-1], {}
     for step, adapter in steps.items():
         applied = adapters.Applied(adapter, models_of(pipeline))

@@ -5,10 +5,8 @@ import json
 import shutil
 from collections import Counter
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from lib import adapter_files, adapters
@@ -21,9 +19,6 @@ from lib.provenance import provenance
 from lib.run_config import differences
 from lib.training.parameters import set_views
 from lib.training.protection import differences_text
-
-matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold dollar signs
-
 
 # ---- the adapter -----------------------------------------------------------------------------------
 
@@ -210,6 +205,10 @@ def loss_figure(log, title):
     `log` are the rows of log.jsonl. The held-out loss, at fixed noise and timesteps, is the one to look at. Its lowest
     point is marked. The training loss depends mostly on the sampled timesteps, so its running mean is plotted over it.
     """
+    import matplotlib  # here: it is needed at the end of a run
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold dollar signs
     held_out = [(r["step"], r["validation_loss"]) for r in log if "validation_loss" in r]
     trained = [row for row in log if "loss" in row]
     figure = Figure(figsize=(8, 7 if held_out else 5), dpi=120, layout="constrained")
