@@ -24,12 +24,14 @@ def quick_imports():
             gc.enable()
 
 
-def import_bitsandbytes():
-    """Import bitsandbytes, before PEFT and diffusers do, without PyTorch's compiler (inductor).
+def import_first():
+    """Import what PEFT, transformers and diffusers import too, but in less time.
 
-    At import it hands functions to `torch.compile`, those for devices without a library of bitsandbytes. None of them is
-    called here, but the compiler would be loaded for them. PyTorch's own switch makes `torch.compile` return functions as
-    they are; it is set during this import alone.
+    At import bitsandbytes hands functions to `torch.compile`, those for devices without a library of bitsandbytes. None
+    of them is called here, but PyTorch's compiler (inductor) would be loaded for them. PyTorch's own switch makes
+    `torch.compile` return functions as they are. It is set during this import alone.
+
+    For each operator that torchvision registers, PyTorch goes through all loaded modules, of which there are few now.
     """
     switch = "TORCHDYNAMO_DISABLE"
     before = os.environ.get(switch)
@@ -40,3 +42,4 @@ def import_bitsandbytes():
         del os.environ[switch]
         if before is not None:
             os.environ[switch] = before
+    import torchvision  # noqa: F401
