@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo study test lint format clean
+.PHONY: help demo demo-recipe demo-protected study test lint format clean
 
 help:
 	@echo "make demo    prepare, train and evaluate the embedded miniature (CPU, minutes)"
@@ -25,12 +25,17 @@ help:
 
 demo: .venv/installed
 	$(BIN)/python preprocess.py
-	$(BIN)/python train.py --demo
-	$(BIN)/python train_experiment_protected.py --demo
+	@$(MAKE) --no-print-directory -j2 demo-recipe demo-protected
 	$(BIN)/python inference.py --demo --overwrite --lora-dir lora_weights/demo_runs --output-dir results/demo
 	@echo
 	@echo "What each adapter learned, and what else it changed:"
 	@echo "  $(CURDIR)/results/demo/comparison/report.html"
+
+# At the same time, on one core each: more would wait for one another.
+demo-recipe:
+	OMP_NUM_THREADS=1 $(BIN)/python train.py --demo
+demo-protected:
+	OMP_NUM_THREADS=1 $(BIN)/python train_experiment_protected.py --demo
 
 study: .venv/installed
 	test -f processed_data/captions.jsonl || $(BIN)/python preprocess.py

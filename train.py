@@ -33,7 +33,7 @@ from lib.cache import first_process, hash_ahead
 from lib.config import check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.files import check_output_folder, fresh_folder, locked, recover_folder, replace_folder, unfinished
-from lib.imports import quick_imports
+from lib.imports import import_first, quick_imports
 from lib.kernels import compile_ahead
 from lib.training.journal import check_trackers
 from lib.training.processes import StopSignals, agreed, not_finite, only_processes, rollback_advice, training_memory
@@ -121,9 +121,10 @@ DEMO = dict(
     gradient_checkpointing=False,
     validate_every=100,
     checkpoint_every=200,
-    preview_every=200,
+    preview_every=400,
     preview_guidance_scale=3.0,  # inference.py --demo's
     snapshot_every=100,
+    report_to="none",  # a toy's figures do not belong beside those of real runs
 )
 
 
@@ -193,6 +194,7 @@ def train(config):
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     # Imported here, so that --help and a wrong option are answered at once.
     with quick_imports():
+        import_first()
         import torch
         from accelerate import Accelerator
         from tqdm import tqdm

@@ -6,6 +6,7 @@ import torch
 from conftest import COSINE, assert_close, picture
 from PIL import Image
 from torchmetrics.functional.image.lpips import _LPIPS
+from torchmetrics.image.kid import KernelInceptionDistance
 from transformers import CLIPModel, CLIPProcessor
 
 from lib.evaluation import verdicts
@@ -176,6 +177,16 @@ def test_kernel_distance_is_the_unbiased_one():
     torch.manual_seed(1)
     kernel_distance(a, b)
     assert torch.rand(1) == before  # it disturbs nobody's random numbers
+
+
+def test_kernel_distance_agrees_with_torchmetrics():
+    rng = np.random.default_rng(6)
+    a, b = unit(rng, 12, 0.3), unit(rng, 9, 0.6)
+    theirs = KernelInceptionDistance(torch.nn.Identity(), subsets=50, subset_size=9)
+    for real, features in ((True, b), (False, a)):
+        theirs.update(torch.from_numpy(features * 32**0.5), real=real)
+    torch.manual_seed(0)
+    assert kernel_distance(a, b) == pytest.approx(float(theirs.compute()[0]), rel=1e-5)
 
 
 def test_warnings_for_flat_and_shared_pictures():

@@ -167,6 +167,21 @@ def test_options_are_answered_before_anything_heavy_is_imported(script):
         assert done.stdout.splitlines()[-1] == "heavy:", done.stdout + done.stderr
 
 
+def test_training_starts_without_a_compiler_metrics_or_charts():
+    code = """
+import os, sys
+from lib.imports import import_first, quick_imports
+with quick_imports():
+    import_first()
+    from lib.evaluation.generation import preview_generator
+    from lib.training import run_folder
+unwanted = "torch._inductor.compile_fx", "lpips", "matplotlib", "torchmetrics", "wandb"
+print("TORCHDYNAMO_DISABLE" in os.environ, *[name for name in unwanted if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["False"], done.stdout + done.stderr[-2000:]
+
+
 def test_imports_pause_the_garbage_collector_and_change_nothing_else():
     """A stranger's package that is imported meanwhile finds PyTorch as it is."""
     code = """

@@ -19,7 +19,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lib import adapters
 from lib.config import half_resolution, image_size
 from lib.errors import UserError, memory_for
-from lib.evaluation.choosing import Point
 from lib.evaluation.image_files import SavedImages, image_names, write_images
 from lib.evaluation.prompts import check_prompt_lengths
 from lib.files import unfinished
@@ -355,6 +354,8 @@ def generate_points(run, steps, scales, pipeline, generate_all):
     `steps` is {step: Adapter}, the run's own last. `generate_all` is a function of the first part of the files' names
     and a title that generates every image with the current weights.
     """
+    from lib.evaluation.choosing import Point  # here: previews need no metrics
+
     own, images = list(steps)[-1], {}
     for step, adapter in steps.items():
         applied = adapters.Applied(adapter, models_of(pipeline))

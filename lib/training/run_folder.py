@@ -7,10 +7,8 @@ import shutil
 import time
 from collections import Counter
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from lib import adapter_files, adapters
@@ -27,8 +25,6 @@ from lib.training.protection import differences_text
 
 # The plain LoRA beside a DoRA is this close to it, unless that takes more than this many times its rank.
 PLAIN_ERROR, PLAIN_RANKS = 0.02, 2
-
-matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold dollar signs
 
 
 # ---- the adapter -----------------------------------------------------------------------------------
@@ -238,6 +234,10 @@ def loss_figure(log, title, max_steps=None):
     point is marked. The training loss depends mostly on the sampled timesteps, so its running mean is plotted over it.
     If the run ended before `max_steps`, its end is marked too.
     """
+    import matplotlib  # here: it is needed at the end of a run
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold dollar signs
     held_out = [(r["step"], r["validation_loss"]) for r in log if "validation_loss" in r]
     trained = [row for row in log if "loss" in row]
     figure = Figure(figsize=(8, 7 if held_out else 5), dpi=120, layout="constrained")
