@@ -328,6 +328,7 @@ def train(config):
         with computing_with(threads):  # config.json names them with the device
             result = dict(
                 processes=accelerator.num_processes,
+                started=round(time.time() - (time.monotonic() - started), 3),  # seconds since 1970
                 protection=models.protection and models.protection.record(trained),
                 prediction_type=models.scheduler.config.prediction_type,
                 optimizer=optimizer_record(config),

@@ -90,16 +90,62 @@ def magnitudes(model):
 
 
 @torch.no_grad()
-def dora_scales(model):
-    """{layer name: m ‖W‖ / ‖W + alpha / rank * B A‖ [out, 1]}: kohya's dora_scale, as ComfyUI and `with_norms` read it."""
-    scales = {}
+def dora_weights(model):
+    """(layer name, W, W + alpha / rank * B A, m), in float32, for each DoRA layer."""
+    layers = lora_layers(model)
     for name, magnitude in magnitudes(model).items():
-        layer = lora_layers(model)[name]
+        layer = layers[name]
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         base = layer.get_base_layer().weight.float()
-        changed = base + layer.scaling["default"] * (b.float() @ a.float())
-        scales[name] = (magnitude.float() * base.norm(dim=1) / changed.norm(dim=1))[:, None]
-    return scales
+        yield name, base, base + layer.scaling["default"] * (b.float() @ a.float()), magnitude.float()
+
+
+@torch.no_grad()
+def dora_scales(model):
+    """{layer name: m ‖W‖ / ‖W + alpha / rank * B A‖ [out, 1]}: kohya's dora_scale, as ComfyUI and `with_norms` read it."""
+    return {
+        name: (magnitude * base.norm(dim=1) / changed.norm(dim=1))[:, None]
+        for name, base, changed, magnitude in dora_weights(model)
+    }
+
+
+@torch.no_grad()
+def closest_lora(models, most, tolerance):
+    """The plain LoRA closest to the DoRA layers of `models`: ({component: {layer: (A, B)}}, rank, error).
+
+    B A is the truncated singular value decomposition of W' - W. All layers have the same rank, the smallest of an error
+    of at most `tolerance`, but not above `most`. The error is ‖B A - (W' - W)‖ / ‖W' - W‖, Frobenius norms over all
+    layers together. DoRA also scales each row of W, by little, which has full rank: the error falls slowly with the
+    rank. Randomised, with a fixed seed (Halko et al. 2011, https://arxiv.org/abs/0909.4061).
+    """
+    parts, total, kept = {}, 0.0, torch.zeros(most, dtype=torch.float64)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        for component, model in models.items():
+            rows = parts[component] = {}
+            for name, base, changed, magnitude in dora_weights(model):
+                change = with_norms(changed, base, magnitude) - base
+                left, values, right = torch.svd_lowrank(change, min(most + 16, *change.shape), niter=2)
+                values = values[:most]
+                half = values.sqrt()
+                rows[name] = half[:, None] * right[:, :most].T, left[:, :most] * half
+                total += change.double().square().sum().item()
+                kept[: len(values)] += values.double().square().cpu()
+    errors = (1 - kept.cumsum(0) / total).clamp(min=0).sqrt().tolist()
+    rank = next((number for number, error in enumerate(errors, 1) if error <= tolerance), most)
+    pairs = {
+        component: {name: (resized(a, rank, 0), resized(b, rank, 1)) for name, (a, b) in rows.items()}
+        for component, rows in parts.items()
+    }
+    return pairs, rank, errors[rank - 1]
+
+
+def resized(factor, rank, dim):
+    """A factor cut or filled with zeros to `rank` along `dim`: a layer may be narrower than the rank."""
+    kept = factor.narrow(dim, 0, min(rank, factor.shape[dim]))
+    missing = [*kept.shape]
+    missing[dim] = rank - kept.shape[dim]
+    return torch.cat([kept, kept.new_zeros(missing)], dim)
 
 
 def trained_weights(model):

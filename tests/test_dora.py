@@ -11,6 +11,7 @@ from conftest import TINY_RUN, assert_close, options, run
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft import inject_adapter_in_model as inject
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapters import models_of, rewrite
 
@@ -172,6 +173,78 @@ def test_a_run_writes_both_formats(dora, pipeline):
         applied.set_scale(0)
     for name, output in outputs[0].items():
         assert_close(output, outputs[1][name], 1e-3)
+
+
+# ---- the plain LoRA beside it ----------------------------------------------------------------
+
+
+@pytest.fixture
+def random_dora():
+    """DoRA layers with random weights, one of them narrower than twice their rank."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"wide": torch.nn.Linear(48, 40), "narrow": torch.nn.Linear(40, 6)})
+    adapters.add_lora(model, 4, 4.0, ("wide", "narrow"), dora=True)
+    for pair in adapters.factors(model).values():
+        pair[1].data.normal_(0, 0.1)
+    for magnitude in adapters.magnitudes(model).values():
+        magnitude.data.mul_(1 + 0.1 * torch.rand(magnitude.shape))
+    return {"unet": model}
+
+
+def dora_changes(model):
+    return {
+        name: adapters.with_norms(changed, base, magnitude) - base
+        for name, base, changed, magnitude in adapters.dora_weights(model)
+    }
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.001])
+def test_the_closest_lora_is_as_close_as_its_rank_allows(random_dora, tolerance):
+    changes = dora_changes(random_dora["unet"])
+    norm = torch.stack([change.norm() for change in changes.values()]).norm()
+
+    def best(rank):
+        tails = [torch.linalg.svdvals(change)[rank:].norm() for change in changes.values()]
+        return (torch.stack(tails).norm() / norm).item()
+
+    pairs, rank, error = adapters.closest_lora(random_dora, 8, tolerance)
+    assert rank == next((r for r in range(1, 9) if best(r) <= tolerance), 8)
+    assert all(a.shape[0] == b.shape[1] == rank for a, b in pairs["unet"].values())
+    rest = [(b @ a - changes[name]).norm() for name, (a, b) in pairs["unet"].items()]
+    assert error == pytest.approx(torch.stack(rest).norm().item() / norm.item(), rel=1e-3)
+    assert error == pytest.approx(best(rank), rel=0.02)
+    again = adapters.closest_lora(random_dora, 8, tolerance)[0]["unet"]
+    assert all(torch.equal(a, again[name][0]) for name, (a, _) in pairs["unet"].items())
+
+
+def test_a_run_writes_a_plain_lora_for_other_programs(dora, tiny_model):
+    """As far from the DoRA as it says, in our reader and in diffusers, and no second adapter of the run."""
+    plain = json.loads((dora / "config.json").read_text())["plain_lora"]
+    path = dora / plain["file"]
+    assert path.name == "lora_weights_dora_lora.safetensors"
+    tensors = load_file(path)
+    assert not [key for key in tensors if "dora_scale" in key]
+    ranks = {t.shape[0] if "lora_down" in key else t.shape[1] for key, t in tensors.items() if "alpha" not in key}
+    assert ranks == {plain["rank"]}
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert (header["ss_network_dim"], header["ss_output_name"]) == (str(plain["rank"]), path.stem)
+    assert adapter_files.find_adapters(dora.parent) == [(dora.name, dora)]
+
+    weights, outputs = {}, {}
+    for place in (None, dora, path):
+        ours = load_pipeline(tiny_model, torch.float32, "cpu")
+        if place:
+            applied = adapters.Applied(adapter_files.read_adapter(place), models_of(ours))
+            weights[place] = torch.cat([(w - base).flatten() for w, base, *_ in applied.layers])
+        outputs[place] = probe(ours)
+    away = (weights[path] - weights[dora]).norm() / weights[dora].norm()
+    assert away.item() == pytest.approx(plain["error"], rel=0.05, abs=1e-3)
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    theirs.load_lora_weights(path)
+    for name, output in probe(theirs).items():
+        assert_close(output, outputs[path][name])
+        assert (output - outputs[None][name]).norm() > 0
 
 
 @pytest.mark.parametrize(

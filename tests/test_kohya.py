@@ -1,8 +1,10 @@
 """kohya's file format: what other programs find in it, what we read of it, and what is refused."""
 
+import hashlib
 import json
 import re
 import shutil
+from datetime import datetime
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from test_adapters import models_of
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib import adapter_files, adapters
-from lib.adapter_files import kohya
+from lib.adapter_files import header, kohya
 from lib.errors import UserError
 from lib.evaluation.generation import load_pipeline, probe
 from lib.training.run_folder import preview_thumbnail
@@ -113,6 +115,10 @@ def test_comfyui_and_a1111_find_every_tensor_of_the_full_size_model(full_size, t
     kohya.save_kohya(tmp_path / "a.safetensors", layers, 32.0, {})
     keys = load_file(tmp_path / "a.safetensors").keys()
     assert len(keys) == 3 * (152 + 12)  # and the text encoder's output projections, of zeros
+    tensors = load_file(tmp_path / "a.safetensors")
+    # One rank and one alpha: some programs take them from the first layer, or refuse to merge others.
+    assert {len(t) if t.ndim else t.item() for key, t in tensors.items() if "lora_up" not in key} == {2, 32.0}
+    assert not any(t.any() for key, t in tensors.items() if "out_proj" in key and t.ndim)
     assert keys <= comfyui_keys()
     there = {f"diffusion_model_{name}" for name in ldm_layers().values()}
     there |= {
@@ -182,37 +188,108 @@ def test_a_run_leaves_the_same_adapter_in_both_formats(trained, name):
 
 def test_the_header_says_what_was_trained(trained, tiny_model):
     with safe_open(trained / NAME / f"{NAME}.safetensors", "pt") as file:
-        header = file.metadata()
-    config = json.loads((trained / NAME / "config.json").read_text())["config"]
-    assert header["ss_network_module"] == "networks.lora"
-    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4.0")
-    assert header["ss_base_model_version"] == "sd_v1"
-    assert header["ss_sd_model_name"] == "model"  # not where it lies
-    assert json.loads(header["ss_tag_frequency"]) == {NAME: {"a holographic raincoat": 6}}
-    assert header["ss_num_train_images"] == "6"
-    assert float(header["ss_unet_lr"]) == config["unet_learning_rate"]
-    assert float(header["ss_text_encoder_lr"]) == config["text_encoder_learning_rate"]
-    assert (header["ss_steps"], header["ss_seed"]) == ("6", "42")
-    assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
-    assert header["modelspec.trigger_phrase"] == "a holographic raincoat"
-    assert header["modelspec.prediction_type"] == "epsilon"
-    assert re.fullmatch("0x[0-9a-f]{64}", header["modelspec.hash_sha256"])
-    assert str(tiny_model.parent) not in json.dumps(header)
-    assert "image_01" not in json.dumps(header)
+        found = file.metadata()
+    record = json.loads((trained / NAME / "config.json").read_text())
+    config = record["config"]
+    assert found["ss_network_module"] == "networks.lora"
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "4.0")
+    assert found["ss_base_model_version"] == "sd_v1"
+    assert found["ss_sd_model_name"] == "model"  # not where it lies
+    assert json.loads(found["ss_tag_frequency"]) == {NAME: {"a holographic raincoat": 6}}
+    assert json.loads(found["ss_dataset_dirs"]) == {NAME: {"n_repeats": 1, "img_count": 6}}
+    assert (found["ss_num_train_images"], found["ss_num_validation_images"]) == ("6", "2")
+    assert float(found["ss_unet_lr"]) == config["unet_learning_rate"]
+    assert float(found["ss_text_encoder_lr"]) == config["text_encoder_learning_rate"]
+    assert (found["ss_steps"], found["ss_epoch"], found["ss_num_epochs"], found["ss_seed"]) == ("6", "1", "1", "42")
+    assert found["modelspec.sai_model_spec"] == "1.0.1"
+    assert found["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert found["modelspec.trigger_phrase"] == "a holographic raincoat"
+    assert "a holographic raincoat" in found["modelspec.usage_hint"]
+    assert found["modelspec.prediction_type"] == "epsilon"
+    started, finished = (float(found[f"ss_training_{what}_at"]) for what in ("started", "finished"))
+    assert record["started"] == started < finished < started + 600
+    assert datetime.fromisoformat(found["modelspec.date"]).timestamp() == int(finished)
+    assert str(tiny_model.parent) not in json.dumps(found)
+    assert "image_01" not in json.dumps(found)
+
+
+def test_the_hashes_are_those_of_sd_scripts(tmp_path):
+    """Recomputed from the file's bytes; the older kind is of the file with the keys ss_… alone."""
+    layers = {"unet": {"mid_block.attentions.0.proj_in": (torch.randn(8, 40000), torch.randn(40000, 8))}}
+    path = tmp_path / "a.safetensors"
+    kohya.save_kohya(path, layers, 8.0, {"ss_seed": "42", "modelspec.title": "x" * 5000})
+    content = path.read_bytes()
+    after = content[8 + int.from_bytes(content[:8], "little") :]
+    with safe_open(path, "pt") as file:
+        found = file.metadata()
+    assert found["sshs_model_hash"] == hashlib.sha256(after).hexdigest()
+    assert found["modelspec.hash_sha256"] == "0x" + found["sshs_model_hash"]
+    alone = tmp_path / "alone.safetensors"
+    save_file(load_file(path), alone, {k: v for k, v in found.items() if k.startswith("ss_")})
+    part = alone.read_bytes()[0x100000:0x110000]
+    assert len(part) == 0x10000
+    assert found["sshs_legacy_hash"] == hashlib.sha256(part).hexdigest()[:8]
+
+
+def header_of(trained, config=(), data=(), result=(), width=768, **more):
+    record = json.loads((trained / NAME / "config.json").read_text())
+    about = record | dict(session=1, finished=2e9, optimizer=dict(name="x")) | dict(result)
+    return header.kohya_header(record["config"] | dict(config), record["data"] | dict(data), about, width, **more)
 
 
 def test_the_second_version_and_several_captions_are_told(trained):
-    record = json.loads((trained / NAME / "config.json").read_text())
-    sizes = {"512x768": 3, "576x704": 1}
-    data = dict(caption_counts={"a cat": 1, "a dog": 3}, size_counts=sizes)
-    header = kohya.kohya_header(record["config"], data, 1024, "v_prediction", picture(1))
-    assert header["ss_base_model_version"] == "sd_v2"
-    assert header["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
-    assert header["modelspec.prediction_type"] == "v"
-    assert header["modelspec.trigger_phrase"] == "a dog"
-    assert header["modelspec.resolution"] == "512x768"
-    assert header["ss_enable_bucket"] == "True"
-    assert header["modelspec.thumbnail"].startswith("data:image/jpeg;base64,/9j/")
+    data = dict(caption_counts={"A cat, Blue": 1, "a dog, blue ": 3}, size_counts={"512x768": 3, "576x704": 1})
+    found = header_of(trained, (), data, dict(prediction_type="v_prediction"), 1024, thumbnail=picture(1))
+    assert found["ss_base_model_version"] == "sd_v2"
+    assert found["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    assert found["modelspec.prediction_type"] == "v"
+    assert found["modelspec.trigger_phrase"] == "a dog, blue "
+    assert found["modelspec.resolution"] == "512x768"
+    assert found["ss_enable_bucket"] == "True"
+    buckets = json.loads(found["ss_bucket_info"])["buckets"]
+    assert buckets == {"0": dict(resolution=[512, 768], count=3), "1": dict(resolution=[576, 704], count=1)}
+    assert json.loads(found["ss_tag_frequency"]) == {NAME: {"a cat": 1, "blue": 4, "a dog": 3}}
+    assert found["modelspec.thumbnail"].startswith("data:image/jpeg;base64,/9j/")
+
+
+def test_epochs_count_the_images_of_all_processes(trained):
+    batches = dict(max_steps=10, batch_size=2, gradient_accumulation_steps=3)
+    found = header_of(trained, batches, (), dict(processes=2))
+    assert found["ss_total_batch_size"] == "12"
+    assert found["ss_num_epochs"] == found["ss_epoch"] == "20"  # 120 samples of 6 images
+
+
+def test_a_base_model_in_one_file_is_named_with_its_hashes(trained, tmp_path):
+    assert not [key for key in header_of(trained) if "sd_model_hash" in key]
+    path = tmp_path / "dream.safetensors"
+    path.write_bytes(bytes(range(256)) * 0x1200)
+    found = header_of(trained, dict(base_model=str(path)))
+    assert found["ss_sd_model_name"] == "dream.safetensors"
+    assert found["ss_new_sd_model_hash"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found["ss_sd_model_hash"] == hashlib.sha256(path.read_bytes()[0x100000:0x110000]).hexdigest()[:8]
+
+
+@pytest.mark.parametrize(
+    ("captions", "trigger"),
+    [
+        ({"a sks dog": 5, "a sks cat": 1}, "a sks dog"),
+        (
+            {"A woman in a Holographic raincoat, smiling": 1, "a holographic raincoat on a chair": 1},
+            "holographic raincoat",
+        ),
+        ({"b": 1, "a woman in a raincoat": 1, "a raincoat": 1}, None),
+        ({"the cat on the mat": 1, "the dog on the lawn": 1}, None),
+        ({"ein sks-Hund": 1, "der sks-Hund im Garten": 1}, "sks-Hund"),
+        ({"art of x": 1, "a heart of gold": 1}, None),
+    ],
+)
+def test_the_trigger_is_what_captions_share(captions, trigger):
+    assert header.trigger_phrase(captions) == trigger
+
+
+def test_without_a_trigger_the_header_names_none(trained):
+    found = header_of(trained, (), dict(caption_counts={"one thing": 1, "another": 1}))
+    assert not {"modelspec.trigger_phrase", "modelspec.usage_hint", "modelspec.tags"} & found.keys()
 
 
 def test_the_thumbnail_is_the_newest_preview(tmp_path):

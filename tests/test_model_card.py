@@ -1,6 +1,7 @@
 """The model card: what a run says of itself, and what an evaluation puts into it."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -112,16 +113,48 @@ def test_a_protected_adapter_says_what_it_leaves_alone(trained):
         kind: dict(text_states=0.5, keys_values=value)
         for kind, value in (("listed", 0.0123), ("held_out", 0.034), ("concept", 1.5))
     }
-    for noun, among in (("raincoat", ", many of them about raincoat"), ("", "")):
+    for noun, among in (("raincoat", ", many of them about `raincoat`"), ("", "")):
         record = dict(noun=noun, listed=1711, held_out=190, left_out=3, differences=differences)
-        rows = model_card.recipe(config, data["size_counts"], "epsilon", record)
-        assert ("protected", f"1,711 listed prompts{among}, and similar prompts") in rows
-        assert (
-            "largest relative change of the UNet's keys and values (half precision)",
-            "listed prompts 1.2%, 190 held-out prompts 3.4%, the concept 150.0%",
-        ) in rows
         text = model_card.card_text(config, data, "epsilon", record)
-        assert all(f"| {what} | {how} |" in text for what, how in rows)
+        assert f"projected away from 1,711 listed prompts{among}. " in text
+        assert "a listed prompt changes by at most 1.2%, of 190 similar prompts" in text
+        assert "not listed by at most 3.4%, of the concept by 150.0%." in text
+        assert "| protected | 1,711 listed prompts |" in text
+    assert "listed prompt" not in model_card.card_text(config, data, "epsilon")
+
+
+def test_the_card_names_the_right_file_for_each_program(trained):
+    """Of a LoRA one file for all; of a DoRA only for the programs that read it rightly."""
+
+    def files(text):
+        rows = [line for line in text.splitlines() if line.startswith("**") and ".safetensors" in line]
+        return {
+            program: re.findall(r"`([^`]+)\.safetensors`", row)
+            for row in rows
+            for program in re.findall(r"\*\*(.+?)\*\*", row)[0].split(", ")
+        }
+
+    config, data = record_of(trained / NAME)
+    found = files(model_card.card_text(config, data, "epsilon"))
+    assert found == dict.fromkeys(("ComfyUI", "A1111", "Forge", "SD.Next", "InvokeAI"), [NAME])
+    plain = dict(file=f"{NAME}_lora.safetensors", rank=8, error=0.0314)
+    text = model_card.card_text(config | dict(dora=True), data, "epsilon", plain=plain)
+    dora, other = ("ComfyUI", "Forge"), ("A1111", "reForge", "SD.Next", "InvokeAI")
+    assert files(text) == dict.fromkeys(dora, [NAME]) | dict.fromkeys(other, [f"{NAME}_lora"])
+    assert f"<lora:{NAME}_lora:1>" in text
+    assert "rank 8, whose change of the weights differs from the DoRA's by 3.1%" in text
+
+
+def test_different_captions_prompt_with_what_they_share(trained):
+    config, data = record_of(trained / NAME)
+    data["caption_counts"] = {"a cat in a shiny coat": 1, "a shiny coat on a chair": 1}
+    card = ModelCard(model_card.card_text(config, data, "epsilon"))
+    assert card.data.instance_prompt == "shiny coat"
+    assert "Use `shiny coat` in the prompt." in card.text
+    data["caption_counts"] = {"a cat": 1, "two dogs": 1}
+    card = ModelCard(model_card.card_text(config, data, "epsilon"))
+    assert card.data.get("instance_prompt") is None
+    assert "such as `a cat`" in card.text
 
 
 def test_nobodys_words_break_the_card(trained):
@@ -131,7 +164,7 @@ def test_nobodys_words_break_the_card(trained):
     card = ModelCard(model_card.card_text(config, data, "v_prediction"))
     assert card.data.instance_prompt == caption
     assert "# head" not in [line.strip() for line in card.text.splitlines()]
-    assert "and 1 other captions from 4 images" in card.text
+    assert "and 1 other caption from 4 images" in card.text
     # The example is Python that parses.
     example = card.text.split("```python\n")[1].split("```")[0]
     compile(example, "example", "exec")

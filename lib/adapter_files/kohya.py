@@ -1,24 +1,18 @@
 """LoRA adapters in kohya's file format, which ComfyUI, A1111, Forge, InvokeAI and SD.Next read.
 
 A safetensors file with three tensors per layer: lora_down.weight (A), lora_up.weight (B) and alpha. A layer's name is
-`lora_unet_` or `lora_te_` and the module's path with _ for each dot. The keys ss_… (kohya's sd-scripts) and modelspec.…
-(https://github.com/Stability-AI/ModelSpec) of the header describe the training.
+`lora_unet_` or `lora_te_` and the module's path with _ for each dot.
 """
 
-import base64
-import hashlib
-import io
-import json
 import re
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from PIL import Image, ImageOps
 
+from lib.adapter_files.header import hashes
 from lib.errors import UserError
 from lib.files import write_bytes
-from lib.models import base_model_name
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 KEY = re.compile(
@@ -54,8 +48,8 @@ OTHER_KINDS = {
 def save_kohya(path, layers, alpha, header, scales=None):
     """Write an adapter to the file `path` in half precision, atomically.
 
-    `layers` is {component: {layer name: (A [rank, in], B [out, rank])}}, `header` a dict of strings, to which the hash
-    of the tensors is added. `scales` is {component: {layer name: dora_scale [out, 1]}} of DoRA as ComfyUI reads it, in
+    `layers` is {component: {layer name: (A [rank, in], B [out, rank])}}, `header` a dict of strings, to which hashes
+    of the tensors are added. `scales` is {component: {layer name: dora_scale [out, 1]}} of DoRA as ComfyUI reads it, in
     float32. diffusers expects another shape and refuses such a file.
     """
     tensors = {}
@@ -71,10 +65,7 @@ def save_kohya(path, layers, alpha, header, scales=None):
             tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
             if scale is not None:
                 tensors[f"{key}.dora_scale"] = scale.float().cpu().clone()
-    data = safetensors.torch.save(tensors)
-    content = data[8 + int.from_bytes(data[:8], "little") :]
-    header = header | {"modelspec.hash_sha256": "0x" + hashlib.sha256(content).hexdigest()}
-    write_bytes(Path(path), safetensors.torch.save(tensors, metadata=header))
+    write_bytes(Path(path), safetensors.torch.save(tensors, metadata=header | hashes(tensors, header)))
 
 
 def prefixed(component, layer):
@@ -83,80 +74,18 @@ def prefixed(component, layer):
 
 
 def idle_layers(rows):
-    """Layers of zeros for the output projections that a text encoder's adapter lacks: {name: (A, B)} of rank 1.
+    """Layers of zeros for the output projections that a text encoder's adapter lacks: {name: (A, B)}.
 
     diffusers (0.42) recognises kohya's text encoder by them alone and refuses the whole file without them. It also
-    mishandles differing alphas, so these layers of zeros get the alpha of the others.
+    mishandles differing alphas, and kohya's merge_lora.py differing ranks, so these layers have those of the others.
     """
     idle = {}
     for name, (a, _) in rows.items():
         place, layer = name.rsplit(".", 1)
         if place.endswith("self_attn") and layer != "out_proj":
-            width = a.shape[1]
-            idle[f"{place}.out_proj"] = (torch.zeros(1, width), torch.zeros(width, 1))
+            rank, width = a.shape
+            idle[f"{place}.out_proj"] = (torch.zeros(rank, width), torch.zeros(width, rank))
     return {name: pair for name, pair in idle.items() if name not in rows}
-
-
-def kohya_header(config, data, width, prediction_type, thumbnail=None):
-    """The header of kohya's file: a dict of strings.
-
-    `config` is train.py's, `data` the data set's entry in config.json, `width` the width of the text encoder's states
-    (1024: version 2; any other, including the miniature's: version 1), `prediction_type` the scheduler's, `thumbnail`
-    a PIL image or None. A base model in a local folder is named by that folder's name only. No image is named.
-    """
-    rates = {name: config[f"{name}_learning_rate"] for name in ("unet", "text_encoder")}
-    second = width == 1024
-    captions = data["caption_counts"]
-    trigger = max(sorted(captions), key=captions.get)
-    architecture = "stable-diffusion-v1"
-    if second:
-        architecture = "stable-diffusion-v2-" + ("768-v" if prediction_type == "v_prediction" else "512")
-    images, per_step = sum(captions.values()), config["batch_size"] * config["gradient_accumulation_steps"]
-    header = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": config["rank"],
-        "ss_network_alpha": config["alpha"],
-        "ss_base_model_version": "sd_v2" if second else "sd_v1",
-        "ss_v2": second,
-        "ss_sd_model_name": base_model_name(config["base_model"]),
-        "ss_output_name": config["run_name"],
-        "ss_tag_frequency": json.dumps({config["run_name"]: captions}, ensure_ascii=False),
-        "ss_num_train_images": images,
-        "ss_steps": config["max_steps"],
-        "ss_max_train_steps": config["max_steps"],
-        "ss_num_epochs": -(-config["max_steps"] * per_step // images),
-        "ss_batch_size_per_device": config["batch_size"],
-        "ss_gradient_accumulation_steps": config["gradient_accumulation_steps"],
-        "ss_gradient_checkpointing": config["gradient_checkpointing"],
-        "ss_learning_rate": rates["unet"],
-        "ss_unet_lr": rates["unet"],
-        "ss_text_encoder_lr": rates["text_encoder"] if config["train_text_encoder"] else None,
-        "ss_lr_warmup_steps": config["warmup_steps"],
-        "ss_mixed_precision": config["mixed_precision"],
-        "ss_resolution": f"({config['resolution']}, {config['resolution']})",
-        "ss_enable_bucket": len(data["size_counts"]) > 1,
-        "ss_seed": config["seed"],
-        "ss_clip_skip": None,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": config["run_name"],
-        "modelspec.resolution": next(iter(data["size_counts"])),  # the most frequent
-        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
-        "modelspec.trigger_phrase": trigger,
-        "modelspec.tags": trigger,
-    }
-    if thumbnail is not None:
-        header["modelspec.thumbnail"] = thumbnail_uri(thumbnail)
-    return {"format": "pt"} | {key: str(value) for key, value in header.items()}
-
-
-def thumbnail_uri(image, side=256):
-    """A PIL image as a data: URI, a JPEG of side x side pixels."""
-    buffer = io.BytesIO()
-    small = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-    small.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # ---- reading -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
+from lib.adapter_files.header import trigger_phrase
 from lib.errors import UserError
 from lib.files import locked, write_bytes, write_json
 from lib.models import base_model_name, hub_id
@@ -35,10 +36,10 @@ TEMPLATES.filters["code"] = code
 TEMPLATES.filters["tojson"] = lambda text: json.dumps(text, ensure_ascii=False)
 
 
-def card_text(config, data, prediction_type, protection=None):
+def card_text(config, data, prediction_type, protection=None, plain=None):
     """The card of a run that is not evaluated yet, as text.
 
-    `config` is train.py's; `data` and `protection` are config.json's entries. The card holds captions and the number and
+    `config` is train.py's; `data`, `protection` and `plain` (plain_lora) are config.json's entries. The card holds captions and the number and
     hash of the images, but no file name and no local folder.
     """
     captions = sorted(data["caption_counts"].items(), key=lambda pair: (-pair[1], pair[0]))
@@ -48,13 +49,17 @@ def card_text(config, data, prediction_type, protection=None):
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "stable-diffusion", "lora", "diffusers", "template:sd-lora"],
-        instance_prompt=captions[0][0],
+        instance_prompt=trigger_phrase(data["caption_counts"]),
     )
     model = base_model_name(config["base_model"])
     single = model.endswith(".safetensors")
     source = json.dumps(base if base and not single else f"path/to/{model}", ensure_ascii=False)
     body = TEMPLATES.get_template("model_card.md").render(
         name=name,
+        plain=plain and plain | dict(text=plain_lora_text(plain)),
+        protected=protection and protected_text(protection),
+        trigger=trigger_phrase(data["caption_counts"]),
+        other=f"{name}_lora" if plain else name,
         config=config,
         captions=captions,
         images=sum(count for _, count in captions),
@@ -105,7 +110,7 @@ def special(config, protection):
     if config["mask_weight"] < 1:
         rows.append(("outside the masks", f"the loss has weight {config['mask_weight']:g}"))
     if protection:
-        rows += protected_rows(protection)
+        rows.append(("protected", f"{protection['listed']:,} listed prompts"))
     if tuple(config["loss_guidance_scale"]) != (1, 1):
         low, high = config["loss_guidance_scale"]
         scales = f"{low:g}" if low == high else f"uniform from {low:g} to {high:g}"
@@ -113,20 +118,23 @@ def special(config, protection):
     return rows
 
 
-def protected_rows(protection):
-    """Rows of `recipe` for config.json's entry on protection."""
+def plain_lora_text(plain):
+    """A phrase on the plain LoRA beside a DoRA; `plain` as for `card_text`."""
+    return f"a plain LoRA of rank {plain['rank']}, whose change of the weights differs from the DoRA's by {plain['error']:.1%}"
+
+
+def protected_text(protection):
+    """Sentences on what a protected adapter leaves alone, with the figures of config.json's entry."""
     listed, held_out, concept = (
         f"{protection['differences'][kind]['keys_values']:.1%}" for kind in ("listed", "held_out", "concept")
     )
-    noun = " ".join(protection["noun"].replace("|", "/").split())
-    kinds = f", many of them about {noun}" if noun else ""
-    return [
-        ("protected", f"{protection['listed']:,} listed prompts{kinds}, and similar prompts"),
-        (
-            "largest relative change of the UNet's keys and values (half precision)",
-            f"listed prompts {listed}, {protection['held_out']} held-out prompts {held_out}, the concept {concept}",
-        ),
-    ]
+    noun = code(protection["noun"]) if protection["noun"].strip() else ""
+    return (
+        "This adapter is built to leave other prompts unchanged: it changes only layers that read the prompt, and its "
+        f"change is projected away from {protection['listed']:,} listed prompts{', many of them about ' + noun if noun else ''}. "
+        f"What the UNet reads of a listed prompt changes by at most {listed}, of {protection['held_out']} similar prompts "
+        f"that were not listed by at most {held_out}, of the concept by {concept}."
+    )
 
 
 def update_card(folder, section, widget, files):

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import secrets
 import shutil
+import time
 from collections import Counter
 
 import matplotlib
@@ -12,8 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lib import adapter_files, adapters
-from lib.adapter_files.kohya import kohya_header, save_kohya
-from lib.adapter_files.model_card import CARD, card_text
+from lib.adapter_files.header import kohya_header
+from lib.adapter_files.kohya import save_kohya
+from lib.adapter_files.model_card import CARD, card_text, plain_lora_text
 from lib.errors import UserError, one_line
 from lib.files import write_marker
 from lib.models import base_model_name
@@ -21,6 +24,9 @@ from lib.provenance import provenance
 from lib.run_config import differences
 from lib.training.parameters import set_views
 from lib.training.protection import differences_text
+
+# The plain LoRA beside a DoRA is this close to it, unless that takes more than this many times its rank.
+PLAIN_ERROR, PLAIN_RANKS = 0.02, 2
 
 matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold dollar signs
 
@@ -148,8 +154,8 @@ def write_run(folder, config, models, log, data, device, result):
     write_adapter(folder, config, models, data, config["max_steps"])
     loss_figure(log, config["run_name"]).savefig(folder / "loss.png")
     sizes = {name: sum(weight.numel() for weight in adapters.trained_weights(model)) for name, model in models.items()}
-    write_for_others(folder, config, models, data, result)
-    result = result | dict(optimizer=result["optimizer"]["name"])
+    result = result | dict(plain_lora=write_for_others(folder, config, models, data, result))
+    result |= dict(optimizer=result["optimizer"]["name"])
     record = dict(config=config, **provenance(device), data=data, parameters=sizes, **result)
     if device.type == "cuda":
         record["peak_gib_reserved"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
@@ -157,16 +163,28 @@ def write_run(folder, config, models, log, data, device, result):
 
 
 def write_for_others(folder, config, models, data, result):
-    """Write kohya's file and the model card of a run. The arguments are those of `write_run`."""
-    optimizer, scheduler, predicts = result["optimizer"], result["lr_scheduler"], result["prediction_type"]
-    config = config | dict(mixed_precision=result["mixed_precision"])
-    header = kohya_header(config, data, models["unet"].config.cross_attention_dim, predicts, preview_thumbnail(folder))
-    header |= dict(ss_optimizer=optimizer["name"], ss_lr_scheduler=scheduler)
-    layers = {name: adapters.factors(model) for name, model in models.items()}
-    scales = {name: adapters.dora_scales(model) for name, model in models.items()}
-    save_kohya(folder / f"{config['run_name']}.safetensors", layers, config["alpha"], header, scales)
-    card = config | dict(optimizer=optimizer["settings"], lr_scheduler=scheduler)
-    (folder / CARD).write_text(card_text(card, data, predicts, result["protection"]), encoding="utf-8")
+    """Write kohya's file, of a DoRA also a plain LoRA, and the model card of a run. Returns the entry `plain_lora` of
+    config.json, None but for a DoRA. The arguments are those of `write_run`."""
+    name, optimizer = config["run_name"], result["optimizer"]
+    layers = {part: adapters.factors(model) for part, model in models.items()}
+    scales = {part: adapters.dora_scales(model) for part, model in models.items()}
+    files, plain = [(config, layers, scales, "")], None
+    if config["dora"]:
+        layers, rank, error = adapters.closest_lora(models, PLAIN_RANKS * config["rank"], PLAIN_ERROR)
+        plain = dict(file=f"{name}_lora.safetensors", rank=rank, error=round(error, 4))
+        as_plain = dict(run_name=f"{name}_lora", rank=rank, alpha=float(rank), dora=False)
+        files.append((config | as_plain, layers, None, f"It approximates the DoRA {name}: {plain_lora_text(plain)}."))
+    about = result | dict(session=secrets.randbits(32), finished=round(time.time(), 3))
+    width, thumbnail = models["unet"].config.cross_attention_dim, preview_thumbnail(folder)
+    for settings, weights, norms, note in files:
+        header = kohya_header(settings, data, about, width, thumbnail, note)
+        save_kohya(folder / f"{settings['run_name']}.safetensors", weights, settings["alpha"], header, norms)
+    card = config | dict(
+        mixed_precision=result["mixed_precision"], optimizer=optimizer["settings"], lr_scheduler=result["lr_scheduler"]
+    )
+    text = card_text(card, data, result["prediction_type"], result["protection"], plain)
+    (folder / CARD).write_text(text, encoding="utf-8")
+    return plain
 
 
 def preview_thumbnail(folder):
@@ -193,7 +211,13 @@ def outcome_text(folder):
         text += f", {record['peak_gib_reserved']} GiB reserved at most"
     if record["protection"]:
         text += f"\n{differences_text(record['protection']['differences'])}"
-    text += f"\n  python inference.py --lora-dir {folder}"
+    name, plain = record["config"]["run_name"], record["plain_lora"]
+    text += f"\n  {name}.safetensors is for ComfyUI"
+    if plain:
+        text += f" and Forge; {plain['file']} for other programs: {plain_lora_text(plain)}"
+    else:
+        text += ", A1111, Forge, InvokeAI and others"
+    text += f"; {CARD} says how\n  python inference.py --lora-dir {folder}"
     if (folder / "snapshots").is_dir():
         text += " --snapshots  # without it the last step alone"
     return text
