@@ -40,6 +40,7 @@ from lib import adapter_files, adapters
 from lib.adapter_files import kohya
 from lib.errors import UserError, one_line, run_script
 from lib.single_file import write_tokenizer
+from lib.training.run_folder import PLAIN_ERROR, PLAIN_RANKS
 
 WORK = ROOT / ".venv-clients"
 RECIPE = {"unet": ("to_k", "to_q", "to_v", "to_out.0"), "text_encoder": ("q_proj", "v_proj")}
@@ -51,6 +52,8 @@ KINDS = {
     "protected": ("protected", 4, 4.0, RECIPE | {"unet": ("attn2.to_k", "attn2.to_v")}, False),
     "dora": ("DoRA", 4, 4.0, RECIPE, True),
 }
+PLAIN = "dora_lora"  # the plain LoRA that train.py writes beside a DoRA
+COLUMNS = {kind: settings[0] for kind, settings in KINDS.items()} | {PLAIN: "DoRA, its plain file"}
 CHANGE = 0.3  # ‖B A‖ / ‖W‖ of each adapted layer
 SCHEDULER = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False
@@ -71,7 +74,8 @@ class Program:
 
 
 OLD_DIFFUSERS = "diffusers==0.27.2 transformers==4.38.2 tokenizers==0.15.2 huggingface_hub==0.25.2 peft==0.9.0"
-OLD_TRANSFORMERS = "transformers==5.5.4 tokenizers==0.22.2"  # their text encoders' layers are named text_model.…
+# Text encoders whose layers are still named text_model.…
+OLD_TRANSFORMERS = "transformers==5.5.4 tokenizers==0.22.2 huggingface_hub==1.33.0 diffusers==0.40.0"
 PROGRAMS = {
     "diffusers, folder": Program("diffusers", "diffusers peft transformers tokenizers huggingface_hub", "folder"),
     "diffusers, kohya's file": Program("diffusers", "diffusers peft transformers tokenizers huggingface_hub"),
@@ -80,7 +84,7 @@ PROGRAMS = {
     "LyCORIS": Program("lycoris", f"lycoris-lora==4.1.3 einops==0.8.2 toml==0.10.2 {OLD_TRANSFORMERS}"),
     "InvokeAI": Program(
         "invokeai",
-        f"invokeai==6.14.2 diffusers==0.40.0 {OLD_TRANSFORMERS} pydantic-settings==2.16.3 python-dotenv==1.2.4 "
+        f"invokeai==6.14.2 {OLD_TRANSFORMERS} pydantic-settings==2.16.3 python-dotenv==1.2.4 "
         "einops==0.8.2 blake3==1.0.11 gguf==0.19.0 picklescan==1.0.5 onnx==1.23.2 onnxruntime==1.32.0 ml_dtypes==0.6.0 "
         "deprecated==1.3.1 wrapt==2.5.2 spandrel==0.4.2 opencv-python-headless==5.0.0.93 compel==2.5.1",
     ),
@@ -101,14 +105,16 @@ def main():
         raise UserError(f"--only: no reader {', '.join(sorted(unknown))}; choose from {', '.join(READERS)}")
     chosen = {name: p for name, p in PROGRAMS.items() if p.reader in options.only.split(",")}
     torch.set_grad_enabled(False)
-    rows = {}
+    WORK.mkdir(exist_ok=True)
+    saved = WORK / "rows.json"  # so that --only keeps the other programs' rows
+    rows = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
     with tqdm(chosen.items(), unit="program") as bar:
         for name, program in bar:
             bar.set_description(name)
             rows[name] = row_of(name, program, options.comfyui)
-    text = table(rows)
+            saved.write_text(json.dumps(rows), encoding="utf-8")
+    text = table({name: rows[name] for name in PROGRAMS if name in rows})
     print(f"\n{text}")
-    WORK.joinpath("table.md").write_text(text, encoding="utf-8")
     if options.update_readme:
         update_readme(text)
 
@@ -210,7 +216,10 @@ def cell(output, kind, path, expected):
             for name in theirs.files
             if expected[kind][name].any()
         ]
-        unasked = [n for n in theirs.files if not expected[kind][n].any() and (theirs[n] != before[n]).any()]
+        same = dict(rtol=0, atol=1e-3)
+        unasked = [
+            n for n in theirs.files if not expected[kind][n].any() and not np.allclose(theirs[n], before[n], **same)
+        ]
     keys = load_file(path / "pytorch_lora_weights.safetensors" if path.is_dir() else path)
     layers = sum(key.endswith(("lora_down.weight", "lora_A.weight")) for key in keys)
     text = f"{max(errors):.1g}" if max(errors) < 0.1 else f"**{max(errors):.2f}**"
@@ -221,12 +230,11 @@ def cell(output, kind, path, expected):
 
 def table(rows):
     """The rows as a markdown table."""
-    columns = {kind: KINDS[kind][0] for kind in KINDS}
-    lines = [f"| program | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| program | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, (version, cells) in rows.items():
         form = name.partition(", ")[2]
         label = f"{version}, {form}" if cells and form else version if cells else f"{name}: {version}"
-        lines.append(f"| {label} | {' | '.join(cells.get(kind, '–') for kind in columns)} |")
+        lines.append(f"| {label} | {' | '.join(cells.get(kind, '–') for kind in COLUMNS)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -288,7 +296,8 @@ def load_models(folder):
 
 
 def write_adapters(folder, kind, models):
-    """Write an adapter of random weights as train.py writes a run: {kind: {"folder": folder, "kohya": file}}."""
+    """Write an adapter of random weights as train.py writes a run: {kind: {"folder": folder, "kohya": file}}, and for
+    a DoRA also {PLAIN: {"kohya": file}}."""
     _, rank, alpha, targets, dora = KINDS[kind]
     torch.manual_seed(0)
     models = {name: models[name] for name in targets}
@@ -306,7 +315,12 @@ def write_adapters(folder, kind, models):
     layers = {name: adapters.factors(model) for name, model in models.items()}
     scales = {name: adapters.dora_scales(model) for name, model in models.items()}
     kohya.save_kohya(run / f"{kind}.safetensors", layers, alpha, {}, scales)
-    return {kind: {"folder": run, "kohya": run / f"{kind}.safetensors"}}
+    written = {kind: {"folder": run, "kohya": run / f"{kind}.safetensors"}}
+    if dora:
+        plain, rank, _ = adapters.closest_lora(models, PLAIN_RANKS * rank, PLAIN_ERROR)
+        written[PLAIN] = {"kohya": run / f"{PLAIN}.safetensors"}
+        kohya.save_kohya(written[PLAIN]["kohya"], plain, float(rank), {})
+    return written
 
 
 def our_outputs(folder, models, given):

@@ -13,6 +13,7 @@ from lib.errors import UserError
 from lib.evaluation.metrics.scores import Run
 from lib.files import check_output_folder
 from lib.models import base_model_name
+from lib.provenance import cpu_note
 from lib.run_config import WITHOUT_EFFECT, differences, with_added
 
 MARKER = "metrics.json"  # written last into a results folder
@@ -58,7 +59,7 @@ def plan_runs(config, device):
     )
     group_runs([run for run, _ in plan])
     if device.type == "cpu":
-        print("no CUDA GPU found: generating on the CPU, in fp32")
+        print(cpu_note("generating"))
     return plan
 
 
