@@ -196,9 +196,8 @@ def train(config):
 
         from lib.dataset import read_dataset
         from lib.evaluation.generation import preview_generator
-        from lib.kernels.cpu import computing_with, threads_for
+        from lib.kernels.cpu import computing_with, cpu_note, threads_for
         from lib.models import fetch_base_model
-        from lib.provenance import cpu_note
         from lib.training import checkpoints, run_folder, setup
         from lib.training.journal import Journal
         from lib.training.latents import latent_masks

@@ -10,6 +10,7 @@ adapted layers} or {"error": why not}. This file imports nothing of this project
 """
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -40,22 +41,22 @@ def diffusers(job):
 
 
 def lycoris(job):
-    """LyCORIS' network from kohya's file, as sd-scripts and its own tools load it."""
+    """LyCORIS' own merge of kohya's file into a diffusers model."""
     from importlib.metadata import version
 
-    import torch
-    from lycoris.kohya import create_network_from_weights
+    from lycoris.utils import merge
+    from safetensors.torch import load_file
 
     yield f"LyCORIS {version('lycoris-lora')}"
     inputs = torch_inputs(job)
     for name, path in adapters_of(job):
         unet, text_encoder = models = load_models(job["base"])
-        count = 0
+        said = io.StringIO()
         if path:
-            network, tensors = create_network_from_weights(1.0, path, None, text_encoder, unet)
-            count = len(network.unet_loras) + len(network.text_encoder_loras)
-            network.merge_to(text_encoder, unet, tensors, torch.float32, "cpu")
-        yield name, count, outputs(*models, *inputs)
+            with contextlib.redirect_stdout(said):
+                merge([text_encoder], unet, load_file(path))
+        merged = re.search(r"(\d+) Modules been merged", said.getvalue())
+        yield name, int(merged[1]) if merged else 0, outputs(*models, *inputs)
 
 
 def invokeai(job):
@@ -144,13 +145,14 @@ def stable_diffusion_cpp(job):
         image.set_loras([{"path": path, "multiplier": 1.0}] if path else [])
         pixels = context.generate_with_params(image)[0].to_numpy().astype(np.float32)
         print(f"{name}:", *said, sep="\n")
-        yield name, applied_lines(said), {"image": pixels}
+        yield name, applied_layers(said), {"image": pixels}
 
 
-def applied_lines(said):
-    """The number of LoRA layers that stable-diffusion.cpp says it applied, from its log; None if it does not say."""
-    found = re.findall(r"\((\d+) / (\d+)\) LoRA tensors", "\n".join(said), re.IGNORECASE)
-    return int(found[-1][0]) if found else None
+def applied_layers(said):
+    """How many layers stable-diffusion.cpp says it changed: tensors of text encoder, UNet and VAE in its log, of which
+    each layer has three (down, up, alpha). None if the log does not say."""
+    found = re.findall(r"\((\d+) / \d+\) LoRA tensors", "\n".join(said))
+    return sum(map(int, found)) // 3 if found else None
 
 
 # ---- what several readers need ---------------------------------------------------------------------

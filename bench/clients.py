@@ -39,6 +39,7 @@ from demo.original_names import original_unet, original_vae
 from lib import adapter_files, adapters
 from lib.adapter_files import kohya
 from lib.errors import UserError, one_line, run_script
+from lib.files import write_json
 from lib.single_file import write_tokenizer
 from lib.training.run_folder import PLAIN_ERROR, PLAIN_RANKS
 
@@ -52,6 +53,7 @@ KINDS = {
     "protected": ("protected", 4, 4.0, RECIPE | {"unet": ("attn2.to_k", "attn2.to_v")}, False),
     "dora": ("DoRA", 4, 4.0, RECIPE, True),
 }
+NOT_TRIED = "not tried"
 PLAIN = "dora_lora"  # the plain LoRA that train.py writes beside a DoRA
 COLUMNS = {kind: settings[0] for kind, settings in KINDS.items()} | {PLAIN: "DoRA, its plain file"}
 CHANGE = 0.3  # ‖B A‖ / ‖W‖ of each adapted layer
@@ -71,6 +73,7 @@ class Program:
     file: str = "kohya"  # or folder: diffusers' format
     size: str = "narrow"  # or full
     python: tuple = (3, 11)  # the oldest that its packages support
+    known: tuple = ()  # kinds that it is known to read wrongly or to refuse
 
 
 OLD_DIFFUSERS = "diffusers==0.27.2 transformers==4.38.2 tokenizers==0.15.2 huggingface_hub==0.25.2 peft==0.9.0"
@@ -105,18 +108,19 @@ def main():
         raise UserError(f"--only: no reader {', '.join(sorted(unknown))}; choose from {', '.join(READERS)}")
     chosen = {name: p for name, p in PROGRAMS.items() if p.reader in options.only.split(",")}
     torch.set_grad_enabled(False)
-    WORK.mkdir(exist_ok=True)
-    saved = WORK / "rows.json"  # so that --only keeps the other programs' rows
-    rows = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
     with tqdm(chosen.items(), unit="program") as bar:
         for name, program in bar:
             bar.set_description(name)
-            rows[name] = row_of(name, program, options.comfyui)
-            saved.write_text(json.dumps(rows), encoding="utf-8")
-    text = table({name: rows[name] for name in PROGRAMS if name in rows})
+            row = row_of(name, program, options.comfyui)
+            write_json(row_file(name), row)  # so that --only keeps the other programs' rows
+    rows = {name: json.loads(row_file(name).read_text()) for name in PROGRAMS if row_file(name).is_file()}
+    text = table(rows)
     print(f"\n{text}")
+    (WORK / "table.md").write_text(text, encoding="utf-8")
     if options.update_readme:
         update_readme(text)
+    if wrong := [f"{name}: {what}" for name, program in chosen.items() for what in unexpected(program, *rows[name])]:
+        raise UserError(f"not as PROGRAMS expects: {'; '.join(wrong)}")
 
 
 READERS = list(dict.fromkeys(program.reader for program in PROGRAMS.values()))
@@ -125,17 +129,28 @@ READERS = list(dict.fromkeys(program.reader for program in PROGRAMS.values()))
 # ---- one program ----------------------------------------------------------------------------------
 
 
+def row_file(name):
+    return WORK / "results" / f"{slug(name)}.json"
+
+
+def slug(name):
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
 def row_of(name, program, comfyui):
     """A program's row: (its version, {kind: text of the cell}). A reason in place of a version if it did not run."""
+    (WORK / "results").mkdir(parents=True, exist_ok=True)
     if program.reader == "comfyui" and comfyui is None:
-        return "not tried: --comfyui names its folder", {}
+        return f"{NOT_TRIED}: --comfyui names its folder", {}
+    python = interpreter(program.python)
+    if python is None:
+        return f"{NOT_TRIED}: needs Python {program.python[0]}.{program.python[1]} or newer on PATH", {}
     try:
-        python = interpreter(program.python)
         packages = installed(program, python)
     except UserError as problem:
         return str(problem), {}
     files = made_files(program.size)
-    output = WORK / "results" / "".join(c if c.isalnum() else "_" for c in name)
+    output = WORK / "results" / slug(name)
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     given = {k: paths[program.file] for k, paths in files.adapters.items() if program.file in paths}
@@ -161,18 +176,22 @@ def row_of(name, program, comfyui):
     if "error" in base:
         where = f"; see {output.relative_to(ROOT)}/log.txt" if done.returncode else ""
         return f"{version}: failed ({base['error']}{where})", {}
+    with np.load(output / "base.npz") as theirs:
+        for part, array in theirs.items():
+            if (distance := relative(array, files.expected["base"][part])) > 0.02:
+                return f"{version}: its {part} of the base model itself differs from ours by {distance:.2g}", {}
     return version, {kind: cell(output, kind, path, files.expected) for kind, path in given.items()}
 
 
 def interpreter(oldest):
-    """The command of a Python of at least version `oldest`: this one, or one on PATH."""
+    """The command of a Python of at least version `oldest`: this one, one on PATH, or None."""
     if sys.version_info >= oldest:
         return [sys.executable]
     for minor in range(oldest[1], 20):
         path = shutil.which(f"python3.{minor}")
         if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
             return [path]
-    raise UserError(f"needs Python {oldest[0]}.{oldest[1]} or newer on PATH")
+    return None
 
 
 def installed(program, python):
@@ -205,6 +224,10 @@ def result(folder, name):
     return json.loads(path.read_text()) if path.is_file() else {"error": "no result"}
 
 
+def relative(theirs, ours):
+    return float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours))
+
+
 def cell(output, kind, path, expected):
     """The table's text for an adapter: its error, and the number of layers if the program applied another number."""
     found = result(output, kind)
@@ -212,7 +235,7 @@ def cell(output, kind, path, expected):
         return f"refused: {found['error'].split(': ', 1)[-1][:60]}"
     with np.load(output / f"{kind}.npz") as theirs, np.load(output / "base.npz") as before:
         errors = [
-            np.linalg.norm(theirs[name] - before[name] - expected[kind][name]) / np.linalg.norm(expected[kind][name])
+            relative(theirs[name] - before[name], expected[kind][name])
             for name in theirs.files
             if expected[kind][name].any()
         ]
@@ -222,10 +245,18 @@ def cell(output, kind, path, expected):
         ]
     keys = load_file(path / "pytorch_lora_weights.safetensors" if path.is_dir() else path)
     layers = sum(key.endswith(("lora_down.weight", "lora_A.weight")) for key in keys)
-    text = f"{max(errors):.1g}" if max(errors) < 0.1 else f"**{max(errors):.2f}**"
+    text = f"{max(errors):.1g}" if max(errors) < 0.05 else f"**{max(errors):.2f}**"
     if found["applied"] not in (None, layers):
         text += f" ({found['applied']} of {layers} layers)"
     return text + (f" (also changes the {', '.join(unasked)})" if unasked else "")
+
+
+def unexpected(program, version, cells):
+    """What a row has that PROGRAMS does not expect: kinds that are now read wrongly, or rightly."""
+    if not cells:
+        return [] if version.startswith(NOT_TRIED) else [version]
+    wrong = {kind for kind, text in cells.items() if text.startswith(("**", "refused")) or "(" in text}
+    return [COLUMNS[kind] for kind in sorted(wrong ^ set(program.known))]
 
 
 def table(rows):
@@ -257,7 +288,7 @@ class Files:
     checkpoint: Path | None  # the same model in one file, under the original code's names; full size only
     inputs: Path
     adapters: dict  # kind -> {"kohya": file, "folder": folder}
-    expected: dict  # kind -> {"text_encoder", "unet" or "image": what the adapter changes}
+    expected: dict  # kind -> {"text_encoder", "unet", "image": what the adapter changes}; "base" -> these outputs
 
 
 @functools.cache
@@ -281,7 +312,8 @@ def made_files(size):
         "text": torch.randn(1, 77, width, generator=generator),
     }
     save_file(given, inputs)
-    base, expected = our_outputs(folder, models, given), {}
+    base = our_outputs(folder, models, given)
+    expected = {"base": base}
     for kind, paths in written.items():
         merged = adapters.Applied(adapter_files.read_adapter(paths.get("folder", paths["kohya"])), models)
         expected[kind] = {name: array - base[name] for name, array in our_outputs(folder, models, given).items()}
@@ -334,7 +366,7 @@ def our_outputs(folder, models, given):
 
 
 def our_image(folder, unet, text_encoder):
-    """One Euler step from noise at IMAGE's timestep to 0, decoded: float32 [side, side, 3] in [0, 255], not rounded."""
+    """One Euler step from noise at IMAGE's timestep to 0, decoded: float32 [side, side, 3] of whole numbers in [0, 255]."""
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").float().eval()
     ids = tokenizer(IMAGE["prompt"], padding="max_length", return_tensors="pt").input_ids
@@ -342,7 +374,7 @@ def our_image(folder, unet, text_encoder):
     latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(IMAGE["seed"])) * spread
     predicted = unet(latents / (spread**2 + 1) ** 0.5, IMAGE["timestep"], text_encoder(ids)[0]).sample
     pixels = vae.decode((latents - spread * predicted) / vae.config.scaling_factor).sample
-    return ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    return ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
 
 
 def sigma(timestep):
@@ -358,6 +390,7 @@ def make_base(folder, size):
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for part in ("clip", "adapter", "tokenizer"):
             shutil.rmtree(folder / part)
+        name_text_model(folder)
         write_tokenizer(folder / "tokenizer")  # CLIP's own vocabulary, as stable-diffusion.cpp has it
         return
     torch.manual_seed(0)
@@ -376,8 +409,16 @@ def make_base(folder, size):
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    name_text_model(folder)
     shutil.rmtree(folder / "tokenizer")  # older versions read vocab.json and merges.txt alone
     write_tokenizer(folder / "tokenizer")
+
+
+def name_text_model(folder):
+    """Name the text encoder's weights text_model.…, as in Stable Diffusion v1.5's own file and in transformers 4."""
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{k.removeprefix('text_model.')}": v.clone() for k, v in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
 
 
 def write_checkpoint(folder, path):
@@ -386,8 +427,7 @@ def write_checkpoint(folder, path):
         load_file(next((folder / part).glob("*.safetensors"))) for part in ("unet", "vae", "text_encoder")
     )
     tensors = original_unet(unet, 2) | original_vae(vae)
-    for key, value in text.items():
-        tensors[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = value
+    tensors |= {f"cond_stage_model.transformer.{key}": value for key, value in text.items()}
     save_file({key: value.contiguous() for key, value in tensors.items()}, path)
 
 

@@ -29,17 +29,6 @@ def code_commit():
     return commit or None
 
 
-def cpu_note(doing):
-    """The line that says why `doing` ("training", "generating") happens on the CPU.
-
-    Apple's GPUs are left alone: nobody has compared what MPS computes here with a CPU or a CUDA GPU, and it lacks
-    float64, in which protection is computed.
-    """
-    if torch.backends.mps.is_available():
-        return f"Apple's GPU (MPS) is not used, since the scripts are untested on it: {doing} on the CPU, in fp32"
-    return f"no CUDA GPU found: {doing} on the CPU, in fp32"
-
-
 def device_name(device):
     """The name of the GPU, or "CPU" and its number of threads."""
     if torch.device(device).type == "cuda":

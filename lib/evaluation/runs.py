@@ -12,8 +12,8 @@ from lib import adapter_files, adapters
 from lib.errors import UserError
 from lib.evaluation.metrics.scores import Run
 from lib.files import check_output_folder
+from lib.kernels.cpu import cpu_note
 from lib.models import base_model_name
-from lib.provenance import cpu_note
 from lib.run_config import WITHOUT_EFFECT, differences, with_added
 
 MARKER = "metrics.json"  # written last into a results folder
