@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo demo-recipe demo-protected study test lint format clean
+.PHONY: help demo demo-recipe demo-protected study test lint format clients platforms clean
 
 help:
 	@echo "make demo    prepare, train and evaluate the embedded miniature (CPU, minutes)"
@@ -11,7 +11,9 @@ help:
 	@echo "make test    run all tests (CPU; network only for the packages)"
 	@echo "make lint    check format and style"
 	@echo "make format  fix format and style"
-	@echo "make clean   delete .venv and processed_data/"
+	@echo "make clients    load our adapter files in other programs (installs them; COMFYUI=... its folder)"
+	@echo "make platforms  can the requirements be installed on other systems?"
+	@echo "make clean   delete .venv, .venv-clients and processed_data/"
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python " + sys.version.split()[0] + ", but 3.11 or newer is needed; choose another: make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
@@ -52,5 +54,11 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+clients: .venv/installed
+	$(BIN)/python bench/clients.py $(if $(COMFYUI),--comfyui "$(COMFYUI)")
+
+platforms: .venv/installed
+	$(BIN)/python bench/platforms.py
+
 clean:
-	rm -rf .venv processed_data
+	rm -rf .venv .venv-clients processed_data

@@ -201,7 +201,7 @@ def train(config):
 
         from lib.dataset import read_dataset
         from lib.evaluation.generation import preview_generator
-        from lib.kernels.cpu import computing_with, threads_for
+        from lib.kernels.cpu import computing_with, cpu_note, threads_for
         from lib.models import fetch_base_model
         from lib.training import checkpoints, run_folder, setup
         from lib.training.early_stopping import EarlyStopping
@@ -227,7 +227,7 @@ def train(config):
     accelerator = Accelerator(mixed_precision=config["mixed_precision"] if on_cuda else "no", cpu=not on_cuda)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
     if not on_cuda:
-        say("no CUDA GPU found: training on the CPU, in fp32")
+        say(cpu_note("training"))
     dtype = dict(fp16=torch.float16, bf16=torch.bfloat16, no=torch.float32)[accelerator.mixed_precision]
     setup.begin_kernels(base_folder, config, dtype, device)
 

@@ -1,4 +1,5 @@
-"""Several processes: on two machines, on images of several shapes, and with what does not fit together."""
+"""Several processes: on two machines, on images of several shapes, and with what does not fit together; and a GPU that is
+not used."""
 
 import contextlib
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import EXACT, ROOT, TINY_RUN, assert_one_line, call, options
 from safetensors.torch import load_file
 from test_buckets import mixed
@@ -196,3 +198,14 @@ def test_a_launcher_with_another_projects_settings_trains(tiny_model, processed_
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     config = TINY_RUN | dict(base_model=tiny_model, data_dir=processed_data, output_dir=tmp_path, max_steps=2)
     assert "asks for FSDP, mixed_precision fp8" in succeeded(call("train.py", *options(**config))).stdout
+
+
+def test_an_apple_gpu_is_named_and_left_alone(tiny_model, processed_data, tmp_path, monkeypatch):
+    """accelerate alone would train on it."""
+    for question in ("is_available", "is_built"):
+        monkeypatch.setattr(torch.backends.mps, question, lambda: True)
+    common = options(base_model=tiny_model, data_dir=processed_data, output_dir=tmp_path, **TINY_RUN)
+    done = call("train.py", *common)
+    assert done.returncode == 0, done.stderr
+    assert "Apple's GPU (MPS) is not used" in done.stdout
+    assert json.loads((tmp_path / NAME / "config.json").read_text())["device"].startswith("CPU")

@@ -12,6 +12,7 @@ from lib import adapter_files, adapters
 from lib.errors import UserError
 from lib.evaluation.metrics.scores import Run
 from lib.files import check_output_folder
+from lib.kernels.cpu import cpu_note
 from lib.models import base_model_name
 from lib.run_config import WITHOUT_EFFECT, differences, with_added
 
@@ -51,7 +52,7 @@ def plan_runs(config, device):
     )
     group_runs([run for run, _ in plan])
     if device.type == "cpu":
-        print("no CUDA GPU found: generating on the CPU, in fp32")
+        print(cpu_note("generating"))
     return plan
 
 

@@ -105,3 +105,14 @@ def _upsample_forward(module, forward, weight, bias, x, output_size=None):
             pixels = four[:, row, column, :, row : row + h, column : column + w]
             out[:, :, row::2, column::2] = pixels
     return out
+
+
+def cpu_note(doing):
+    """The line that says why `doing` ("training", "generating") happens on the CPU.
+
+    Apple's GPUs are left alone: nobody has compared what MPS computes here with a CPU or a CUDA GPU, and it lacks
+    float64, in which protection is computed.
+    """
+    if torch.backends.mps.is_available():
+        return f"Apple's GPU (MPS) is not used, since the scripts are untested on it: {doing} on the CPU, in fp32"
+    return f"no CUDA GPU found: {doing} on the CPU, in fp32"
