@@ -194,7 +194,6 @@ def train(config):
     """Train one adapter with the given configuration (the keys of CONFIG); return its folder."""
     # Imported here, so that --help and a wrong option are answered at once.
     with quick_imports():
-        import_first()
         import torch
         from accelerate import Accelerator
         from tqdm import tqdm
@@ -245,8 +244,6 @@ def train(config):
     train_indices, held_out = setup.divided(config, len(rows), say)
     latents = setup.image_latents(base_folder, rows, dtype, accelerator)
     masks = latent_masks(rows, latents, config["mask_weight"])
-    if protected:
-        say(protected.text())
     models = setup.adapted_models(base_folder, tokens, protected, config, dtype, device, say)
     trained, timesteps_count = models.trained, models.scheduler.config.num_train_timesteps
     groups = [dict(params=[part.flat], lr=part.learning_rate) for part in trained.values()]
@@ -372,10 +369,11 @@ def main(config, description, demo=DEMO):
         locked(target) if holder else contextlib.nullcontext(),
         memory_for("loading the models", advice),
     ):
-        if holder:
+        with quick_imports():
+            import_first()
             from lib.adapter_files import hub
             from lib.training import checkpoints
-
+        if holder:
             recover_folder(target, "config.json")
             checkpoints.remove(target)  # of a run that was killed when it was complete
             if config["push_to_hub"]:

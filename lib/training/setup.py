@@ -199,6 +199,7 @@ def adapted_models(base_folder, tokens, protected, config, dtype, device, say):
     no_text = encode_captions(text_encoder, no_text_ids)[0] if guided else None
     protection = None
     if protected:
+        say(protected.text())
         protection = make_protection(text_encoder, base_folder, protected, config)
         say(protection.table())
         protection.check()
