@@ -158,8 +158,6 @@ def evaluate(config):
     With `rescore` or `score_dir` the images are read instead of generated.
     """
     generating, times = not (config["rescore"] or config["score_dir"]), [time.monotonic()]
-    if generating:
-        compile_ahead.start("inference.py", config["base_model"], config["resolution"], config["batch_size"])
     # Imported here, so that --help and a wrong option are answered at once.
     with quick_imports():
         import_first()
@@ -327,6 +325,8 @@ def main():
     check_config(config)
     config["output_dir"] = config["output_dir"].replace("{name}", evaluation_name(config))
     output_dir = Path(config["output_dir"])
+    if not (config["rescore"] or config["score_dir"]):  # for a machine's first run; beside the imports
+        compile_ahead.start("inference.py", config["base_model"], config["resolution"], config["batch_size"])
     advice = "close what else uses the GPU (nvidia-smi lists it)"
     with disk_for(output_dir), locked(output_dir), memory_for("loading the models or scoring", advice):
         evaluate(config)
