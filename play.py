@@ -79,10 +79,14 @@ def main():
     check_config(config)
     # Imported here, so that --help and a wrong option are answered at once.
     with quick_imports():
+        import diffusers
         import torch
+        import transformers
 
         from lib.play.server import Server
         from lib.play.studio import Studio
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()  # the page itself says what is cut off a prompt
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     advice = "close what else uses the GPU (nvidia-smi lists it)"
     with Server(config) as server:  # before the model is loaded: the port may be in use

@@ -10,12 +10,14 @@ Other options are those of play.py. Also checks that scale 0 gives the base mode
 scale gives the same ones.
 """
 
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as play.py does, before torch is imported
 
 import torch
 

@@ -54,7 +54,7 @@ def write(folder, asked, sheet, loaded, config, device, now):
         for seed, png in zip(asked.seeds, pngs, strict=True):
             write_bytes(folder / f"{stem}_{seed}.png", png)
             images.append(dict(file=f"{stem}_{seed}.png", seed=seed, **model))
-    rows = [f"“{asked.prompt}”, seed {seed}" for seed in asked.seeds]
+    rows = [f"seed {seed}: “{asked.prompt}”" for seed in asked.seeds]
     pair = strip(columns, rows, side=next(iter(columns.values()))[0].width)
     pair.save(folder / "pair.png")
     keys = ("base_model", "revision", "resolution", "batch_size")
