@@ -370,7 +370,7 @@ PROTECTED = dict(protected_prompts=ROOT / "prompts" / "protected_demo.txt", unet
         (PROTECTED | dict(unet_targets="attn2.to_k,to_q"), "unet_targets holds to_q, but"),
         (PROTECTED | dict(unet_targets="to_k"), "every other layer sees the image"),
         (PROTECTED | dict(protected_class="umbrella"), "no caption contains it"),
-        (PROTECTED | dict(protected_prompts=ROOT / "requirements-dev.txt"), "at least 10 are needed"),
+        (PROTECTED | dict(protected_prompts=ROOT / "lib" / "__init__.py"), "at least 10 are needed"),
     ],
 )
 def test_mistakes_get_one_line(tiny_model, processed_data, tmp_path, change, words):

@@ -39,8 +39,7 @@ def diffusion_loss(
     guidance (Ho & Salimans 2022) generates with that combination: trained on the plain loss, an adapter that leaves u
     unchanged would be amplified g times. Dividing by g keeps the gradient at its size for g = 1.
     """
-    dtype = unet.conv_in.weight.dtype  # unet.dtype goes through all modules
-    noisy_latents = scheduler.add_noise(latents, noise, timesteps).to(dtype)  # [n, 4, h, w]
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)  # [n, 4, h, w]
     noise_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample.float()
     expected = noise
     if scheduler.config.prediction_type == "v_prediction":
