@@ -7,10 +7,11 @@
     accelerate launch --multi_gpu --num_processes 2 train.py  # several GPUs
 
 It writes lora_weights/<run_name>/: pytorch_lora_weights.safetensors (diffusers' format), <run_name>.safetensors
-(kohya's: ComfyUI, A1111 and others), README.md (a model card), config.json (configuration, versions, commit, device),
-log.jsonl, loss.png, previews/ and previews.webp (steps across, prompts down), and snapshots/ (the adapter at
-intervals). An earlier run with that name is replaced only once the new one is complete. A run stopped by Ctrl-C, a
-signal, a crash or a power cut resumes from its last checkpoint with the same command.
+(kohya's: ComfyUI, A1111 and others; of a DoRA also <run_name>_lora.safetensors, a plain LoRA), README.md (a model
+card), config.json (configuration, versions, commit, device), log.jsonl, loss.png, previews/ and previews.webp (steps
+across, prompts down), and snapshots/ (the adapter at intervals). An earlier run with that name is replaced only once
+the new one is complete. A run stopped by Ctrl-C, a signal, a crash or a power cut resumes from its last checkpoint with
+the same command.
 
 tests/plain_loop.py is the same training without any optimization: read it first. Here latents are encoded once and
 cached in processed_data/latents/, noise and timesteps derive from (seed, sample number), and the LoRA parameters of a

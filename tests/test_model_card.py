@@ -117,8 +117,8 @@ def test_a_protected_adapter_says_what_it_leaves_alone(trained):
         record = dict(noun=noun, listed=1711, held_out=190, left_out=3, differences=differences)
         text = model_card.card_text(config, data, "epsilon", record)
         assert f"projected away from 1,711 listed prompts{among}. " in text
-        assert "a listed prompt changes by at most 1.2%, of 190 similar prompts" in text
-        assert "not listed by at most 3.4%, of the concept by 150.0%." in text
+        assert "at most 1.2% for a listed prompt, by at most 3.4% for 190 similar prompts that were not listed" in text
+        assert "and by 150.0% for the concept." in text
         assert "| protected | 1,711 listed prompts |" in text
     assert "listed prompt" not in model_card.card_text(config, data, "epsilon")
 
@@ -127,7 +127,7 @@ def test_the_card_names_the_right_file_for_each_program(trained):
     """Of a LoRA one file for all; of a DoRA only for the programs that read it rightly."""
 
     def files(text):
-        rows = [line for line in text.splitlines() if line.startswith("**") and ".safetensors" in line]
+        rows = [line for line in text.splitlines() if line.startswith("- **")]
         return {
             program: re.findall(r"`([^`]+)\.safetensors`", row)
             for row in rows

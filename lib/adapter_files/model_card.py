@@ -16,6 +16,7 @@ from lib.files import locked, write_bytes, write_json
 from lib.models import base_model_name, hub_id
 
 CARD = "README.md"
+MINIATURE = "demo/model"  # the embedded base model, which no other program has
 # An evaluation replaces the text between these marks and leaves the rest of the card unchanged.
 MARKS = ("<!-- evaluation: written by inference.py -->", "<!-- end of evaluation -->")
 TEMPLATES = jinja2.Environment(
@@ -68,6 +69,7 @@ def card_text(config, data, prediction_type, protection=None, plain=None):
         repository=repository,
         marks=MARKS,
         loader=f"{'from_single_file' if single else 'from_pretrained'}({source}",
+        miniature=model == MINIATURE,
         base=f"[{base}](https://huggingface.co/{base})" if base else code(model),
         recipe=recipe(config, data["size_counts"], prediction_type, protection),
     )
@@ -128,12 +130,12 @@ def protected_text(protection):
     listed, held_out, concept = (
         f"{protection['differences'][kind]['keys_values']:.1%}" for kind in ("listed", "held_out", "concept")
     )
-    noun = code(protection["noun"]) if protection["noun"].strip() else ""
+    among = f", many of them about {code(protection['noun'])}" if protection["noun"].strip() else ""
     return (
         "This adapter is built to leave other prompts unchanged: it changes only layers that read the prompt, and its "
-        f"change is projected away from {protection['listed']:,} listed prompts{', many of them about ' + noun if noun else ''}. "
-        f"What the UNet reads of a listed prompt changes by at most {listed}, of {protection['held_out']} similar prompts "
-        f"that were not listed by at most {held_out}, of the concept by {concept}."
+        f"change is projected away from {protection['listed']:,} listed prompts{among}. The UNet's keys and values change "
+        f"by at most {listed} for a listed prompt, by at most {held_out} for {protection['held_out']} similar prompts that "
+        f"were not listed, and by {concept} for the concept."
     )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from lib import adapter_files, adapters
 from lib.adapter_files.header import kohya_header
 from lib.adapter_files.kohya import save_kohya
-from lib.adapter_files.model_card import CARD, card_text, plain_lora_text
+from lib.adapter_files.model_card import CARD, card_text, plain_lora_text, protected_text
 from lib.errors import UserError, one_line
 from lib.files import write_marker
 from lib.models import base_model_name
@@ -168,12 +168,14 @@ def write_for_others(folder, config, models, data, result):
     name, optimizer = config["run_name"], result["optimizer"]
     layers = {part: adapters.factors(model) for part, model in models.items()}
     scales = {part: adapters.dora_scales(model) for part, model in models.items()}
-    files, plain = [(config, layers, scales, "")], None
+    note = protected_text(result["protection"]) if result["protection"] else ""
+    files, plain = [(config, layers, scales, note)], None
     if config["dora"]:
         layers, rank, error = adapters.closest_lora(models, PLAIN_RANKS * config["rank"], PLAIN_ERROR)
         plain = dict(file=f"{name}_lora.safetensors", rank=rank, error=round(error, 4))
         as_plain = dict(run_name=f"{name}_lora", rank=rank, alpha=float(rank), dora=False)
-        files.append((config | as_plain, layers, None, f"It approximates the DoRA {name}: {plain_lora_text(plain)}."))
+        note += f" It approximates the DoRA {name}, from whose change of the weights its own differs by {error:.1%}."
+        files.append((config | as_plain, layers, None, note.strip()))
     about = result | dict(session=secrets.randbits(32), finished=round(time.time(), 3))
     width, thumbnail = models["unet"].config.cross_attention_dim, preview_thumbnail(folder)
     for settings, weights, norms, note in files:
