@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from kernel_models import needs_triton
 
-from lib.kernels import adamw8bit, channels_last, compile_ahead, compiling
+from lib.kernels import adamw8bit, channels_last, compile_ahead, compiling, conv_epilogues, group_norm, layer_norm_geglu
 from lib.models import load_part
 
 
@@ -67,6 +67,30 @@ def test_what_is_compiled_ahead_is_what_the_models_launch(gpu, monkeypatch):
     later = set(map(str, compile_ahead.specializations(jobs)))
     assert len(later) > 20
     assert later <= set(ahead)
+
+
+@needs_triton
+def test_what_is_there_already_is_launched_with_memory_of_its_own(gpu, monkeypatch):
+    """In a process that has trained before nothing is left to compile, so the jobs launch."""
+    launched, begun = [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *inputs, **named: launched.extend(x.device.type for x in inputs if torch.is_tensor(x))
+
+    for module, names in (
+        (group_norm, ("norm_whole", "norm_sums", "norm_apply")),
+        (layer_norm_geglu, ("add_layer_norm", "add_layer_norm_backward", "geglu", "quick_gelu")),
+        (conv_epilogues, ("add_bias",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, f"_{name}", Kernel())
+    monkeypatch.setattr(compile_ahead, "begin", lambda jobs, also, device: begun.extend(jobs()))
+    parts = {"unet": True, "text_encoder": True, "vae": False}
+    channels_last.compile_models_ahead(ROOT / "demo/model", parts, torch.float16, torch.device("cpu"))
+    for job in begun[1:]:  # behind the check
+        job()
+    assert len(launched) > 100 and set(launched) == {"cpu"}
 
 
 @needs_triton

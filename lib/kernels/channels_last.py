@@ -73,16 +73,19 @@ def compile_models_ahead(folder, parts, dtype, device, checks=()):
         found = [functools.partial(check.__wrapped__, device) for check in (missing_kernels, *checks)]
         for part, trained in parts.items():
             with torch.device("meta"):
-                like_loaded = torch.nn.Module.to(model(part), dtype)  # diffusers' own .to warns of nothing
-                found += kernel_jobs([like_loaded], trained, like)
+                described = torch.nn.Module.to(model(part), dtype)  # diffusers' own .to would warn
+            for module in described.modules():
+                if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                    module.to_empty(device=device)  # a kernel that is there already is launched, and reads them
+            found += kernel_jobs([described], trained, like)
         return found
 
     compile_ahead.begin(jobs, lambda: missing_kernels(device), device)
 
 
 def kernel_jobs(models, training, like):
-    """Functions that launch each kernel that `models` will need for tensors like `like`, of its dtype and device. The
-    models' own weights are not read: they may be on the device "meta"."""
+    """Functions that launch each kernel that `models` will need for tensors like `like`, of its dtype and device. Of the
+    models' weights only those of norms are read."""
     modules = [module for model in models for module in model.modules()]
     norms = [module for module in modules if isinstance(module, torch.nn.GroupNorm)]
     of_each_size = {norm.num_channels // norm.num_groups: norm for norm in norms}.values()
