@@ -239,8 +239,8 @@ def write_run(run, summary, shown, base_pairs):
         pictures=run.rows,
         **raw_scores(run, base_pairs),
     )
-    (folder / STARTED).unlink(missing_ok=True)
     write_marker(folder / MARKER, record)  # last: it marks the folder as whole
+    (folder / STARTED).unlink(missing_ok=True)  # until here an interruption loses no image
     replace_folder(run.target, MARKER)
     for images in run.kinds().values():
         if images.folder == folder:
