@@ -254,7 +254,7 @@ def test_the_second_version_and_several_captions_are_told(trained):
 
 def test_epochs_count_the_images_of_all_processes(trained):
     batches = dict(max_steps=10, batch_size=2, gradient_accumulation_steps=3)
-    found = header_of(trained, batches, (), dict(processes=2))
+    found = header_of(trained, batches, (), dict(processes=2, steps=10))
     assert found["ss_total_batch_size"] == "12"
     assert found["ss_num_epochs"] == found["ss_epoch"] == "20"  # 120 samples of 6 images
 

@@ -250,7 +250,8 @@ def test_what_a_run_says_of_the_difference_is_what_the_file_makes(whole, apart_m
     )
     assert line in shown
     card = (folder / "README.md").read_text()
-    assert f"listed prompts {listed}, {record['held_out']} held-out prompts {others}, the concept {concept}" in card
+    similar = f"by at most {others} for {record['held_out']} similar prompts that were not listed"
+    assert f"by at most {listed} for a listed prompt, {similar}, and by {concept} for the concept" in card
     assert "| loss | of the prediction at guidance uniform from 1 to 3 |" in card
     # And what is left of the prompts before anything was trained.
     assert record["left"] == {reader: pytest.approx(shares) for reader, shares in made.left.items()}
