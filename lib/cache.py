@@ -55,6 +55,15 @@ def hash_ahead(folder):
 _hashing = threading.Lock()  # a second thread waits for the first one's result
 
 
+def _renew_lock():
+    global _hashing
+    _hashing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a forked process lacks the thread that would release it
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def content_digest(path):
     """SHA-256 of a file's content, in hex. As gigabytes take seconds, it is cached in HF_HOME and computed again when
     the file's state has changed."""

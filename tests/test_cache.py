@@ -379,6 +379,21 @@ def test_weights_hashed_ahead_are_read_once(tmp_path, monkeypatch):
     assert reads == [path.name]
 
 
+def test_a_process_forked_while_weights_are_hashed_does_not_wait_for_them(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    with cache._hashing:
+        child = os.fork()
+        if not child:
+            os._exit(cache.content_digest(path) != hashlib.sha256(b"weights").hexdigest())
+        deadline = time.monotonic() + 60
+        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+            time.sleep(0.02)
+    if not ended[0]:
+        os.kill(child, 9)
+    assert ended == (child, 0)
+
+
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"[" * 10**5, b"\xff"])
 def test_a_damaged_digest_is_made_anew(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(cache, "CLOCK_TICK", -(10**12))

@@ -99,7 +99,7 @@ def recipe(config, size_counts, prediction_type, protection=None):
         ("learning rates", rates),
         ("steps", steps),
         *([("optimizer", config["optimizer"])] if "optimizer" in config else []),
-        ("sizes, precision", f"{', '.join(size_counts)}; {config['mixed_precision']}"),
+        ("sizes, precision", f"{', '.join(size_counts)}; {config['mixed_precision'].replace('no', 'fp32')}"),
         ("prediction", prediction_type),
         *special(config, protection),
         ("seed", config["seed"]),

@@ -194,8 +194,8 @@ def advice_text(choice, rows, margins):
             f"the training images by more than one standard error and the margin of {margin:g}."
         )
     text = [
-        f"Take {named(chosen)}. It is the earliest point beyond which no more of the adapter gains concept similarity "
-        f"by more than one standard error and the margin of {margin:g}. It gained {chosen['choosing']:+.3f} on the "
+        f"Take {named(chosen)}. It is the earliest after which none has a concept similarity higher by more than one "
+        f"standard error and more than the margin of {margin:g}. It gained {chosen['choosing']:+.3f} on the "
         f"{choosing} choosing seeds, and {interval_text(chosen['reported'])} on the {reporting} others, which had no "
         "say."
     ]
@@ -219,7 +219,7 @@ def going_on_text(further, last):
     """What more of the adapter than the chosen point gains and costs."""
     text = f"On those others, going on to {last} changed it by {interval_text(further[CONCEPT])}"
     if further[CONCEPT]["low"] > 0:
-        text += ", a gain that the choosing seeds could not show"
+        text += ", a gain that the rule does not count: by the choosing seeds it is too small"
     if MATCH in further:
         text += f", changed the match with the prompt by {interval_text(further[MATCH])}"
     moved = [f"{name} {interval_text(further[key])}" for key, name in BLEEDING.items() if key in further]

@@ -31,8 +31,8 @@ from lib.evaluation.statistics import (
 )
 
 TOO_FEW_RUNS = {
-    1: "one training run does not show how much training runs differ; five would",
-    2: "two training runs do not show how much training runs differ; five would",
+    1: "one training run does not show how much training runs differ; that takes three, better five",
+    2: "two training runs do not show how much training runs differ; that takes three, better five",
 }
 
 

@@ -465,7 +465,7 @@ def words(answer):
     else:
         text = (
             f"{drawn['above']} of {drawn['pictures']} success images ({answer['share']:.0%}, at most "
-            f"{answer['high']:.0%}) are more similar to a training image than {answer['level']:.3f}; so are "
+            f"{answer['high']:.0%}) have a similarity above {answer['level']:.3f} to a training image; so do "
             f"{trained_on['above']} of {trained_on['pictures']} training images to another one"
         )
         if held_out["pictures"]:

@@ -133,7 +133,10 @@ def kept(category):
         category=category.name,
         text=f"On {category.noun} the similarity to {{training}} changed by {{interval}}{{way}} (negligible "
         "below {margin:g}){change}. ",
-        ends={"no": "They move toward {training}.", "yes": "They move toward {training} by less than the margin."},
+        ends={
+            "no": "They move toward {training}.",
+            "yes": "If they move toward {training} at all, it is by less than the margin.",
+        },
         bar=f"gain in similarity to {{training}}, {category.plain}",
         inverted=True,
     )
