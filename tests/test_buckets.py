@@ -216,7 +216,7 @@ def test_training_on_buckets_resumes_bit_for_bit(tiny_model, buckets, tmp_path, 
     shown = Counter(Image.open(buckets / "images" / Path(name).name).size for name in record["data"]["trained_on"])
     assert record["data"]["size_counts"] == {"{}x{}".format(*size): n for size, n in shown.items()}
     card = (tmp_path / "whole" / folder / "README.md").read_text()
-    assert f"| sizes, precision | {', '.join(record['data']['size_counts'])}; no |" in card
+    assert f"| sizes, precision | {', '.join(record['data']['size_counts'])}; fp32 |" in card
 
 
 def test_the_held_out_loss_of_buckets_does_not_depend_on_the_batch(tiny_model, buckets, tmp_path):

@@ -63,7 +63,7 @@ def test_a_run_writes_its_card(trained, tiny_model):
     assert record["data"]["sha256"] in card.text
     assert "README.md" in record["files_written"]
     # A CPU computes in fp32, whatever was asked
-    assert "| sizes, precision | 64x64; no |" in card.text
+    assert "| sizes, precision | 64x64; fp32 |" in card.text
     for private in (*record["data"]["trained_on"], str(tiny_model), record["config"]["data_dir"]):
         assert private not in str(card)
 
