@@ -34,7 +34,7 @@ from lib.config import check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.evaluation.prompts import read_prompts
 from lib.files import locked
-from lib.imports import import_first, quick_imports
+from lib.imports import quick_imports
 from lib.kernels import compile_ahead
 
 # Set before torch is imported: short spin-waits for its CPU threads. With the default, one other process on one of the
@@ -160,7 +160,6 @@ def evaluate(config):
     generating, times = not (config["rescore"] or config["score_dir"]), [time.monotonic()]
     # Imported here, so that --help and a wrong option are answered at once.
     with quick_imports():
-        import_first()
         import torch
 
         from lib.evaluation import results

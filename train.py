@@ -33,7 +33,7 @@ from lib.cache import first_process, hash_ahead
 from lib.config import check_resolution, parse_config
 from lib.errors import UserError, disk_for, memory_for, run_script
 from lib.files import check_output_folder, fresh_folder, locked, recover_folder, replace_folder, unfinished
-from lib.imports import import_first, quick_imports
+from lib.imports import quick_imports
 from lib.kernels import compile_ahead
 from lib.training.journal import check_trackers
 from lib.training.processes import StopSignals, agreed, not_finite, only_processes, rollback_advice, training_memory
@@ -370,7 +370,6 @@ def main(config, description, demo=DEMO):
         memory_for("loading the models", advice),
     ):
         with quick_imports():
-            import_first()
             from lib.adapter_files import hub
             from lib.training import checkpoints
         if holder:

@@ -8,7 +8,7 @@ import sys
 
 @contextlib.contextmanager
 def quick_imports():
-    """Context for importing PyTorch and packages built on it, with the garbage collector off.
+    """Context for importing PyTorch and packages built on it, with the garbage collector off; see also `import_first`.
 
     The collector would scan half a million new objects repeatedly and free none. Later collections skip them too.
     """
@@ -16,6 +16,8 @@ def quick_imports():
     collected = gc.isenabled()
     gc.disable()
     try:
+        if first:
+            import_first()
         yield
     finally:
         if first:  # later this would also exempt objects of an earlier run
@@ -31,7 +33,7 @@ def import_first():
     of them is called here, but PyTorch's compiler (inductor) would be loaded for them. PyTorch's own switch makes
     `torch.compile` return functions as they are. It is set during this import alone.
 
-    For each operator that torchvision registers, PyTorch goes through all loaded modules, of which there are few now.
+    For each operator that torchvision registers, PyTorch goes through all loaded modules. At first there are few.
     """
     switch = "TORCHDYNAMO_DISABLE"
     before = os.environ.get(switch)

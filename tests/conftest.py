@@ -32,10 +32,9 @@ import pytest
 from PIL import Image
 
 import lib
-from lib.imports import import_first, quick_imports
+from lib.imports import quick_imports
 
 with quick_imports():
-    import_first()
     import bitsandbytes
     import torch
     from accelerate.state import AcceleratorState

@@ -293,7 +293,9 @@ def prepare_pipeline(config, plan, folder, prompts, device):
     for run, steps in plan:
         try:
             for adapter in steps.values():
-                check_adapter(pipeline, adapter, base_probe)
+                # The Applied, which holds copies of the weights, is freed at once.
+                if part := check_adapter(pipeline, adapter, base_probe)[1]:
+                    print(f"note: {adapter.path} {part}")
             fitting.append((run, steps))
         except UserError as problem:
             if len(plan) == 1:
@@ -312,15 +314,16 @@ def prepare_pipeline(config, plan, folder, prompts, device):
 
 
 def check_adapter(pipeline, adapter, base_probe):
-    """Applies an adapter, tests it and removes it again, so that the pipeline is the base model's whatever comes of it;
-    UserError if it does not fit or does nothing. `base_probe` is the base model's `probe`."""
+    """Merges an adapter at scale 0, which leaves the base model's weights, and tests it: (its Applied, a phrase for the
+    user if it adapts a part of the layers). UserError if it does not fit or does nothing. `base_probe` is the base
+    model's `probe`."""
     applied = adapters.Applied(adapter, models_of(pipeline))
     try:
         check_switch(pipeline, applied, adapter, base_probe)
     finally:
         applied.set_scale(0)
-    if parts := adapters.adapted_parts(adapter, models_of(pipeline)):
-        print(f"note: {adapter.path} adapts only {', '.join(parts)}; the rest is the base model's")
+    parts = adapters.adapted_parts(adapter, models_of(pipeline))
+    return applied, f"adapts only {', '.join(parts)}; the rest is the base model's" if parts else ""
 
 
 def generate_runs(config, plan, pipeline, prompts, seeds):

@@ -52,7 +52,7 @@ def read_request(body):
 
 
 def read_seeds(text):
-    """The seeds in a text such as "42, 43" or "42-45", each once. Raises UserError naming the part that is none."""
+    """The seeds in a text such as "42, 43" or "42-45", each once. Raises UserError naming the part that is not a seed."""
     seeds = []
     for part in re.split(r"[\s,;]+", str(text).strip()):
         span = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part, re.ASCII)

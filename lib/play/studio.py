@@ -12,12 +12,11 @@ from lib import adapter_files, adapters
 from lib.errors import UserError, memory_for
 from lib.evaluation.generation import (
     capture_unet,
-    check_switch,
+    check_adapter,
     choose_batch_size,
     generate,
     generation_memory,
     latent_size,
-    models_of,
     prepare_pipeline,
     probe,
 )
@@ -99,15 +98,9 @@ class Studio:
     def read(self, name, path):
         """Reads an adapter and merges it at scale 0. Raises UserError if it does not fit the base model or does
         nothing."""
-        adapter, models = adapter_files.read_adapter(path), models_of(self.pipeline)
-        applied = adapters.Applied(adapter, models)
-        try:
-            check_switch(self.pipeline, applied, adapter, self.base_probe)
-        finally:
-            applied.set_scale(0)
-        notes = adapter_notes(name, adapter, self.config["base_model"])
-        if parts := adapters.adapted_parts(adapter, models):
-            notes.append(f"{name} adapts only {', '.join(parts)}; the rest is the base model's")
+        adapter = adapter_files.read_adapter(path)
+        applied, part = check_adapter(self.pipeline, adapter, self.base_probe)
+        notes = adapter_notes(name, adapter, self.config["base_model"]) + ([f"{name} {part}"] if part else [])
         return Loaded(path, applied, adapters.fingerprint(adapter), notes)
 
     # ---- images --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One request at a time, in the order of arrival. The others are told what they wait for."""
+"""One request at a time, in the order of arrival. The other pages show what they wait for."""
 
 import contextlib
 import queue

@@ -144,8 +144,9 @@ def kernel_distance(embeddings, training, subsets=50):
 
     The unbiased squared maximum mean discrepancy with the cubic polynomial kernel (KID, Bińkowski et al. 2018) over the
     encoder's features in place of Inception's: the mean over `subsets` random subsets of each set, the same ones in every
-    call. The result is that of torchmetrics' KernelInceptionDistance, which takes a second to import. Unlike a mean cosine it is 0 (or slightly below) only if both sets have the same
-    distribution. Features are scaled to a mean square of 1 per component, as that kernel expects.
+    call. The result is that of torchmetrics' KernelInceptionDistance, which takes a second to import. Unlike a mean
+    cosine it is 0 (or slightly below) only if both sets have the same distribution. Features are scaled to a mean square
+    of 1 per component, as that kernel expects.
     """
     size = min(len(embeddings), len(training))
     if size < 2:
