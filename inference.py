@@ -193,7 +193,7 @@ def evaluate(config):
     if generating:
         half = device.type == "cuda"
         folder = fetch_base_model(config["base_model"], config["revision"], half, config["resolution"])
-        pipeline, plan, wait_until_ready = prepare_pipeline(config, plan, folder, prompts, device)
+        pipeline, plan = prepare_pipeline(config, plan, folder, prompts, device)
         runs = [run for run, _ in plan]
     scorers = scores.load_scorers(config, prompts, runs, device)
     for note in scores.training_notes(runs, scorers.training):
@@ -202,8 +202,6 @@ def evaluate(config):
     made_with, pool = provenance(device), ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
     try:
         # Generate.
-        if generating:
-            wait_until_ready()
         times.append(time.monotonic())
         if generating:
             results.begin_runs(plan, config, prompts, seeds, made_with | dict(base_folder=str(folder)))

@@ -228,7 +228,7 @@ def train(config):
     if not on_cuda:
         say(cpu_note("training"))
     dtype = dict(fp16=torch.float16, bf16=torch.bfloat16, no=torch.float32)[accelerator.mixed_precision]
-    setup.begin_kernels(base_folder, config, dtype, device)
+    setup.begin_kernels(base_folder, rows, config, dtype, device)
 
     # The last checkpoint of an interrupted run, if this is the same run.
     target_folder = Path(config["output_dir"]) / config["run_name"]

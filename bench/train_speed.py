@@ -34,11 +34,11 @@ sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "disabled"
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from lib import adapters
 from lib.errors import UserError, run_script
-from lib.kernels import graphs, transformer_blocks
+from lib.kernels import compiling, graphs, transformer_blocks
 from lib.training import micro_step, parameters, protection, updates
 
 
@@ -217,28 +217,13 @@ def benchmarked(functions, *others):
         return CAPTURED(functions, *others)
 
 
-def with_attention(*backends):
-    """Replacements by which the first capable of `backends` computes scaled_dot_product_attention."""
-
-    def captured(functions, device):
-        within = sdpa_kernel(list(backends), set_priority=True)
-        return CAPTURED([within(function) for function in functions], device)
-
-    return dict(captured=captured, compile_attention=when_met)
-
-
-def when_met(call, device, training=False):
-    """Replaces compile_attention: each kernel is compiled at its first use."""
-    return lambda: None
-
-
 CAPTURED, FLATTEN = graphs.captured, parameters.flatten_parameters
-# The flash kernel alone was refused: "No available kernel".
 ATTENTION_KERNELS = {
-    "attention: flash kernel wherever it can": (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
-    "attention: memory-efficient kernel": (SDPBackend.EFFICIENT_ATTENTION,),
+    "attention: PyTorch's choice everywhere (cuDNN)": dict(CUDNN_PAIRS=0),
+    "attention: flash kernel everywhere": dict(CUDNN_PAIRS=math.inf),
+    "attention: memory-efficient kernel": dict(CUDNN_PAIRS=math.inf, NO_CUDNN=[SDPBackend.EFFICIENT_ATTENTION]),
 }
-MODULES = (micro_step, parameters, protection, updates, transformer_blocks)  # whose functions are replaced
+MODULES = (micro_step, parameters, protection, updates, transformer_blocks, compiling)  # whose functions are replaced
 
 
 def module_of(name):
@@ -297,8 +282,8 @@ def variants(others):
         ("- all of these", {}, PEFT | bitsandbytes_adamw | dict(channels_last=nothing, captured=eager)),
     ]
     if others:
-        compiled = PEFT | dict(fuse_lora=with_peft_blocks_compiled, channels_last=converted, compile_attention=when_met)
-        rows += [(name, {}, with_attention(*backends)) for name, backends in ATTENTION_KERNELS.items()]
+        compiled = PEFT | dict(fuse_lora=with_peft_blocks_compiled, channels_last=converted)
+        rows += [(name, {}, replacements) for name, replacements in ATTENTION_KERNELS.items()]
         rows.append(("cuDNN's search for the fastest convolutions", {}, dict(captured=benchmarked)))
         rows.append(("torch.compile of the blocks in place of fused layers and Triton kernels", {}, compiled))
     return rows

@@ -6,10 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY_RUN
 from diffusers import UNet2DConditionModel
 from plain_loop import plain_loop
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import train
@@ -22,6 +24,21 @@ needs_triton = pytest.mark.skipif(group_norm.triton is None, reason="this build 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The comparisons are in float32; a convolution on a GPU would round it to 11 bits.
 torch.backends.cudnn.allow_tf32 = False
+
+
+class AttentionCalls(TorchFunctionMode):
+    """Notes every attention computed: the layout of its inputs, and whether with gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = set()
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function is F.scaled_dot_product_attention:
+            inputs = tuple((tuple(x.shape), x.stride(), x.dtype) for x in arguments[:3])
+            gradients = torch.is_grad_enabled() and arguments[0].requires_grad
+            self.calls.add((inputs, str(arguments[3:]), str(named), gradients))
+        return function(*arguments, **(named or {}))
 
 
 def _perturb_norms(model):

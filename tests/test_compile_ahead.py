@@ -2,13 +2,15 @@
 
 import os
 import threading
+from collections import defaultdict
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from kernel_models import needs_triton
+from diffusers import UNet2DConditionModel
+from kernel_models import AttentionCalls, needs_triton
 
 from lib.kernels import adamw8bit, channels_last, compile_ahead, compiling, conv_epilogues, group_norm, layer_norm_geglu
 from lib.models import load_part
@@ -16,9 +18,9 @@ from lib.models import load_part
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU for Triton's compiler, which needs none."""
+    """A GPU for Triton's compiler, which needs none; this process has compiled nothing yet."""
     from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+    from triton.runtime import JITFunction, driver
 
     class Driver:
         get_current_device = staticmethod(lambda: 0)
@@ -27,6 +29,9 @@ def gpu(monkeypatch):
         launcher_cls = staticmethod(lambda source, metadata: None)
 
     monkeypatch.setattr(driver, "_active", Driver())
+    for module in (adamw8bit, conv_epilogues, group_norm, layer_norm_geglu):
+        for kernel in filter(lambda value: isinstance(value, JITFunction), vars(module).values()):
+            monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
 
 
 @pytest.fixture
@@ -45,15 +50,15 @@ def machine(monkeypatch, tmp_path):
 @needs_triton
 def test_what_is_compiled_ahead_is_what_the_models_launch(gpu, monkeypatch):
     """The jobs come from configuration files, before any weights are read."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
     folder, dtype = ROOT / "demo/model", torch.float16
     before = torch.get_rng_state()
     begun = []
-    monkeypatch.setattr(compile_ahead, "begin", lambda jobs, also, device: begun.extend(jobs()))
-    parts = {"unet": True, "text_encoder": True, "vae": False}
-    channels_last.compile_models_ahead(folder, parts, dtype, torch.device("cpu"), [adamw8bit.missing_kernels])
+    monkeypatch.setattr(compile_ahead, "begin", lambda device, work, jobs=list: begun.extend(jobs()))
+    parts, checks = {"unet": True, "text_encoder": True, "vae": False}, [adamw8bit.missing_kernels]
+    channels_last.compile_models_ahead(folder, parts, dtype, torch.device("cpu"), [(256, 256)], checks=checks)
     ahead = map(str, compile_ahead.specializations(begun))
     assert torch.equal(before, torch.get_rng_state())  # LoRA's A is sampled meanwhile
     kinds = dict(unet=UNet2DConditionModel, text_encoder=CLIPTextModel, vae=AutoencoderKL)
@@ -85,12 +90,40 @@ def test_what_is_there_already_is_launched_with_memory_of_its_own(gpu, monkeypat
     ):
         for name in names:
             monkeypatch.setattr(module, f"_{name}", Kernel())
-    monkeypatch.setattr(compile_ahead, "begin", lambda jobs, also, device: begun.extend(jobs()))
+    monkeypatch.setattr(compile_ahead, "begin", lambda device, work, jobs=list: begun.extend(jobs()))
     parts = {"unet": True, "text_encoder": True, "vae": False}
-    channels_last.compile_models_ahead(ROOT / "demo/model", parts, torch.float16, torch.device("cpu"))
+    channels_last.compile_models_ahead(ROOT / "demo/model", parts, torch.float16, torch.device("cpu"), [(256, 256)])
     for job in begun[1:]:  # behind the check
         job()
     assert len(launched) > 100 and set(launched) == {"cpu"}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_attention_of_large_maps_is_compiled_ahead(trained, monkeypatch):
+    """For the layer sizes of the images that come, from configuration files."""
+    work, before = [], torch.get_rng_state()
+    monkeypatch.setattr(compile_ahead, "begin", lambda device, function, jobs=None: work.append(function))
+    monkeypatch.setattr(compiling, "CUDNN_PAIRS", 256 * 256)
+    calls = AttentionCalls()
+
+    def compile_attention(call, device, training):
+        jobs = compiling.attention_jobs(call, device, training)
+        with calls:
+            for job in jobs:
+                job()
+
+    monkeypatch.setattr(channels_last, "compile_attention", compile_attention)
+    folder, sizes = ROOT / "demo/model", [(256, 256), (256, 256), (320, 192)]
+    channels_last.compile_models_ahead(folder, {"unet": trained}, torch.float32, torch.device("cpu"), sizes, 3)
+    for function in work[1:]:
+        function()
+    assert torch.equal(before, torch.get_rng_state())
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    heads = config["attention_head_dim"]
+    # The largest map of 256 x 256 pixels to itself; that of 320 x 192 has fewer pairs.
+    shape = (3, heads, 256, config["block_out_channels"][0] // heads)
+    found = {(inputs[0][0], inputs[1][0], gradients) for inputs, _, _, gradients in calls.calls}
+    assert found == {(shape, shape, gradients) for gradients in {trained, False}}
 
 
 @needs_triton
@@ -135,7 +168,7 @@ def test_processes_start_once_for_a_purpose(machine, monkeypatch):
     assert work.pool is None
     compile_ahead.start("train.py", "model")
     assert compile_ahead.compiled_before() and work.pool is None
-    assert compiling.compile_attention(lambda: 1 / 0, torch.device("cuda"))() is None
+    compiling.compile_attention(lambda: 1 / 0, torch.device("cuda"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     compile_ahead.start("train.py", "another model")
     assert not compile_ahead.compiled_before() and work.pool is None
@@ -147,13 +180,14 @@ def test_what_failed_ahead_is_left_to_the_launch(machine):
     work.compiling = [failed]
     compile_ahead.wait()
     compile_ahead.wait()
-    assert work.thread is None and not work.compiling
+    assert not work.threads and not work.compiling
 
 
 def test_without_a_gpu_nothing_starts(monkeypatch):
+    monkeypatch.setattr(compile_ahead, "_Work", type("_Work", (compile_ahead._Work,), dict(pool=None, record=None)))
     monkeypatch.setattr(Path, "glob", lambda path, pattern: iter(()))
     monkeypatch.setattr(Path, "exists", lambda path: False)
     compile_ahead.start("train.py")
     assert compile_ahead._Work.pool is None and compile_ahead._Work.record is None
-    compile_ahead.begin(lambda: 1 / 0, lambda: 1 / 0, torch.device("cpu"))
+    compile_ahead.begin(torch.device("cpu"), lambda: 1 / 0, lambda: 1 / 0)
     compile_ahead.wait()

@@ -12,7 +12,6 @@ from collections import Counter, deque
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -24,7 +23,6 @@ from lib.evaluation.prompts import check_prompt_lengths
 from lib.files import unfinished
 from lib.kernels import compile_ahead
 from lib.kernels.channels_last import channels_last, compile_models_ahead
-from lib.kernels.compiling import compile_attention
 from lib.kernels.cpu import computing_with, use_cpu_forms
 from lib.kernels.fused_projections import fuse_projections
 from lib.kernels.graphs import captured
@@ -39,8 +37,6 @@ def load_pipeline(folder, dtype, device, unet=None, text_encoder=None):
     A given `unet` or `text_encoder`, already on the device, is used as it is and not modified.
     """
     device = torch.empty(0, device=device).device  # with its index
-    if unet is None:  # before the weights are read: Triton takes longer to start
-        compile_models_ahead(folder, {"unet": False, "vae": False}, dtype, device)
     with loading(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     with loading(folder / "scheduler"):
@@ -242,24 +238,17 @@ def as_images(pixels, arrived):
     return [Image.fromarray(image) for image in pixels.numpy()]
 
 
-# PyTorch's attention kernels without cuDNN's, which builds a plan for each size at its first use.
-NO_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
 @torch.no_grad()
-def probe(pipeline, size=(16, 16)):
-    """The outputs of text encoder and UNet for one fixed input, to tell models apart; the UNet's latents have `size`,
-    (h, w)."""
+def probe(pipeline):
+    """The outputs of text encoder and UNet for one fixed input, to tell models apart."""
     text_encoder, unet = pipeline.text_encoder, pipeline.unet
     ids = torch.arange(77, device=pipeline.device)[None] % text_encoder.config.vocab_size
     generator = torch.Generator().manual_seed(0)
-    shape = (1, unet.config.in_channels, *size)
-    latents = torch.randn(shape, generator=generator).to(pipeline.device, unet.dtype)
-    with sdpa_kernel(NO_CUDNN):
-        states = text_encoder(ids)[0]
-        # A fixed text, so that the text encoder's adapter does not change the UNet's output.
-        text = torch.randn(states.shape, generator=generator).to(pipeline.device, unet.dtype)
-        prediction = unet(latents, 500, text).sample
+    latents = torch.randn((1, unet.config.in_channels, 16, 16), generator=generator).to(pipeline.device, unet.dtype)
+    states = text_encoder(ids)[0]
+    # A fixed text, so that the text encoder's adapter does not change the UNet's output.
+    text = torch.randn(states.shape, generator=generator).to(pipeline.device, unet.dtype)
+    prediction = unet(latents, 500, text).sample
     return {"text_encoder": states.float(), "unet": prediction.float()}
 
 
@@ -280,13 +269,17 @@ def check_switch(pipeline, applied, adapter, base_probe):
 
 
 def prepare_pipeline(config, plan, folder, prompts, device):
-    """(the base model in `folder` as a pipeline, what of `plan` fits it, a function that waits until it is ready to
-    generate).
+    """(the base model in `folder` as a pipeline, what of `plan` fits it).
 
     Every adapter of `plan` (see `plan_runs`) has been applied, tested and removed again. Of several runs, those with an
     adapter that does not fit are left out with a note; UserError if none is left.
     """
-    pipeline = load_pipeline(folder, torch.float16 if device.type == "cuda" else torch.float32, device)
+    device = torch.empty(0, device=device).device  # with its index
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    # Before the weights are read: Triton takes longer to start. A kernel compiled for one image serves any batch.
+    sizes = [image_size(config["resolution"])]
+    compile_models_ahead(folder, {"unet": False, "vae": False}, dtype, device, sizes)
+    pipeline = load_pipeline(folder, dtype, device)
     limit = pipeline.tokenizer.model_max_length
     check_prompt_lengths(prompts, pipeline.tokenizer, limit, config["base_model"])
     base_probe, fitting = probe(pipeline), []
@@ -306,11 +299,8 @@ def prepare_pipeline(config, plan, folder, prompts, device):
             f"{config['lora_dir']}: none of its {len(plan)} adapters can be used with {config['base_model']}; see the "
             "notes above"
         )
-    # A kernel compiled for one sample serves any batch.
-    size = latent_size(pipeline, config["resolution"])
-    wait_until_ready = compile_attention(lambda: probe(pipeline, size), device)
     compile_ahead.finish()
-    return pipeline, fitting, wait_until_ready
+    return pipeline, fitting
 
 
 def check_adapter(pipeline, adapter, base_probe):

@@ -14,7 +14,7 @@ from diffusers.models.upsampling import Upsample2D
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lib.kernels import compile_ahead
-from lib.kernels.compiling import failure, in_threads, triton
+from lib.kernels.compiling import compile_attention, failure, in_threads, triton
 from lib.kernels.conv_epilogues import (
     AddBias,
     ConcatChannels,
@@ -55,32 +55,48 @@ def compile_kernels(models, training):
     return reason or failure(lambda: in_threads(kernel_jobs(models, training, like), like.device)())
 
 
-def compile_models_ahead(folder, parts, dtype, device, checks=()):
-    """Begin to compile, in other processes, what parts of the base model in `folder` will need, computing in `dtype`;
-    see compile_ahead. `parts` says of each of "unet", "text_encoder" and "vae" whether it is trained. No weights are
-    read. `checks` are other modules' `missing_kernels`.
+def compile_models_ahead(folder, parts, dtype, device, sizes, batch_size=1, checks=()):
+    """Begin to compile, in other processes and threads, what parts of the base model in `folder` will need, computing in
+    `dtype`; see compile_ahead. `parts` says of each of "unet", "text_encoder" and "vae" whether it is trained. `sizes`
+    are those of the images, (width, height), and `batch_size` the UNet's. No weights are read. `checks` are other
+    modules' `missing_kernels`.
     """
 
     def model(part):
-        if part == "text_encoder":
-            return CLIPTextModel(CLIPTextConfig.from_pretrained(folder / part))
-        kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
-        return kind.from_config(kind.load_config(folder / part))
+        """The part, without memory for its weights."""
+        with torch.device("meta"):
+            if part == "text_encoder":
+                described = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / part))
+            else:
+                kind = UNet2DConditionModel if part == "unet" else AutoencoderKL
+                described = kind.from_config(kind.load_config(folder / part))
+        return torch.nn.Module.to(described, dtype)  # diffusers' own .to would warn
 
     def jobs():
         like = torch.zeros((), dtype=dtype, device=device)
         # The functions behind their caches: while kernels are only recorded, the answers are wrong.
         found = [functools.partial(check.__wrapped__, device) for check in (missing_kernels, *checks)]
         for part, trained in parts.items():
-            with torch.device("meta"):
-                described = torch.nn.Module.to(model(part), dtype)  # diffusers' own .to would warn
+            described = model(part)
             for module in described.modules():
                 if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
                     module.to_empty(device=device)  # a kernel that is there already is launched, and reads them
             found += kernel_jobs([described], trained, like)
         return found
 
-    compile_ahead.begin(jobs, lambda: missing_kernels(device), device)
+    def attention():
+        unet, pixels = model("unet"), 2 ** (len(model("vae").config.block_out_channels) - 1)  # pixels per latent
+        like = torch.empty(0, dtype=dtype, device="meta")
+
+        def call():
+            for width, height in set(sizes):
+                latents = like.new_empty(batch_size, unet.config.in_channels, height // pixels, width // pixels)
+                unet(latents, 0, like.new_empty(batch_size, 77, unet.config.cross_attention_dim))
+
+        compile_attention(call, device, parts["unet"])
+
+    compile_ahead.begin(device, lambda: missing_kernels(device), jobs)
+    compile_ahead.begin(device, attention)
 
 
 def kernel_jobs(models, training, like):

@@ -28,7 +28,7 @@ class _Work:
     pool = None  # the processes, from `start` to `finish`
     record = None  # the file that says that this machine has compiled for the same purpose, and whether it was there
     known = False
-    thread = None  # of `begin`
+    threads = ()  # of `begin`
     compiling = ()  # the kernels that the processes compile, as futures
 
 
@@ -95,30 +95,31 @@ def _follow_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
 
 
-def begin(jobs, also, device):
-    """Begin in the background, on a GPU: if there are processes, the kernels that `jobs()`, functions that launch them,
-    need; then `also`."""
+def begin(device, work, jobs=None):
+    """Begin `work()` in the background, on a GPU; first, if there are processes, they are given the kernels that
+    `jobs()`, functions that launch them, need."""
 
-    def work():
+    def run():
         import torch
 
         with contextlib.suppress(Exception), torch.cuda.device(device):
-            if _Work.pool:
+            if _Work.pool and jobs:
                 _Work.compiling = [_Work.pool.submit(compile_one, *each) for each in specializations(jobs())]
-            also()
+            work()
 
     if device.type == "cuda":
-        _Work.thread = threading.Thread(target=work)
-        _Work.thread.start()
+        thread = threading.Thread(target=run)
+        _Work.threads = *_Work.threads, thread
+        thread.start()
 
 
 def wait():
     """Wait for what has begun. What failed is tried again at its first launch, and fails there with its reason."""
-    if _Work.thread:
-        _Work.thread.join()
+    for thread in _Work.threads:
+        thread.join()
     for future in _Work.compiling:
         future.exception()
-    _Work.thread, _Work.compiling = None, ()
+    _Work.threads, _Work.compiling = (), ()
 
 
 def finish():

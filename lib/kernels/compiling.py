@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lib.errors import is_memory, one_line
@@ -20,7 +21,13 @@ try:
 except ImportError:  # a build of torch without CUDA
     triton = tl = None
 
-__all__ = ["attention_jobs", "compile_attention", "failure", "in_threads", "tl", "triton"]
+__all__ = ["attention_jobs", "attention_kernels", "compile_attention", "failure", "in_threads", "tl", "triton"]
+
+# Pairs of a query and a key from which cuDNN's attention is used. Each of its plans takes 33 ms to build, 73 with the
+# backward pass, in every process. A training of 4000 steps gets that back in the self-attentions of the two largest
+# maps of Stable Diffusion at 512 pixels, and in hardly any other attention (bench/LOG.md).
+CUDNN_PAIRS = 1024 * 1024
+NO_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def in_threads(jobs, device):
@@ -57,44 +64,54 @@ def failure(work):
         return f"{type(problem).__name__}: {one_line(problem, 160)}"
 
 
+def attention_kernels(query, key):
+    """Context for the attention of `query` [..., rows, width] to `key`: PyTorch's choice of kernels, on recent GPUs
+    cuDNN's, but not cuDNN's where they are too few pairs for it."""
+    if not query.is_cuda or _many_pairs(query, key):
+        return contextlib.nullcontext()
+    return sdpa_kernel(NO_CUDNN)
+
+
+def _many_pairs(query, key):
+    return query.shape[-2] * key.shape[-2] >= CUDNN_PAIRS
+
+
 def compile_attention(call, device, training=False):
-    """Start compiling the attention kernels that `call()` needs, in threads; returns a function that waits for them.
+    """Compile the attention kernels that `call()` needs, in threads, on a GPU.
 
     On recent GPUs PyTorch chooses cuDNN's attention, for which the driver compiles a kernel per layer size at its first
-    use on a machine and caches it on disk. `call` is called once here, without its attention. With `training` the
-    kernels of the backward pass are compiled too. Nothing happens if this machine has compiled them before.
+    use on a machine and caches it on disk. `call` is called once here, without its attention; its tensors may be on the
+    "meta" device. With `training` the kernels of the backward pass are compiled too. Nothing happens if this machine has
+    compiled them before, nor for attention to which `attention_kernels` gives no cuDNN.
     """
-    if device.type != "cuda" or compile_ahead.compiled_before():
-        return lambda: None
-
-    def start():
-        jobs = attention_jobs(call, training)
-        torch.cuda.empty_cache()  # or the memory of the call would stay reserved
-        return in_threads(jobs, device)
-
-    started = failure(start)
-
-    def wait():
-        reason = started if isinstance(started, str) else failure(started)
+    if device.type == "cuda" and not compile_ahead.compiled_before():
+        reason = failure(lambda: in_threads(attention_jobs(call, device, training), device)())
         torch.cuda.empty_cache()
         if reason:
             print(f"note: the attention kernels were not compiled ahead of time: {reason}")
 
-    return wait
 
-
-def attention_jobs(call, training):
-    """For each attention kernel that `call()` would launch, a function that launches it."""
+def attention_jobs(call, device, training):
+    """For each attention kernel that `call()` would launch, a function that launches it on `device`, with zeros."""
     with torch.no_grad(), _AttentionCalls() as recorded:
         call()
 
-    def forward(inputs, others, named):
-        with torch.no_grad():
-            F.scaled_dot_product_attention(*inputs, *others, **named)
+    def zeros(x):
+        if not torch.is_tensor(x):
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).zero_()
 
-    def forward_backward(inputs, others, named):
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        out = F.scaled_dot_product_attention(*inputs, *others, **named)
+    def attend(inputs, others, named):
+        named = {key: zeros(value) for key, value in named.items()}
+        return F.scaled_dot_product_attention(*inputs, *map(zeros, others), **named)
+
+    def forward(inputs, *options):
+        with torch.no_grad():
+            attend(map(zeros, inputs), *options)
+
+    def forward_backward(inputs, *options):
+        inputs = [zeros(x).requires_grad_() for x in inputs]
+        out = attend(inputs, *options)
         # In this thread: autograd's own thread would compile them one after another.
         with torch.autograd.set_multithreading_enabled(False):
             torch.autograd.grad(out, inputs, torch.zeros_like(out))
@@ -104,7 +121,8 @@ def attention_jobs(call, training):
 
 
 class _AttentionCalls(TorchFunctionMode):
-    """Records the arguments of one scaled_dot_product_attention per layout and options; returns zeros instead."""
+    """Records the arguments of one scaled_dot_product_attention per layout and options that `attention_kernels` leaves to
+    PyTorch; returns zeros instead."""
 
     def __init__(self):
         super().__init__()
@@ -119,5 +137,6 @@ class _AttentionCalls(TorchFunctionMode):
         inputs = query, key, value
         layout = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
         options = str([(k, x.shape if torch.is_tensor(x) else x) for k, x in (*enumerate(others), *named.items())])
-        self.arguments[layout, options] = inputs, others, named
+        if _many_pairs(query, key):
+            self.arguments[layout, options] = inputs, others, named
         return query.new_zeros(*query.shape[:-1], value.shape[-1])

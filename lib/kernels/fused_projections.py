@@ -14,6 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from peft.tuners.lora import LoraLayer
 from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIPAttention
 
+from lib.kernels.compiling import attention_kernels
 from lib.kernels.lora import FusedLinear
 
 
@@ -88,8 +89,9 @@ def _heads(x, count):
 
 
 def _attend(attention, query, key, value):
-    heads = (_heads(x, attention.heads) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    with attention_kernels(query, key):
+        out = F.scaled_dot_product_attention(*(_heads(x, attention.heads) for x in (query, key, value)))
+    out = out.transpose(1, 2).flatten(2)
     return attention.to_out[1](attention.to_out[0](out))  # linear layer, dropout
 
 
@@ -179,5 +181,6 @@ def _block_forward(block, x, timestep):
 def _clip_attention_forward(attention, fused, hidden_states, attention_mask=None, **others):
     heads = (_heads(x, attention.num_heads) for x in fused(hidden_states))
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    out, weights = attend(attention, *heads, attention_mask, scaling=attention.scale, dropout=0.0, **others)
+    with attention_kernels(hidden_states, hidden_states):
+        out, weights = attend(attention, *heads, attention_mask, scaling=attention.scale, dropout=0.0, **others)
     return attention.out_proj(out.flatten(2)), weights

@@ -47,8 +47,7 @@ class Studio:
         self.config, self.device = config, device
         self.choices()  # a folder without adapters is refused before the base model is loaded
         folder = fetch_base_model(config["base_model"], config["revision"], device.type == "cuda", config["resolution"])
-        self.pipeline, _, wait_until_ready = prepare_pipeline(config, [], folder, [], device)
-        wait_until_ready()
+        self.pipeline, _ = prepare_pipeline(config, [], folder, [], device)
         self.base_probe = probe(self.pipeline)
         self.uncaptured, self.captured, self.batch_sizes = self.pipeline.unet.forward, None, {}
         self.loaded, self.cache = OrderedDict(), Cache(CACHED_IMAGES)  # {files: Loaded}, oldest first

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.kernels import compile_ahead
 from lib.kernels.channels_last import channels_last
-from lib.kernels.compiling import compile_attention
 from lib.kernels.graphs import captured
 from lib.kernels.lora import without_lora
 from lib.kernels.pinned_staging import STEPS_AHEAD, Uploader, packed_size, pinned_buffers, unpack
@@ -176,10 +175,7 @@ class MicroStep:
         every = list(self.buffers.values())
         if self.no_text is not None:
             self.no_text = self.no_text.expand(self.batch_size, -1, -1)
-        wait = compile_attention(lambda: [self.forward(at) for at in every], self.device, training=True)
-        models = [part.model for part in self.trained.values()]
-        channels_last(*models, training=True)  # compiles its own kernels meanwhile
-        wait()
+        channels_last(*[part.model for part in self.trained.values()], training=True)
         if self.no_text is not None:
             self.project_no_text()
         measure = torch.no_grad()(self.forward)

@@ -155,11 +155,12 @@ class AdaptedModels:
     protection: Protection | None
 
 
-def begin_kernels(base_folder, config, dtype, device):
-    """Begin to compile the Triton kernels that train.py's `config` needs (lib/kernels/compile_ahead.py)."""
+def begin_kernels(base_folder, data, config, dtype, device):
+    """Begin to compile the kernels that train.py's `config` needs for the Dataset (lib/kernels/compile_ahead.py)."""
     parts = {"unet": True} | ({"text_encoder": True} if config["train_text_encoder"] else {})
     parts |= {"vae": False} if config["preview_every"] else {}
-    compile_models_ahead(base_folder, parts, dtype, device, [adamw8bit.missing_kernels])
+    checks = [adamw8bit.missing_kernels]
+    compile_models_ahead(base_folder, parts, dtype, device, data.sizes, config["batch_size"], checks)
 
 
 def noise_scheduler(base_folder):
