@@ -2,8 +2,12 @@
 
 import contextlib
 import gc
+import importlib.util
 import os
 import sys
+from pathlib import Path
+
+from lib.cache import first_process
 
 
 @contextlib.contextmanager
@@ -17,6 +21,8 @@ def quick_imports():
     gc.disable()
     try:
         if first:
+            if first_process() and (note := bytecode_note()):
+                print(note)
             import_first()
         yield
     finally:
@@ -24,6 +30,28 @@ def quick_imports():
             gc.freeze()
         if collected:
             gc.enable()
+
+
+def bytecode_note():
+    """A note for the user if Python compiles the packages' sources again at every start, else None.
+
+    pip writes bytecode as it installs. Others leave that to the first import, where a setting (common in containers) or
+    a folder that cannot be written may prevent it.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or Path(importlib.util.cache_from_source(spec.origin)).exists():
+        return None
+    packages = Path(spec.origin).parents[1]
+    if sys.dont_write_bytecode:
+        why = "Python is told to write none (PYTHONDONTWRITEBYTECODE)"
+    elif not os.access(packages, os.W_OK):
+        why = f"{packages} cannot be written"
+    else:
+        return None
+    return (
+        "note: every start takes several seconds longer, because Python compiles all packages: they have no bytecode and "
+        f"{why}; write it once with: python -m compileall -q {packages}"
+    )
 
 
 def import_first():

@@ -2,11 +2,15 @@
 
 import ast
 import graphlib
+import importlib.util
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from lib.imports import bytecode_note
 
 SCRIPTS = {"preprocess", "train", "inference", "play", "study"} | {
     path.stem for path in ROOT.glob("train_experiment_*.py")
@@ -180,6 +184,24 @@ print("TORCHDYNAMO_DISABLE" in os.environ, *[name for name in unwanted if name i
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["False"], done.stdout + done.stderr[-2000:]
+
+
+def test_a_slow_start_without_bytecode_is_explained(tmp_path, monkeypatch):
+    package = tmp_path / "torch/__init__.py"
+    package.parent.mkdir()
+    package.touch()
+    found = importlib.util.spec_from_file_location("torch", package)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert bytecode_note() is None  # the first start writes it
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert f"{tmp_path} cannot be written" in bytecode_note()
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    note = bytecode_note()
+    assert "PYTHONDONTWRITEBYTECODE" in note and note.endswith(f"python -m compileall -q {tmp_path}")
+    command = [sys.executable, *note.split(": python ")[1].split()]
+    subprocess.run(command, check=True, env=os.environ | dict(PYTHONDONTWRITEBYTECODE="1"))
+    assert bytecode_note() is None
 
 
 def test_imports_pause_the_garbage_collector_and_change_nothing_else():
