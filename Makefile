@@ -28,16 +28,17 @@ help:
 demo: .venv/installed
 	$(BIN)/python preprocess.py
 	@$(MAKE) --no-print-directory -j2 demo-recipe demo-protected
-	$(BIN)/python inference.py --demo --overwrite --lora-dir lora_weights/demo_runs --output-dir results/demo
+	$(BIN)/python inference.py --demo --overwrite --lora-dir lora_weights/demo_runs --output-dir results/demo --steps 14
 	@echo
 	@echo "What each adapter learned, and what else it changed:"
 	@echo "  $(CURDIR)/results/demo/comparison/report.html"
 
-# At the same time, on one core each: more would wait for one another.
+# Half the study's steps, here and in generation: what they show is the same. At the same time, on one core each: more
+# threads would wait for one another.
 demo-recipe:
-	OMP_NUM_THREADS=1 $(BIN)/python train.py --demo
+	OMP_NUM_THREADS=1 $(BIN)/python train.py --demo --max-steps 400
 demo-protected:
-	OMP_NUM_THREADS=1 $(BIN)/python train_experiment_protected.py --demo
+	OMP_NUM_THREADS=1 $(BIN)/python train_experiment_protected.py --demo --max-steps 400
 
 study: .venv/installed
 	test -f processed_data/captions.jsonl || $(BIN)/python preprocess.py

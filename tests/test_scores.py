@@ -139,7 +139,9 @@ def test_few_training_pictures_are_no_traceback(count):
     assert ("kernel_distance" in summary["categories"]["success"]) == (count > 1)
 
 
-def test_the_lpips_ceiling_is_the_mean_of_all_pairs():
+@pytest.mark.parametrize("at_once", [8, 3])
+def test_the_lpips_ceiling_is_the_mean_of_all_pairs(at_once, monkeypatch):
+    monkeypatch.setattr(lpips_distances, "AT_ONCE", at_once)
     images = [picture(seed) for seed in range(4)]
     pairs = lpips_distances.pairwise_lpips(images)
     np.testing.assert_array_equal(pairs, pairs.T)

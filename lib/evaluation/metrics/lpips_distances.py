@@ -57,7 +57,24 @@ def lpips_digest():
     return digest_of((ALEXNET, LINEAR))
 
 
+AT_ONCE = 8  # images whose features are in memory: 11 MB each for 512x512
+
+
 @torch.no_grad()
+def features(images, device):
+    """The AlexNet features of images of one size, float32 [n, values]. LPIPS is their squared Euclidean distance: each
+    layer's features are normalized per pixel, and here also multiplied by the root of LPIPS's weight of their channel,
+    over the number of pixels."""
+    model = lpips_model(str(device))
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    pixels = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    layers = []
+    for layer, linear in zip(model.net(model.scaling_layer(pixels)), model.lins, strict=True):
+        weight = linear.model[-1].weight / layer[0, 0].numel()  # [1, channels, 1, 1], none is negative
+        layers.append((lpips.normalize_tensor(layer) * weight.sqrt()).flatten(1))
+    return torch.cat(layers, dim=1)
+
+
 def lpips_distances(images_a, images_b, device="cpu"):
     """LPIPS of each pair of images, float32 [n]: 0 for equal images, about 0.7 for unrelated ones.
 
@@ -65,34 +82,39 @@ def lpips_distances(images_a, images_b, device="cpu"):
     """
     if len(images_a) != len(images_b):
         raise ValueError(f"{len(images_a)} images against {len(images_b)}")
-    model = lpips_model(str(device))
     for a, b in zip(images_a, images_b, strict=True):
-        if a.size != b.size:
-            raise ValueError(f"an image of {a.size} against one of {b.size}; LPIPS does not resize")
-
-    def tensor(images):
-        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-        return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
+        check_sizes([a, b])
     distances = []
     pairs = zip(images_a, images_b, strict=True)
     for _, same_size in itertools.groupby(pairs, key=lambda pair: pair[0].size):
-        while batch := list(itertools.islice(same_size, 8)):
-            distances += model(*map(tensor, zip(*batch, strict=True))).flatten().tolist()
+        while batch := list(itertools.islice(same_size, AT_ONCE)):
+            a, b = (features(images, device) for images in zip(*batch, strict=True))
+            distances += (a - b).square().sum(dim=1).tolist()
     return np.array(distances, np.float32)
 
 
+def check_sizes(images):
+    """ValueError unless the images have one size."""
+    for image in images:
+        if image.size != images[0].size:
+            raise ValueError(f"an image of {images[0].size} against one of {image.size}; LPIPS does not resize")
+
+
 def pairwise_lpips(images, device="cpu"):
-    """LPIPS between all pairs of `images`: float64 [n, n], symmetric with a zero diagonal.
+    """LPIPS between all pairs of `images`, of one size: float64 [n, n], symmetric with a zero diagonal.
 
     For base images of one prompt at different seeds, the mean over the pairs is LPIPS's *ceiling*: the distance
     of unrelated images of the same prompt. For LoRA images it is their variety.
     """
+    check_sizes(images)
     distances = np.zeros((len(images), len(images)))
-    first, second = np.triu_indices(len(images), 1)
-    if len(first):
-        pairs = [images[i] for i in first], [images[i] for i in second]
-        distances[first, second] = distances[second, first] = lpips_distances(*pairs, device)
+    blocks = [slice(start, start + AT_ONCE) for start in range(0, len(images), AT_ONCE)]
+    for place, rows in enumerate(blocks):
+        of_rows = features(images[rows], device)
+        for columns in blocks[place:]:
+            of_columns = of_rows if columns is rows else features(images[columns], device)
+            block = torch.stack([(of_columns - row).square().sum(dim=1) for row in of_rows]).cpu().numpy()
+            distances[rows, columns], distances[columns, rows] = block, block.T
     return distances
 
 
