@@ -102,6 +102,7 @@ def test_what_is_there_already_is_launched_with_memory_of_its_own(gpu, monkeypat
 def test_the_attention_of_large_maps_is_compiled_ahead(trained, monkeypatch):
     """For the layer sizes of the images that come, from configuration files."""
     work, before = [], torch.get_rng_state()
+    monkeypatch.setattr(compile_ahead, "compiled_before", lambda: False)
     monkeypatch.setattr(compile_ahead, "begin", lambda device, function, jobs=None: work.append(function))
     monkeypatch.setattr(compiling, "CUDNN_PAIRS", 256 * 256)
     calls = AttentionCalls()
@@ -168,7 +169,11 @@ def test_processes_start_once_for_a_purpose(machine, monkeypatch):
     assert work.pool is None
     compile_ahead.start("train.py", "model")
     assert compile_ahead.compiled_before() and work.pool is None
-    compiling.compile_attention(lambda: 1 / 0, torch.device("cuda"))
+    begun = []
+    monkeypatch.setattr(compile_ahead, "begin", lambda *how: begun.append(how))
+    parts, device = {"unet": True}, torch.device("cuda")
+    channels_last.compile_models_ahead(ROOT / "demo/model", parts, torch.float16, device, [(256, 256)])
+    assert len(begun) == 1  # no search for attention kernels
     monkeypatch.setenv("LOCAL_RANK", "1")
     compile_ahead.start("train.py", "another model")
     assert not compile_ahead.compiled_before() and work.pool is None

@@ -85,7 +85,8 @@ def compile_models_ahead(folder, parts, dtype, device, sizes, batch_size=1, chec
         return found
 
     def attention():
-        unet, pixels = model("unet"), 2 ** (len(model("vae").config.block_out_channels) - 1)  # pixels per latent
+        unet, vae = model("unet"), AutoencoderKL.load_config(folder / "vae")
+        pixels = 2 ** (len(vae["block_out_channels"]) - 1)  # per latent
         like = torch.empty(0, dtype=dtype, device="meta")
 
         def call():
@@ -96,7 +97,8 @@ def compile_models_ahead(folder, parts, dtype, device, sizes, batch_size=1, chec
         compile_attention(call, device, parts["unet"])
 
     compile_ahead.begin(device, lambda: missing_kernels(device), jobs)
-    compile_ahead.begin(device, attention)
+    if not compile_ahead.compiled_before():  # else the driver has them in its cache
+        compile_ahead.begin(device, attention)
 
 
 def kernel_jobs(models, training, like):

@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lib.errors import is_memory, one_line
-from lib.kernels import compile_ahead
 
 try:
     import triton
@@ -81,10 +80,10 @@ def compile_attention(call, device, training=False):
 
     On recent GPUs PyTorch chooses cuDNN's attention, for which the driver compiles a kernel per layer size at its first
     use on a machine and caches it on disk. `call` is called once here, without its attention; its tensors may be on the
-    "meta" device. With `training` the kernels of the backward pass are compiled too. Nothing happens if this machine has
-    compiled them before, nor for attention to which `attention_kernels` gives no cuDNN.
+    "meta" device. With `training` the kernels of the backward pass are compiled too. Attention to which
+    `attention_kernels` gives no cuDNN is left out.
     """
-    if device.type == "cuda" and not compile_ahead.compiled_before():
+    if device.type == "cuda":
         reason = failure(lambda: in_threads(attention_jobs(call, device, training), device)())
         torch.cuda.empty_cache()
         if reason:
