@@ -128,6 +128,26 @@ def test_the_attention_of_large_maps_is_compiled_ahead(trained, monkeypatch):
 
 
 @needs_triton
+def test_the_checks_of_kernels_compute_in_fp32(monkeypatch):
+    """Also while another thread loads a model in half precision, which makes that the default type."""
+    seen = []
+
+    def launch(*inputs):
+        seen.extend(x.dtype for x in inputs if torch.is_tensor(x) and x.is_floating_point())
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(channels_last.GroupNormSilu, "apply", launch)
+    monkeypatch.setattr(adamw8bit, "decide", launch)
+    torch.set_default_dtype(torch.float16)
+    try:
+        for module in (channels_last, adamw8bit):
+            assert "ZeroDivisionError" in module.missing_kernels.__wrapped__(torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(seen) > 6 and set(seen) == {torch.float32}
+
+
+@needs_triton
 def test_a_kernel_compiled_ahead_is_found_at_its_launch(gpu, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     x = torch.zeros(16, 32, dtype=torch.float16)

@@ -194,14 +194,14 @@ def agrees(device, count=5000, steps=3):
     from bitsandbytes.optim import AdamW8bit
 
     generator = torch.Generator().manual_seed(0)
-    start, *gradients = torch.randn(1 + steps, count, generator=generator).to(device)
+    start, *gradients = torch.randn(1 + steps, count, generator=generator, dtype=torch.float32).to(device)
     theirs, ours = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     rate, scale, betas, eps, decay = 0.01, 1024.0, (0.9, 0.999), 1e-8, 0.1
     settings = dict(lr=rate, betas=betas, eps=eps, weight_decay=decay)
     optimizer, states = AdamW8bit([theirs], **settings), AdamW8bit([ours], **settings)
     states.init_state(states.param_groups[0], ours, 0, 0)
     state = states.state[ours]
-    numbers = torch.tensor([rate, 0.0, 0.0, scale], device=device)
+    numbers = torch.tensor([rate, 0.0, 0.0, scale], dtype=torch.float32, device=device)
     rate, loss, loss_sum, scale = numbers
     tracker, control = torch.zeros((), dtype=torch.int32, device=device), numbers.new_zeros(4)
     outcome = torch.zeros(4, dtype=torch.int32, device=device)

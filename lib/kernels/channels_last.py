@@ -96,7 +96,8 @@ def compile_models_ahead(folder, parts, dtype, device, sizes, batch_size=1, chec
 
         compile_attention(call, device, parts["unet"])
 
-    compile_ahead.begin(device, lambda: missing_kernels(device), jobs)
+    # Only to load the check's kernels: what it finds beside a library at work decides nothing.
+    compile_ahead.begin(device, lambda: missing_kernels.__wrapped__(device), jobs)
     if not compile_ahead.compiled_before():  # else the driver has them in its cache
         compile_ahead.begin(device, attention)
 
@@ -139,9 +140,10 @@ def missing_kernels(device):
     """Why the Triton kernels cannot be used on `device`, or None. They are compared with PyTorch on a small input."""
     if triton is None:
         return "this build of torch has no Triton"
-    generator = torch.Generator().manual_seed(0)
-    large = torch.randn(2, 32, 24, 24, generator=generator).to(device)
-    weight, bias = torch.randn(2, 32, generator=generator).to(device)
+    # With their type: a library that loads a model in half precision meanwhile makes that the default.
+    fp32 = dict(generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    large = torch.randn(2, 32, 24, 24, **fp32).to(device)
+    weight, bias = torch.randn(2, 32, **fp32).to(device)
 
     def compare():
         close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-4)
