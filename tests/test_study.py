@@ -225,7 +225,8 @@ def test_a_stopped_study_lets_its_script_save(number, tmp_path):
         "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n    signal.signal(number, stop)\n"
         f"pathlib.Path({str(tmp_path / 'started')!r}).touch()\ntime.sleep(60)\n"
     )
-    code = f"import study\nfrom lib.errors import run_script\nrun_script(lambda: study.call([{str(script)!r}]))"
+    code = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # ignored if the tests run under nohup
+    code += f"import study\nfrom lib.errors import run_script\nrun_script(lambda: study.call([{str(script)!r}]))"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
     while not (tmp_path / "started").exists():
         time.sleep(0.05)

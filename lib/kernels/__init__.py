@@ -10,8 +10,8 @@ At batch 1 a GPU spends most of a plain training step waiting while Python launc
 - transformer_blocks: transformers with the Triton kernels of layer_norm_geglu (sums with the layer norms that follow
   them, GEGLU, CLIP's activation), and the part that both halves of guidance share computed once;
 - graphs: the kernels of a function, captured once as a CUDA graph and replayed;
-- compile_ahead and compiling: Triton's kernels compiled by other processes while the models load, and cuDNN's attention in
-  threads, for the first run on a machine;
+- compile_ahead and compiling: for the first run on a machine, Triton's kernels compiled by other processes and cuDNN's
+  attention in threads while the models load; and which attention is left to cuDNN;
 - adamw8bit: bitsandbytes' AdamW with learning rate, loss scale and step number read on the GPU;
 - pinned_staging: copies that the host does not wait for;
 - cpu: one thread for small batches, and faster forms of GEGLU and upsampling.
