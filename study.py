@@ -68,7 +68,7 @@ SAMPLES_A_SECOND = dict(
     rank32=71.5, rank8=71.8, unet_only=79.8, dora=54.5, large_batch=144, protected=60, protected_plain_loss=78.9
 )
 # Training images of a run, seconds of its set-up with cached kernels, seconds to generate and score an image.
-SAMPLES, SET_UP, PICTURE = 4000, 11.3, 0.153
+SAMPLES, SET_UP, PICTURE = 4000, 4.9, 0.153
 
 
 class Step(NamedTuple):
