@@ -53,7 +53,7 @@ def test_it_runs_from_images_to_the_file(notebook, tmp_path, monkeypatch):
         notebook,
         DEMO=True,
         FOLDER=str(folder),
-        TRAINING="--max-steps 4 --warmup-steps 1 --validation-count 2 --log-every 2",
+        TRAINING="--max-steps 4 --warmup-steps 1 --validation-count 2 --log-every 2 --preview-prompts {caption}",
         EVALUATION="--seeds 2 --steps 1",
     )
     previews = folder / "lora_weights" / "my_concept.earlier" / "previews"  # like those of a run in progress
