@@ -33,8 +33,8 @@ demo: .venv/installed
 	@echo "What each adapter learned, and what else it changed:"
 	@echo "  $(CURDIR)/results/demo/comparison/report.html"
 
-# Half the study's steps, here and in generation: what they show is the same. At the same time, on one core each: more
-# threads would wait for one another.
+# Half the study's steps, here and in generation: the verdicts are the same (bench/LOG.md). Both at the same time, on one
+# core each: more threads would wait for one another.
 demo-recipe:
 	OMP_NUM_THREADS=1 $(BIN)/python train.py --demo --max-steps 400
 demo-protected:
