@@ -2,9 +2,9 @@
 
 Triton's compiler is mostly Python, so threads take turns: the hundred kernels of a training took 17 s on 16 cores. These
 processes fork from one that imports torch while the script does; they never use the GPU. `start` comes before the
-script's imports, `begin` hands over what to compile and starts other work in threads, `wait` comes before the first launch.
-The results reach the script through Triton's cache on disk. What is missing there is compiled at its launch, so all of this saves time and changes
-nothing else.
+script's imports, `begin` hands over what to compile and starts other work in threads, `wait` comes before the first
+launch. The results reach the script through Triton's cache on disk. What is missing there is compiled at its launch, so
+all of this saves time and changes nothing else.
 """
 
 import contextlib
