@@ -24,6 +24,7 @@ from lib import values
 from lib.config import check_resolution, parse_config
 from lib.errors import UserError, memory_for, run_script
 from lib.imports import quick_imports
+from lib.kernels import compile_ahead
 from lib.play.asked import MOST_GUIDANCE, MOST_SEEDS, MOST_STEPS
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # see inference.py
@@ -77,6 +78,7 @@ def check_config(config):
 def main():
     config = parse_config(CONFIG, __doc__, demo=DEMO)
     check_config(config)
+    compile_ahead.start("play.py", config["base_model"], config["resolution"])  # for a machine's first run
     # Imported here, so that --help and a wrong option are answered at once.
     with quick_imports():
         import diffusers

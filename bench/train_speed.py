@@ -223,11 +223,11 @@ ATTENTION_KERNELS = {
     "attention: flash kernel everywhere": dict(CUDNN_PAIRS=math.inf),
     "attention: memory-efficient kernel": dict(CUDNN_PAIRS=math.inf, NO_CUDNN=[SDPBackend.EFFICIENT_ATTENTION]),
 }
-MODULES = (micro_step, parameters, protection, updates, transformer_blocks, compiling)  # whose functions are replaced
+MODULES = (micro_step, parameters, protection, updates, transformer_blocks, compiling)  # whose names are replaced
 
 
 def module_of(name):
-    """The module whose function `name` is replaced."""
+    """The module whose function or constant `name` is replaced."""
     for module in MODULES:
         if hasattr(module, name):
             return module
@@ -236,7 +236,7 @@ def module_of(name):
 
 @contextlib.contextmanager
 def replacing(replacements):
-    """Within the context, `replacements` {name: function} stand in for the project's functions."""
+    """Within the context, `replacements` {name: function or constant} stand in for the project's."""
     with contextlib.ExitStack() as stack:
         for name, function in replacements.items():
             stack.enter_context(patch.object(module_of(name), name, function))

@@ -13,6 +13,7 @@ from lib.cache import first_process
 @contextlib.contextmanager
 def quick_imports():
     """Context for importing PyTorch and packages built on it, with the garbage collector off; see also `import_first`.
+    The first time it prints the `bytecode_note`, if there is one.
 
     The collector would scan half a million new objects repeatedly and free none. Later collections skip them too.
     """
@@ -39,18 +40,17 @@ def bytecode_note():
     a folder that cannot be written may prevent it.
     """
     spec = importlib.util.find_spec("torch")
-    if spec is None or Path(importlib.util.cache_from_source(spec.origin)).exists():
+    if spec is None or spec.origin is None or Path(importlib.util.cache_from_source(spec.origin)).exists():
         return None
     packages = Path(spec.origin).parents[1]
-    if sys.dont_write_bytecode:
-        why = "Python is told to write none (PYTHONDONTWRITEBYTECODE)"
-    elif not os.access(packages, os.W_OK):
-        why = f"{packages} cannot be written"
-    else:
+    if not sys.dont_write_bytecode and (sys.pycache_prefix or os.access(packages, os.W_OK)):
         return None
+    reason, advice = "Python is told to write none (PYTHONDONTWRITEBYTECODE)", "write it once with"
+    if not os.access(packages, os.W_OK):
+        reason, advice = f"{packages} cannot be written", "let its owner run"
     return (
         "note: every start takes several seconds longer, because Python compiles all packages: they have no bytecode and "
-        f"{why}; write it once with: python -m compileall -q {packages}"
+        f'{reason}; {advice}: "{sys.executable}" -m compileall -q "{packages}"'
     )
 
 

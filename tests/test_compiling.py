@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_models import DEVICE, AttentionCalls, needs_gpu, small_unet
+from kernel_models import DEVICE, AttentionCalls, fused, needs_gpu, small_text_encoder, small_unet
 
-from lib.kernels import compiling, graphs
+from lib.kernels import compiling, fused_projections, graphs
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -112,11 +112,28 @@ def test_jobs_in_threads_are_awaited_and_their_errors_raised(monkeypatch, capsys
 
 
 def test_without_a_gpu_nothing_is_compiled_or_captured():
-    def work():
-        raise AssertionError("it was called")
-
+    called = []
+    work = functools.partial(called.append, 1)
     assert graphs.captured([work], torch.device("cpu")) == [work]
     compiling.compile_attention(work, torch.device("cpu"))
+    assert not called
+
+
+def test_fused_layers_ask_which_kernels_to_use(monkeypatch):
+    """A UNet's attentions to its maps and to the text, and a text encoder's."""
+    asked = set()
+
+    def attention_kernels(query, key):
+        asked.add((query.shape[-2], key.shape[-2]))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(fused_projections, "attention_kernels", attention_kernels)
+    unet, text_encoder = fused(small_unet()), fused(small_text_encoder())
+    with torch.no_grad(), DEVICE:
+        unet(torch.randn(1, 4, 16, 16), torch.tensor([10]), torch.randn(1, 77, 32))
+        assert asked == {(256, 256), (256, 77), (64, 64), (64, 77)}
+        text_encoder(torch.zeros(1, 9, dtype=torch.long))
+    assert (9, 9) in asked
 
 
 @needs_gpu

@@ -42,6 +42,8 @@ def test_lpips_agrees_with_torchmetrics():
 def test_lpips_refuses_what_it_would_have_to_resize():
     with pytest.raises(ValueError, match="does not resize"):
         lpips_distances.lpips_distances([picture(1, (64, 64))], [picture(1, (64, 72))])
+    with pytest.raises(ValueError, match="does not resize"):
+        lpips_distances.pairwise_lpips([picture(1, (64, 64)), picture(1, (64, 72))])
     with pytest.raises(ValueError, match="against"):
         lpips_distances.lpips_distances([picture(1)], [])
 

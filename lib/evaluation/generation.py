@@ -274,7 +274,6 @@ def prepare_pipeline(config, plan, folder, prompts, device):
     Every adapter of `plan` (see `plan_runs`) has been applied, tested and removed again. Of several runs, those with an
     adapter that does not fit are left out with a note; UserError if none is left.
     """
-    device = torch.empty(0, device=device).device  # with its index
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     # Before the weights are read: Triton takes longer to start. A kernel compiled for one image serves any batch.
     sizes = [image_size(config["resolution"])]

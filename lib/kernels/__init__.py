@@ -11,7 +11,7 @@ At batch 1 a GPU spends most of a plain training step waiting while Python launc
   them, GEGLU, CLIP's activation), and the part that both halves of guidance share computed once;
 - graphs: the kernels of a function, captured once as a CUDA graph and replayed;
 - compile_ahead and compiling: for the first run on a machine, Triton's kernels compiled by other processes and cuDNN's
-  attention in threads while the models load; and which attention is left to cuDNN;
+  attention in threads, while images are encoded and models load; and which attention is left to cuDNN;
 - adamw8bit: bitsandbytes' AdamW with learning rate, loss scale and step number read on the GPU;
 - pinned_staging: copies that the host does not wait for;
 - cpu: one thread for small batches, and faster forms of GEGLU and upsampling.

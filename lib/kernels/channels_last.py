@@ -88,18 +88,15 @@ def compile_models_ahead(folder, parts, dtype, device, sizes, batch_size=1, chec
         unet, vae = model("unet"), AutoencoderKL.load_config(folder / "vae")
         pixels = 2 ** (len(vae["block_out_channels"]) - 1)  # per latent
         like = torch.empty(0, dtype=dtype, device="meta")
+        for width, height in set(sizes):
+            latents = like.new_empty(batch_size, unet.config.in_channels, height // pixels, width // pixels)
+            unet(latents, 0, like.new_empty(batch_size, 77, unet.config.cross_attention_dim))
 
-        def call():
-            for width, height in set(sizes):
-                latents = like.new_empty(batch_size, unet.config.in_channels, height // pixels, width // pixels)
-                unet(latents, 0, like.new_empty(batch_size, 77, unet.config.cross_attention_dim))
-
-        compile_attention(call, device, parts["unet"])
-
-    # Only to load the check's kernels: what it finds beside a library at work decides nothing.
+    # The check loads its kernels. Its answer is dropped: another thread may be loading a model meanwhile.
     compile_ahead.begin(device, lambda: missing_kernels.__wrapped__(device), jobs)
-    if not compile_ahead.compiled_before():  # else the driver has them in its cache
-        compile_ahead.begin(device, attention)
+    # On later runs the driver has them in its cache, except for images of new sizes, whose kernels compile at first use.
+    if not compile_ahead.compiled_before():
+        compile_ahead.begin(device, lambda: compile_attention(attention, device, parts["unet"]))
 
 
 def kernel_jobs(models, training, like):

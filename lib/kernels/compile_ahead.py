@@ -1,4 +1,4 @@
-"""Triton kernels compiled by other processes while the models load, for the first run on a machine.
+"""Kernels compiled by other processes and threads while the models load, for the first run on a machine.
 
 Triton's compiler is mostly Python, so threads take turns: the hundred kernels of a training took 17 s on 16 cores. These
 processes fork from one that imports torch while the script does; they never use the GPU. `start` comes before the
@@ -96,8 +96,8 @@ def _follow_parent():
 
 
 def begin(device, work, jobs=None):
-    """Begin `work()` in the background, on a GPU; first, if there are processes, they are given the kernels that
-    `jobs()`, functions that launch them, need."""
+    """Begin `work()` in a thread, on a GPU. If there are processes, they first get the kernels that the functions from
+    `jobs()` would launch. Errors are dropped: what failed shows at the real launch."""
 
     def run():
         import torch

@@ -1,4 +1,4 @@
-"""Compiles kernels in parallel before the first step: Triton's and those of cuDNN's attention.
+"""Which attention is cuDNN's, and kernels compiled in parallel before the first step: Triton's and cuDNN's attention.
 
 Compiled one by one at first use, they would take longer than everything else before the first step.
 """
@@ -23,8 +23,8 @@ except ImportError:  # a build of torch without CUDA
 __all__ = ["attention_jobs", "attention_kernels", "compile_attention", "failure", "in_threads", "tl", "triton"]
 
 # Pairs of a query and a key from which cuDNN's attention is used. Each of its plans takes 33 ms to build, 73 with the
-# backward pass, in every process. A training of 4000 steps gets that back in the self-attentions of the two largest
-# maps of Stable Diffusion at 512 pixels, and in hardly any other attention (bench/LOG.md).
+# backward pass, in every process. Over 4000 steps it saves seconds in the self-attentions of the two largest maps of
+# Stable Diffusion at 512 pixels, and elsewhere hardly more than its plan takes (bench/LOG.md).
 CUDNN_PAIRS = 1024 * 1024
 NO_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -64,8 +64,11 @@ def failure(work):
 
 
 def attention_kernels(query, key):
-    """Context for the attention of `query` [..., rows, width] to `key`: PyTorch's choice of kernels, on recent GPUs
-    cuDNN's, but not cuDNN's where they are too few pairs for it."""
+    """Context for a fused layer's attention of `query` [..., rows, width] to `key`: PyTorch's choice of kernels (on recent
+    GPUs cuDNN's), without cuDNN's where there are fewer than CUDNN_PAIRS pairs.
+
+    It sets flags of the whole process: no other thread may compute attention meanwhile.
+    """
     if not query.is_cuda or _many_pairs(query, key):
         return contextlib.nullcontext()
     return sdpa_kernel(NO_CUDNN)
@@ -81,11 +84,13 @@ def compile_attention(call, device, training=False):
     On recent GPUs PyTorch chooses cuDNN's attention, for which the driver compiles a kernel per layer size at its first
     use on a machine and caches it on disk. `call` is called once here, without its attention; its tensors may be on the
     "meta" device. With `training` the kernels of the backward pass are compiled too. Attention to which
-    `attention_kernels` gives no cuDNN is left out.
+    `attention_kernels` gives no cuDNN is left out. Memory errors are raised, other errors printed as a note.
     """
     if device.type == "cuda":
-        reason = failure(lambda: in_threads(attention_jobs(call, device, training), device)())
-        torch.cuda.empty_cache()
+        try:
+            reason = failure(lambda: in_threads(attention_jobs(call, device, training), device)())
+        finally:
+            torch.cuda.empty_cache()
         if reason:
             print(f"note: the attention kernels were not compiled ahead of time: {reason}")
 

@@ -127,8 +127,9 @@ def _query_chunks(query):
     """Number of chunks into which a cross-attention's queries [n, rows, width] are split, as if they were a larger
     batch; 1 without gradients or without a GPU.
 
-    cuDNN's backward pass launches one program per 64 keys, and each iterates over all queries. A text has only 77 keys,
-    so chunks give more programs. The chunks' gradients of a key are summed afterwards.
+    The backward pass launches one program per block of keys (64 in cuDNN), and each iterates over all queries. A text has
+    only 77 keys, so chunks give more programs. The chunks' gradients of a key are summed afterwards. What chunks save was
+    measured with cuDNN; the flash kernel, which is used now, takes as long in the same chunks (bench/LOG.md).
     """
     n, rows, chunks = *query.shape[:2], 1
     if not (query.is_cuda and torch.is_grad_enabled()):

@@ -24,6 +24,7 @@ torch.backends.cudnn.allow_tf32 = False
 WEIGHTS = Path(__file__).parent / "weights"
 ALEXNET = WEIGHTS / "alexnet_features.safetensors"
 LINEAR = WEIGHTS / "lpips_linear.safetensors"  # the learned weights of AlexNet's channels
+AT_ONCE = 8  # images whose features are computed together, 11 MB each for 512x512; two such blocks are in memory
 
 
 @functools.cache
@@ -55,9 +56,6 @@ def lpips_model(device="cpu"):
 def lpips_digest():
     """SHA-256 of the LPIPS weights."""
     return digest_of((ALEXNET, LINEAR))
-
-
-AT_ONCE = 8  # images whose features are in memory: 11 MB each for 512x512
 
 
 @torch.no_grad()
@@ -104,7 +102,8 @@ def pairwise_lpips(images, device="cpu"):
     """LPIPS between all pairs of `images`, of one size: float64 [n, n], symmetric with a zero diagonal.
 
     For base images of one prompt at different seeds, the mean over the pairs is LPIPS's *ceiling*: the distance
-    of unrelated images of the same prompt. For LoRA images it is their variety.
+    of unrelated images of the same prompt. For LoRA images it is their variety. Features are computed once per image, of
+    more than AT_ONCE images once per pair of blocks.
     """
     check_sizes(images)
     distances = np.zeros((len(images), len(images)))
