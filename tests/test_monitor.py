@@ -219,23 +219,24 @@ def test_a_run_that_goes_on_goes_on_with_its_strip(common, watched, tmp_path):
     assert not (tmp_path / NAME / "snapshots").exists()  # nothing of the run before is left
 
 
-def test_a_strip_is_bounded_and_of_one_kind(tmp_path):
+def test_a_strip_is_bounded_and_of_one_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "MOST_COLUMNS", 4)
     prompts = ["a", "b"]
     taken = monitor.Previews(tmp_path, lambda title: [picture(1, (260, 260))] * 2, prompts)
-    for step in range(40):
+    for step in range(10):
         taken.take(step)
     with Image.open(tmp_path / "previews.webp") as strip:
         assert strip.width == 6 + monitor.MOST_COLUMNS * (monitor.LARGEST_SIDE + 6)
-    assert len(taken.files()) == 40
+    assert len(taken.files()) == 10
     shown = taken.spread(taken.files())
-    assert (shown[0][0], shown[-1][0], len(shown)) == (0, 39, monitor.MOST_COLUMNS)
+    assert (shown[0][0], shown[-1][0], len(shown)) == (0, 9, monitor.MOST_COLUMNS)
     # Of other prompts since it was interrupted: the old files stay, the strip shows the new ones.
-    (tmp_path / "previews" / "step_000038.webp").write_bytes(b"damaged")
-    other = monitor.Previews(tmp_path, lambda title: [picture(2)], ["c"], first_step=39)
-    other.take(40)
+    (tmp_path / "previews" / "step_000008.webp").write_bytes(b"damaged")
+    other = monitor.Previews(tmp_path, lambda title: [picture(2)], ["c"], first_step=9)
+    other.take(10)
     with Image.open(tmp_path / "previews.webp") as strip:
         assert strip.size == (480, 24 + 64 + 6 + 24)
-    assert len(other.files()) == 41
+    assert len(other.files()) == 11
 
 
 def test_the_prompts_of_a_preview():
