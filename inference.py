@@ -23,6 +23,7 @@ differ only in the seed count as training seeds of one experiment.
 """
 
 import gc
+import importlib
 import itertools
 import os
 import time
@@ -204,6 +205,7 @@ def evaluate(config):
         # Generate.
         times.append(time.monotonic())
         if generating:
+            pool.submit(importlib.import_module, "matplotlib.figure")  # of the charts, meanwhile
             results.begin_runs(plan, config, prompts, seeds, made_with | dict(base_folder=str(folder)))
             generate_runs(config, plan, pipeline, prompts, seeds)
             del pipeline  # its memory is the scorers' now

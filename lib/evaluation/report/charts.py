@@ -7,9 +7,7 @@ per cent of its width.
 import math
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from lib.evaluation.choosing import chosen_point
@@ -17,9 +15,6 @@ from lib.evaluation.metrics.table import DIFFERENCE, MEMORISED, METRICS, metric_
 from lib.evaluation.prompts import CATEGORIES, bounded, first_of_each
 from lib.evaluation.report.words import interval_text, training_name
 from lib.images import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
-
-matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
-
 
 # ---- a sheet of images ---------------------------------------------------------------------
 
@@ -77,6 +72,15 @@ def overview_figure(columns, prompts, side=256):
 # ---- matplotlib ----------------------------------------------------------------------------
 
 
+def empty_figure(width, height, dpi):
+    """A matplotlib figure of `width` and `height` in inches."""
+    import matplotlib  # here: inference.py imports it while images are generated
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
 ANSWER_COLOURS = {"equivalent": "#2a6b3f", "undecided": "#8492a6"}
 DIFFERENT, UNTESTED = "#c4572e", "#8492a6"
 ENDS = ("mean", "low", "high")
@@ -110,7 +114,7 @@ def distribution_figure(run, prompts):
     `bounded`."""
     rows, all_prompts, prompts = run.rows, prompts, [prompts[index] for index in bounded(prompts)]
     keys = [key for key, metric in METRICS.items() if metric.scorer and metric.shown and rows[1].get(key) is not None]
-    figure = Figure(figsize=(9, 1.1 + 0.62 * len(prompts)), dpi=110, layout="constrained")
+    figure = empty_figure(9, 1.1 + 0.62 * len(prompts), dpi=110)
     panels = np.atleast_1d(figure.subplots(1, len(keys), sharey=True))
     for axes, key in zip(panels, keys, strict=True):
         for y, (_, prompt) in enumerate(prompts):
@@ -177,7 +181,7 @@ def curve_figure(curve, sweep):
     lines = curve_lines(curve, sweep["rows"], over)
     if not lines:
         return None
-    figure = Figure(figsize=(4.6, 3.1), dpi=130, layout="constrained")
+    figure = empty_figure(4.6, 3.1, dpi=130)
     axes = figure.subplots()
     width = max(place for _, line in lines for place, _ in line)
     for number, (label, line) in enumerate(lines):
