@@ -205,7 +205,8 @@ def evaluate(config):
         # Generate.
         times.append(time.monotonic())
         if generating:
-            pool.submit(importlib.import_module, "matplotlib.figure")  # of the charts, meanwhile
+            for package in ("scipy.stats", "matplotlib.figure"):  # meanwhile, for the verdicts and the charts
+                pool.submit(importlib.import_module, package)
             results.begin_runs(plan, config, prompts, seeds, made_with | dict(base_folder=str(folder)))
             generate_runs(config, plan, pipeline, prompts, seeds)
             del pipeline  # its memory is the scorers' now

@@ -62,6 +62,9 @@ def import_first():
     `torch.compile` return functions as they are. It is set during this import alone.
 
     For each operator that torchvision registers, PyTorch goes through all loaded modules. At first there are few.
+
+    diffusers and transformers import much of SciPy for schedulers and losses that nothing here uses. Each looks once
+    whether there is a SciPy. Meanwhile `None` in `sys.modules` hides it, as Python's documentation provides.
     """
     switch = "TORCHDYNAMO_DISABLE"
     before = os.environ.get(switch)
@@ -73,3 +76,14 @@ def import_first():
         if before is not None:
             os.environ[switch] = before
     import torchvision  # noqa: F401
+
+    if "scipy" not in sys.modules:
+        sys.modules["scipy"] = None
+        try:
+            import diffusers.utils
+            import transformers.utils
+
+            for package in (diffusers, transformers):
+                package.utils.is_scipy_available()  # the answer is kept
+        finally:
+            del sys.modules["scipy"]

@@ -179,8 +179,8 @@ from lib.imports import import_first, quick_imports
 with quick_imports():
     import_first()
     from lib.evaluation.generation import preview_generator
-    from lib.training import run_folder
-unwanted = "torch._inductor.compile_fx", "lpips", "matplotlib", "torchmetrics", "wandb"
+    from lib.training import early_stopping, run_folder
+unwanted = "torch._inductor.compile_fx", "lpips", "matplotlib", "scipy.optimize", "scipy.stats", "torchmetrics", "wandb"
 print("TORCHDYNAMO_DISABLE" in os.environ, *[name for name in unwanted if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -38,8 +38,7 @@ concentrated where chi2 is small, where the long tails of few runs come from.
 import functools
 
 import numpy as np
-from scipy import optimize, special, stats
-from scipy.stats import qmc
+import scipy
 
 UNCLEAR = "unclear"  # the answer that is neither yes nor no
 # Two training runs differ by one number, which says nothing useful of others.
@@ -51,11 +50,11 @@ MOST_RUNS = 1000  # the largest study considered
 @functools.lru_cache(maxsize=64)
 def chi_square_points(runs, seeds):
     """(1 / chi2 [3, points] of runs, seeds and rest, weights [points]) of the expectation over chi2."""
-    places = qmc.Sobol(3, scramble=False).random(POINTS).T + 0.5 / POINTS
+    places = scipy.stats.qmc.Sobol(3, scramble=False).random(POINTS).T + 0.5 / POINTS
     # A point at place x is the x^3 quantile: a third of the points lies below 4%.
     weights = np.prod(places**2, axis=0)
     freedom = [[runs - 1], [seeds - 1], [(runs - 1) * (seeds - 1)]]
-    return 1 / stats.chi2.ppf(places**3, freedom), weights / weights.sum()
+    return 1 / scipy.stats.chi2.ppf(places**3, freedom), weights / weights.sum()
 
 
 def sums_of_squares(values):
@@ -90,21 +89,21 @@ def upper_tails(distances, squares, runs, seeds):
     `sums_of_squares`, not all 0."""
     if min(runs, seeds) == 1:
         error, freedom = students_error(squares, runs, seeds)
-        return stats.t.sf(distances / error, freedom)
+        return scipy.stats.t.sf(distances / error, freedom)
     inverse, weights = inverse_errors(squares, runs, seeds)
-    return special.ndtr(-distances[:, None] * inverse) @ weights
+    return scipy.special.ndtr(-distances[:, None] * inverse) @ weights
 
 
 def half_widths(squares, runs, seeds, tail):
     """The distance [studies] whose one-sided p-value is `tail` < 0.5: the inverse of `upper_tails`."""
     if min(runs, seeds) == 1:
         error, freedom = students_error(squares, runs, seeds)
-        return stats.t.isf(tail, freedom) * error
+        return scipy.stats.t.isf(tail, freedom) * error
     inverse, weights = inverse_errors(squares, runs, seeds)
-    distances = special.ndtri(1 - tail) / (inverse @ weights)
+    distances = scipy.special.ndtri(1 - tail) / (inverse @ weights)
     for _ in range(100):  # Newton's method in log-log coordinates; five or six steps
         scaled = distances[:, None] * inverse
-        p = special.ndtr(-scaled) @ weights
+        p = scipy.special.ndtr(-scaled) @ weights
         slope = (scaled * np.exp(-(scaled**2) / 2)) @ weights / np.sqrt(2 * np.pi)
         step = np.clip(np.log(p / tail) * p / slope, -1, 1)
         distances = distances * np.exp(step)
@@ -179,9 +178,9 @@ def estimated_variances(squares, runs, seeds):
     overestimate. The mean underestimates in 68% (two runs) or 63% (three), which would overstate the power.
     """
     if min(runs, seeds) == 1:  # the sum of the factor that varies includes the rest
-        return squares / stats.chi2.median(runs * seeds - 1)
+        return squares / scipy.stats.chi2.median(runs * seeds - 1)
     freedom = np.array([runs - 1, seeds - 1, (runs - 1) * (seeds - 1)])
-    of_runs, of_seeds, rest = squares / stats.chi2.median(freedom)
+    of_runs, of_seeds, rest = squares / scipy.stats.chi2.median(freedom)
     return np.array([max(of_runs - rest, 0) / seeds, max(of_seeds - rest, 0) / runs, rest])
 
 
@@ -192,10 +191,10 @@ def repetitions(variances, runs, seeds):
     """
     of_runs, of_seeds, rest = variances
     expected = np.array([seeds * of_runs + rest, runs * of_seeds + rest, rest])
-    places = qmc.Sobol(3, scramble=False).random(32) + 0.5 / 32
+    places = scipy.stats.qmc.Sobol(3, scramble=False).random(32) + 0.5 / 32
     freedom = np.array([runs - 1, seeds - 1, (runs - 1) * (seeds - 1)])
     # A factor with a single level has no degrees of freedom, and its sum is 0.
-    draws = np.where(freedom > 0, stats.chi2.ppf(places, np.maximum(freedom, 1)), 0)
+    draws = np.where(freedom > 0, scipy.stats.chi2.ppf(places, np.maximum(freedom, 1)), 0)
     return expected * draws, np.sqrt(of_runs / runs + of_seeds / seeds + rest / (runs * seeds))
 
 
@@ -215,10 +214,10 @@ def smallest_detectable(values, alpha=0.05, power=0.8):
     half = half_widths(again, runs, seeds, alpha / 2)
 
     def lacking(difference):
-        detected = special.ndtr((difference - half) / error) + special.ndtr((-difference - half) / error)
+        detected = scipy.special.ndtr((difference - half) / error) + scipy.special.ndtr((-difference - half) / error)
         return power - detected.mean()
 
-    return float(optimize.brentq(lacking, 0, half.max() + 10 * error, rtol=1e-6))
+    return float(scipy.optimize.brentq(lacking, 0, half.max() + 10 * error, rtol=1e-6))
 
 
 def runs_to_decide(values, margin, alpha=0.05, power=0.8):
@@ -240,7 +239,7 @@ def runs_to_decide(values, margin, alpha=0.05, power=0.8):
     def enough(number):
         again, error = repetitions(variances, number, seeds)
         room = margin - half_widths(again, number, seeds, alpha)
-        return np.maximum(2 * special.ndtr(room / error) - 1, 0).mean() >= power
+        return np.maximum(2 * scipy.special.ndtr(room / error) - 1, 0).mean() >= power
 
     return fewest(enough)
 
@@ -263,10 +262,10 @@ def runs_to_tell(values, margin=None, alpha=0.05, power=0.8, seeds=None):
     def enough(number):
         again, error = repetitions(variances, number, seeds)
         half = half_widths(again, number, seeds, alpha / 2)
-        decided = special.ndtr((abs(mean) - half) / error).mean()
+        decided = scipy.special.ndtr((abs(mean) - half) / error).mean()
         if margin is not None:
             room = margin - half_widths(again, number, seeds, alpha)
-            within = special.ndtr((room - mean) / error) - special.ndtr((-room - mean) / error)
+            within = scipy.special.ndtr((room - mean) / error) - scipy.special.ndtr((-room - mean) / error)
             decided = max(decided, np.maximum(within, 0).mean())
         return decided >= power
 

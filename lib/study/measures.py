@@ -2,7 +2,7 @@
 at equal concept, and equal columns of figures."""
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from lib.evaluation.metrics.effects import grid
 from lib.evaluation.metrics.lpips_distances import no_change_reason, pair_mean
@@ -102,7 +102,7 @@ def rank_correlations(lpips, moved, base_pairs):
 
     def z(kept):
         change, movement = change_and_movement(lpips, moved, base_pairs, kept)
-        ranks = (stats.rankdata(v.reshape(len(v), -1), axis=1) for v in (change, movement))
+        ranks = (scipy.stats.rankdata(v.reshape(len(v), -1), axis=1) for v in (change, movement))
         x, y = (r - r.mean(axis=1, keepdims=True) for r in ranks)
         spread = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
         rho = (x * y).sum(axis=1) / np.where(spread > 0, spread, 1)

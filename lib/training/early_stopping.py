@@ -19,7 +19,7 @@ as many as a verdict needs take longer than the steps that they could save.
 from itertools import pairwise
 
 import numpy as np
-from scipy import stats
+import scipy
 
 LOOKS = 16  # in a run, evenly spread
 MARGIN = 0.1  # of the loss's fall so far; inference.py's concept_margin is a tenth of the way as well
@@ -74,4 +74,4 @@ class EarlyStopping:
         excess = gained - MARGIN * so_far
         images = excess.shape[-1]
         error = excess.std(axis=-1, ddof=1) / images**0.5
-        return excess.mean(axis=-1) + stats.t.isf(TAIL, images - 1) * error < 0
+        return excess.mean(axis=-1) + scipy.stats.t.isf(TAIL, images - 1) * error < 0

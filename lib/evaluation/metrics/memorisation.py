@@ -44,7 +44,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, special, stats
+import scipy
 
 from lib.evaluation.metrics.similarity import similarities
 from lib.evaluation.statistics import UNCLEAR
@@ -289,8 +289,8 @@ def typical_p(m, n):
     trained on.
     """
     copies = np.arange(n + 1)
-    ties = m * (stats.binom.pmf(copies, n, 1 / m) * np.log1p(copies)).sum()
-    log_ways = -np.log(m + n + 1) - special.betaln(m + 1, n + 1)  # log C(m + n, n)
+    ties = m * (scipy.stats.binom.pmf(copies, n, 1 / m) * np.log1p(copies)).sum()
+    log_ways = -np.log(m + n + 1) - scipy.special.betaln(m + 1, n + 1)  # log C(m + n, n)
     return float(np.exp(ties - log_ways))
 
 
@@ -326,7 +326,7 @@ def reference_level(across, alpha=LEVEL_ALPHA):
     for half in (first, ~first):
         c = half.sum()
         ranks = np.arange(1, c + 1)
-        ranks = ranks[stats.binom.sf(ranks - 1, c, RARE) <= alpha / 2]
+        ranks = ranks[scipy.stats.binom.sf(ranks - 1, c, RARE) <= alpha / 2]
         if len(ranks) and c < len(across):
             levels.append(float(-np.sort(-across[half])[ranks[0] - 1]))
     return max(levels, default=None)
@@ -346,9 +346,9 @@ def highest_share(shares, alpha=ALPHA - LEVEL_ALPHA):
         return 1.0
 
     def beyond(q):
-        return special.rel_entr(mean, q) + special.rel_entr(1 - mean, 1 - q) - room
+        return scipy.special.rel_entr(mean, q) + scipy.special.rel_entr(1 - mean, 1 - q) - room
 
-    return float(optimize.brentq(beyond, max(mean, 1e-12), 1 - 1e-12))
+    return float(scipy.optimize.brentq(beyond, max(mean, 1e-12), 1 - 1e-12))
 
 
 def seeds_for(margin):
