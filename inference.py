@@ -23,7 +23,6 @@ differ only in the seed count as training seeds of one experiment.
 """
 
 import gc
-import importlib
 import itertools
 import os
 import time
@@ -205,10 +204,8 @@ def evaluate(config):
         # Generate.
         times.append(time.monotonic())
         if generating:
-            for package in ("scipy.stats", "matplotlib.figure"):  # meanwhile, for the verdicts and the charts
-                pool.submit(importlib.import_module, package)
             results.begin_runs(plan, config, prompts, seeds, made_with | dict(base_folder=str(folder)))
-            generate_runs(config, plan, pipeline, prompts, seeds)
+            generate_runs(config, plan, pipeline, prompts, seeds, pool)
             del pipeline  # its memory is the scorers' now
             free_memory(device)
         times.append(time.monotonic())

@@ -6,6 +6,7 @@ with the models in training (`preview_generator`).
 
 import contextlib
 import functools
+import importlib
 import math
 from collections import Counter, deque
 
@@ -315,15 +316,17 @@ def check_adapter(pipeline, adapter, base_probe):
     return applied, f"adapts only {', '.join(parts)}; the rest is the base model's" if parts else ""
 
 
-def generate_runs(config, plan, pipeline, prompts, seeds):
+def generate_runs(config, plan, pipeline, prompts, seeds, pool):
     """Generates the base model's images, once, and every adapter's, into the unfinished folders of the runs of `plan`;
-    those that are there already are kept."""
+    those that are there already are kept. Threads of `pool` meanwhile import what the verdicts and charts need."""
     jobs = [(prompt, seed) for _, prompt in prompts for seed in seeds]
     settings = {key: config[key] for key in ("steps", "guidance_scale", "resolution")}
     batch_size = choose_batch_size(len(jobs), config["batch_size"], config["resolution"], pipeline.device)
     with generation_memory(batch_size, config["resolution"]):
         size = latent_size(pipeline, config["resolution"])
         capture_unet(pipeline, batch_size, size, config["guidance_scale"] > 1)
+    for package in ("scipy.stats", "matplotlib.figure"):  # now that Python will mostly wait for the GPU
+        pool.submit(importlib.import_module, package)
 
     def generate_all(run, kind, title):
         images = SavedImages(unfinished(run.target), image_names(prompts, seeds, kind))
