@@ -158,14 +158,14 @@ def kernel_distance(embeddings, training, subsets=50):
     def kernel(a, b):
         return (a @ b.T * (1 / width) + 1) ** 3
 
-    def mean_off_diagonal(kernels, rows):
-        kernels = kernels[rows, rows.mT]  # of each subset
-        return (kernels.sum() - kernels.diagonal(dim1=1, dim2=2).sum()) / (subsets * size * (size - 1))
+    def off_diagonal(kernels):
+        return (kernels.sum(dim=1) - kernels.diag()).sum()
 
-    drawn = [
-        [torch.randperm(len(features), generator=generator)[:size] for features in (training, embeddings)]
-        for _ in range(subsets)
-    ]
-    a, b = (torch.stack(rows)[..., None] for rows in zip(*drawn, strict=True))  # [subsets, size, 1]
-    within = mean_off_diagonal(kernel(training, training), a) + mean_off_diagonal(kernel(embeddings, embeddings), b)
-    return float(within - 2 * kernel(training, embeddings)[a, b.mT].mean())
+    distances = []
+    for _ in range(subsets):
+        a, b = (
+            features[torch.randperm(len(features), generator=generator)[:size]] for features in (training, embeddings)
+        )
+        within = (off_diagonal(kernel(a, a)) + off_diagonal(kernel(b, b))) / (size * (size - 1))
+        distances.append(within - 2 * kernel(a, b).sum(dim=0).sum() / size**2)
+    return float(torch.stack(distances).mean())
