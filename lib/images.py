@@ -1,4 +1,4 @@
-"""Sheets of images: thumbnails with a title under each, and strips that show how images change."""
+"""Sheets of images: thumbnails with a title under each, and strips that show how images change. Empty figures."""
 
 import bisect
 import io
@@ -84,3 +84,12 @@ def fit_text(text, font, width):
         return text
     fitting = bisect.bisect_right(range(1, len(text)), width, key=lambda end: font.getlength(text[:end] + "…"))
     return text[:fitting] + "…"
+
+
+def empty_figure(width, height, dpi):
+    """A matplotlib figure of `width` and `height` in inches."""
+    import matplotlib  # here: training and generation start without it
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # a prompt or a run's name may hold dollar signs
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")

@@ -2,16 +2,13 @@
 
 import itertools
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from lib.evaluation.prompts import members
 from lib.evaluation.report.charts import forest_panel
+from lib.images import empty_figure
 from lib.study.measures import NOT_ASKED, adapters, change_and_movement, lpips_and_movement
 from lib.study.words import arm_name
-
-matplotlib.rcParams["text.parse_math"] = False
 
 # One per arm, for readers with red-green colour blindness too (Okabe and Ito's, on white).
 COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#0072b2", "#7f7f7f")
@@ -34,7 +31,7 @@ def tidy(axes, title, x="", y=""):
 
 def two_panels(height):
     """A figure with a panel for near and one for unrelated prompts: (figure, [(category, axes)])."""
-    figure = Figure(figsize=(9.6, height), dpi=120, layout="constrained")
+    figure = empty_figure(9.6, height, dpi=120)
     return figure, list(zip(NOT_ASKED, figure.subplots(1, 2), strict=True))
 
 
@@ -45,7 +42,7 @@ def legend_below(figure, axes):
 def forest_figure(questions):
     """Every arm minus rank 32: a forest plot per question, on one sheet. `questions` are from `page.forests`."""
     lines = -(-len(questions) // 2)
-    figure = Figure(figsize=(9.6, 2.1 * lines + 0.5), dpi=120, layout="constrained")
+    figure = empty_figure(9.6, 2.1 * lines + 0.5, dpi=120)
     panels = np.atleast_1d(figure.subplots(lines, 2)).ravel()
     for axes, question in zip(panels, questions, strict=False):
         rows = question["rows"]

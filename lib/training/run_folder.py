@@ -17,6 +17,7 @@ from lib.adapter_files.kohya import save_kohya
 from lib.adapter_files.model_card import CARD, card_text, plain_lora_text, protected_text
 from lib.errors import UserError, one_line
 from lib.files import write_marker
+from lib.images import empty_figure
 from lib.models import base_model_name
 from lib.provenance import provenance
 from lib.run_config import differences
@@ -234,13 +235,9 @@ def loss_figure(log, title, max_steps=None):
     point is marked. The training loss depends mostly on the sampled timesteps, so its running mean is plotted over it.
     If the run ended before `max_steps`, its end is marked too.
     """
-    import matplotlib  # here: it is needed at the end of a run
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold dollar signs
     held_out = [(r["step"], r["validation_loss"]) for r in log if "validation_loss" in r]
     trained = [row for row in log if "loss" in row]
-    figure = Figure(figsize=(8, 7 if held_out else 5), dpi=120, layout="constrained")
+    figure = empty_figure(8, 7 if held_out else 5, dpi=120)
     figure.suptitle(title, fontsize=12)
     heights = [3, 2, 1] if held_out else [3, 1]
     panels = list(figure.subplots(len(heights), height_ratios=heights, sharex=True))

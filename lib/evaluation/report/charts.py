@@ -14,7 +14,7 @@ from lib.evaluation.choosing import chosen_point
 from lib.evaluation.metrics.table import DIFFERENCE, MEMORISED, METRICS, metric_name
 from lib.evaluation.prompts import CATEGORIES, bounded, first_of_each
 from lib.evaluation.report.words import interval_text, training_name
-from lib.images import INK, PAPER, QUIET, fit_lines, fit_text, height_at, shown
+from lib.images import INK, PAPER, QUIET, empty_figure, fit_lines, fit_text, height_at, shown
 
 # ---- a sheet of images ---------------------------------------------------------------------
 
@@ -70,15 +70,6 @@ def overview_figure(columns, prompts, side=256):
 
 
 # ---- matplotlib ----------------------------------------------------------------------------
-
-
-def empty_figure(width, height, dpi):
-    """A matplotlib figure of `width` and `height` in inches."""
-    import matplotlib  # here: inference.py imports it while images are generated
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold dollar signs
-    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 ANSWER_COLOURS = {"equivalent": "#2a6b3f", "undecided": "#8492a6"}
